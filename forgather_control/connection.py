@@ -1,0 +1,106 @@
+"""One client's bytes on a non-blocking socket: whole lines out of it, replies into it, bounded both ways.
+
+Floor 1: imports nothing of ours. Runs on the server thread only. A broken socket is a state
+(``broken``), not an error: whoever hung up needs no telling.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+
+class Connection:
+    """One client: what it sent, what it has not read yet, how many answers it still waits for.
+
+    Args:
+        sock: connected; made non-blocking here.
+        max_line: bytes after which a line without an end is handed out as it is, to be refused.
+    """
+
+    def __init__(self, sock: socket.socket, max_line: int) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        #: Lines that were taken and not answered yet.
+        self.open = 0
+        #: The client has shut down its writing side, or is no longer listened to; it may still read.
+        self.at_end = False
+        #: Nothing can be read or written any more.
+        self.broken = False
+        #: Whether it stands in the server's queue of connections with something to take.
+        self.queued = False
+        #: When bytes last moved, in ``time.monotonic()`` seconds.
+        self.moved_at = time.monotonic()
+        self._max_line = max_line
+        self._received = bytearray()
+        self._unsent = bytearray()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of replies that the client has not taken yet."""
+        return len(self._unsent)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way: no half line, no open request, no unread reply."""
+        return not (self._received or self._unsent or self.open)
+
+    def read(self) -> None:
+        """Take what has arrived, at most one line's limit of it."""
+        try:
+            data = self.sock.recv(self._max_line)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.broken = True
+            return
+        self.moved_at = time.monotonic()
+        self.at_end = not data
+        self._received += data
+
+    def take_line(self) -> bytes | None:
+        """The next line without its newline, or ``None`` while there is none.
+
+        At the end of the stream a last line needs no newline: ``printf '{...}' | nc`` is answered.
+        """
+        end = self._received.find(b"\n")
+        if end >= 0:
+            line = bytes(self._received[:end])
+            del self._received[: end + 1]
+            return line
+        if self._received and (self.at_end or len(self._received) > self._max_line):
+            line = bytes(self._received)
+            self._received.clear()
+            return line
+        return None
+
+    def stop_listening(self) -> None:
+        """Read no more: where the next line begins is not known."""
+        self._received.clear()
+        self.at_end = True
+
+    def send(self, data: bytes) -> None:
+        """Send what the socket takes at once and keep the rest."""
+        self._unsent += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Send more of what was kept."""
+        if not self._unsent or self.broken:
+            return
+        try:
+            sent = self.sock.send(self._unsent)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.broken = True
+            return
+        del self._unsent[:sent]
+        self.moved_at = time.monotonic()
+
+    def hung_up(self) -> bool:
+        """Whether the client closed its socket, as opposed to its writing side only (poll(2), POLLHUP)."""
+        poller = select.poll()
+        poller.register(self.sock, 0)
+        return any(events & (select.POLLHUP | select.POLLERR) for _fd, events in poller.poll(0))
