@@ -1,0 +1,187 @@
+"""The one object that crosses threads: commands go in on the server thread, out on the training thread.
+
+Floor 1: imports commands and errors only. Records are frozen; the dictionary that holds them and
+the list of the pending are guarded by one lock, ``_lock``, held for microseconds and never while
+anything is called. ``pending`` is a bare bool that the training thread reads without the lock, so
+that an idle step costs one attribute test.
+
+A command's life, and who moves it::
+
+    submit (server) ──▶ accepted ──drain (training)──▶ applied ──▶ finished | failed
+                           └──cancel (server)──▶ cancelled
+
+``close`` fails whatever is left, under the same lock that ``submit`` takes: a command is either
+refused or answered, never lost between the two.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from .commands import CommandRecord
+from .errors import (
+    CommandNotFound,
+    ControlError,
+    InvalidParams,
+    JobEnding,
+    NotCancellable,
+    TooManyCommands,
+)
+
+#: Most commands that are accepted and not yet applied. Equal ones without an id of their own share
+#: one record, so only a caller who sends many ids comes here.
+MAX_PENDING: Final = 64
+#: Records kept, finished ones first to go.
+MAX_RECORDS: Final = 256
+
+
+class Mailbox:
+    """Commands between two threads.
+
+    Args:
+        on_change: called after a record changed, without the lock, on the thread that changed it;
+            must not block (the server's ``wake``).
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._records: dict[str, CommandRecord] = {}
+        self._pending: list[str] = []
+        self._closed: ControlError | None = None
+        #: Whether something waits to be applied. Read by the training thread without the lock.
+        self.pending = False
+
+    # On the server thread...
+
+    def submit(self, command: str, command_id: str | None) -> CommandRecord:
+        """Accept a command; an equal pending one, or the one of this id, is answered instead.
+
+        Raises:
+            InvalidParams: the id belongs to another command.
+            TooManyCommands: ``MAX_PENDING`` are waiting.
+            JobEnding: the mailbox is closed.
+        """
+        with self._lock:
+            known = self._known(command, command_id)
+            if known is not None:
+                return known
+            if self._closed is not None:
+                raise self._closed
+            if len(self._pending) >= MAX_PENDING:
+                raise TooManyCommands(f"{MAX_PENDING} commands are waiting to be applied", limit=MAX_PENDING)
+            record = CommandRecord(command_id or uuid.uuid4().hex, command, "accepted", time.time())
+            self._records[record.command_id] = record
+            self._forget()
+            self._pending.append(record.command_id)
+            self.pending = True
+            return record
+
+    def _known(self, command: str, command_id: str | None) -> CommandRecord | None:
+        if command_id is None:
+            pending = (self._records[name] for name in self._pending)
+            return next((record for record in pending if record.command == command), None)
+        record = self._records.get(command_id)
+        if record is not None and record.command != command:
+            raise InvalidParams(f"command_id {ascii(command_id)} belongs to a {record.command}", parameter="command_id")
+        return record
+
+    def _forget(self) -> None:
+        surplus = len(self._records) - MAX_RECORDS
+        over = [record.command_id for record in self._records.values() if record.is_final]
+        for command_id in over[: max(0, surplus)]:
+            del self._records[command_id]
+
+    def cancel(self, command_id: str) -> CommandRecord:
+        """Take back a pending command.
+
+        Raises:
+            CommandNotFound: no record of this id.
+            NotCancellable: it left the queue already.
+        """
+        with self._lock:
+            record = self._get(command_id)
+            if command_id not in self._pending:
+                raise NotCancellable(f"the {record.command} is {record.state} already", **record.to_json())
+            self._pending.remove(command_id)
+            self.pending = bool(self._pending)
+            record = self._put(record, state="cancelled", finished_at=time.time())
+        self._on_change()
+        return record
+
+    def get(self, command_id: str) -> CommandRecord:
+        """The record of this id.
+
+        Raises:
+            CommandNotFound: there is none.
+        """
+        with self._lock:
+            return self._get(command_id)
+
+    def records(self) -> list[CommandRecord]:
+        """All records kept, oldest first."""
+        with self._lock:
+            return list(self._records.values())
+
+    # On the training thread...
+
+    def drain(self) -> list[CommandRecord]:
+        """Take all pending commands, in the order they came; they can no longer be cancelled."""
+        with self._lock:
+            taken = [self._records[name] for name in self._pending]
+            self._pending.clear()
+            self.pending = False
+            return taken
+
+    def applied(self, command_id: str, step: int) -> None:
+        """Note that every rank applied the command after ``step``."""
+        self._change(command_id, state="applied", applied_at_step=step)
+
+    def finished(self, command_id: str, result: dict[str, Any] | None) -> None:
+        """Note that all the command asked for has happened."""
+        self._change(command_id, state="finished", finished_at=time.time(), result=result)
+
+    def failed(self, command_id: str, error: ControlError, result: dict[str, Any] | None = None) -> None:
+        """Note that the command will not happen (or not wholly: ``result`` is what did), and why."""
+        self._change(command_id, **_failure(error), result=result)
+
+    def close(self, error: ControlError) -> None:
+        """Fail every command that is not over, and refuse all that come later. May be called twice."""
+        with self._lock:
+            if self._closed is None:
+                self._closed = error if isinstance(error, JobEnding) else JobEnding(error.message)
+            for record in list(self._records.values()):
+                if not record.is_final:
+                    self._put(record, **_failure(error))
+            self._pending.clear()
+            self.pending = False
+        self._on_change()
+
+    # With the lock held...
+
+    def _get(self, command_id: str) -> CommandRecord:
+        if command_id not in self._records:
+            raise CommandNotFound(f"no command {ascii(command_id[:128])} is known (any more)")
+        return self._records[command_id]
+
+    def _put(self, record: CommandRecord, **changes: Any) -> CommandRecord:
+        assert self._lock.locked()
+        changed = self._records[record.command_id] = replace(record, **changes)
+        return changed
+
+    def _change(self, command_id: str, **changes: Any) -> None:
+        with self._lock:
+            record = self._get(command_id)
+            if not record.is_final:  # what is over stays as it was told
+                self._put(record, **changes)
+        self._on_change()
+
+
+def _failure(error: ControlError) -> dict[str, Any]:
+    fault = {"code": error.code, "message": error.message}
+    return {"state": "failed", "finished_at": time.time(), "error": fault}
