@@ -1,0 +1,245 @@
+"""The jobs directory: who is there, who lives, what the dead left behind.
+
+Floor 2: imports errors, clock, jsonrpc, process and record. Runs on any thread, in the client and
+in the job. What a job does with its own directory stands in ``directory``.
+
+A directory is removed only if its name and its record agree, the record's process is proven to be
+gone, and nobody answers in its name; links are not followed.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal
+
+from . import jsonrpc, process
+from .clock import Deadline
+from .errors import ControlError, JobsDirUnusable
+from .record import JobRecord, check_job_id, is_job_id, read_record
+
+#: Sockets that are asked at once; each takes a file descriptor.
+_AT_ONCE: Final = 256
+
+#: ``live``: the job answered. ``silent``: its process lives, its socket does not answer. ``dead``:
+#: its process is gone. ``foreign``: on another host, unknown.
+State = Literal["live", "silent", "dead", "foreign"]
+
+
+# Discovery...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it was found: its record without secrets, whether it lives, and its status if it answered."""
+
+    job_id: str
+    host: str
+    port: int | None
+    pid: int
+    started_at: float
+    state: State
+    world_size: int = 1
+    user: str = ""
+    version: str = ""
+    socket: str | None = None
+    status: dict[str, Any] | None = None
+
+    @property
+    def global_step(self) -> int | None:
+        """The step it has reached; ``None`` if it did not answer."""
+        return None if self.status is None else self.status.get("global_step")
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as ``list --json`` prints it."""
+        return {**asdict(self), "global_step": self.global_step}
+
+
+def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
+    """All records in the jobs directory, newest first, and why each unreadable one was left out."""
+    records: list[JobRecord] = []
+    left_out: dict[str, str] = {}
+    for name in _names(root):
+        try:
+            record = read_record(root, name)
+        except ValueError as err:
+            left_out[name] = str(err)
+            continue
+        if record is not None:
+            records.append(record)
+    records.sort(key=lambda record: (-record.started_at, record.job_id))
+    return records, left_out
+
+
+def _names(root: str) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return [entry.name for entry in entries if is_job_id(entry.name) and entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as err:
+        raise JobsDirUnusable(f"the jobs directory {root} cannot be read ({err.strerror})") from err
+
+
+def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
+    """All jobs, newest first, each asked for its status; and why each unreadable one was left out.
+
+    Args:
+        seconds: to wait for all answers together; the dead refuse at once and cost none of it.
+    """
+    records, left_out = scan(root)
+    answers = ask(records, "status", Deadline(seconds))
+    return [_found(record, answers.get(record.job_id)) for record in records], left_out
+
+
+def _found(record: JobRecord, status: dict[str, Any] | None) -> Job:
+    known = {field.name: getattr(record, field.name) for field in fields(Job) if hasattr(record, field.name)}
+    return Job(**known, state="live" if status is not None else judge(record), status=status)
+
+
+def judge(record: JobRecord) -> State:
+    """The state of a job whose socket did not answer."""
+    states: dict[process.Verdict, State] = {"running": "silent", "gone": "dead", "elsewhere": "foreign"}
+    return states[process.judge(record.owner)]
+
+
+def ask(records: list[JobRecord], method: str, deadline: Deadline) -> dict[str, dict[str, Any]]:
+    """What the jobs answer, by job id. Who is silent, or answers for another job, is left out."""
+    answers: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(records), _AT_ONCE):
+        answers.update(_ask_some(records[start : start + _AT_ONCE], method, deadline))
+    return answers
+
+
+def _ask_some(records: list[JobRecord], method: str, deadline: Deadline) -> dict[str, dict[str, Any]]:
+    answers: dict[str, dict[str, Any]] = {}
+    with selectors.DefaultSelector() as selector:
+        for record in records:
+            sock = _send(record, method)
+            if sock is not None:
+                selector.register(sock, selectors.EVENT_READ, (record, bytearray()))
+        try:
+            while selector.get_map() and (events := selector.select(deadline.left())):
+                for key, _ in events:
+                    _collect(selector, key, answers)
+        finally:
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]  # sockets, all of them
+    return answers
+
+
+def _send(record: JobRecord, method: str) -> socket.socket | None:
+    if record.socket is None:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        sock.connect(record.socket)
+        sock.send(jsonrpc.request(method, {}, 1))
+    except (OSError, ValueError):  # ValueError: a path with a NUL byte
+        sock.close()
+        return None
+    return sock
+
+
+def _collect(selector: selectors.BaseSelector, key: selectors.SelectorKey, answers: dict[str, dict[str, Any]]) -> None:
+    record, received = key.data
+    sock = key.fileobj
+    assert isinstance(sock, socket.socket)
+    try:
+        data = sock.recv(65536)
+    except OSError:
+        data = b""
+    received += data
+    if data and b"\n" not in data and len(received) < 1 << 20:
+        return
+    selector.unregister(sock)
+    sock.close()
+    try:
+        reply = jsonrpc.parse_reply(bytes(received))
+    except ControlError:
+        return
+    if isinstance(reply.result, dict) and reply.result.get("job_id") == record.job_id:
+        answers[record.job_id] = reply.result
+
+
+# Cleaning up...
+
+
+@contextmanager
+def locked(root: str, seconds: float) -> Iterator[bool]:
+    """Keep others from claiming or removing job directories meanwhile; yields whether it was possible.
+
+    On a file system without locks (Lustre without ``-o flock``) the work goes on unlocked: two jobs
+    of one id that start within the same millisecond can then both believe to have it.
+
+    Raises:
+        JobsDirUnusable: somebody held the lock for all of ``seconds``.
+    """
+    import fcntl
+
+    try:
+        file = os.open(os.path.join(root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as err:
+        raise JobsDirUnusable(f"the jobs directory {root} cannot be written ({err.strerror})") from err
+    try:
+        yield _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, Deadline(seconds), root)
+    finally:
+        os.close(file)
+
+
+def _flock(file: int, how: int, deadline: Deadline, root: str) -> bool:
+    import fcntl
+
+    while True:
+        try:
+            fcntl.flock(file, how)
+            return True
+        except BlockingIOError as err:
+            if deadline.passed():
+                raise JobsDirUnusable(f"another process has held {root}/.lock for too long") from err
+            time.sleep(0.01)  # flock(2) has no time-out, and a signal is not ours to take
+        except OSError:
+            return False
+
+
+def remove_dead(root: str, job_id: str) -> bool:
+    """Remove what a dead job of this host left; False if it is not there, not dead or not readable.
+
+    It is judged again under the lock, so a job that starts meanwhile is safe. Only this one
+    directory is removed, no link is followed (``shutil.rmtree`` works on descriptors).
+
+    Raises:
+        JobsDirUnusable: the directory cannot be written or removed.
+    """
+    with locked(root, seconds=5.0):
+        try:
+            record = read_record(root, check_job_id(job_id))
+        except ValueError:
+            return False
+        if record is None or not is_dead(record):
+            return False
+        remove_tree(root, job_id)
+        return True
+
+
+def is_dead(record: JobRecord) -> bool:
+    """Whether the job's process is proven to be gone and nobody answers in its name."""
+    return judge(record) == "dead" and not ask([record], "ping", Deadline(1.0))
+
+
+def remove_tree(root: str, job_id: str) -> None:
+    """Remove one job's directory, whose owner was judged before. Call it ``locked``."""
+    path = os.path.join(root, job_id)
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as err:
+        raise JobsDirUnusable(f"{path} cannot be removed ({err.strerror})") from err

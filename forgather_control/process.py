@@ -1,0 +1,130 @@
+"""Which process, on which host, since when: what tells a live owner from a dead or a foreign one.
+
+Floor 1: imports nothing of ours; psutil only when the operating system is asked about a process.
+Runs on any thread.
+
+A pid alone says little: it is reused, it means another process on another host that shares the
+home directory, and in another PID namespace. A process is its pid *and* its start time (psutil's
+``Process.__eq__`` gives the reason), on one boot of one machine. Its start is compared relative to
+the boot, because a wall clock that jumps moves every start time but not their distance.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal
+
+#: What can be known of a process from outside.
+Verdict = Literal["running", "gone", "elsewhere"]
+
+#: Seconds that two readings of one start time may differ: the boot time is rounded to whole seconds.
+_TOLERANCE: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One process on one boot of one machine. ``None`` where the system does not tell.
+
+    Attributes:
+        host: the host's name.
+        pid: the process id, in its own PID namespace.
+        started_at: when the process started, seconds since the epoch.
+        booted_at: when its machine booted, seconds since the epoch, by the same clock.
+        boot_id: random, new at each boot (random(4), /proc/sys/kernel/random/boot_id).
+        machine: stands for the machine; tells two hosts of one name apart (machine-id(5), hashed).
+        pid_namespace: the inode of its PID namespace (pid_namespaces(7)).
+    """
+
+    host: str
+    pid: int
+    started_at: float | None = None
+    booted_at: float | None = None
+    boot_id: str | None = None
+    machine: str | None = None
+    pid_namespace: int | None = None
+
+
+def myself() -> Identity:
+    """The identity of this process."""
+    import psutil
+
+    return Identity(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started_at=psutil.Process().create_time(),
+        booted_at=psutil.boot_time(),
+        boot_id=_boot_id(),
+        machine=_machine(),
+        pid_namespace=_pid_namespace(),
+    )
+
+
+def judge(other: Identity) -> Verdict:
+    """Whether the process runs, is gone, or lives where this host cannot see it.
+
+    What ``other`` or this system leaves open is not held against it: "gone" needs a proof.
+    """
+    if other.host != socket.gethostname() or _differ(other.machine, _machine()):
+        return "elsewhere"
+    if _differ(other.boot_id, _boot_id()):
+        return "gone"
+    if _differ(other.pid_namespace, _pid_namespace()):
+        return "elsewhere"
+    return "running" if _runs(other) else "gone"
+
+
+def _differ(one: object, two: object) -> bool:
+    return one is not None and two is not None and one != two
+
+
+def _runs(other: Identity) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(other.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        started_at = process.create_time()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+    if other.started_at is None:
+        return True
+    if other.booted_at is None:
+        return abs(started_at - other.started_at) <= _TOLERANCE
+    age_at_start = other.started_at - other.booted_at
+    return abs(started_at - psutil.boot_time() - age_at_start) <= _TOLERANCE
+
+
+@cache
+def _boot_id() -> str | None:
+    return _first_line("/proc/sys/kernel/random/boot_id")
+
+
+@cache
+def _machine() -> str | None:
+    import hashlib
+
+    line = _first_line("/etc/machine-id")
+    # machine-id(5): confidential, so what leaves the machine is a keyed digest of it.
+    return hashlib.sha256(b"forgather_control:" + line.encode()).hexdigest()[:16] if line else None
+
+
+@cache
+def _pid_namespace() -> int | None:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.readline().strip() or None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,182 @@
+"""What a job publishes of itself: its id, its directory's name, its ``endpoint.json``.
+
+Floor 1: imports errors and process. Runs on any thread, in the client and in the job.
+
+Nothing read here is trusted: a file may be half written, hostile, or another host's. A job id is
+checked before it becomes a path, and links are not followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from . import process
+from .errors import BadJobId
+
+RECORD: Final = "endpoint.json"
+SOCKET: Final = "control.sock"
+#: A record is a few hundred bytes; what is longer is not ours.
+MAX_RECORD: Final = 64 * 1024
+
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+# Names and places...
+
+
+def jobs_dir() -> str:
+    """The jobs directory: $FORGATHER_JOBS_DIR, else under $XDG_CONFIG_HOME, else under ~/.config."""
+    chosen = os.environ.get("FORGATHER_JOBS_DIR")
+    if chosen:
+        return os.path.abspath(chosen)
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.abspath(os.path.join(config, "forgather", "jobs"))
+
+
+def is_job_id(text: object) -> bool:
+    """Whether ``text`` can be a job id, and so a directory's name."""
+    return isinstance(text, str) and _JOB_ID.fullmatch(text) is not None
+
+
+def check_job_id(text: object) -> str:
+    """``text`` itself.
+
+    Raises:
+        BadJobId: it cannot be a job id.
+    """
+    if not is_job_id(text):
+        raise BadJobId(
+            f"{ascii(text)[:140]} is no job id: 1 to 128 of A-Z a-z 0-9 . _ -, not starting with a dot or dash"
+        )
+    return str(text)
+
+
+# Records...
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a job publishes of itself in ``endpoint.json``. Times are seconds since the epoch.
+
+    ``port`` is null without TCP. ``machine``, ``booted_at`` and ``pid_namespace`` are there so that
+    nobody judges a process that he cannot see; see :class:`process.Identity`.
+    """
+
+    job_id: str
+    host: str
+    port: int | None
+    pid: int
+    started_at: float
+    socket: str | None = None
+    process_started_at: float | None = None
+    boot_id: str | None = None
+    world_size: int = 1
+    protocol: int = 1
+    version: str = ""
+    user: str = ""
+    machine: str | None = None
+    booted_at: float | None = None
+    pid_namespace: int | None = None
+
+    @property
+    def owner(self) -> process.Identity:
+        """The process that published it."""
+        return process.Identity(
+            host=self.host,
+            pid=self.pid,
+            started_at=self.process_started_at,
+            booted_at=self.booted_at,
+            boot_id=self.boot_id,
+            machine=self.machine,
+            pid_namespace=self.pid_namespace,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``endpoint.json`` holds."""
+        return asdict(self)
+
+
+_KINDS: Final[dict[str, tuple[type, ...]]] = {"str": (str,), "int": (int,), "float": (int, float), "None": (type(None),)}
+
+
+def parse_record(data: bytes, name: str) -> JobRecord:
+    """The record in ``data``, which was read from the directory ``name``.
+
+    Raises:
+        ValueError: which member is not what it should be.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except RecursionError as err:
+        raise ValueError("it is nested too deeply") from err
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")  # noqa: TRY004  one fault, one class
+    if value.get("job_id") != name:
+        raise ValueError(f"it names another job, {ascii(value.get('job_id'))[:140]}")
+    given = {}
+    for field in fields(JobRecord):
+        if field.name in value:
+            given[field.name] = _checked(field.name, str(field.type), value[field.name])
+    try:
+        return JobRecord(**given)
+    except TypeError as err:
+        raise ValueError("a member is missing") from err
+
+
+def _checked(name: str, kinds: str, value: Any) -> Any:
+    allowed = tuple(kind for word in kinds.split(" | ") for kind in _KINDS[word])
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise ValueError(f"{name} must be {kinds}, not {ascii(value)[:80]}")  # noqa: TRY004  one fault, one class
+    if name == "pid" and value not in range(1, 1 << 31):
+        raise ValueError(f"pid {value} is no process id")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite")
+    return value
+
+
+def read_record(root: str, name: str) -> JobRecord | None:
+    """The record in the directory ``name``; ``None`` if there is none (yet, or any more).
+
+    Raises:
+        ValueError: what is there is no record of this job, and why.
+    """
+    path = os.path.join(root, name)
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise ValueError(f"it cannot be opened ({err.strerror})") from err
+    try:
+        data = _read_small(directory)
+    finally:
+        os.close(directory)
+    return None if data is None else parse_record(data, name)
+
+
+def _read_small(directory: int) -> bytes | None:
+    try:
+        # Not blocking, should somebody have put a FIFO there; not through a link.
+        file = os.open(RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    except OSError as err:
+        raise ValueError(f"{RECORD} cannot be opened ({err.strerror})") from err
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ValueError(f"{RECORD} is no regular file")
+        data = os.read(file, MAX_RECORD + 1)
+    except OSError as err:
+        raise ValueError(f"{RECORD} cannot be read ({err.strerror})") from err
+    finally:
+        os.close(file)
+    if len(data) > MAX_RECORD:
+        raise ValueError(f"{RECORD} is longer than {MAX_RECORD} bytes")
+    return data
