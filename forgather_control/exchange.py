@@ -1,0 +1,166 @@
+"""From a line to its reply: each line is asked at once, and answered at once, later, or both in a batch.
+
+Floor 2: imports errors, jsonrpc and connection; owns no socket, thread or clock of its own beyond
+reading the time. Runs on the server thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from . import jsonrpc
+from .connection import Connection
+from .errors import ControlError, InternalError, JobEnding, TooManyCommands
+
+log = logging.getLogger("forgather_control")
+
+#: Most requests that may wait at once, over all connections.
+MAX_WAITING: Final = 1024
+
+#: What ``Later.poll`` answers while there is no answer.
+PENDING: Final = object()
+
+
+@dataclass(frozen=True)
+class Later:
+    """An answer that is not there yet.
+
+    Args:
+        poll: returns the value or ``PENDING``, raises ControlError; called on the server thread
+            after each ``wake`` and from ``deadline`` on.
+        deadline: in ``time.monotonic()`` seconds, or ``None``.
+    """
+
+    poll: Callable[[], Any]
+    deadline: float | None = None
+
+
+#: Answers one request with a JSON value or a :class:`Later`; raises ControlError; must not block.
+Answer = Callable[[jsonrpc.Request], Any]
+
+
+class _Exchange:
+    """One line's way from request to reply: the reply goes out when its last element is answered."""
+
+    def __init__(self, connection: Connection, is_batch: bool) -> None:
+        self.connection, self._is_batch = connection, is_batch
+        self._answers: list[dict[str, Any] | None] = []
+        self._open = 1  # itself, until all elements are asked
+        connection.open += 1
+
+    def expect(self) -> int:
+        """The place of one more element."""
+        self._answers.append(None)
+        self._open += 1
+        return len(self._answers) - 1
+
+    def settle(self, place: int, response: dict[str, Any] | None) -> None:
+        """The response of one element; ``None`` for a notification."""
+        self._answers[place] = response
+        self.done()
+
+    def done(self) -> None:
+        """One less to wait for."""
+        self._open -= 1
+        if self._open == 0:
+            self.connection.open -= 1
+            given = (answer for answer in self._answers if answer is not None)
+            self.connection.send(jsonrpc.replies(given, self._is_batch))
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A ``Later`` and the place that its value belongs to."""
+
+    later: Later
+    exchange: _Exchange
+    place: int
+    id: Any
+
+
+class Exchanges:
+    """All lines under way.
+
+    Args:
+        answer: see ``Answer``.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._waiting: list[_Waiting] = []
+
+    def ask(self, connection: Connection, line: bytes) -> None:
+        """Answer a line, or keep what has to wait. Whatever the line, it never raises."""
+        try:
+            message = jsonrpc.parse_message(line)
+        except ControlError as err:
+            connection.send(jsonrpc.encode(jsonrpc.failure(None, err)))
+            if len(line) > jsonrpc.MAX_LINE:
+                connection.stop_listening()
+            return
+        exchange = _Exchange(connection, message.is_batch)
+        for item in message.items:
+            self._ask_one(exchange, item)
+        exchange.done()
+
+    def _ask_one(self, exchange: _Exchange, item: jsonrpc.Request | jsonrpc.Refusal) -> None:
+        place = exchange.expect()
+        if isinstance(item, jsonrpc.Refusal):
+            exchange.settle(place, jsonrpc.failure(item.id, item.error))
+            return
+        value = self._outcome(lambda: self._answer(item))
+        if isinstance(item.id, jsonrpc.NoId):
+            exchange.settle(place, None)
+        elif not isinstance(value, Later):
+            exchange.settle(place, _response(item.id, value))
+        elif len(self._waiting) < MAX_WAITING:
+            self._waiting.append(_Waiting(value, exchange, place, item.id))
+        else:
+            error = TooManyCommands(f"{MAX_WAITING} requests are waiting already", limit=MAX_WAITING)
+            exchange.settle(place, jsonrpc.failure(item.id, error))
+
+    def _outcome(self, ask: Callable[[], Any]) -> Any:
+        """The value, or the error as a value: from here on both are answers."""
+        try:
+            return ask()
+        except ControlError as err:
+            return err
+        except Exception:  # border: whatever a method of ours does, its caller gets an answer
+            log.exception("a request could not be answered")
+            return InternalError("internal error; the job's log says more")
+
+    def deadlines(self) -> Iterator[float]:
+        """When the waiting want to be asked again, in ``time.monotonic()`` seconds."""
+        return (item.later.deadline for item in self._waiting if item.later.deadline is not None)
+
+    def poll(self, woken: bool) -> list[Connection]:
+        """Ask the waiting again, all of them or those whose deadline came; whose replies went out."""
+        now = time.monotonic()
+        waiting, self._waiting = self._waiting, []
+        answered = []
+        for item in waiting:
+            if item.exchange.connection.broken:
+                continue
+            due = woken or (item.later.deadline is not None and item.later.deadline <= now)
+            value = self._outcome(item.later.poll) if due else PENDING
+            if value is PENDING:
+                self._waiting.append(item)
+            else:
+                item.exchange.settle(item.place, _response(item.id, value))
+                answered.append(item.exchange.connection)
+        return answered
+
+    def give_up(self) -> None:
+        """Tell who still waits that the job is ending."""
+        self.poll(woken=True)
+        for item in self._waiting:
+            item.exchange.settle(item.place, jsonrpc.failure(item.id, JobEnding("the job is ending")))
+        self._waiting.clear()
+
+
+def _response(id_: Any, value: Any) -> dict[str, Any]:
+    return jsonrpc.failure(id_, value) if isinstance(value, ControlError) else jsonrpc.result(id_, value)

@@ -1,0 +1,404 @@
+"""A line server in one thread: bytes from many connections to one ``answer`` function, and back.
+
+Floor 3: imports clock, jsonrpc, endpoint, connection and exchange; knows nothing of training, and
+must not import torch. All but ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread.
+
+``socketserver`` gives bind, accept, the check of the peer and closing; ``process_request`` hands a
+connection to a selector in the same thread instead of a thread of its own, and a request that has
+to wait is an object to ask again, not a blocked thread. So 1,000 connections cost no thread, and
+closing them all at once makes one thread runnable, not a thousand that fight for the interpreter.
+
+One round::
+
+    select ─▶ accept, read ─▶ one line of each connection in turn ─▶ ask the waiting again ─▶ tick
+                                     └─ until the budget is spent: then nap, deaf to all but wake()
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import select
+import selectors
+import socket
+import socketserver
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from . import endpoint, jsonrpc
+from .clock import Budget
+from .connection import Connection
+from .exchange import Answer, Exchanges
+
+log = logging.getLogger("forgather_control")
+
+#: Seconds between two calls of ``tick``: the thread's only wake-ups while nobody asks.
+TICK: Final = 2.0
+#: The share of one core that answering may take, and the processor seconds that may be saved up for a burst.
+SHARE: Final = 0.05
+BURST: Final = 0.05
+#: Longest run of answers before the budget is looked at again, in processor seconds.
+SLICE: Final = 0.005
+#: A client that leaves this many bytes of replies unread is not listened to ...
+MAX_UNSENT: Final = 256 * 1024
+#: ... and after this many seconds without any progress it is dropped.
+MAX_STALL: Final = 30.0
+#: Most connections; beyond it the one that is idle longest is closed, so that the owner still gets in.
+MAX_CONNECTIONS: Final = 4096
+#: File descriptors of the process that the server leaves to its training.
+SPARE_FILES: Final = 256
+#: Seconds in which clients may read their last replies when the server closes.
+LAST_WORDS: Final = 0.5
+
+
+class _Listener(socketserver.UnixStreamServer):
+    """The listening socket at one path; who connects is the same user or root."""
+
+    request_queue_size = endpoint.BACKLOG
+
+    def __init__(self, path: str, adopt: Callable[[socket.socket], None]) -> None:
+        self._adopt = adopt
+        super().__init__(path, socketserver.BaseRequestHandler)
+        self.socket.setblocking(False)
+
+    def server_bind(self) -> None:
+        endpoint.bind(self.socket, str(self.server_address))
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        uid = endpoint.peer_uid(request)
+        return uid is None or uid in (0, os.geteuid())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._adopt(request)
+
+    def accept(self) -> bool:
+        """Take one connection from the backlog; False when there is none.
+
+        Raises:
+            OSError: the process is out of files, or the client was gone already.
+        """
+        try:
+            request, address = self.get_request()
+        except BlockingIOError:
+            return False
+        if self.verify_request(request, address):
+            self.process_request(request, address)
+        else:
+            log.warning("refused a connection from uid %s", endpoint.peer_uid(request))
+            self.shutdown_request(request)
+        return True
+
+
+class Server:
+    """Serves ``answer`` over a Unix socket, in one daemon thread.
+
+    Args:
+        answer: called on the server thread for each request; see ``exchange.Answer``.
+        tick: called on the server thread every ``TICK`` seconds.
+
+    The order of life: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
+    """
+
+    def __init__(self, answer: Answer, tick: Callable[[], None]) -> None:
+        self._exchanges, self._tick = Exchanges(answer), tick
+        self._selector = selectors.DefaultSelector()
+        self._listener: _Listener | None = None
+        self._accept_after: float | None = None  # monotonic; set while the process is out of files
+        self._connections: dict[int, Connection] = {}
+        self._queue: deque[Connection] = deque()  # those with something to take, each once
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._woken = False
+        self._wake_out, self._wake_in = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
+        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        _servers.add(self)
+
+    # For other threads...
+
+    def listen(self, path: str) -> None:
+        """Listen at ``path``, and no longer where it listened before; open connections stay.
+
+        Before ``start`` on any thread, later on the server thread only.
+
+        Raises:
+            OSError: the path cannot be bound.
+        """
+        listener = _Listener(path, self._adopt)
+        if self._listener is not None:
+            self._drop_listener()
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread = threading.Thread(target=self._run, name="forgather-control", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have the waiting requests asked again soon. Never blocks; callable from any thread."""
+        try:
+            os.write(self._wake_in, b"\0")
+        except OSError:
+            pass  # the pipe is full, so the thread is about to wake; or it is closed, and nobody waits
+
+    def close(self, timeout: float) -> None:
+        """Answer what can be answered, then close everything.
+
+        Who is connected, or stands in the backlog, is read once more; who still waits is told that
+        the job is ending; ``LAST_WORDS`` are left for reading the replies.
+
+        Args:
+            timeout: seconds after which the thread is left to itself.
+        """
+        self._closing = True
+        if self._thread is None:
+            self._release()
+        else:
+            self.wake()
+            if self._thread is not threading.current_thread():
+                self._thread.join(timeout)
+            if self._thread.is_alive():
+                return  # its descriptors are its own until it ends
+        self._close_pipe()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of all descriptors without a word to the parent's clients.
+
+        Nothing is unregistered, because the selector's set is the parent's, too.
+        """
+        for connection in self._connections.values():
+            connection.sock.close()
+        if self._listener is not None:
+            self._listener.socket.close()
+        self._selector.close()
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        _servers.discard(self)
+        ends, self._wake_in, self._wake_out = (self._wake_in, self._wake_out), -1, -1
+        for end in ends:
+            if end >= 0:
+                os.close(end)
+
+    # The server thread, round by round...
+
+    def _run(self) -> None:
+        budget = Budget(SHARE, BURST)
+        tick_at = time.monotonic() + TICK
+        while not self._closing:
+            try:
+                self._round(tick_at, budget)
+                if time.monotonic() >= tick_at:
+                    tick_at = time.monotonic() + TICK
+                    self._sweep()
+                    self._tick()
+            except Exception:  # border: a fault of ours ends neither this thread nor the training
+                log.exception("the control server stumbled, and goes on")
+                time.sleep(TICK)  # should it stumble each time: seldom
+        try:
+            self._last_round()
+        except Exception:  # border: as above
+            log.exception("the control server stumbled while it closed")
+        self._release()
+
+    def _round(self, tick_at: float, budget: Budget) -> None:
+        nap = budget.nap()
+        if nap > 0:
+            self._nap(min(nap, TICK))
+        else:
+            self._select(0.0 if self._queue else self._seconds_until(tick_at))
+            self._answer_some()
+        woken, self._woken = self._woken, False
+        for connection in self._exchanges.poll(woken):
+            self._settle(connection)
+
+    def _nap(self, seconds: float) -> None:
+        poller = select.poll()
+        poller.register(self._wake_out, select.POLLIN)
+        if poller.poll(seconds * 1000):
+            self._drain_wake()
+
+    def _seconds_until(self, tick_at: float) -> float:
+        moments = [tick_at, *self._exchanges.deadlines()]
+        if self._accept_after is not None:
+            moments.append(self._accept_after)
+        return max(0.0, min(moments) - time.monotonic())
+
+    def _select(self, timeout: float) -> None:
+        if self._accept_after is not None and time.monotonic() >= self._accept_after:
+            self._accept_after = None
+            if self._listener is not None:
+                self._selector.register(self._listener, selectors.EVENT_READ)
+        for key, events in self._selector.select(timeout):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fd == self._wake_out:
+                self._drain_wake()
+            elif key.fd in self._connections:  # an earlier event of this round may have closed it
+                self._serve(self._connections[key.fd], events)
+
+    def _drain_wake(self) -> None:
+        self._woken = True
+        try:
+            os.read(self._wake_out, 4096)
+        except BlockingIOError:
+            pass
+
+    # ... connections come, send, and go
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            for _ in range(64):  # then it is the others' turn
+                if not self._listener.accept():
+                    return
+        except OSError as err:
+            if err.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                return
+            # Out of files: a backlog that cannot be taken would wake us for ever. Look again later.
+            self._accept_after = time.monotonic() + TICK
+            self._selector.unregister(self._listener)
+
+    def _adopt(self, sock: socket.socket) -> None:
+        if len(self._connections) >= _most_connections():
+            self._close_idlest()
+        connection = self._connections[sock.fileno()] = Connection(sock, jsonrpc.MAX_LINE)
+        self._selector.register(sock, selectors.EVENT_READ)
+        self._serve(connection, selectors.EVENT_READ)  # its request is usually there already
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            connection.flush()
+        if events & selectors.EVENT_READ and not connection.queued:
+            connection.read()
+            connection.queued = True
+            self._queue.append(connection)
+        else:
+            self._settle(connection)
+
+    def _settle(self, connection: Connection) -> None:
+        """Close a connection that is over, else watch for what it may do next."""
+        if connection.broken or (connection.at_end and connection.is_idle):
+            self._drop(connection)
+            return
+        listens = not (connection.at_end or connection.queued or connection.unsent > MAX_UNSENT)
+        self._watch(
+            connection,
+            (selectors.EVENT_READ if listens else 0) | (selectors.EVENT_WRITE if connection.unsent else 0),
+        )
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        key = self._selector.get_map().get(connection.sock)
+        if key is None:
+            if events:
+                self._selector.register(connection.sock, events)
+        elif not events:
+            self._selector.unregister(connection.sock)
+        elif key.events != events:
+            self._selector.modify(connection.sock, events)
+
+    def _drop(self, connection: Connection) -> None:
+        if self._connections.pop(connection.sock.fileno(), None) is not None:
+            connection.broken = True
+            self._watch(connection, 0)
+            connection.sock.close()
+
+    def _close_idlest(self) -> None:
+        idle = (connection for connection in self._connections.values() if connection.is_idle)
+        longest = min(idle, key=lambda connection: connection.moved_at, default=None)
+        if longest is not None:
+            self._drop(longest)
+
+    def _sweep(self) -> None:
+        """Drop who stopped reading, and who hung up without a word while a request of theirs waits."""
+        for connection in list(self._connections.values()):
+            stalled = connection.unsent and time.monotonic() - connection.moved_at > MAX_STALL
+            if stalled or (connection.at_end and connection.hung_up()):
+                self._drop(connection)
+
+    def _answer_some(self) -> None:
+        """One line of each connection in turn, for at most a slice of processor time."""
+        until = time.thread_time() + SLICE
+        while self._queue and time.thread_time() < until:
+            connection = self._queue.popleft()
+            connection.queued = False
+            if not connection.broken and connection.unsent <= MAX_UNSENT and (line := connection.take_line()) is not None:
+                self._exchanges.ask(connection, line)
+                connection.queued = True
+                self._queue.append(connection)
+            else:
+                self._settle(connection)
+
+    # The end...
+
+    def _last_round(self) -> None:
+        self._take_backlog()
+        for connection in list(self._connections.values()):
+            connection.read()
+            while not connection.broken and (line := connection.take_line()) is not None:
+                self._exchanges.ask(connection, line)
+        self._exchanges.give_up()
+        self._flush_all(time.monotonic() + LAST_WORDS)
+
+    def _take_backlog(self) -> None:
+        try:
+            while self._listener is not None and self._listener.accept():
+                pass
+        except OSError:
+            pass  # out of files: who is not in cannot be told
+
+    def _flush_all(self, until: float) -> None:
+        while late := [c for c in self._connections.values() if c.unsent and not c.broken]:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            poller = select.poll()
+            for connection in late:
+                poller.register(connection.sock, select.POLLOUT)
+            poller.poll(left * 1000)
+            for connection in late:
+                connection.flush()
+
+    def _release(self) -> None:
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        if self._listener is not None:
+            self._drop_listener()
+        self._selector.close()
+
+    def _drop_listener(self) -> None:
+        assert self._listener is not None
+        if self._accept_after is None:
+            self._selector.unregister(self._listener)
+        self._accept_after = None
+        self._listener.server_close()
+        self._listener = None
+
+
+def _most_connections() -> int:
+    """So many that the process keeps files for its training, however low its limit is (getrlimit(2))."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(8, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+
+
+# A forked child (a DataLoader worker, say) would keep the socket open after the parent's death:
+# connect succeeds, and nobody ever answers. One handler for all servers: it cannot be taken back.
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for server in list(_servers):
+        server.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork)
