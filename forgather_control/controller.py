@@ -1,0 +1,363 @@
+"""One controlled job: it owns the directory, the server, the mailbox and the ranks, and knows when a command is over.
+
+Floor 4, training side. Imports all floors below; torch only by asking whether it is loaded.
+``start``, ``step``, ``log``, ``saved`` and ``close`` run on the training thread, what answers requests
+on the server thread; what both touch is the mailbox (its own lock), the progress and a few values
+that are assigned whole.
+
+The loop, with each call of an adapter in its place::
+
+    start()                               ─▶ published: from here on commands are accepted
+    for each step:
+        forward, backward, optimizer
+        step(n, loop)                     ─▶ if commands are pending: all ranks get the same list,
+                                             each runs it against ``loop`` (flags only), applied at n
+        log(metrics)                         when the trainer logs
+        phase = "evaluating" | "saving"      while it does
+        saved(n, path)                    ─▶ when the checkpoint is on disk: saves are finished
+    close()                               ─▶ stops are finished, the rest has failed, the directory is gone
+
+What a command waits for after it is applied is its ``completes`` in the table; that rule is kept here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from . import commands, directory, jobs, jsonrpc, metrics, ranks
+from .commands import CommandRecord, Loop
+from .errors import CommandFailed, ControlError, DeadlinePassed, JobEnding, JobIdTaken
+from .exchange import PENDING, Later
+from .mailbox import Mailbox
+from .progress import Progress
+from .record import check_job_id, jobs_dir
+from .server import Server
+from .version import PROTOCOL, VERSION
+
+log = logging.getLogger("forgather_control")
+
+#: Seconds that the end of training may wait for the last replies.
+CLOSE_TIMEOUT: Final = 3.0
+#: Finished commands that ``status`` still shows.
+LAST_FEW: Final = 5
+#: Suffixes that are tried for a generated job id that is taken.
+_MAX_SUFFIX: Final = 99
+
+
+class Controller:
+    """The control side of one training run, in its rank 0.
+
+    Args:
+        job_id: chosen by the user, or ``None`` for a generated one.
+        step: where training begins.
+        max_steps: where it ends, if known.
+
+    Raises:
+        BadJobId: the id cannot be one.
+    """
+
+    def __init__(self, job_id: str | None, step: int = 0, max_steps: int | None = None) -> None:
+        self.job_id = None if job_id is None else check_job_id(job_id)
+        #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
+        self.phase = "starting"
+        self._progress = Progress(step, max_steps)
+        self._metrics: dict[str, Any] = {}
+        self._started_at = time.time()
+        self._world: ranks.World = ranks.OneProcess()
+        self._server = Server(self._answer, self._tick)
+        self._mailbox = Mailbox(self._server.wake)
+        self._directory: directory.JobDirectory | None = None
+        self._directory_lock = threading.Lock()  # guards _directory against close() during a tick
+        self._thread = threading.current_thread()
+        self._closed = False
+        self._abandoned = False
+        self._warned: str | None = None
+        # Applied commands that are not over; training thread only.
+        self._saving: dict[str, float] = {}  # since when, monotonic
+        self._ending: dict[str, float] = {}
+        self._saves: dict[str, dict[str, Any]] = {}  # what was saved for those that still wait for the end
+
+    # Start...
+
+    def start(self) -> None:
+        """Claim the id, serve, publish.
+
+        Raises:
+            StartError: why this job cannot be controlled; nothing is left behind.
+        """
+        import psutil
+
+        try:
+            self._world = ranks.of_this_job()
+            self._process = psutil.Process()
+            self._process.cpu_percent()  # the first call only sets the mark to measure from
+            self._directory = self._claim()
+            self.job_id = self._directory.job_id
+            self._server.start()
+        except BaseException:
+            self._closed = True
+            self._remove_directory()
+            self._server.close(CLOSE_TIMEOUT)
+            raise
+        _controllers.add(self)
+
+    def _claim(self) -> directory.JobDirectory:
+        for job_id in self._candidates():
+            mine = directory.JobDirectory(job_id, self._server.listen, self._world.size)
+            try:
+                mine.claim()
+                return mine
+            except JobIdTaken:
+                if self.job_id is not None:
+                    raise
+        raise JobIdTaken("every generated job id is taken")
+
+    def _candidates(self) -> Iterator[str]:
+        if self.job_id is not None:
+            yield self.job_id
+            return
+        generated = directory.generate_job_id()
+        yield generated
+        for suffix in range(2, _MAX_SUFFIX):
+            yield f"{generated[:124]}-{suffix}"
+
+    # Work, on the training thread...
+
+    def step(self, step: int, loop: Loop, epoch: float | None = None) -> None:
+        """Note that ``step`` is done, and apply what is pending. Every rank, after every step."""
+        self._progress.beat(step, epoch)
+        if self._mailbox.pending:
+            self._apply(step, loop)
+
+    def _apply(self, step: int, loop: Loop) -> None:
+        calls = self._world.share(self._mailbox.drain())
+        for call in calls:
+            commands.TABLE[call.command].run(loop)
+        for call in calls:
+            self._mailbox.applied(call.command_id, step)
+            self._follow(call)
+
+    def _follow(self, call: CommandRecord) -> None:
+        now = time.monotonic()
+        completes = commands.TABLE[call.command].completes
+        if call.command == "abort":
+            self._fail_saves(CommandFailed("an abort was applied: no checkpoint is written after it"))
+        if "ended" in completes:
+            self._ending[call.command_id] = now
+        if "saved" in completes:
+            self._saving[call.command_id] = now
+
+    def log(self, logs: Mapping[Any, Any]) -> None:
+        """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
+        self._metrics = metrics.merge(self._metrics, metrics.hold(logs))
+
+    def saved(self, step: int, path: str) -> None:
+        """Note that a checkpoint is complete on disk, whoever asked for it."""
+        now = time.monotonic()
+        for command_id, since in self._saving.items():
+            result = _save_result(step, path, now - since)
+            if command_id in self._ending:
+                self._saves[command_id] = result
+            else:
+                self._mailbox.finished(command_id, result)
+        self._saving.clear()
+        for command_id, since in self._ending.items():
+            self._saves.setdefault(command_id, _save_result(step, path, now - since))
+
+    def save_failed(self, reason: str) -> None:
+        """Note that the checkpoint that was asked for will not come."""
+        self._fail_saves(CommandFailed(reason))
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is done."""
+        return self._progress.step
+
+    def _fail_saves(self, error: ControlError) -> None:
+        for command_id in self._saving:
+            self._mailbox.failed(command_id, error)
+            self._ending.pop(command_id, None)
+        self._saving.clear()
+
+    # End...
+
+    def close(self, reason: str | None = None) -> None:
+        """End the control of this job: every command gets its last state, every waiter its answer.
+
+        On the training thread, or at the interpreter's exit. The directory goes first: who reads
+        that a stop is finished must not find the job still listed. May be called twice.
+
+        Args:
+            reason: why training did not end as it should; ``None`` if it did.
+        """
+        if self._closed or self._abandoned:
+            return
+        self._closed = True
+        _controllers.discard(self)
+        self._remove_directory()
+        self._settle(reason)
+        self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
+        self._server.close(CLOSE_TIMEOUT)
+
+    def _remove_directory(self) -> None:
+        mine = self._directory
+        if mine is None or not self._directory_lock.acquire(timeout=CLOSE_TIMEOUT):
+            return  # a tick hangs in the file system: what stays is found to be dead, and cleaned up
+        try:
+            mine.remove()
+        except ControlError as err:
+            log.warning("the job directory stays behind: %s", err)
+        finally:
+            self._directory = None
+            self._directory_lock.release()
+
+    def _settle(self, reason: str | None) -> None:
+        self._fail_saves(CommandFailed(reason or "training ended before the checkpoint was saved"))
+        for command_id in self._ending:
+            result = self._saves.get(command_id) or {"step": self._progress.step, "path": None, "seconds": None}
+            if reason is None:
+                self._mailbox.finished(command_id, result)
+            else:
+                self._mailbox.failed(command_id, CommandFailed(reason), result)
+        self._ending.clear()
+
+    def abandon(self) -> None:
+        """In a forked child: this copy controls nothing; its locks may be held by threads that do not exist here."""
+        self._abandoned = True
+        self._mailbox = Mailbox(lambda: None)
+
+    # On the server thread...
+
+    def _answer(self, request: jsonrpc.Request) -> Any:
+        method = commands.lookup(request.method)
+        params = method.bind(request.params)
+        if not method.is_command:
+            return method.run(self, **params)
+        record = self._mailbox.submit(method.name, params["command_id"])
+        return self._wait(record, params["wait"], params["timeout"])
+
+    def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def poll() -> Any:
+            now = self._mailbox.get(record.command_id)
+            if now.is_final or now.state == until:
+                return now.to_json()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlinePassed(f"{now.command} is {now.state} after {timeout:g} s; it goes on", **now.to_json())
+            return PENDING
+
+        if until == "accepted":
+            return record.to_json()
+        return Later(poll, deadline) if (answer := poll()) is PENDING else answer
+
+    def _tick(self) -> None:
+        if not self._thread.is_alive():
+            self.close("the thread that trained has ended")
+            return
+        if not self._directory_lock.acquire(blocking=False):
+            return
+        try:
+            if self._directory is not None and self._directory.restore():
+                log.warning("the job directory was damaged; it is restored")
+        except ControlError as err:
+            if str(err) != self._warned:
+                log.warning("this job cannot be found at present: %s", err)
+            self._warned = str(err)
+            if isinstance(err, JobIdTaken):
+                self._directory = None  # it is the other job's now
+        finally:
+            self._directory_lock.release()
+
+    # ... as commands.Job
+
+    def ping(self) -> dict[str, Any]:
+        """Who is there."""
+        return {"job_id": self.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
+
+    def status(self) -> dict[str, Any]:
+        """How far it is. Logged names stand in ``metrics``, where they cannot overwrite ours."""
+        return {
+            "job_id": self.job_id,
+            "status": self._word(),
+            **self._progress.report(),
+            "metrics": metrics.plain(self._metrics),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "world_size": self._world.size,
+            "started_at": self._started_at,
+            "commands": [command.to_json() for command in self._recent()],
+            "rss_bytes": self._process.memory_info().rss,
+            "cpu_percent": self._process.cpu_percent(),
+            **_device_memory(),
+        }
+
+    def _word(self) -> str:
+        if self._closed:
+            return "ended"
+        return "stopping" if self._ending and self.phase == "training" else self.phase
+
+    def _recent(self) -> list[CommandRecord]:
+        records = self._mailbox.records()
+        over = [record for record in records if record.is_final][-LAST_FEW:]
+        return [record for record in records if not record.is_final or record in over]
+
+    def get_command(self, command_id: str) -> CommandRecord:
+        """The record of one command."""
+        return self._mailbox.get(command_id)
+
+    def cancel_command(self, command_id: str) -> CommandRecord:
+        """Take one back that is not applied yet."""
+        return self._mailbox.cancel(command_id)
+
+    def list_commands(self) -> list[CommandRecord]:
+        """All records kept."""
+        return self._mailbox.records()
+
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """The jobs of the jobs directory, judged by their processes; asking them would block this thread."""
+        found = []
+        for record in jobs.scan(jobs_dir())[0]:
+            state = "live" if record.job_id == self.job_id else {"silent": "running"}.get(s := jobs.judge(record), s)
+            found.append({**{name: getattr(record, name) for name in _PUBLIC}, "state": state})
+        return found
+
+
+_PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
+
+
+def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:
+    return {"step": step, "path": path, "seconds": round(seconds, 6)}
+
+
+def _device_memory() -> dict[str, int]:
+    """Bytes on CUDA devices by this process, if torch has touched one; no synchronisation."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    devices = range(torch.cuda.device_count())
+    return {
+        "device_memory_bytes": sum(torch.cuda.memory_allocated(device) for device in devices),
+        "device_memory_reserved_bytes": sum(torch.cuda.memory_reserved(device) for device in devices),
+    }
+
+
+# As in ``server``: one handler for all, since a fork handler cannot be taken back.
+_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for controller in list(_controllers):
+        controller.abandon()
+    _controllers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

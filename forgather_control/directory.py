@@ -1,0 +1,288 @@
+"""A job's own directory: claim it, publish in it, notice that it was damaged, take it away again.
+
+Floor 3: imports errors, endpoint, jsonrpc, process, record and jobs. In the job only: on the training thread
+at the start and the end, on the server thread in between.
+
+Why a claim is atomic: ``mkdir`` makes the name exist once; whoever finds it existing judges its
+owner; and both happen under the lock of the jobs directory, up to the moment when the record is
+published. So a directory without a record, seen under the lock, is what a crash left.
+"""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from . import endpoint, jobs, jsonrpc, process, record
+from .errors import JobIdTaken, JobsDirUnusable
+from .version import PROTOCOL, VERSION
+
+#: Seconds to wait for the lock of the jobs directory; those who hold it do so for milliseconds.
+_PATIENCE: Final = 5.0
+#: What bind(2) says where a file system has no sockets.
+_NO_SOCKETS: Final = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EIO)
+
+_FileId = tuple[int, int, int]
+
+
+def generate_job_id() -> str:
+    """``job_{timestamp}_{hostname}_{pid}``, with a dash for what a job id may not hold."""
+    name = f"job_{time.strftime('%Y%m%d-%H%M%S')}_{socket.gethostname()}_{os.getpid()}"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:128]
+
+
+class JobDirectory:
+    """The directory of the job that runs in this process.
+
+    Args:
+        job_id: checked by the caller.
+        listen: makes the server listen at a path; raises OSError.
+        world_size: for the record.
+    """
+
+    def __init__(self, job_id: str, listen: Callable[[str], None], world_size: int) -> None:
+        self.job_id = job_id
+        self._root = record.jobs_dir()
+        self.path = os.path.join(self._root, job_id)
+        self._listen = listen
+        self._short: str | None = None  # the private directory of a socket that found no place in ours
+        self._files: dict[str, _FileId] = {}
+        me = process.myself()
+        self._record = record.JobRecord(
+            job_id=job_id,
+            host=me.host,
+            port=None,
+            pid=me.pid,
+            started_at=time.time(),
+            process_started_at=me.started_at,
+            boot_id=me.boot_id,
+            world_size=world_size,
+            protocol=PROTOCOL,
+            version=VERSION,
+            user=_user(),
+            machine=me.machine,
+            booted_at=me.booted_at,
+            pid_namespace=me.pid_namespace,
+        )
+
+    def claim(self) -> None:
+        """Take the job id, listen, and publish: from here on the job can be found.
+
+        Raises:
+            JobIdTaken: another job that is not proven dead has it.
+            JobsDirUnusable: the jobs directory cannot be made or written, or is not safe.
+        """
+        try:
+            _make_root(self._root)
+            with jobs.locked(self._root, _PATIENCE):
+                self._take_name()
+                try:
+                    self._publish()
+                except OSError:
+                    self._discard()
+                    raise
+        except OSError as err:
+            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
+
+    def restore(self) -> bool:
+        """Repair what was deleted or replaced; whether anything was amiss.
+
+        Raises:
+            JobIdTaken: the id belongs to another job by now.
+            JobsDirUnusable: it cannot be repaired at present.
+        """
+        if self._is_intact():
+            return False
+        try:
+            _make_root(self._root)
+            with jobs.locked(self._root, seconds=0.0):
+                if not _is_directory(self.path):
+                    os.mkdir(self.path, 0o700)
+                    self._files[""] = _file_id(self.path)
+                elif (holder := self._holder()) is not None and holder.owner != self._record.owner:
+                    raise _taken(holder)
+                self._publish()
+        except OSError as err:
+            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
+        return True
+
+    def remove(self) -> None:
+        """Take everything away that is still ours; the rest is somebody else's by now.
+
+        Raises:
+            JobsDirUnusable: it cannot be removed; what is left says by its pid that it is dead.
+        """
+        try:
+            with jobs.locked(self._root, _PATIENCE):
+                self._discard()
+        except OSError as err:
+            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
+
+    # With the lock held...
+
+    def _take_name(self) -> None:
+        try:
+            os.mkdir(self.path, 0o700)
+        except FileExistsError:
+            self._evict()
+            os.mkdir(self.path, 0o700)
+        self._files[""] = _file_id(self.path)
+
+    def _evict(self) -> None:
+        if not _is_directory(self.path):
+            raise JobsDirUnusable(f"{self.path} is no directory of this user; remove it, or choose another job id")
+        holder = self._holder()
+        if holder is not None and not jobs.is_dead(holder):
+            raise _taken(holder)
+        jobs.remove_tree(self._root, self.job_id)
+
+    def _holder(self) -> record.JobRecord | None:
+        try:
+            return record.read_record(self._root, self.job_id)
+        except ValueError as err:
+            raise JobsDirUnusable(f"{self.path} cannot be judged: {err}; remove it, or choose another job id") from err
+
+    def _publish(self) -> None:
+        os.chmod(self.path, 0o700)
+        self._place_socket()
+        _write(self.path, record.RECORD, jsonrpc.encode(self._record.to_json()))
+        for name in ("", record.RECORD, record.SOCKET):
+            self._files[name] = _file_id(os.path.join(self.path, name))
+
+    def _place_socket(self) -> None:
+        name = os.path.join(self.path, record.SOCKET)
+        _unlink_socket(name)
+        where = self._listen_here(name) or self._listen_elsewhere(name)
+        self._record = replace(self._record, socket=where)
+
+    def _listen_here(self, name: str) -> str | None:
+        if not endpoint.fits(name):
+            return None
+        try:
+            self._listen(name)
+        except OSError as err:
+            if err.errno not in _NO_SOCKETS:
+                raise
+            return None
+        return name
+
+    def _listen_elsewhere(self, name: str) -> str:
+        """Too long a path, or a file system without sockets: a short place, and a link to it."""
+        self._forget_short()
+        self._short = _short_directory()
+        where = os.path.join(self._short, "s")
+        self._listen(where)
+        os.symlink(where, name)
+        return where
+
+    def _discard(self) -> None:
+        self._forget_short()
+        if self._files.get("") == _maybe_file_id(self.path) and self._holds():
+            jobs.remove_tree(self._root, self.job_id)
+        self._files.clear()
+
+    def _holds(self) -> bool:
+        """Whether no other job has published here; an inode alone may have been used again."""
+        try:
+            holder = record.read_record(self._root, self.job_id)
+        except ValueError:
+            return False
+        return holder is None or holder.owner == self._record.owner
+
+    def _forget_short(self) -> None:
+        if self._short is not None:
+            shutil.rmtree(self._short, ignore_errors=True)
+            self._short = None
+
+    # Without the lock...
+
+    def _is_intact(self) -> bool:
+        return all(_maybe_file_id(os.path.join(self.path, name)) == known for name, known in self._files.items())
+
+
+def _taken(holder: record.JobRecord) -> JobIdTaken:
+    return JobIdTaken(
+        f"job id {holder.job_id} belongs to pid {holder.pid} on {holder.host}", pid=holder.pid, host=holder.host
+    )
+
+
+def _make_root(root: str) -> None:
+    os.makedirs(root, mode=0o700, exist_ok=True)
+    found = os.stat(root)
+    me = os.geteuid()
+    if found.st_uid not in (0, me) and me != 0:
+        raise JobsDirUnusable(f"the jobs directory {root} belongs to another user (uid {found.st_uid})")
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise JobsDirUnusable(f"anybody may rename what is in the jobs directory {root}; chmod o-w it")
+
+
+def _is_directory(path: str) -> bool:
+    """Whether there is a directory of this user, not a link to one."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in (os.geteuid(), 0)
+
+
+def _unlink_socket(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
+        raise JobsDirUnusable(f"{path} is in the way and no socket; remove it")
+    os.unlink(path)
+
+
+def _write(directory: str, name: str, data: bytes) -> None:
+    """Write a file that others see whole or not at all, and that only its owner can read."""
+    path = os.path.join(directory, f".{name}.{os.getpid()}")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(file, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(file)
+        os.replace(path, os.path.join(directory, name))
+    except OSError:
+        os.unlink(path)
+        raise
+
+
+def _short_directory() -> str:
+    """A new private (0700) directory with a short path."""
+    for place in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()):
+        if place and os.access(place, os.W_OK) and endpoint.fits(os.path.join(place, "forgather-12345678", "s")):
+            return tempfile.mkdtemp(prefix="forgather-", dir=place)
+    return tempfile.mkdtemp(prefix="forgather-", dir="/tmp")
+
+
+def _file_id(path: str) -> _FileId:
+    found = os.lstat(path)
+    # The inode of a deleted file is soon used again; a directory's time changes with what is in it.
+    return found.st_dev, found.st_ino, 0 if stat.S_ISDIR(found.st_mode) else found.st_mtime_ns
+
+
+def _maybe_file_id(path: str) -> _FileId | None:
+    try:
+        return _file_id(path)
+    except OSError:
+        return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a uid without a name, as in containers
+        return str(os.getuid())

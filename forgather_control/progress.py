@@ -1,0 +1,65 @@
+"""How far a job is and how fast it goes. Floor 0: imports nothing of ours.
+
+The training thread writes, the server thread reads; each attribute is one immutable value that is
+assigned whole, so neither needs a lock and a step costs no more than that.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+#: Seconds between two samples of the step counter, and how many are kept: the speed is that of the
+#: last minute, or of the last 60 steps where a step takes longer than a second.
+_SAMPLE_EVERY: Final = 1.0
+_SAMPLES: Final = 60
+
+
+class Progress:
+    """The step counter of one job.
+
+    Args:
+        step: where training begins; not 0 when it is resumed.
+        max_steps: where it ends, or ``None`` if nobody knows.
+    """
+
+    def __init__(self, step: int, max_steps: int | None) -> None:
+        self._max_steps = max_steps if max_steps and max_steps > 0 else None
+        self._last: tuple[int, float | None, float | None] = (step, None, None)
+        self._samples: tuple[tuple[float, int], ...] = ()
+        self._sample_at = 0.0
+
+    @property
+    def step(self) -> int:
+        """The last step that is done."""
+        return self._last[0]
+
+    def beat(self, step: int, epoch: float | None) -> None:
+        """Note that a step is done. On the training thread, every step."""
+        now = time.monotonic()
+        self._last = (step, epoch, now)
+        if now >= self._sample_at:
+            self._sample_at = now + _SAMPLE_EVERY
+            self._samples = (*self._samples[1 - _SAMPLES :], (now, step))
+
+    def report(self) -> dict[str, Any]:
+        """The figures of ``status``; ``None`` where there is nothing to tell. On the server thread."""
+        step, epoch, at = self._last
+        speed = self._speed(step, at)
+        end = self._max_steps
+        return {
+            "global_step": step,
+            "epoch": epoch,
+            "max_steps": end,
+            "progress": None if end is None else min(1.0, max(0.0, step / end)),
+            "steps_per_second": speed,
+            "eta_seconds": max(0, end - step) / speed if end is not None and speed else None,
+            "seconds_since_step": None if at is None else time.monotonic() - at,
+        }
+
+    def _speed(self, step: int, at: float | None) -> float | None:
+        samples = self._samples
+        if at is None or not samples:
+            return None
+        since, first = samples[0]
+        return (step - first) / (at - since) if at > since and step > first else None
