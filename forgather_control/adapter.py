@@ -1,0 +1,128 @@
+"""What all adapters share: a border around each hook, one controller a training run, the wishes of commands.
+
+Floor 5, training side: imports errors, record and controller. Runs on the training thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from .controller import Controller
+from .errors import ControlError
+from .record import check_job_id
+
+log = logging.getLogger("forgather_control")
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def hook(method: Hook) -> Hook:
+    """The border between training and us: whatever goes wrong in the hook is one warning.
+
+    The job is then no longer controllable, every waiting client is told so, and training goes on.
+    """
+
+    @functools.wraps(method)
+    def guarded(self: Adapter, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:  # border: see above
+            log.exception("trainer control failed and is off; training goes on")
+            self._give_up()
+            return None
+
+    return cast(Hook, guarded)
+
+
+class Wishes:
+    """The ``Loop`` that commands see: what they want of the next steps, as flags for an adapter to carry out."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
+        self.evaluate = False
+        self.abort = False
+
+    @property
+    def any(self) -> bool:
+        """Whether a command has asked for anything that is not done."""
+        return self.stop or self.save or self.abort
+
+    def request_stop(self) -> None:
+        """See ``commands.Loop``."""
+        self.stop = True
+
+    def request_save(self) -> None:
+        """See ``commands.Loop``."""
+        self.save = True
+
+    def request_evaluate(self) -> None:
+        """See ``commands.Loop``."""
+        self.evaluate = True
+
+    def request_abort(self) -> None:
+        """See ``commands.Loop``."""
+        self.abort = True
+
+
+class Adapter:
+    """Opens and closes the controller of one training run after the other.
+
+    Args:
+        job_id: by which the job is found; ``None`` makes one of time, host and pid.
+        enabled: ``False`` turns everything off.
+
+    Raises:
+        BadJobId: when it is made, not when training has begun.
+    """
+
+    def __init__(self, job_id: str | None = None, enabled: bool = True) -> None:
+        self._wanted_id = None if job_id is None else check_job_id(job_id)
+        self._enabled = enabled
+        self._controller: Controller | None = None
+        self._finalizer: Any = None
+        self._wishes = Wishes()
+
+    @property
+    def job_id(self) -> str | None:
+        """The id by which the job can be found, once it can; before that the one that was asked for."""
+        return self._wanted_id if self._controller is None else self._controller.job_id
+
+    @property
+    def aborted(self) -> bool:
+        """Whether an abort was applied in this run, so that a script can skip what it saves at its end."""
+        return self._wishes.abort
+
+    def _open(self, step: int, max_steps: int | None) -> None:
+        """Begin a run. A job that cannot be controlled says so once, and trains."""
+        self._close("training was started again")
+        self._wishes = Wishes()
+        if not self._enabled:
+            return
+        controller = Controller(self._wanted_id, step, max_steps)
+        try:
+            controller.start()
+        except ControlError as err:
+            log.warning("this job is not controllable: %s; training goes on", err)
+            return
+        self._controller = controller
+        # Also runs at the interpreter's exit: no client waits for a job that died of an exception.
+        self._finalizer = weakref.finalize(self, controller.close, "training ended by an exception")
+        log.info("this job can be controlled: forgather control status %s", controller.job_id)
+
+    def _close(self, reason: str | None = None) -> None:
+        """End the run, if one is open."""
+        controller, self._controller = self._controller, None
+        if controller is not None:
+            self._finalizer.detach()
+            controller.close(reason)
+
+    def _give_up(self) -> None:
+        try:
+            self._close("trainer control failed in the job")
+        except Exception:  # border: the last one
+            log.exception("trainer control could not be closed")

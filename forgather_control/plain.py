@@ -1,0 +1,125 @@
+"""A training loop of one's own: flags to look at, no framework.
+
+Floor 6, training side: imports adapter. Runs on the training thread.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .adapter import Adapter, hook
+
+
+class TrainingJob(Adapter):
+    """Makes a loop controllable from outside::
+
+        with TrainingJob(job_id="my_experiment", max_steps=1000) as job:
+            for step in range(1, 1001):
+                loss = train_step()
+                if step % 10 == 0:
+                    job.log(loss=loss)
+                job.step(step)
+                if job.should_save:
+                    job.saved(save(step))
+                if job.should_stop:
+                    break
+        if not job.aborted:
+            save_final_model()
+
+    No method raises into the loop, and all of them run on the thread that trains.
+
+    Args:
+        job_id: by which the job is found; ``None`` makes one of time, host and pid.
+        max_steps: the step the loop will end at, if known; for progress and time left.
+        start_step: the steps that are done already, in a loop that was resumed.
+        enabled: ``False`` turns everything off; the flags then stay ``False``.
+
+    Raises:
+        BadJobId: ``job_id`` cannot be one.
+    """
+
+    def __init__(
+        self, job_id: str | None = None, max_steps: int | None = None, *, start_step: int = 0, enabled: bool = True
+    ) -> None:
+        super().__init__(job_id, enabled)
+        self._max_steps, self._start_step = max_steps, start_step
+        self._looked = False  # whether the loop has seen should_save since it is set
+
+    def __enter__(self) -> TrainingJob:
+        self._begin()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._end(error)
+
+    @hook
+    def _begin(self) -> None:
+        self._open(self._start_step, self._max_steps)
+
+    @hook
+    def _end(self, error: BaseException | None) -> None:
+        self._close(None if error is None else f"training ended by {type(error).__name__}")
+
+    @hook
+    def step(self, step: int, epoch: float | None = None) -> None:
+        """Say that a step is done; commands are applied here. Every rank, after every optimizer step.
+
+        Args:
+            step: its number, counted from 1.
+            epoch: how many passes over the data are done, if you count them.
+        """
+        controller = self._controller
+        if controller is None:
+            return
+        if self._looked:
+            self._miss_save(controller)
+        controller.phase = "training"
+        controller.step(step, self._wishes, epoch)
+
+    @hook
+    def log(self, **metrics: Any) -> None:
+        """Show values in ``status``. Any rank, at any time; tensors cost no synchronisation here."""
+        if self._controller is not None:
+            self._controller.log(metrics)
+
+    @property
+    def should_save(self) -> bool:
+        """Whether a checkpoint is wanted now; say ``saved(path)`` when it is complete, before the next step."""
+        wanted = self._wishes.save and not self._wishes.abort
+        if wanted and self._controller is not None:
+            self._looked = True
+            self._controller.phase = "saving"
+        return wanted
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the loop should end now."""
+        return self._wishes.stop or self._wishes.abort
+
+    @hook
+    def saved(self, path: str | os.PathLike[str]) -> None:
+        """Say that a checkpoint is complete, whoever wanted it.
+
+        Args:
+            path: its file or directory; a path that does not exist fails the command that waits for it.
+        """
+        controller = self._controller
+        self._wishes.save = self._looked = False
+        if controller is None:
+            return
+        controller.phase = "training"
+        try:
+            where = os.path.abspath(os.fspath(path))
+            exists = os.path.exists(where)
+        except (TypeError, ValueError):
+            where, exists = repr(path)[:200], False
+        if exists:
+            controller.saved(controller.last_step, where)
+        else:
+            controller.save_failed(f"the loop reported a checkpoint at {where}, where there is none")
+
+    def _miss_save(self, controller: Any) -> None:
+        # Else a loop that saves without saying so would save at every step from here on.
+        self._wishes.save = self._looked = False
+        controller.save_failed("the loop saw should_save and did not call saved() before its next step")
