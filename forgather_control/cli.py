@@ -1,0 +1,255 @@
+"""The command line: arguments to one client call each, printing, exit codes. No logic.
+
+Floor 5: imports errors, commands, jobs, record, client and screen; never torch. Verbs and help come
+from the command table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from . import client, commands, jobs, jsonrpc, screen
+from .errors import (
+    AmbiguousJob,
+    ControlError,
+    DeadlinePassed,
+    JobDead,
+    JobNotAnswering,
+    NoSuchJob,
+)
+from .record import jobs_dir
+
+DONE, REFUSED, USAGE, NO_SUCH_JOB, NO_ANSWER, TOO_LATE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+#: The first class that fits gives the exit code; what fits none was refused.
+_EXIT_CODES: Final[tuple[tuple[type[ControlError], int], ...]] = (
+    (AmbiguousJob, USAGE),
+    (NoSuchJob, NO_SUCH_JOB),
+    (JobDead, NO_ANSWER),
+    (JobNotAnswering, NO_ANSWER),
+    (DeadlinePassed, TOO_LATE),
+)
+
+_EPILOG: Final = """\
+JOB is an id, a prefix that no other id has, or left out where exactly one job is live.
+exit codes: 0 done, 1 the job refused or failed it, 2 usage, 3 no such job,
+4 the job is dead or does not answer, 5 the deadline passed, 130 interrupted"""
+
+
+class _Refused(Exception):
+    """The person, or the lack of one, said no; ``args`` are the sentence and the exit code."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> int:
+    """Run one verb and return its exit code (``forgather-control VERB ...``)."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    # argparse would take the word behind a bare --wait for its value: --wait JOB.
+    args = _parser(prog).parse_args(["--wait=" if word == "--wait" else word for word in words])
+    try:
+        run: Callable[[argparse.Namespace], int] = args.run
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except _Refused as err:
+        return _complain(*err.args)
+    except ControlError as err:
+        if args.json:
+            _print_json({"error": jsonrpc.error_object(err)})
+        return _complain(str(err), next((code for kind, code in _EXIT_CODES if isinstance(err, kind)), REFUSED))
+    except KeyboardInterrupt:
+        return _complain("interrupted; a command that was accepted goes on", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read us has had enough; flushing at exit must not complain either (signal, SIGPIPE note).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def forgather(argv: Sequence[str] | None = None) -> int:
+    """``forgather control VERB ...`` is ours; any other first word is the real Forgather's, where installed."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["control"]:
+        return main(words[1:], prog="forgather control")
+    from importlib.util import find_spec
+
+    if find_spec("forgather") is None:
+        return _complain("only 'forgather control' is installed here, not Forgather itself", USAGE)
+    from importlib import import_module
+
+    return int(import_module("forgather.cli").main() or 0)
+
+
+def _complain(text: str, code: int) -> int:
+    print(screen.safe(text), file=sys.stderr)
+    return code
+
+
+# Arguments...
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Find, watch, save, stop and abort running training jobs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for method in commands.TABLE.values():
+        if method.verb is not None:
+            _add_method(verbs, method)
+    cleanup = _add(verbs, "cleanup", "Remove what dead jobs of this host left; list it and ask first.", _cleanup)
+    cleanup.add_argument("--force", action="store_true", help="do not ask")
+    rpc = _add(verbs, "rpc", "Call any method of the job and print its result.", _rpc)
+    rpc.add_argument("job", metavar="JOB")
+    rpc.add_argument("method", metavar="METHOD")
+    rpc.add_argument("params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
+    return parser
+
+
+def _add(verbs: Any, verb: str, doc: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        verb,
+        help=doc.partition("\n\n")[0].replace("%", "%%"),
+        description=doc.replace("%", "%%"),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print what the wire said, one JSON text")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_method(verbs: Any, method: commands.Method) -> None:
+    assert method.verb is not None
+    parser = _add(verbs, method.verb, method.doc, _QUERIES.get(method.name, _command))
+    parser.set_defaults(method=method.name)
+    if method.name == "list_jobs":
+        return
+    parser.add_argument("job", metavar="JOB", nargs="?", help="id, unique prefix, or nothing where one job is live")
+    if method.is_command:
+        parser.add_argument(
+            "--wait",
+            metavar="SECONDS",
+            nargs="?",
+            type=_seconds,
+            default=argparse.SUPPRESS,
+            help="return when it is over; give up waiting after =SECONDS",
+        )
+    if method.name == "abort":
+        parser.add_argument("--force", action="store_true", help="do not ask")
+
+
+def _seconds(text: str) -> Any:
+    """The value of ``--wait=SECONDS``; bare ``--wait`` waits as long as the job lives."""
+    try:
+        return commands.TIMEOUT.check(float(text)) if text else None
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 1e9") from err
+
+
+# Verbs...
+
+
+def _list(args: argparse.Namespace) -> int:
+    found, left_out = jobs.discover(jobs_dir(), client.LIST_TIMEOUT)
+    if args.json:
+        _print_json([job.to_json() for job in found])
+    elif found:
+        print(screen.job_table(found, _colour()))
+    else:
+        print(f"no jobs in {screen.safe(jobs_dir())}")
+    for name, why in left_out.items():
+        _complain(f"left out {name}: {why}", DONE)
+    return DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    status = client.get_job_status(args.job)
+    if args.json:
+        _print_json(status)
+    else:
+        _print_text(screen.status_screen(status, unicode=(sys.stdout.encoding or "").lower().startswith("utf")))
+    return DONE
+
+
+def _command(args: argparse.Namespace) -> int:
+    waits = hasattr(args, "wait")
+    record = client.find(args.job)
+    if args.method == "abort" and not args.force:
+        _confirm(f"abort {record.job_id}? What it learnt since its last checkpoint is lost.")
+    wait = {"wait": "finished", "timeout": args.wait} if waits else {}
+    with client.connect(record.job_id) as job:
+        result = job.call(args.method, **wait)
+    if args.json:
+        _print_json(result)
+    if result["state"] in ("failed", "cancelled"):
+        why = (result.get("error") or {}).get("message", "somebody took it back")
+        return _complain(f"{record.job_id}: {result['command']} {result['state']}: {why}", REFUSED)
+    if not args.json:
+        _print_text(screen.outcome(record.job_id, result))
+    return DONE
+
+
+def _cleanup(args: argparse.Namespace) -> int:
+    dead = client.dead_jobs()
+    if dead and not args.json:
+        print(screen.job_table(dead, _colour()))
+    if dead and not args.force:
+        _confirm(f"remove what {len(dead)} dead jobs left?" if len(dead) > 1 else "remove what this dead job left?")
+    removed = [job.job_id for job in dead if jobs.remove_dead(jobs_dir(), job.job_id)]
+    if args.json:
+        _print_json({"removed": removed})
+    else:
+        print(f"removed {len(removed)} of {len(dead)}" if dead else "nothing to clean up")
+    return DONE
+
+
+def _rpc(args: argparse.Namespace) -> int:
+    try:
+        params = jsonrpc.parse_json(args.params.encode("utf-8", "surrogateescape"))
+    except ControlError as err:
+        raise _Refused(f"PARAMS-JSON: {err}", USAGE) from err
+    if not isinstance(params, (dict, list)):
+        raise _Refused("PARAMS-JSON must be a JSON object or array", USAGE)
+    with client.connect(args.job) as job:
+        _print_json(job.call_raw(args.method, params))
+    return DONE
+
+
+_QUERIES: Final[dict[str, Callable[[argparse.Namespace], int]]] = {"list_jobs": _list, "status": _status}
+
+
+# Talking to a person...
+
+
+def _confirm(question: str) -> None:
+    """Ask on the terminal.
+
+    Raises:
+        _Refused: there is none, or the answer is no.
+    """
+    if not (sys.stdin is not None and sys.stdin.isatty()):
+        raise _Refused("this wants an answer and there is no terminal to ask on; use --force", USAGE)
+    sys.stderr.write(f"{screen.safe(question)} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise _Refused("nothing was done", REFUSED)
+
+
+def _colour() -> bool:
+    # https://no-color.org: any non-empty value means no.
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _print_text(text: str) -> None:
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value))
