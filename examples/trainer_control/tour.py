@@ -1,0 +1,66 @@
+"""A tour in under a minute: start a real training run, and control it from the outside.
+
+It starts ``trainer_control_demo.py`` as a job of its own and types the commands that a person would.
+Everything it makes lies in a temporary directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+JOB = "tour"
+
+
+def control(*words: str) -> str:
+    """Print a command as it is typed, run it, print what it says, and return that."""
+    print(f"\n$ forgather control {shlex.join(words)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "forgather_control", *words], capture_output=True, text=True, timeout=60)
+    print(done.stdout + done.stderr, end="", flush=True)
+    if done.returncode != 0:
+        raise SystemExit(f"that should have worked (exit code {done.returncode})")
+    return done.stdout
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Start the demo, and wait until its job can be found."""
+    demo = [sys.executable, str(HERE / "trainer_control_demo.py"), "--job-id", JOB, "--output-dir", str(folder), *options]
+    print(f"\n$ python examples/trainer_control/trainer_control_demo.py --job-id {JOB} {shlex.join(options)}&", flush=True)
+    process = subprocess.Popen(demo)
+    end = time.monotonic() + 40
+    while not (Path(os.environ["FORGATHER_JOBS_DIR"]) / JOB / "endpoint.json").exists():
+        if process.poll() is not None or time.monotonic() > end:
+            raise SystemExit("the demo did not start")
+        time.sleep(0.1)
+    return process
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="tour") as scratch:
+        os.environ["FORGATHER_JOBS_DIR"] = str(Path(scratch) / "jobs")
+        checkpoints = Path(scratch) / "checkpoints"
+        job = start(checkpoints)
+        try:
+            control("list")
+            control("save", JOB, "--wait=40")
+            control("status", JOB)
+            control("save-stop", JOB, "--wait=40")
+            job.wait(20)
+            job = start(checkpoints, "--resume")
+            control("stop", JOB, "--wait=40")
+            job.wait(20)
+            control("list")
+        finally:
+            job.kill()
+            job.wait()
+    print("\nThat was a real training run: found, watched, saved, stopped, resumed, and gone without a trace.")
+
+
+if __name__ == "__main__":
+    main()
