@@ -1,4 +1,4 @@
-"""Fixtures of every test: a jobs directory of its own, and skips that are failures where CI promises the tool."""
+"""Fixtures of every test: a jobs directory of its own; and under CI no skip, and no run without torch, passes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+CI = os.environ.get("CI") == "true"
+#: The torch-free half, on a Python without torch: there, and only there, its tests may be skipped.
+LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
+
+_torch_tests_passed = 0
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +28,20 @@ def jobs_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # noqa: ANN201
-    """Under CI nothing is missing: ``.ci/run`` installs it first, so a skip is a failure."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Under CI nothing is missing, because ``.ci/run`` installs it first: so a skip is a failure."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+    wants_torch = any("torch" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif"))
+    if CI and report.skipped and not (LIGHT and wants_torch):
         report.outcome = "failed"
         report.longrepr = f"skipped under CI: {report.longrepr}"
+    if report.when == "call" and report.passed and wants_torch:
+        global _torch_tests_passed
+        _torch_tests_passed += 1
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Under CI a full run in which no torch test ran has not tested what it says."""
+    if CI and not LIGHT and exitstatus == pytest.ExitCode.OK and not _torch_tests_passed:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

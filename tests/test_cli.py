@@ -1,0 +1,326 @@
+"""The command line as a person, a pipe and a script meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forgather_control import cli as command_line
+from forgather_control import commands, record
+from forgather_control.endpoint import MAX_PATH
+
+from .world import ROOT, SOON, Process, cli, job_process, running_loop, until
+
+RECORD = {"job_id": "x", "host": "elsewhere", "port": None, "pid": 1, "started_at": 1.0}
+
+
+def put(jobs_dir: Path, name: str, **changes) -> None:
+    """A record as another host, a hostile neighbour or a crash may have left it."""
+    (jobs_dir / name).mkdir(parents=True)
+    (jobs_dir / name / "endpoint.json").write_text(json.dumps({**RECORD, "job_id": name, **changes}))
+
+
+def test_the_quick_start_of_forgather_works_as_typed():
+    """list, status, save, stop, save-stop, abort, cleanup --force, through the console script ``forgather``."""
+    script = Path(sys.executable).parent / "forgather"
+    if not script.exists():
+        pytest.skip("the package is not installed, only on the path")
+
+    def forgather(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, "control", *words], capture_output=True, text=True, timeout=SOON)
+
+    for stop in (("stop",), ("save-stop",), ("abort", "--force")):
+        with job_process("job_one") as job:
+            assert "job_one" in forgather("list").stdout
+            assert "step" in forgather("status", "job_one").stdout
+            assert forgather("save", "job_one").stdout == "job_one: save_checkpoint accepted\n"
+            verb, *force = stop
+            assert forgather(verb, "job_one", *force).returncode == 0
+            assert job.end() == 0
+    done = forgather("cleanup", "--force")
+    assert (done.returncode, done.stdout) == (0, "nothing to clean up\n")
+
+
+def test_every_verb_is_the_same_by_module_and_by_script():
+    """``python -m`` and both scripts show the same verbs."""
+    by_module = cli("--help")
+    assert by_module.returncode == 0
+    for method in commands.TABLE.values():
+        if method.verb:
+            assert method.verb in by_module.stdout and method.summary.split()[0] in by_module.stdout
+    script = Path(sys.executable).parent / "forgather-control"
+    if script.exists():
+        by_script = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=SOON)
+        assert by_script.stdout == by_module.stdout
+
+
+def test_another_first_word_is_forgathers(capsys, monkeypatch, tmp_path):
+    """``forgather train`` goes to the real Forgather if it is there, and is a usage error if not."""
+    assert command_line.forgather(["train"]) == 2
+    assert "Forgather itself" in capsys.readouterr().err
+    (tmp_path / "forgather").mkdir()
+    (tmp_path / "forgather" / "__init__.py").touch()
+    (tmp_path / "forgather" / "cli.py").write_text("def main():\n    print('the real one')\n    return 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command_line.forgather(["train"]) == 7
+    assert capsys.readouterr().out == "the real one\n"
+    for name in ("forgather", "forgather.cli"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_waiting_verbs_say_what_happened_and_where():
+    """save --wait names the path, stop --wait the step it ended at."""
+    with running_loop() as run:
+        saved = cli("save", "--wait", "job")
+        assert saved.returncode == 0, saved.stderr
+        assert saved.stdout.startswith("job: saved at step ") and saved.stdout.strip().endswith(run.saves[0])
+        stopped = cli("stop", "job", "--wait=20")
+        assert stopped.returncode == 0 and stopped.stdout.startswith("job: ended at step ")
+
+
+def test_json_prints_one_text_of_what_the_wire_said():
+    """Every verb with --json prints one JSON text on stdout."""
+    with running_loop():
+        assert json.loads(cli("status", "--json").stdout)["job_id"] == "job"
+        (listed,) = json.loads(cli("list", "--json").stdout)
+        assert (listed["job_id"], listed["state"]) == ("job", "live") and listed["global_step"] >= 0
+        assert json.loads(cli("save", "--json", "--wait=20").stdout)["state"] == "finished"
+        assert json.loads(cli("rpc", "job", "ping", "--json").stdout)["protocol"] == 1
+        refused = cli("rpc", "job", "nosuch", "--json")
+        assert refused.returncode == 1 and json.loads(refused.stdout)["error"]["code"] == -32601
+        assert json.loads(cli("abort", "--force", "--json").stdout)["command"] == "abort"
+    assert json.loads(cli("cleanup", "--json", "--force").stdout) == {"removed": []}
+    missing = cli("status", "nobody", "--json")
+    assert missing.returncode == 3 and json.loads(missing.stdout)["error"]["code"] == -32021
+
+
+@pytest.mark.parametrize(
+    "words, code",
+    [
+        (("status", "nobody"), 3),
+        (("status",), 3),
+        (("save", "nobody", "--wait"), 3),
+        (("nonsense",), 2),
+        ((), 2),
+        (("save", "--wait=soon"), 2),
+        (("save", "--wait=-1"), 2),
+        (("save", "--wait=nan"), 2),
+        (("rpc", "x"), 2),
+        (("list", "extra"), 2),
+        (("status", "--wait"), 2),
+    ],
+)
+def test_exit_codes_without_any_job(words, code):
+    """Usage is 2, no such job is 3; the sentence goes to stderr, nothing to stdout, no traceback."""
+    done = cli(*words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr and "Traceback" not in done.stderr
+
+
+def test_exit_codes_with_jobs_that_resist(jobs_dir):
+    """Refused is 1, ambiguous 2, dead and silent 4, too late 5."""
+    with job_process("slow-one", step_seconds=SOON) as slow, job_process("slow-two", step_seconds=SOON):
+        assert cli("status").returncode == cli("status", "slow").returncode == 2
+        assert cli("save", "slow-one", "--wait=0.2").returncode == 5
+        assert cli("rpc", "slow-one", "cancel_command", '{"command_id":"none"}').returncode == 1
+        assert cli("rpc", "slow-one", "ping", "[1]").returncode == 1
+        assert cli("rpc", "slow-one", "ping", "{").returncode == cli("rpc", "slow-one", "ping", "7").returncode == 2
+        slow.kill()
+        assert cli("status", "slow-one").returncode == 4
+    put(jobs_dir, "far")
+    assert cli("status", "far").returncode == 4
+
+
+def test_a_command_that_fails_is_exit_code_one():
+    """A job whose loop never saves: the sentence says so, on stderr."""
+    source = """
+    from forgather_control import TrainingJob
+    with TrainingJob("deaf") as job:
+        print("ready", flush=True)
+        step = 0
+        while not job.should_stop:
+            step += 1
+            job.step(step)
+            job.should_save
+    """
+    with Process(source) as process:
+        process.line()
+        done = cli("save", "deaf", "--wait=20")
+        assert done.returncode == 1 and done.stdout == "" and "did not call saved()" in done.stderr
+        assert cli("stop", "deaf", "--wait=20").returncode == 0
+
+
+@pytest.mark.parametrize("verb", [("abort", "job"), ("cleanup",)])
+def test_without_a_terminal_nothing_dangerous_happens_unforced(verb, jobs_dir):
+    """abort and cleanup refuse when there is nobody to ask, whatever stands on stdin."""
+    with job_process("dead") as dead, running_loop():
+        dead.kill()
+        for stdin in (None, "y\n"):
+            done = cli(*verb, stdin=stdin)
+            assert done.returncode == 2 and "--force" in done.stderr
+        assert (jobs_dir / "dead").exists() and cli("status", "job").returncode == 0
+
+
+def on_terminal(words: list[str], answer: str) -> tuple[int, str]:
+    """Run the command line on a real pseudo-terminal, and type one answer at its prompt."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", "forgather_control", *words])
+    shown = b""
+    try:
+        while b"[y/N] " not in shown:
+            shown += os.read(terminal, 4096)
+        if answer == "^C":
+            os.write(terminal, b"\x03")
+        else:
+            os.write(terminal, answer.encode())
+        while True:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # a terminal whose last process has gone (pty(7))
+                break
+            if not data:
+                break
+            shown += data
+    finally:
+        _, status = os.waitpid(pid, 0)
+        os.close(terminal)
+    return os.waitstatus_to_exitcode(status), shown.decode()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("answer, code", [("n\n", 1), ("\n", 1), ("\x04", 1), ("^C", 130), ("yes\n", 0)])
+def test_on_a_terminal_it_asks_first(answer, code):
+    """Only yes means yes; no, nothing, end of file and Ctrl-C leave the job alone."""
+    with running_loop() as run:
+        got, shown = on_terminal(["abort", "job"], answer)
+        assert got == code, shown
+        assert "lost" in shown and "Traceback" not in shown
+        if code == 0:
+            run.thread.join(SOON)
+            assert run.job.aborted
+        else:
+            assert not run.job.aborted and cli("status", "job").returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_cleanup_shows_what_it_would_remove_and_asks(jobs_dir):
+    """The dead one is listed and removed on yes; live, foreign and unreadable ones stay."""
+    put(jobs_dir, "far")
+    put(jobs_dir, "broken", pid=-5)
+    with running_loop("alive"), job_process("victim") as victim:
+        victim.kill()
+        code, shown = on_terminal(["cleanup"], "y\n")
+        assert code == 0 and "victim" in shown and "alive" not in shown
+        assert sorted(path.name for path in jobs_dir.iterdir()) == [".lock", "alive", "broken", "far"]
+
+
+def test_the_list_says_every_state_in_words(jobs_dir):
+    """live, silent, dead and foreign; broken records are named on stderr and do not end the list."""
+    put(jobs_dir, "far")
+    put(jobs_dir, "broken", started_at=None)
+    with running_loop("alive"), job_process("gone") as gone, job_process("frozen") as frozen:
+        gone.kill()
+        os.kill(frozen.pid, signal.SIGSTOP)
+        done = cli("list")
+        until(lambda: "silent" in cli("list").stdout)
+        done = cli("list")
+        os.kill(frozen.pid, signal.SIGCONT)
+    assert done.returncode == 0
+    states = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()[1:]}
+    assert states == {"far": "foreign", "alive": "live", "gone": "dead", "frozen": "silent"}
+    assert "broken" in done.stderr and "started_at" in done.stderr
+    assert "\x1b" not in done.stdout, "no colours into a pipe"
+
+
+@pytest.mark.parametrize("settings, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_are_for_terminals_that_want_them(settings, coloured, monkeypatch):
+    """NO_COLOR and dumb terminals get none (https://no-color.org)."""
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert command_line._colour() is coloured
+
+
+def test_hostile_names_reach_no_terminal_raw(jobs_dir):
+    """A host name and a metric name with escapes are shown as text."""
+    put(jobs_dir, "far", host="\x1b[2Jevil\u202e")
+    done = cli("list")
+    assert "\x1b" not in done.stdout and "\\x1b[2Jevil\\u202e" in done.stdout
+    with running_loop() as run:
+        run.job.log(**{"\x1b]0;title\x07": 1.0})
+        assert "\x1b" not in cli("status", "job").stdout
+
+
+def test_an_ascii_terminal_gets_an_ascii_bar():
+    """Where the encoding has no blocks, the bar is made of #, and nothing fails."""
+    with running_loop(max_steps=50, step_seconds=0.2):
+        done = cli("status", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
+        assert done.returncode == 0 and "[" in done.stdout and done.stdout.isascii()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    """``forgather control rpc JOB rpc.discover | head -c 1`` ends quietly."""
+    with running_loop():
+        done = subprocess.run(
+            f"set -o pipefail; {sys.executable} -m forgather_control rpc job rpc.discover | head -c 1",
+            shell=True,
+            executable="/bin/bash",
+            capture_output=True,
+            text=True,
+            timeout=SOON,
+        )
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_interrupted_while_waiting_it_says_that_the_command_goes_on():
+    """Ctrl-C during --wait is exit code 130 and one sentence, not a traceback."""
+    with job_process("slow", step_seconds=SOON):
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "forgather_control", "save", "slow", "--wait"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: json.loads(cli("rpc", "slow", "list_commands").stdout))
+        waiting.send_signal(signal.SIGINT)
+        out, err = waiting.communicate(timeout=SOON)
+        assert (waiting.returncode, out) == (130, "") and err == "interrupted; a command that was accepted goes on\n"
+
+
+def test_a_jobs_directory_too_deep_for_sockets_still_works(monkeypatch, jobs_dir):
+    """The socket lies elsewhere, and every verb finds it."""
+    deep = jobs_dir / ("d" * 60) / ("e" * 60)
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(deep))
+    with running_loop():
+        assert len(str(deep / "job" / "control.sock")) > MAX_PATH
+        assert (deep / "job" / "control.sock").is_symlink()
+        assert cli("status", "job").returncode == 0
+
+
+def test_the_jobs_directory_is_chosen_by_the_environment(monkeypatch, tmp_path):
+    """$FORGATHER_JOBS_DIR, else $XDG_CONFIG_HOME, else ~/.config."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert record.jobs_dir() == os.environ["FORGATHER_JOBS_DIR"]
+    monkeypatch.delenv("FORGATHER_JOBS_DIR")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert record.jobs_dir() == str(tmp_path / "xdg" / "forgather" / "jobs")
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    assert record.jobs_dir() == str(tmp_path / ".config" / "forgather" / "jobs")
+
+
+def test_an_unreadable_jobs_directory_is_one_sentence(monkeypatch, tmp_path):
+    """A file in its place: no jobs; what cannot be read: an error, no traceback."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(tmp_path / "file"))
+    done = cli("list")
+    assert done.returncode == 0 and "no jobs" in done.stdout
