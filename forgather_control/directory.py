@@ -56,7 +56,7 @@ class JobDirectory:
         self.path = os.path.join(self._root, job_id)
         self._listen = listen
         self._short: str | None = None  # the private directory of a socket that found no place in ours
-        self._files: dict[str, _FileId] = {}
+        self._files: dict[str, _FileId] = {}  # what we made, by path
         me = process.myself()
         self._record = record.JobRecord(
             job_id=job_id,
@@ -108,7 +108,7 @@ class JobDirectory:
             with jobs.locked(self._root, seconds=0.0):
                 if not _is_directory(self.path):
                     os.mkdir(self.path, 0o700)
-                    self._files[""] = _file_id(self.path)
+                    self._files[self.path] = _file_id(self.path)
                 elif (holder := self._holder()) is not None and holder.owner != self._record.owner:
                     raise _taken(holder)
                 self._publish()
@@ -136,7 +136,7 @@ class JobDirectory:
         except FileExistsError:
             self._evict()
             os.mkdir(self.path, 0o700)
-        self._files[""] = _file_id(self.path)
+        self._files[self.path] = _file_id(self.path)
 
     def _evict(self) -> None:
         if not _is_directory(self.path):
@@ -154,16 +154,16 @@ class JobDirectory:
 
     def _publish(self) -> None:
         os.chmod(self.path, 0o700)
-        self._place_socket()
-        _write(self.path, record.RECORD, jsonrpc.encode(self._record.to_json()))
-        for name in ("", record.RECORD, record.SOCKET):
-            self._files[name] = _file_id(os.path.join(self.path, name))
-
-    def _place_socket(self) -> None:
         name = os.path.join(self.path, record.SOCKET)
-        _unlink_socket(name)
-        where = self._listen_here(name) or self._listen_elsewhere(name)
+        where = self._place_socket(name)
         self._record = replace(self._record, socket=where)
+        _write(self.path, record.RECORD, jsonrpc.encode(self._record.to_json()))
+        made = (self.path, os.path.join(self.path, record.RECORD), name, where)
+        self._files = {path: _file_id(path) for path in made}
+
+    def _place_socket(self, name: str) -> str:
+        _unlink_socket(name)
+        return self._listen_here(name) or self._listen_elsewhere(name)
 
     def _listen_here(self, name: str) -> str | None:
         if not endpoint.fits(name):
@@ -187,7 +187,7 @@ class JobDirectory:
 
     def _discard(self) -> None:
         self._forget_short()
-        if self._files.get("") == _maybe_file_id(self.path) and self._holds():
+        if self._files.get(self.path) == _maybe_file_id(self.path) and self._holds():
             jobs.remove_tree(self._root, self.job_id)
         self._files.clear()
 
@@ -207,7 +207,7 @@ class JobDirectory:
     # Without the lock...
 
     def _is_intact(self) -> bool:
-        return all(_maybe_file_id(os.path.join(self.path, name)) == known for name, known in self._files.items())
+        return all(_maybe_file_id(path) == known for path, known in self._files.items())
 
 
 def _taken(holder: record.JobRecord) -> JobIdTaken:

@@ -68,8 +68,15 @@ class _Exchange:
         self._open -= 1
         if self._open == 0:
             self.connection.open -= 1
-            given = (answer for answer in self._answers if answer is not None)
-            self.connection.send(jsonrpc.replies(given, self._is_batch))
+            self.connection.send(self._reply([answer for answer in self._answers if answer is not None]))
+
+    def _reply(self, given: list[dict[str, Any]]) -> bytes:
+        try:
+            return jsonrpc.replies(given, self._is_batch)
+        except Exception:  # border: an answer that is no JSON must not cost the others theirs
+            log.exception("an answer could not be written as JSON")
+            error = InternalError("internal error; the job's log says more")
+            return jsonrpc.replies((jsonrpc.failure(answer["id"], error) for answer in given), self._is_batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Which process, on which host, since when: what tells a live owner from a dead or a foreign one.
 
-Floor 1: imports nothing of ours; psutil only when the operating system is asked about a process.
+Floor 0: imports nothing of ours; psutil only when the operating system is asked about a process.
 Runs on any thread.
 
 A pid alone says little: it is reused, it means another process on another host that shares the

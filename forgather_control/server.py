@@ -113,7 +113,7 @@ class Server:
         self._connections: dict[int, Connection] = {}
         self._queue: deque[Connection] = deque()  # those with something to take, each once
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._closed_from_tick = False
         self._woken = False
         self._wake_out, self._wake_in = os.pipe()
         os.set_blocking(self._wake_in, False)
@@ -139,8 +139,9 @@ class Server:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._thread = threading.Thread(target=self._run, name="forgather-control", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="forgather-control", daemon=True)
+        thread.start()
+        self._thread = thread  # only a thread that runs can be joined
 
     def wake(self) -> None:
         """Have the waiting requests asked again soon. Never blocks; callable from any thread."""
@@ -161,10 +162,12 @@ class Server:
         self._closing = True
         if self._thread is None:
             self._release()
+        elif self._thread is threading.current_thread():
+            self._closed_from_tick = True  # then the thread ends with it
+            return
         else:
             self.wake()
-            if self._thread is not threading.current_thread():
-                self._thread.join(timeout)
+            self._thread.join(timeout)
             if self._thread.is_alive():
                 return  # its descriptors are its own until it ends
         self._close_pipe()
@@ -208,6 +211,8 @@ class Server:
         except Exception:  # border: as above
             log.exception("the control server stumbled while it closed")
         self._release()
+        if self._closed_from_tick:
+            self._close_pipe()
 
     def _round(self, tick_at: float, budget: Budget) -> None:
         nap = budget.nap()
@@ -277,12 +282,13 @@ class Server:
     def _serve(self, connection: Connection, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             connection.flush()
-        if events & selectors.EVENT_READ and not connection.queued:
-            connection.read()
-            connection.queued = True
-            self._queue.append(connection)
-        else:
+        if connection.queued:
             self._settle(connection)
+            return
+        if events & selectors.EVENT_READ:
+            connection.read()
+        connection.queued = True  # after a flush, too: lines that came in earlier may have waited for room
+        self._queue.append(connection)
 
     def _settle(self, connection: Connection) -> None:
         """Close a connection that is over, else watch for what it may do next."""
@@ -312,8 +318,9 @@ class Server:
             connection.sock.close()
 
     def _close_idlest(self) -> None:
-        idle = (connection for connection in self._connections.values() if connection.is_idle)
-        longest = min(idle, key=lambda connection: connection.moved_at, default=None)
+        """Who is silent longest; only then who waits for a reply or reads one. Half a line is no claim to a place."""
+        everybody = self._connections.values()
+        longest = min(everybody, key=lambda c: (c.open > 0 or c.unsent > 0, c.moved_at), default=None)
         if longest is not None:
             self._drop(longest)
 
@@ -330,7 +337,8 @@ class Server:
         while self._queue and time.thread_time() < until:
             connection = self._queue.popleft()
             connection.queued = False
-            if not connection.broken and connection.unsent <= MAX_UNSENT and (line := connection.take_line()) is not None:
+            has_room = not connection.broken and connection.unsent <= MAX_UNSENT
+            if has_room and (line := connection.take_line()) is not None:
                 self._exchanges.ask(connection, line)
                 connection.queued = True
                 self._queue.append(connection)

@@ -119,7 +119,9 @@ class Wire:
 
 
 @contextmanager
-def running_loop(job_id: str = "job", *, step_seconds: float = 5 * MS, max_steps: int = 10**9, **options: Any) -> Iterator[Any]:
+def running_loop(
+    job_id: str = "job", *, step_seconds: float = 5 * MS, max_steps: int = 10**9, **options: Any
+) -> Iterator[Any]:
     """A real ``TrainingJob`` whose loop runs in a thread of this process, saving to real files; ended on exit.
 
     Yields an object with ``job``, ``steps`` (those done), ``saves`` (paths) and ``thread``.
@@ -165,7 +167,9 @@ def running_loop(job_id: str = "job", *, step_seconds: float = 5 * MS, max_steps
 
 
 @contextmanager
-def serving(path: str | os.PathLike[str], answer: Callable[[Any], Any], tick: Callable[[], None] = lambda: None) -> Iterator[Any]:
+def serving(
+    path: str | os.PathLike[str], answer: Callable[[Any], Any], tick: Callable[[], None] = lambda: None
+) -> Iterator[Any]:
     """A real ``Server`` at ``path``, closed on exit."""
     from forgather_control.server import Server
 

@@ -1,0 +1,167 @@
+"""Which process, since when: real children, real namespaces, and clocks that jump."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import psutil
+import pytest
+
+from forgather_control import process
+from forgather_control.process import Identity, judge, myself
+
+from .world import ROOT, SOON, Process, needs, needs_root, until
+
+#: Prints who it is, and lives until its standard input ends.
+WHO = """
+import json, sys
+from dataclasses import asdict
+from forgather_control.process import myself
+print(json.dumps(asdict(myself())), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def child():
+    """A process and its identity as it gave it itself."""
+    with Process(WHO) as other:
+        yield other, Identity(**json.loads(other.line()))
+
+
+def _in_namespace(*options, code=""):
+    """Who a process is that runs in namespaces of its own."""
+    done = subprocess.run(
+        ["unshare", *options, sys.executable, "-c", code + WHO],
+        capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=SOON, check=True,
+    )  # fmt: skip
+    return Identity(**json.loads(done.stdout))
+
+
+def test_myself_is_this_process():
+    """An identity names pid, host and start as the system knows them."""
+    me = myself()
+    assert (me.pid, me.host, me.started_at) == (os.getpid(), socket.gethostname(), psutil.Process().create_time())
+    assert me.booted_at == psutil.boot_time() and judge(me) == "running"
+
+
+def test_the_machine_id_stays_at_home():
+    """What names the machine is a digest, as machine-id(5) asks."""
+    try:
+        with open("/etc/machine-id", encoding="ascii") as file:
+            secret = file.readline().strip()
+    except OSError:
+        pytest.skip("no /etc/machine-id")
+    assert secret and secret not in repr(myself()) and len(myself().machine) == 16
+
+
+def test_a_child_is_judged_by_what_it_said_of_itself(child):
+    """A process that lives is running; killed and not yet reaped (a zombie) or reaped, it is gone."""
+    other, identity = child
+    assert judge(identity) == "running"
+    os.kill(other.pid, signal.SIGKILL)
+    until(lambda: psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE)
+    assert judge(identity) == "gone"
+    other.popen.wait(SOON)
+    assert judge(identity) == "gone"
+
+
+def test_a_stopped_process_runs(child):
+    """SIGSTOP makes a process silent, not gone."""
+    other, identity = child
+    os.kill(other.pid, signal.SIGSTOP)
+    until(lambda: psutil.Process(other.pid).status() == psutil.STATUS_STOPPED)
+    assert judge(identity) == "running"
+
+
+@pytest.mark.parametrize("shift", [-1e9, -3600, -5, 5, 3600, 1e9, 1e308])
+def test_a_reused_pid_is_gone(child, shift):
+    """A live process of the same pid that started at another time is another process."""
+    _, identity = child
+    assert judge(replace(identity, started_at=identity.started_at + shift)) == "gone"
+    assert judge(replace(identity, started_at=identity.started_at + shift, booted_at=None)) == "gone"
+    assert judge(replace(identity, booted_at=identity.booted_at + shift)) == "gone"
+
+
+@pytest.mark.parametrize("jump", [-3e8, -3600, 3600, 3e8])
+def test_a_clock_that_jumped_moves_nobody(child, jump):
+    """A wall clock set anew moves boot and start alike; the process is the same."""
+    _, identity = child
+    moved = replace(identity, started_at=identity.started_at + jump, booted_at=identity.booted_at + jump)
+    assert judge(moved) == "running"
+
+
+@pytest.mark.parametrize("off", [-1.0, 1.0])
+def test_a_boot_time_is_rounded(child, off):
+    """A second more or less is a rounded boot time, not another process."""
+    _, identity = child
+    assert judge(replace(identity, booted_at=identity.booted_at + off)) == "running"
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "running"),
+        ({"started_at": None}, "running"),
+        ({"booted_at": None}, "running"),
+        ({"boot_id": None, "machine": None, "pid_namespace": None}, "running"),
+        ({"boot_id": "another"}, "gone"),
+        ({"host": "another.example.org"}, "elsewhere"),
+        ({"machine": "another"}, "elsewhere"),
+        ({"pid_namespace": 1}, "elsewhere"),
+        # Another host's boot, and its pids, prove nothing here ...
+        ({"host": "another.example.org", "boot_id": "another", "started_at": 1.0}, "elsewhere"),
+        ({"machine": "another", "boot_id": "another", "started_at": 1.0}, "elsewhere"),
+        ({"pid_namespace": 1, "started_at": 1.0}, "elsewhere"),
+        # ... but no container outlives the boot of its machine.
+        ({"pid_namespace": 1, "boot_id": "another"}, "gone"),
+        # Two containers of one image share a machine id; two hosts that were cloned, too.
+        ({"host": "another.example.org", "machine": None}, "elsewhere"),
+        ({"pid": 2**31 - 1}, "gone"),
+    ],
+)
+def test_what_is_judged_by_what(monkeypatch, changes, verdict):
+    """Host and machine come first, then the boot, the namespace, the pid and its start."""
+    monkeypatch.setattr(process, "_machine", lambda: "this machine")
+    monkeypatch.setattr(process, "_boot_id", lambda: "this boot")
+    monkeypatch.setattr(process, "_pid_namespace", lambda: 4026531836)
+    assert judge(replace(myself(), **changes)) == verdict
+
+
+@pytest.mark.parametrize("unknown", ["_machine", "_boot_id", "_pid_namespace"])
+def test_what_this_system_does_not_tell_is_not_held_against_anybody(monkeypatch, unknown):
+    """Where we cannot read our own boot, machine or namespace, another's differs from nothing."""
+    field = unknown.lstrip("_")
+    recorded = replace(myself(), **{field: "something"})
+    monkeypatch.setattr(process, unknown, lambda: None)
+    assert judge(recorded) == "running"
+
+
+@needs_root
+@needs("unshare")
+def test_a_real_pid_namespace_is_elsewhere():
+    """In a container, pid 1 is the job; here it is init: nobody judges it by that."""
+    inside = _in_namespace("--pid", "--fork", "--mount-proc")
+    assert (inside.pid, inside.host, inside.boot_id) == (1, socket.gethostname(), myself().boot_id)
+    assert inside.pid_namespace != myself().pid_namespace and judge(inside) == "elsewhere"
+
+
+@needs_root
+@needs("unshare")
+def test_a_real_other_host_name_is_elsewhere():
+    """A process that sees another host name is another host's."""
+    inside = _in_namespace("--uts", code="import socket; socket.sethostname('node0123')\n")
+    assert inside.host == "node0123" and judge(inside) == "elsewhere"
+    assert judge(replace(inside, host=socket.gethostname())) == "gone", "control: it did run on this machine"
+
+
+def test_an_identity_survives_json():
+    """Floats and all, what is read is what was written: no rounding makes a job look dead."""
+    me = myself()
+    assert Identity(**json.loads(json.dumps(asdict(me)))) == me
