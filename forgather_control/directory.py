@@ -10,6 +10,7 @@ published. So a directory without a record, seen under the lock, is what a crash
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import getpass
 import os
@@ -24,7 +25,8 @@ from dataclasses import replace
 from typing import Final
 
 from . import endpoint, jobs, jsonrpc, process, record
-from .errors import JobIdTaken, JobsDirUnusable
+from .clock import Deadline
+from .errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from .version import PROTOCOL, VERSION
 
 #: Seconds to wait for the lock of the jobs directory; those who hold it do so for milliseconds.
@@ -144,6 +146,8 @@ class JobDirectory:
         holder = self._holder()
         if holder is not None and not jobs.is_dead(holder):
             raise _taken(holder)
+        if holder is None and _somebody_listens(os.path.join(self.path, record.SOCKET)):
+            raise JobIdTaken(f"job id {self.job_id} belongs to a job whose record was deleted, and which will restore it")
         jobs.remove_tree(self._root, self.job_id)
 
     def _holder(self) -> record.JobRecord | None:
@@ -216,14 +220,33 @@ def _taken(holder: record.JobRecord) -> JobIdTaken:
     )
 
 
+def _somebody_listens(path: str) -> bool:
+    try:
+        endpoint.UnixEndpoint(path).connect(Deadline(0.0)).close()
+    except JobDead:
+        return False
+    except ControlError:  # its backlog is full, or it is somebody else's
+        pass
+    return True
+
+
 def _make_root(root: str) -> None:
-    os.makedirs(root, mode=0o700, exist_ok=True)
+    _make_private(root)
     found = os.stat(root)
     me = os.geteuid()
     if found.st_uid not in (0, me) and me != 0:
         raise JobsDirUnusable(f"the jobs directory {root} belongs to another user (uid {found.st_uid})")
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise JobsDirUnusable(f"anybody may rename what is in the jobs directory {root}; chmod o-w it")
+
+
+def _make_private(path: str) -> None:
+    """Make a directory and the missing ones above it, 0700 each, whatever the umask (``makedirs`` asks it)."""
+    if os.path.isdir(path):
+        return
+    _make_private(os.path.dirname(path))
+    with contextlib.suppress(FileExistsError):  # two jobs start at once; what exists is judged next
+        os.mkdir(path, 0o700)
 
 
 def _is_directory(path: str) -> bool:

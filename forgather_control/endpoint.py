@@ -56,11 +56,14 @@ class UnixEndpoint:
             except OSError as err:
                 sock.close()
                 raise self._explain(err) from err
+            except ValueError as err:  # a NUL byte, out of a file that anybody may have written
+                sock.close()
+                raise JobDead(f"{str(self)!a} cannot be an address") from err
 
     def _explain(self, err: OSError) -> FindError:
         if err.errno in (errno.EACCES, errno.EPERM):
             return FindError(f"{self} belongs to another user", endpoint=str(self))
-        return JobDead(f"nobody listens at {self} ({os.strerror(err.errno or 0)})", endpoint=str(self))
+        return JobDead(f"nobody listens at {self} ({err.strerror or err})", endpoint=str(self))
 
 
 def parse(text: str) -> UnixEndpoint:

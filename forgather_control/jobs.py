@@ -1,6 +1,6 @@
 """The jobs directory: who is there, who lives, what the dead left behind.
 
-Floor 2: imports errors, clock, jsonrpc, process and record. Runs on any thread, in the client and
+Floor 2: imports errors, clock, jsonrpc, endpoint, process and record. Runs on any thread, in the client and
 in the job. What a job does with its own directory stands in ``directory``.
 
 A directory is removed only if its name and its record agree, the record's process is proven to be
@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
-from . import jsonrpc, process
+from . import endpoint, jsonrpc, process
 from .clock import Deadline
 from .errors import ControlError, JobsDirUnusable
 from .record import JobRecord, check_job_id, is_job_id, read_record
 
 #: Sockets that are asked at once; each takes a file descriptor.
-_AT_ONCE: Final = 256
+_AT_ONCE: Final = 200
+#: Seconds in which a job's full backlog has to move on before it counts as silent.
+_CONNECT: Final = 0.2
 
 #: ``live``: the job answered. ``silent``: its process lives, its socket does not answer. ``dead``:
 #: its process is gone. ``foreign``: on another host, unknown.
@@ -137,13 +139,14 @@ def _ask_some(records: list[JobRecord], method: str, deadline: Deadline) -> dict
 def _send(record: JobRecord, method: str) -> socket.socket | None:
     if record.socket is None:
         return None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.setblocking(False)
+    sock = None
     try:
-        sock.connect(record.socket)
+        sock = endpoint.UnixEndpoint(record.socket).connect(Deadline(_CONNECT))
+        sock.setblocking(False)
         sock.send(jsonrpc.request(method, {}, 1))
-    except (OSError, ValueError):  # ValueError: a path with a NUL byte
-        sock.close()
+    except (ControlError, OSError):
+        if sock is not None:
+            sock.close()
         return None
     return sock
 
@@ -189,6 +192,9 @@ def locked(root: str, seconds: float) -> Iterator[bool]:
     except OSError as err:
         raise JobsDirUnusable(f"the jobs directory {root} cannot be written ({err.strerror})") from err
     try:
+        if os.geteuid() == 0:  # made under sudo in a user's directory, it must not lock the user out
+            owner = os.stat(root)
+            os.fchown(file, owner.st_uid, owner.st_gid)
         yield _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, Deadline(seconds), root)
     finally:
         os.close(file)

@@ -546,3 +546,24 @@ def test_what_cannot_be_a_directory_is_refused(jobs_dir, make, monkeypatch, kind
     if kind == "below a file":
         monkeypatch.setenv("FORGATHER_JOBS_DIR", str(jobs_dir / "deeper"))
     refused(jobs_dir, make(), str(jobs_dir))
+
+
+def test_a_job_whose_record_was_deleted_keeps_its_name(jobs_dir):
+    """Between the deletion and the repair somebody still listens: the name is not free."""
+    with running_loop("job"):
+        (jobs_dir / "job" / "endpoint.json").unlink()
+        with pytest.raises(JobIdTaken, match="record was deleted"):
+            directory.JobDirectory("job", lambda path: None, 1).claim()
+
+
+def test_the_folders_above_are_private_too(monkeypatch, jobs_dir):
+    """Under umask 0 nothing that we make can be written by others."""
+    deep = jobs_dir / "config" / "forgather" / "jobs"
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(deep))
+    old = os.umask(0)
+    try:
+        with running_loop("job"):
+            for folder in (deep, deep.parent, deep.parent.parent):
+                assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    finally:
+        os.umask(old)
