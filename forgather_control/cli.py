@@ -1,7 +1,7 @@
 """The command line: arguments to one client call each, printing, exit codes. No logic.
 
-Floor 5: imports errors, commands, jobs, record, client and screen; never torch. Verbs and help come
-from the command table.
+Floor 5: imports errors, commands, jobs, jsonrpc, record, client and screen; never torch. Verbs and
+help come from the command table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Time that runs out: a deadline for a wait of several steps, a budget for a thread. Floor 0: imports nothing of ours."""
+"""Time that runs out: a deadline for a wait of several steps, a budget for a thread.
+
+Floor 0: imports nothing of ours.
+"""
 
 from __future__ import annotations
 

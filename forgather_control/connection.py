@@ -1,6 +1,6 @@
 """One client's bytes on a non-blocking socket: whole lines out of it, replies into it, bounded both ways.
 
-Floor 1: imports nothing of ours. Runs on the server thread only. A broken socket is a state
+Floor 0: imports nothing of ours. Runs on the server thread only. A broken socket is a state
 (``broken``), not an error: whoever hung up needs no telling.
 """
 
@@ -9,6 +9,10 @@ from __future__ import annotations
 import select
 import socket
 import time
+from typing import Final
+
+#: Where a training script gave SIGPIPE back its default, writing to who hung up would end the process (send(2)).
+_NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class Connection:
@@ -47,7 +51,9 @@ class Connection:
         return not (self._received or self._unsent or self.open)
 
     def read(self) -> None:
-        """Take what has arrived, at most one line's limit of it."""
+        """Take what has arrived, at most one line's limit of it; nothing once it is at its end."""
+        if self.at_end:
+            return
         try:
             data = self.sock.recv(self._max_line)
         except BlockingIOError:
@@ -90,7 +96,7 @@ class Connection:
         if not self._unsent or self.broken:
             return
         try:
-            sent = self.sock.send(self._unsent)
+            sent = self.sock.send(self._unsent, _NO_SIGNAL)
         except BlockingIOError:
             return
         except OSError:

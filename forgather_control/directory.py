@@ -1,7 +1,7 @@
 """A job's own directory: claim it, publish in it, notice that it was damaged, take it away again.
 
-Floor 3: imports errors, endpoint, jsonrpc, process, record and jobs. In the job only: on the training thread
-at the start and the end, on the server thread in between.
+Floor 3: imports errors, clock, endpoint, jsonrpc, process, record and jobs. In the job only: on the
+training thread at the start and the end, on the server thread in between.
 
 Why a claim is atomic: ``mkdir`` makes the name exist once; whoever finds it existing judges its
 owner; and both happen under the lock of the jobs directory, up to the moment when the record is

@@ -206,5 +206,5 @@ def from_wire(code: object, message: object, data: object) -> ControlError:
     facts = dict(data) if isinstance(data, dict) else {} if data is None else {"data": data}
     known = _classes(ControlError).get(code) if isinstance(code, int) else None
     error = (known or ControlError)(str(message))
-    error.data = facts if known else {"code": code, **facts}
+    error.data = facts if known else {**facts, "code": code}
     return error

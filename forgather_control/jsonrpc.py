@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, Union
+from typing import Any, Final
 
 from .errors import ControlError, InternalError, InvalidRequest, ParseError, from_wire
 
@@ -42,7 +42,7 @@ class NoId(Enum):
     NOTIFICATION = "notification"
 
 
-Id = Union[str, int, float, None]
+Id = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _fault(value: dict[str, Json]) -> str | None:
 
 
 def _is_id(value: Json) -> bool:
-    return value is None or value is NoId.NOTIFICATION or (isinstance(value, (str, int, float)) and not isinstance(value, bool))
+    return value is None or (isinstance(value, (str, int, float, NoId)) and not isinstance(value, bool))
 
 
 def parse_json(line: bytes) -> Json:
@@ -141,8 +141,10 @@ def parse_json(line: bytes) -> Json:
         raise ParseError(f"not UTF-8 at byte {err.start}") from err
     _check_depth(text)
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as err:  # ValueError also stands for an integer of over 4,300 digits
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+        )
+    except (ValueError, RecursionError) as err:
         raise ParseError(f"not JSON: {ascii(str(err))[1:-1]}") from err
     if "\\u" in text:
         _check_surrogates(value)
@@ -177,6 +179,11 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError("a number is beyond the range of a double")
     return number
+
+
+def _whole(text: str) -> int:
+    _finite(text)  # 309 digits are no double either: others read infinity, and answer another id
+    return int(text)
 
 
 def _check_surrogates(value: Json) -> None:
@@ -256,9 +263,9 @@ def parse_reply(line: bytes) -> Reply:
         raise InternalError("the other side sent a line that is no JSON") from err
     if not isinstance(value, dict) or value.get("jsonrpc") != "2.0" or ("result" in value) == ("error" in value):
         raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
-    fault = value.get("error")
-    if fault is None:
-        return Reply(value.get("id"), value.get("result"), None)
+    if "error" not in value:
+        return Reply(value.get("id"), value["result"], None)
+    fault = value["error"]
     facts = fault if isinstance(fault, dict) else {"message": fault}
     return Reply(value.get("id"), None, from_wire(facts.get("code"), facts.get("message"), facts.get("data")))
 

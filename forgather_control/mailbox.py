@@ -1,6 +1,6 @@
 """The one object that crosses threads: commands go in on the server thread, out on the training thread.
 
-Floor 1: imports commands and errors only. Records are frozen; the dictionary that holds them and
+Floor 2: imports commands and errors only. Records are frozen; the dictionary that holds them and
 the list of the pending are guarded by one lock, ``_lock``, held for microseconds and never while
 anything is called. ``pending`` is a bare bool that the training thread reads without the lock, so
 that an idle step costs one attribute test.
@@ -33,10 +33,11 @@ from .errors import (
     TooManyCommands,
 )
 
-#: Most commands that are accepted and not yet applied. Equal ones without an id of their own share
-#: one record, so only a caller who sends many ids comes here.
+#: Most commands of one name that are not over yet: a loop that never saves keeps its saves open for
+#: ever, and they must not keep an abort out. Equal pending ones without an id of their own share one
+#: record, so only a caller who sends many ids comes here.
 MAX_PENDING: Final = 64
-#: Records kept, finished ones first to go.
+#: Records kept, finished ones first to go: four commands times ``MAX_PENDING`` always find room.
 MAX_RECORDS: Final = 256
 
 
@@ -64,7 +65,7 @@ class Mailbox:
 
         Raises:
             InvalidParams: the id belongs to another command.
-            TooManyCommands: ``MAX_PENDING`` are waiting.
+            TooManyCommands: ``MAX_PENDING`` of this name are not over yet.
             JobEnding: the mailbox is closed.
         """
         with self._lock:
@@ -72,9 +73,10 @@ class Mailbox:
             if known is not None:
                 return known
             if self._closed is not None:
-                raise self._closed
-            if len(self._pending) >= MAX_PENDING:
-                raise TooManyCommands(f"{MAX_PENDING} commands are waiting to be applied", limit=MAX_PENDING)
+                # A new one each time: one exception, raised again and again, keeps every frame it passed.
+                raise JobEnding(self._closed.message, **self._closed.data)
+            if sum(r.command == command and not r.is_final for r in self._records.values()) >= MAX_PENDING:
+                raise TooManyCommands(f"{MAX_PENDING} commands {command} are not over yet", limit=MAX_PENDING)
             record = CommandRecord(command_id or uuid.uuid4().hex, command, "accepted", time.time())
             self._records[record.command_id] = record
             self._forget()

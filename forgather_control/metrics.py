@@ -32,22 +32,41 @@ def plain(held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _light(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float)):
+    if _is_small(value):
         return value
     if isinstance(value, str):
         return value[:MAX_TEXT]
-    if hasattr(value, "detach"):  # a tensor: not its graph, and nothing larger than a number
-        return value.detach() if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
+    try:
+        return _light_object(value)
+    except Exception:  # border: an object of somebody else's; one odd value must not end the control of a job
+        return type(value).__name__
+
+
+def _light_object(value: Any) -> Any:
+    if hasattr(value, "to_local"):  # a DTensor: its number may cost a collective
+        return f"distributed tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
+    if hasattr(value, "detach"):  # a tensor: not its graph, nothing larger than a number, and not what it is a view of
+        return value.detach().clone() if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        return value
-    return repr(value)[:MAX_TEXT] if isinstance(value, (list, tuple, dict)) and len(value) <= 16 else type(value).__name__
+        return value.item() if type(value).__module__ == "numpy" else value
+    if not isinstance(value, (list, tuple, dict)) or len(value) > 16:
+        return type(value).__name__
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    if not all(map(_is_small, items)):  # their repr might read a device, or take long
+        return type(value).__name__
+    return repr(value)[:MAX_TEXT]
+
+
+def _is_small(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= MAX_TEXT)
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):
-        value = value.item()
-    if value is None or isinstance(value, (bool, float, str)):
-        return value
-    if isinstance(value, int):
-        return value if abs(value) < 1 << 63 else float(value) if abs(value) < 1 << 1000 else str(value)[:MAX_TEXT]
-    return repr(value)[:MAX_TEXT]
+    try:
+        if hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 63:
+            value = float(value)
+        return value if _is_small(value) else repr(value)[:MAX_TEXT]
+    except Exception:  # border: as above; among them an integer beyond a double
+        return type(value).__name__

@@ -6,6 +6,7 @@ could move the cursor, or pretend to be something else, is shown as an escape.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Final
 
@@ -57,7 +58,8 @@ def _row(job: Job) -> tuple[str, ...]:
 
 def status_screen(status: dict[str, Any], unicode: bool) -> str:
     """How far the job is, on a few lines."""
-    lines = [f"{safe(status['job_id'])}  {safe(status['status'])}", _progress_line(status, unicode), _speed_line(status)]
+    head = f"{safe(status['job_id'])}  {safe(status['status'])}"
+    lines = [head, _progress_line(status, unicode), _speed_line(status)]
     values = "   ".join(f"{safe(name)} {number(value)}" for name, value in (status.get("metrics") or {}).items())
     lines.append(values)
     lines += [_command_line(record) for record in status.get("commands") or []]
@@ -143,7 +145,7 @@ def number(value: Any) -> str:
 
 def duration(seconds: float | None) -> str:
     """Seconds as a person says them."""
-    if seconds is None:
+    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):  # a job may claim anything
         return "?"
     if seconds < 10:
         return f"{seconds:.1f} s"
@@ -158,9 +160,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {whole:02d}s"
 
 
-def moment(epoch: float) -> str:
+def moment(epoch: float | None) -> str:
     """A time of this host's clock and zone."""
+    if epoch is None:
+        return "?"
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch))
-    except (ValueError, OverflowError, OSError):  # a file may claim any number
+    except (TypeError, ValueError, OverflowError, OSError):  # a file may claim any number
         return "?"

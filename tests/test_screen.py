@@ -1,0 +1,279 @@
+"""What people see: nothing from a job or a file moves the cursor or pretends, and no number breaks the screen."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from forgather_control import screen
+from forgather_control.jobs import Job
+
+#: Text that a terminal would act on, or that would seem to stand elsewhere, and how it is shown.
+TRICKS = {
+    "clear": ("\x1b[2J", r"\x1b[2J"),
+    "title": ("\x1b]0;root\x07", r"\x1b]0;root\x07"),
+    "c1": ("\x9b31m", r"\x9b31m"),
+    "newline": ("a\nlive  b", r"a\nlive  b"),
+    "carriage": ("bad\rgood", r"bad\rgood"),
+    "backspace": ("abort\b\b\b\b\bsave", r"abort\x08\x08\x08\x08\x08save"),
+    "nul": ("a\0b", r"a\x00b"),
+    "tab": ("a\tb", r"a\tb"),
+    "delete": ("\x7f", r"\x7f"),
+    "override": ("\u202etroba", r"\u202etroba"),
+    "isolate": ("\u2066a\u2069", r"\u2066a\u2069"),
+    "mark": ("\u200f\u061c", r"\u200f\u061c"),
+    "nothing": ("a\u200bb\ufeff\xad", r"a\u200bb\ufeff\xad"),
+    "separators": ("\u2028\u2029\x85", r"\u2028\u2029\x85"),
+    "spaces": ("a\u3000b\xa0", r"a\u3000b\xa0"),
+    "half": ("\ud800", r"\ud800"),
+    "private": ("\ue000\U000e0041", r"\ue000\U000e0041"),
+}
+STATUS = {
+    "job_id": "job", "status": "training", "global_step": 500, "epoch": 1.25, "max_steps": 1000, "progress": 0.5,
+    "steps_per_second": 2.0, "eta_seconds": 250.0, "seconds_since_step": 0.4, "metrics": {"loss": 0.123456789, "n": 3},
+    "host": "node", "pid": 4242, "world_size": 1, "started_at": 0.0, "commands": [],
+}  # fmt: skip
+RECORD = {
+    "command_id": "i", "command": "save_checkpoint", "state": "finished", "requested_at": 1.0, "applied_at_step": 7,
+    "finished_at": 2.0, "result": {"step": 7, "path": "/c/checkpoint-7", "seconds": 1.5}, "error": None,
+}  # fmt: skip
+JOB = Job(job_id="job", host="node", port=None, pid=4242, started_at=0.0, state="live", status=STATUS)
+
+tricks = pytest.mark.parametrize(("text", "wanted"), TRICKS.values(), ids=TRICKS)
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch):
+    """One time zone, wherever the tests run."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def harmless(text, lines):
+    """Assert that the text has so many lines and nothing but what prints."""
+    assert text.count("\n") == lines - 1
+    assert text.replace("\n", "").isprintable(), ascii(text)
+    return text
+
+
+# Text...
+
+
+@tricks
+def test_safe(text, wanted):
+    """What could act or pretend is shown as an escape."""
+    assert screen.safe(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "plain", "a b", "żółw", "日本", "\U0001f600", "\\x1b", 5, None, 1.5, ["a\n"]])
+def test_safe_leaves_the_rest(text):
+    """Ordinary text of any language stays as it is."""
+    assert screen.safe(text) == str(text)
+
+
+@tricks
+def test_table_is_safe(text, wanted):
+    """No field of a record, and no step that a job claims, gets to the terminal raw."""
+    job = Job(text, text, None, 1, 0.0, "live", status={"global_step": text, "max_steps": text})
+    table = harmless(screen.job_table([job, JOB], colour=False), 3)
+    assert table.count(wanted) == 4
+
+
+@tricks
+def test_status_is_safe(text, wanted):
+    """No text of a status gets to the terminal raw: ids, names and values of metrics, errors, paths, hosts."""
+    record = {"command": text, "state": text, "error": {"code": 1, "message": text}}
+    saved = {**RECORD, "result": {"path": text}}
+    status = {
+        **STATUS,
+        "job_id": text,
+        "status": text,
+        "host": text,
+        "metrics": {text: text},
+        "commands": [record, saved],
+    }
+    shown = harmless(screen.status_screen(status, unicode=True), 7)
+    assert shown.count(wanted) == 9
+    bare = screen.status_screen({**status, "global_step": text, "max_steps": None}, unicode=False)
+    assert harmless(bare, 7).count(wanted) == 10
+
+
+@tricks
+@pytest.mark.parametrize("state", ["finished", "failed", "applied"])
+@pytest.mark.parametrize("command", ["save_checkpoint", "save_and_stop"])
+def test_outcome_is_safe(text, wanted, state, command):
+    """No path and no job's name gets to the terminal raw."""
+    record = {**RECORD, "command": command, "state": state, "result": {"step": text, "path": text, "seconds": 1}}
+    shown = harmless(screen.outcome(text, record), 1)
+    assert shown.count(wanted) == (3 if state == "finished" else 1)
+
+
+# The table...
+
+
+def test_table():
+    """Columns are aligned, states are words, and what is unknown is a dash."""
+    silent = Job("longer-name", "n", 8900, 1, 86_400.0, "silent")
+    assert screen.job_table([JOB, silent], colour=False).splitlines() == [
+        "STATE   JOB          HOST  PORT  PID   STARTED              STEP",
+        "live    job          node  -     4242  1970-01-01 00:00:00  500/1000",
+        "silent  longer-name  n     8900  1     1970-01-02 00:00:00  -",
+    ]
+
+
+def test_table_of_nothing():
+    """Without jobs there is the head alone."""
+    assert screen.job_table([], colour=True).split() == ["STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP"]
+
+
+@pytest.mark.parametrize("state", ["live", "silent", "dead", "foreign"])
+def test_colour_changes_no_width(state):
+    """Colour is put around the state's cell, in every state, and taking it away gives the plain table."""
+    jobs = [JOB, Job("b", "h", None, 1, 0.0, state)]
+    coloured = screen.job_table(jobs, colour=True)
+    assert coloured.count("\x1b[") == 4
+    for code in (*screen._COLOURS.values(), "0"):
+        coloured = coloured.replace(f"\x1b[{code}m", "")
+    assert coloured == screen.job_table(jobs, colour=False)
+
+
+@pytest.mark.parametrize(
+    ("step", "end", "cell"), [(5, None, "5"), (0, 0, "0/0"), (None, 10, "-"), ("NaN", 1e9, "NaN/")]
+)
+def test_step_cell(step, end, cell):
+    """A job without an end shows its step alone; one that claims nothing shows nothing."""
+    job = Job("j", "h", None, 1, 0.0, "live", status={"global_step": step, "max_steps": end})
+    assert screen.job_table([job], colour=False).split()[-1].startswith(cell)
+
+
+# One job's status...
+
+
+def test_status():
+    """The usual status: bar, speed, metrics, the commands under way, the process."""
+    commands = [
+        {**RECORD, "state": "applied", "result": None},
+        RECORD,
+        {
+            **RECORD,
+            "command": "abort",
+            "state": "failed",
+            "applied_at_step": None,
+            "error": {"code": 1, "message": "no"},
+        },
+    ]
+    more = {"world_size": 8, "rss_bytes": 3 << 20, "cpu_percent": 99.6, "device_memory_bytes": 1 << 30}
+    assert screen.status_screen({**STATUS, "commands": commands, **more}, unicode=False).splitlines() == [
+        "job  training",
+        "[################................]  50.0 %  step 500 of 1000",
+        "epoch 1.25   2 steps/s   4m 10s left   last step 0.4 s ago",
+        "loss 0.12346   n 3",
+        "save_checkpoint applied at step 7",
+        "save_checkpoint finished at step 7: /c/checkpoint-7",
+        "abort failed: no",
+        "pid 4242 on node, 8 ranks, 3 MiB, 100 % cpu, 1024 MiB on devices, started 1970-01-01 00:00:00",
+    ]
+
+
+def test_status_before_the_first_step():
+    """A job that only starts says so, without a speed or an end that nobody knows."""
+    unknown = dict.fromkeys(["epoch", "max_steps", "progress", "steps_per_second", "eta_seconds", "seconds_since_step"])
+    assert screen.status_screen({**STATUS, **unknown, "global_step": 0, "metrics": {}}, unicode=True).splitlines() == [
+        "job  training",
+        "step 0",
+        "no step yet",
+        "pid 4242 on node, started 1970-01-01 00:00:00",
+    ]
+
+
+def test_status_of_another_version():
+    """Members that an older job does not send are left out of the screen."""
+    few = {name: STATUS[name] for name in ("job_id", "status", "global_step", "pid", "host", "started_at")}
+    assert len(screen.status_screen(few, unicode=False).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("progress", "full"), [(0, 0), (0.0, 0), (0.03, 0), (0.5, 16), (0.999, 31), (1, 32), (1.0, 32)]
+)
+@pytest.mark.parametrize("unicode", [True, False])
+def test_bar(progress, full, unicode):
+    """The bar is full at the end and not before, in either alphabet, and always as long."""
+    line = screen.status_screen({**STATUS, "progress": progress}, unicode).splitlines()[1]
+    bar = line[line.index("[") + 1 : line.index("]")]
+    assert bar == ("█" if unicode else "#") * full + ("░" if unicode else ".") * (32 - full)
+    assert unicode or line.isascii()
+
+
+@pytest.mark.parametrize(
+    ("speed", "wanted"),
+    [(1.0, "1 steps/s"), (1234.5, "1.23e+03 steps/s"), (0.5, "2 s/step"), (1 / 3600, "3.6e+03 s/step"), (0, None),
+     (None, None), (5e-324, "inf s/step")],
+)  # fmt: skip
+def test_speed(speed, wanted):
+    """Slow steps are told in seconds each, fast ones in steps a second."""
+    line = screen.status_screen({**STATUS, "steps_per_second": speed}, unicode=False).splitlines()[2]
+    assert wanted in line if wanted else "step/s" not in line and "s/step" not in line
+
+
+# A command's outcome...
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        ({}, "job: saved at step 7 in 1.5 s: /c/checkpoint-7"),
+        ({"command": "save_and_stop"}, "job: ended at step 7, saved: /c/checkpoint-7"),
+        (
+            {"command": "abort", "result": {"step": 9, "path": None}},
+            "job: ended at step 9, no checkpoint was saved for it",
+        ),
+        ({"state": "accepted", "applied_at_step": None, "result": None}, "job: save_checkpoint accepted"),
+        ({"state": "applied", "result": None}, "job: save_checkpoint applied at step 7"),
+        ({"state": "failed", "applied_at_step": None}, "job: save_checkpoint failed"),
+        ({"result": {"step": 7, "path": "p", "seconds": None}}, "job: saved at step 7 in ?: p"),
+    ],
+)
+def test_outcome(record, wanted):
+    """One line says what became of the command, and where the checkpoint is."""
+    assert screen.outcome("job", {**RECORD, **record}) == wanted
+
+
+# Pieces...
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(0.1 + 0.2, "0.3"), (1e-9, "1e-09"), (123456.789, "1.2346e+05"), (5, "5"), (10**30, str(10**30)), ("NaN", "NaN"),
+     (math.nan, "nan"), (math.inf, "inf"), (None, "None"), (True, "True"), ("a\x1b", r"a\x1b"), ([1], "[1]"),
+     (-0.0, "-0")],
+)  # fmt: skip
+def test_number(value, wanted):
+    """Metrics in at most five digits, whatever they are."""
+    assert screen.number(value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"),
+    [(0, "0.0 s"), (0.04, "0.0 s"), (9.94, "9.9 s"), (10, "10 s"), (59.99, "59 s"), (60, "1m 00s"), (3599, "59m 59s"),
+     (3600, "1h 00m"), (86_399, "23h 59m"), (86_400, "1d 00h"), (1e9, "11574d 01h"), (-3, "-3.0 s"), (None, "?"),
+     (math.nan, "?"), (math.inf, "?"), (-math.inf, "?"), ("NaN", "?"), ("Infinity", "?"), ([], "?")],
+)  # fmt: skip
+def test_duration(seconds, wanted):
+    """Seconds as people say them; what is no number of seconds is a question mark."""
+    assert screen.duration(seconds) == wanted
+
+
+@pytest.mark.parametrize("epoch", [math.nan, math.inf, -math.inf, 1e300, -1e300, 10**400, None, "NaN", "now", [], {}])
+def test_moment_that_is_none(epoch):
+    """A file may claim any time: none of them is taken for now, or for a reason to stop."""
+    assert screen.moment(epoch) == "?"
+
+
+def test_moment():
+    """A time of this host's zone, to the second."""
+    assert screen.moment(1.9) == "1970-01-01 00:00:01"
