@@ -111,7 +111,7 @@ class Adapter:
             return
         self._controller = controller
         # Also runs at the interpreter's exit: no client waits for a job that died of an exception.
-        self._finalizer = weakref.finalize(self, controller.close, "training ended by an exception")
+        self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
         log.info("this job can be controlled: forgather control status %s", controller.job_id)
 
     def _close(self, reason: str | None = None) -> None:
@@ -119,6 +119,7 @@ class Adapter:
         controller, self._controller = self._controller, None
         if controller is not None:
             self._finalizer.detach()
+            self._finalizer = None
             controller.close(reason)
 
     def _give_up(self) -> None:

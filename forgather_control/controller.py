@@ -79,6 +79,7 @@ class Controller:
         self._thread = threading.current_thread()
         self._closed = False
         self._abandoned = False
+        self._orphaned: str | None = None
         self._warned: str | None = None
         # Applied commands that are not over; training thread only.
         self._saving: dict[str, float] = {}  # since when, monotonic
@@ -136,6 +137,10 @@ class Controller:
         self._progress.beat(step, epoch)
         if self._mailbox.pending:
             self._apply(step, loop)
+
+    def beat(self, step: int, epoch: float | None = None) -> None:
+        """Note that ``step`` is done, where what is pending is to be applied a little later."""
+        self._progress.beat(step, epoch)
 
     def _apply(self, step: int, loop: Loop) -> None:
         calls = self._world.share(self._mailbox.drain())
@@ -207,6 +212,17 @@ class Controller:
         self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
         self._server.close(CLOSE_TIMEOUT)
 
+    def orphan(self, reason: str) -> None:
+        """End control because whoever drove it is gone. For finalizers, so on any thread.
+
+        The garbage collector may run on the server thread while that holds the mailbox's lock;
+        there, only a note is left for the next tick.
+        """
+        if threading.current_thread() in (self._thread, threading.main_thread()):
+            self.close(reason)
+        else:
+            self._orphaned = reason
+
     def _remove_directory(self) -> None:
         mine = self._directory
         if mine is None or not self._directory_lock.acquire(timeout=CLOSE_TIMEOUT):
@@ -260,8 +276,8 @@ class Controller:
         return Later(poll, deadline) if (answer := poll()) is PENDING else answer
 
     def _tick(self) -> None:
-        if not self._thread.is_alive():
-            self.close("the thread that trained has ended")
+        if self._orphaned is not None or not self._thread.is_alive():
+            self.close(self._orphaned or "the thread that trained has ended")
             return
         if not self._directory_lock.acquire(blocking=False):
             return

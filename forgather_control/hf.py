@@ -12,11 +12,17 @@ their attributes. Runs on the training thread. How a trainer goes through one st
 
 Two things may take ``should_save`` back between ``on_step_end`` and the save: a callback behind
 ours, and ``save_strategy="best"``, which overwrites it after each evaluation. So a save stays wished
-for until ``on_save``, and is asked for again at the next chance, then without an evaluation.
+for until ``on_save``, and is asked for again at the next chance, then without an evaluation. The same
+two may set it after an abort has cleared it; so an abort seals the flags.
+
+Forgather's trainer keeps its schedule to itself: at a step that is due it saves, whatever the flags
+say. There commands are applied after that save, in ``on_save``, and it counts as theirs. At the end
+of its data it calls ``on_step_end`` once more, without a step, and saves nothing after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from typing import Any
@@ -54,7 +60,12 @@ class TrainerControlCallback(Adapter):
         self._stopping = False
         self._asked_to_save = False
         self._owed_evaluation = False
-        self._saved_at: int | None = None
+        self._late = False  # commands of this step are applied after its own save
+        self._period: int | None = None  # steps after which the trainer saves, whatever its flags say
+        # The steps of the last evaluation, of the last save, and of what was last done at our wish.
+        self._evaluated_at: int | None = None
+        self._saved_at = 0
+        self._forced_at: int | None = None
         self._best: str | None = None
 
     # The hooks...
@@ -62,46 +73,55 @@ class TrainerControlCallback(Adapter):
     @hook
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Publish the job."""
+        _unseal(control)  # still sealed where the last run was aborted, and then died of an exception
         if self._stopping or self._wishes.abort:  # Forgather's control is made once, and its flags stay
             control.should_training_stop = False
             _set_abort(control, False)
         self._begin()
+        self._saved_at = state.global_step  # where it was resumed from, if it was
+        self._period = _period(args, state, control)
         self._open(state.global_step, state.max_steps)
 
     @hook
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins, so evaluation and saving are over."""
-        if self._controller is not None:
-            self._controller.phase = "training"
+        if self._controller is None:
+            return
+        self._controller.phase = "training"
+        if self._late:  # the save that was to come first did not come
+            self._apply(state)
 
     @hook
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Apply what is pending; carry out what is wished."""
         controller = self._controller
-        if controller is None:
+        if controller is None or state.global_step == controller.last_step:
             return
-        controller.step(state.global_step, self._wishes, state.epoch)
+        self._late = self._period is not None and state.global_step - self._saved_at >= self._period
+        if self._late:
+            controller.beat(state.global_step, state.epoch)
+        else:
+            self._apply(state)
         if self._wishes.any or self._owed_evaluation:
             self._steer(args, state, control)
-        if control.should_evaluate or control.should_save:
+        if control.should_evaluate or control.should_save or self._late:
             controller.phase = "evaluating" if control.should_evaluate else "saving"
 
     @hook
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last chance of a run to save; with ``save_strategy="epoch"`` also a second one too many."""
-        if self._controller is None or not self._wishes.any:
+        """The last chance of a run, and of its last step."""
+        if self._controller is None:
             return
-        self._steer(args, state, control)
-        if self._stopping and self._saved_at == state.global_step:
-            control.should_save = False
+        if self._wishes.any or self._owed_evaluation:
+            self._steer(args, state, control)
+        if self._forced_at == state.global_step:
+            self._not_twice(args, state, control)
 
     @hook
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep what is logged; a rank that logs alone does no harm, as nothing is asked of the others."""
         if self._controller is not None and logs:
             self._controller.log(logs)
-        if self._wishes.abort:
-            self._abort(state, control)
 
     @hook
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,9 +134,8 @@ class TrainerControlCallback(Adapter):
         """Evaluation is over; saving may follow."""
         if self._controller is None:
             return
-        if self._wishes.abort:
-            self._abort(state, control)
-        elif self._wishes.save:
+        self._evaluated_at = state.global_step
+        if self._wishes.save:
             control.should_save = True
         self._controller.phase = "saving" if control.should_save else "training"
 
@@ -126,9 +145,14 @@ class TrainerControlCallback(Adapter):
         if self._controller is None:
             return
         self._controller.phase = "training"
-        self._wishes.save = self._asked_to_save = False
         self._saved_at = state.global_step
-        path = checkpoint_path(args.output_dir, state.global_step)
+        late = self._late
+        if late:
+            self._apply(state)
+        self._wishes.save = self._wishes.evaluate = self._asked_to_save = False
+        if late and self._wishes.any:
+            self._steer(args, state, control)
+        path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
         if path is None:
             self._controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
         else:
@@ -137,6 +161,7 @@ class TrainerControlCallback(Adapter):
     @hook
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the job away."""
+        _unseal(control)
         if self._best is not None:
             state.best_model_checkpoint = self._best
         self._close()
@@ -149,59 +174,124 @@ class TrainerControlCallback(Adapter):
 
     # What is wished, as flags of the trainer's control object...
 
+    def _apply(self, state: Any) -> None:
+        self._late = False
+        if self._controller is not None:
+            self._controller.step(state.global_step, self._wishes, state.epoch)
+
     def _steer(self, args: Any, state: Any, control: Any) -> None:
         wishes = self._wishes
         if wishes.abort:
             self._stopping = True
             self._abort(state, control)
-            control.should_log = True  # on_log then clears what callbacks behind this one have set
             return
         if wishes.stop:
             control.should_training_stop = True
-            if not self._stopping and _word(args.save_strategy) != "no":
+            if not self._stopping and _word(args.save_strategy) != "no" and self._saved_at != state.global_step:
                 wishes.save = wishes.evaluate = True
             self._stopping = True
         if wishes.save:
-            self._save(args, control)
+            self._save(args, state, control)
         elif self._owed_evaluation and not self._stopping:
             self._owed_evaluation = False
             control.should_evaluate = True
 
-    def _save(self, args: Any, control: Any) -> None:
+    def _save(self, args: Any, state: Any, control: Any) -> None:
         control.should_save = True
         if self._asked_to_save:  # it was taken back once: now nothing may come between
-            self._owed_evaluation = self._owed_evaluation or control.should_evaluate
+            if control.should_evaluate and self._evaluated_at != state.global_step:
+                self._owed_evaluation = True
             control.should_evaluate = False
-        elif self._wishes.evaluate and args.load_best_model_at_end:
+        elif self._wishes.evaluate and _evaluates_for_best(args):
             control.should_evaluate = True
         self._wishes.evaluate = False
         self._asked_to_save = True
+        self._forced_at = state.global_step
+
+    def _not_twice(self, args: Any, state: Any, control: Any) -> None:
+        """The end of an epoch repeats what its last step has just done at our wish.
+
+        A second evaluation without a step between would count against early stopping; a second save
+        would be one too many at the step where training was stopped.
+        """
+        saved = self._saved_at == state.global_step
+        ends = self._stopping and saved
+        if self._evaluated_at == state.global_step or (ends and _word(args.save_strategy) == "best"):
+            control.should_evaluate = False
+        if ends or (saved and not control.should_evaluate):
+            control.should_save = False
 
     def _abort(self, state: Any, control: Any) -> None:
-        control.should_training_stop = True
-        control.should_save = control.should_evaluate = False
+        control.should_training_stop = control.should_epoch_stop = True
+        control.should_save = control.should_evaluate = control.should_log = False
         _set_abort(control, True)
+        _seal(control)
         # Without a best checkpoint none is loaded at the end, nor any other deleted in its favour.
         best = getattr(state, "best_model_checkpoint", None)
         if best is not None:
             self._best, state.best_model_checkpoint = best, None
 
 
-def checkpoint_path(output_dir: str, step: int) -> str | None:
+def checkpoint_path(output_dir: str, step: int, place: str = "") -> str | None:
     """The directory of the checkpoint that was saved at ``step``, absolute; ``None`` if there is none.
 
-    Hugging Face saves in ``output_dir`` itself, in a hyper-parameter search one level below;
-    Forgather in ``output_dir/checkpoints``. Of several the newest is the one.
+    Args:
+        place: where below ``output_dir`` this trainer saves, ``"*"`` for some directory in it. If it
+            did not, the newest directory of that name is the one.
     """
     name = f"checkpoint-{step}"
-    found = [os.path.join(output_dir, name), *glob.glob(os.path.join(glob.escape(output_dir), "*", name))]
-    found = [path for path in found if os.path.isdir(path)]
-    return os.path.abspath(max(found, key=os.path.getmtime)) if found else None
+    root = glob.escape(output_dir)
+    for pattern in (place, "", "*"):
+        found = [path for path in glob.glob(os.path.join(root, pattern, name)) if os.path.isdir(path)]
+        if found:
+            return os.path.abspath(max(found, key=os.path.getmtime))
+    return None
+
+
+def _place(state: Any, control: Any) -> str:
+    """Where below the output directory this trainer puts its checkpoints."""
+    if _is_forgather(control):
+        return "checkpoints"
+    return "*" if getattr(state, "is_hyper_param_search", False) else ""
+
+
+def _evaluates_for_best(args: Any) -> bool:
+    """Whether a save is preceded by an evaluation; where there is no strategy, there may be no data either."""
+    strategy = _word(getattr(args, "eval_strategy", "no"))
+    return bool(getattr(args, "load_best_model_at_end", False)) and strategy != "no"
+
+
+def _period(args: Any, state: Any, control: Any) -> int | None:
+    """How many steps after its last save Forgather's trainer saves again, by a schedule that asks no flag."""
+    if not _is_forgather(control):
+        return None
+    steps = {"steps": args.save_steps, "epoch": getattr(state, "epoch_train_steps", None)}
+    period = steps.get(_word(args.save_strategy))
+    return None if period is None else max(1, int(period))
+
+
+def _is_forgather(control: Any) -> bool:
+    return hasattr(control, "should_abort_without_save")
 
 
 def _set_abort(control: Any, value: bool) -> None:
-    if hasattr(control, "should_abort_without_save"):  # Forgather's
+    if _is_forgather(control):
         control.should_abort_without_save = value
+
+
+def _seal(control: Any) -> None:
+    """From here on the flags stay as they are, whoever sets them: in vain is quieter than an error."""
+    kind = type(control)
+    if not hasattr(kind, "_unsealed"):
+        members = {"__slots__": (), "__setattr__": lambda *ignored: None, "_unsealed": kind}
+        with contextlib.suppress(TypeError):  # a kind that cannot be sealed: its flags are set all the same
+            control.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _unseal(control: Any) -> None:
+    kind = getattr(type(control), "_unsealed", None)
+    if kind is not None:
+        object.__setattr__(control, "__class__", kind)
 
 
 def _word(strategy: Any) -> str:

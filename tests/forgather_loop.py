@@ -1,0 +1,175 @@
+"""A small trainer that keeps to the rules of Forgather's: what its callbacks see and when, and what its flags do.
+
+The rules that matter here: one control object (with slots) for the trainer's whole life, whose
+flags nobody clears but who acts on them; hooks called with keyword arguments, and only where they
+exist; a schedule that counts steps since the last save and asks no flag; a last save after the loop
+unless training was aborted; the best model loaded at the end even then, if there is one.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Strategy(str, enum.Enum):
+    NO = "no"
+    STEPS = "steps"
+    EPOCH = "epoch"
+
+
+@dataclass
+class Args:
+    output_dir: str
+    save_strategy: Strategy = Strategy.STEPS
+    save_steps: int = 4
+    eval_strategy: Strategy = Strategy.NO
+    eval_steps: int = 2
+    load_best_model_at_end: bool = False
+    max_steps: int = 10
+    logging_steps: int = 3
+
+
+@dataclass(slots=True)
+class Control:
+    should_training_stop: bool = False
+    should_epoch_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
+    should_log: bool = False
+    should_abort_without_save: bool = False
+
+
+@dataclass
+class State:
+    max_steps: int
+    epoch_train_steps: int
+    global_step: int = 0
+    epoch: float = 0.0
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Every:
+    """Due when so many steps were counted since the last time."""
+
+    def __init__(self, strategy: Strategy, steps: int, epoch: int) -> None:
+        self.period = {Strategy.NO: None, Strategy.STEPS: max(1, steps), Strategy.EPOCH: epoch}[strategy]
+        self.count = 0
+
+    def due(self) -> bool:
+        self.count += 1
+        return self.period is not None and self.count >= self.period
+
+
+class Loop:
+    """Trains one number. Its evaluations answer ``losses`` in turn, the last again and again."""
+
+    def __init__(self, args: Args, callbacks: list[Any], losses: tuple[float, ...], epoch_steps: int = 5) -> None:
+        self.args, self.callbacks, self.epoch_steps, self.losses = args, callbacks, epoch_steps, list(losses)
+        self.control = Control()
+        self.state = State(args.max_steps, epoch_steps)
+        self.stopped_by: str | None = None
+        self.weight = 0
+        self.loaded: list[str] = []  # the best models that were loaded
+        self.warnings: list[str] = []
+
+    def dispatch(self, event: str, **more: Any) -> None:
+        for callback in self.callbacks:
+            handler = getattr(callback, event, None)
+            if handler is None:
+                continue
+            before = self.control.should_training_stop or self.control.should_abort_without_save
+            handler(args=self.args, state=self.state, control=self.control, trainer=self, **more)
+            if not before and (self.control.should_training_stop or self.control.should_abort_without_save):
+                self.stopped_by = callback.name
+
+    def train(self) -> None:
+        self.state = State(self.args.max_steps, self.epoch_steps)
+        self.stopped_by = None
+        args = self.args
+        self.save_every = Every(args.save_strategy, args.save_steps, self.epoch_steps)
+        self.eval_every = Every(args.eval_strategy, args.eval_steps, self.epoch_steps)
+        self.log_every = Every(Strategy.STEPS, args.logging_steps, self.epoch_steps)
+        self.dispatch("on_train_begin")
+        while not self.epoch():
+            pass
+        if not self.control.should_abort_without_save:
+            self.finish()
+        if self.args.load_best_model_at_end:
+            self.load_best_model()
+        self.log({"train_runtime": 1.0})
+        self.dispatch("on_train_end")
+
+    def epoch(self) -> bool:
+        """One pass over the data; whether it was the last."""
+        self.control.should_epoch_stop = False
+        self.dispatch("on_epoch_begin")
+        batches = iter(range(self.epoch_steps))
+        while True:
+            self.dispatch("on_step_begin")
+            if next(batches, None) is None:
+                self.dispatch("on_step_end")  # without a step
+                break
+            self.weight += 1
+            self.state.global_step += 1
+            self.state.epoch = self.state.global_step / self.epoch_steps
+            self.dispatch("on_step_end")
+            self.log_evaluate_save()
+            stop = self.control.should_training_stop or self.control.should_abort_without_save
+            if stop or self.state.global_step >= self.args.max_steps:
+                self.control.should_epoch_stop = True
+                break
+        self.dispatch("on_epoch_end")
+        return self.control.should_epoch_stop
+
+    def finish(self) -> None:
+        if self.save_every.count != 0 and self.args.save_strategy != Strategy.NO:
+            self.control.should_evaluate |= self.args.load_best_model_at_end
+            self.control.should_save = True
+        self.log_evaluate_save()
+
+    def log_evaluate_save(self) -> None:
+        if self.log_every.due() or self.control.should_log:
+            self.log_every.count, self.control.should_log = 0, False
+            self.log({"loss": 1.0 / self.state.global_step})
+        metrics = None
+        evaluate = self.eval_every.due() or self.control.should_evaluate
+        save = self.save_every.due() or self.control.should_save
+        if evaluate:
+            self.eval_every.count, self.control.should_evaluate = 0, False
+            metrics = self.evaluate()
+        if save:
+            self.save_every.count, self.control.should_save = 0, False
+            self.save(metrics)
+
+    def log(self, logs: dict[str, Any]) -> None:
+        self.state.log_history.append(logs)
+        self.dispatch("on_log", logs=logs)
+
+    def evaluate(self) -> dict[str, float]:
+        assert self.args.eval_strategy != Strategy.NO, "there is nothing to evaluate on"
+        self.dispatch("on_prediction_step")
+        loss = self.losses.pop(0) if len(self.losses) > 1 else self.losses[0]
+        self.dispatch("on_evaluate", metrics={"eval_loss": loss})
+        return {"eval_loss": loss}
+
+    def save(self, metrics: dict[str, float] | None) -> None:
+        path = Path(self.args.output_dir) / "checkpoints" / f"checkpoint-{self.state.global_step}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "weight.json").write_text(json.dumps(self.weight))
+        best = self.state.best_metric
+        if metrics is not None and (best is None or metrics["eval_loss"] < best):
+            self.state.best_metric, self.state.best_model_checkpoint = metrics["eval_loss"], str(path)
+        self.dispatch("on_save")
+
+    def load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is None:
+            self.warnings.append("no best model to load")
+            return
+        self.loaded.append(self.state.best_model_checkpoint)
+        self.weight = json.loads((Path(self.state.best_model_checkpoint) / "weight.json").read_text())
