@@ -16,7 +16,6 @@ from .errors import (
     AmbiguousJob,
     CommandFailed,
     ControlError,
-    DeadlinePassed,
     JobDead,
     JobNotAnswering,
     NoSuchJob,

@@ -10,13 +10,11 @@ answered at once from a :class:`Job`, on the server thread.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Literal, Protocol, cast
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
-from .errors import InvalidParams, MethodNotFound
+from .errors import InternalError, InvalidParams, MethodNotFound
 from .version import VERSION
 
 Json = Any
@@ -59,8 +57,7 @@ class Job(Protocol):
     def list_jobs(self) -> list[dict[str, Json]]: ...
 
 
-@dataclass(frozen=True)
-class CommandRecord:
+class CommandRecord(NamedTuple):
     """What is known of one accepted command. Times are seconds since the epoch.
 
     Attributes:
@@ -86,20 +83,24 @@ class CommandRecord:
 
     def to_json(self) -> dict[str, Json]:
         """The record as it stands on the wire."""
-        return asdict(self)
+        return self._asdict()
 
     @classmethod
     def from_json(cls, value: dict[str, Json]) -> CommandRecord:
-        """The record that a reply holds; members that a newer job adds are left out."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: item for name, item in value.items() if name in known})
+        """The record that a reply holds; members that a newer job adds are left out.
+
+        Raises:
+            InternalError: it holds none.
+        """
+        if not isinstance(value, dict) or not set(cls._fields[:4]) <= value.keys():
+            raise InternalError("the other side sent no command record")
+        return cls(**{name: item for name, item in value.items() if name in cls._fields})
 
 
 # Parameters...
 
 
-@dataclass(frozen=True)
-class Param:
+class Param(NamedTuple):
     """One named parameter of a method.
 
     Args:
@@ -167,8 +168,7 @@ KNOWN_ID: Final = Param(
 # The table...
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One row of the table.
 
     Args:
@@ -203,9 +203,7 @@ class Method:
         names = [param.name for param in self.params]
         if isinstance(given, list):
             if len(given) > len(names):
-                raise InvalidParams(
-                    f"{self.name} takes {len(names)} parameters, not {len(given)}", expected=names
-                )
+                raise InvalidParams(f"{self.name} takes {len(names)} parameters, not {len(given)}", expected=names)
             given = dict(zip(names, given))
         unknown = sorted(given.keys() - set(names))
         if unknown:
@@ -250,15 +248,14 @@ def _add(
     def declare(run: Callable[..., Json]) -> Callable[..., Json]:
         if name in TABLE:
             raise ValueError(f"{name} is declared twice")
-        TABLE[name] = Method(name, inspect.cleandoc(run.__doc__ or ""), params, run, completes, verb)
+        doc = "\n".join(line.strip() for line in (run.__doc__ or "").strip().splitlines())
+        TABLE[name] = Method(name, doc, params, run, completes, verb)
         return run
 
     return declare
 
 
-def command(
-    name: str, *completes: Completion, verb: str
-) -> Callable[[Callable[[Loop], None]], Callable[[Loop], None]]:
+def command(name: str, *completes: Completion, verb: str) -> Callable[[Callable[[Loop], None]], Callable[[Loop], None]]:
     """Declare a command; its docstring is the help text. Returns the function itself."""
     return _add(name, (WAIT, TIMEOUT, NEW_ID), frozenset(completes), verb)
 
@@ -354,8 +351,7 @@ def _describe(method: Method) -> dict[str, Json]:
         "summary": method.summary,
         "description": method.doc,
         "params": [
-            {"name": p.name, "description": p.doc, "required": p.required, "schema": p.schema}
-            for p in method.params
+            {"name": p.name, "description": p.doc, "required": p.required, "schema": p.schema} for p in method.params
         ],
         "result": {"name": "record" if method.is_command else "answer", "schema": {}},
     }

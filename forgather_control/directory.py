@@ -21,7 +21,6 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 from . import endpoint, jobs, jsonrpc, process, record
@@ -147,7 +146,9 @@ class JobDirectory:
         if holder is not None and not jobs.is_dead(holder):
             raise _taken(holder)
         if holder is None and _somebody_listens(os.path.join(self.path, record.SOCKET)):
-            raise JobIdTaken(f"job id {self.job_id} belongs to a job whose record was deleted, and which will restore it")
+            raise JobIdTaken(
+                f"job id {self.job_id} belongs to a job whose record was deleted, and which will restore it"
+            )
         jobs.remove_tree(self._root, self.job_id)
 
     def _holder(self) -> record.JobRecord | None:
@@ -160,7 +161,7 @@ class JobDirectory:
         os.chmod(self.path, 0o700)
         name = os.path.join(self.path, record.SOCKET)
         where = self._place_socket(name)
-        self._record = replace(self._record, socket=where)
+        self._record = self._record._replace(socket=where)
         _write(self.path, record.RECORD, jsonrpc.encode(self._record.to_json()))
         made = (self.path, os.path.join(self.path, record.RECORD), name, where)
         self._files = {path: _file_id(path) for path in made}

@@ -10,8 +10,7 @@ import os
 import socket
 import struct
 import time
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from .clock import Deadline
 from .errors import FindError, JobDead, JobNotAnswering
@@ -24,8 +23,7 @@ BACKLOG: Final = 1024
 _RETRY: Final = 0.01
 
 
-@dataclass(frozen=True)
-class UnixEndpoint:
+class UnixEndpoint(NamedTuple):
     """A socket in the file system, printed and parsed as ``unix:PATH``."""
 
     path: str

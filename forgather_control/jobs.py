@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import os
 import selectors
-import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
@@ -37,8 +35,7 @@ State = Literal["live", "silent", "dead", "foreign"]
 # Discovery...
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A job as it was found: its record without secrets, whether it lives, and its status if it answered."""
 
     job_id: str
@@ -60,7 +57,7 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """The job as ``list --json`` prints it."""
-        return {**asdict(self), "global_step": self.global_step}
+        return {**self._asdict(), "global_step": self.global_step}
 
 
 def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
@@ -101,7 +98,7 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
 
 
 def _found(record: JobRecord, status: dict[str, Any] | None) -> Job:
-    known = {field.name: getattr(record, field.name) for field in fields(Job) if hasattr(record, field.name)}
+    known = {name: getattr(record, name) for name in Job._fields if name in JobRecord._fields}
     return Job(**known, state="live" if status is not None else judge(record), status=status)
 
 
@@ -242,6 +239,8 @@ def is_dead(record: JobRecord) -> bool:
 
 def remove_tree(root: str, job_id: str) -> None:
     """Remove one job's directory, whose owner was judged before. Call it ``locked``."""
+    import shutil
+
     path = os.path.join(root, job_id)
     try:
         shutil.rmtree(path)

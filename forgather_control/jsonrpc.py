@@ -20,9 +20,8 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .errors import ControlError, InternalError, InvalidRequest, ParseError, from_wire
 
@@ -45,8 +44,7 @@ class NoId(Enum):
 Id = str | int | float | None
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One call as it came over the wire; ``params`` is a list (by position) or a dict (by name)."""
 
     method: str
@@ -54,24 +52,21 @@ class Request:
     id: Id | NoId
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """An element that is no request: the error that answers it."""
 
     error: ControlError
     id: Id
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One line: its elements in order, and whether they came as a batch."""
 
     items: tuple[Request | Refusal, ...]
     is_batch: bool
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """One response object, read by a client; ``error`` is ``None`` on success."""
 
     id: Json

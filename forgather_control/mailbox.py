@@ -20,7 +20,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from .commands import CommandRecord
@@ -109,7 +108,8 @@ class Mailbox:
         with self._lock:
             record = self._get(command_id)
             if command_id not in self._pending:
-                raise NotCancellable(f"the {record.command} is {record.state} already", **record.to_json())
+                state = "being applied" if record.state == "accepted" else f"{record.state} already"
+                raise NotCancellable(f"the {record.command} is {state}", **record.to_json())
             self._pending.remove(command_id)
             self.pending = bool(self._pending)
             record = self._put(record, state="cancelled", finished_at=time.time())
@@ -173,7 +173,7 @@ class Mailbox:
 
     def _put(self, record: CommandRecord, **changes: Any) -> CommandRecord:
         assert self._lock.locked()
-        changed = self._records[record.command_id] = replace(record, **changes)
+        changed = self._records[record.command_id] = record._replace(**changes)
         return changed
 
     def _change(self, command_id: str, **changes: Any) -> None:

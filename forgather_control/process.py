@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from functools import cache
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 #: What can be known of a process from outside.
 Verdict = Literal["running", "gone", "elsewhere"]
@@ -24,8 +23,7 @@ Verdict = Literal["running", "gone", "elsewhere"]
 _TOLERANCE: Final = 2.0
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """One process on one boot of one machine. ``None`` where the system does not tell.
 
     Attributes:

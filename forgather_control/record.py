@@ -2,6 +2,9 @@
 
 Floor 1: imports errors and process. Runs on any thread, in the client and in the job.
 
+Values of the client's half are ``NamedTuple``, not dataclasses: the import of ``dataclasses`` alone
+costs half as much as that of argparse, json and socket together, at every start of the command line.
+
 Nothing read here is trusted: a file may be half written, hostile, or another host's. A job id is
 checked before it becomes a path, and links are not followed.
 """
@@ -13,8 +16,7 @@ import json
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from . import process
 from .errors import BadJobId
@@ -62,8 +64,7 @@ def check_job_id(text: object) -> str:
 # Records...
 
 
-@dataclass(frozen=True)
-class JobRecord:
+class JobRecord(NamedTuple):
     """What a job publishes of itself in ``endpoint.json``. Times are seconds since the epoch.
 
     ``port`` is null without TCP. ``machine``, ``booted_at`` and ``pid_namespace`` are there so that
@@ -101,9 +102,13 @@ class JobRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``endpoint.json`` holds."""
-        return asdict(self)
+        return self._asdict()
 
 
+#: The kinds of each member, as its annotation says them (a ``NamedTuple`` keeps them as forward references).
+_MEMBERS: Final = {
+    name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in JobRecord.__annotations__.items()
+}
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "str": (str,),
     "int": (int,),
@@ -127,9 +132,9 @@ def parse_record(data: bytes, name: str) -> JobRecord:
     if value.get("job_id") != name:
         raise ValueError(f"it names another job, {ascii(value.get('job_id'))[:140]}")
     given = {}
-    for field in fields(JobRecord):
-        if field.name in value:
-            given[field.name] = _checked(field.name, str(field.type), value[field.name])
+    for member, kinds in _MEMBERS.items():
+        if member in value:
+            given[member] = _checked(member, kinds, value[member])
     try:
         return JobRecord(**given)
     except TypeError as err:

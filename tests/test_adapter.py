@@ -106,7 +106,7 @@ def test_an_exception_stays_at_the_border(adapter, waiting, caplog, jobs_dir):
     """It is logged once with its traceback; the hook answers None; control is off and says so to who waits."""
     wire = waiting("save_checkpoint")
     assert adapter.do(fail) is None
-    assert len(warnings(caplog)) == 1 and "training goes on" in caplog.text and 'RuntimeError: ours' in caplog.text
+    assert len(warnings(caplog)) == 1 and "training goes on" in caplog.text and "RuntimeError: ours" in caplog.text
     record = wire.reply()["result"]
     assert record["state"] == "failed" and record["error"]["message"] == "trainer control failed in the job"
     assert not (jobs_dir / JOB).exists()

@@ -195,7 +195,9 @@ def test_a_killed_job_is_dead_at_once():
 
 
 def _all_stopped(pid: int) -> bool:
-    return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return all(
+        path.read_text().rpartition(")")[2].split()[0] == "T" for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    )
 
 
 def test_a_stopped_process_is_silent_and_never_cleaned_up():
@@ -292,3 +294,15 @@ def test_replies_of_earlier_calls_are_not_taken_for_later_ones(folder):
 
     with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
         assert job.call("ping") == "new"
+
+
+def test_a_reply_without_a_record_is_named(folder):
+    """A peer that answers a command with something else is an error of ours."""
+
+    def act(file, sock) -> None:
+        file.readline()
+        sock.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"state":"finished"}}\n')
+
+    with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
+        with pytest.raises(errors.InternalError, match="no command record"):
+            job.command("abort")

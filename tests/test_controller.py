@@ -74,7 +74,7 @@ def test_status_follows_the_steps(job, wire):
 
 
 def test_logged_names_never_overwrite_ours(job, wire):
-    """"status" and "job_id" as metrics stay metrics; NaN travels as a string."""
+    """ "status" and "job_id" as metrics stay metrics; NaN travels as a string."""
     job.log({"job_id": 1, "status": float("nan"), "loss": float("-inf")})
     job.log({"eval_loss": 0.5})
     status = give(wire, "status")

@@ -83,9 +83,7 @@ def test_the_hugging_face_example_is_controlled(tmp_path):
 @needs_torch
 def test_the_sweep_keeps_the_best_run():
     """The diverging and the slow run are aborted by their metrics, the good one is stopped."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "sweep.py"], capture_output=True, text=True, timeout=5 * SOON
-    )
+    done = subprocess.run([sys.executable, EXAMPLES / "sweep.py"], capture_output=True, text=True, timeout=5 * SOON)
     assert done.returncode == 0, done.stderr
     assert "sweep-10: loss inf, abort finished" in done.stdout and done.stdout.endswith("best: sweep-0.01\n")
 
@@ -102,7 +100,9 @@ def test_the_lines_of_the_wire_page_work(line, jobs_dir):
     """Each one-liner answers strict JSON without an error, or, as a notification, acts."""
     with running_loop("my_experiment") as run:
         sock = jobs_dir / "my_experiment" / "control.sock"
-        done = subprocess.run(line, shell=True, capture_output=True, timeout=SOON, env={**os.environ, "SOCK": str(sock)})
+        done = subprocess.run(
+            line, shell=True, capture_output=True, timeout=SOON, env={**os.environ, "SOCK": str(sock)}
+        )
         assert done.returncode == 0, done.stderr
         if '"id"' not in line:
             assert done.stdout == b""

@@ -16,7 +16,17 @@ from .world import Wire, running_loop
 LINES = int(os.environ.get("FUZZ_LINES", "100000"))
 SEED = int(os.environ.get("FUZZ_SEED", "20261122"))
 
-METHODS = ["ping", "status", "get_command", "cancel_command", "list_commands", "rpc.discover", "nosuch", "__class__", ""]
+METHODS = [
+    "ping",
+    "status",
+    "get_command",
+    "cancel_command",
+    "list_commands",
+    "rpc.discover",
+    "nosuch",
+    "__class__",
+    "",
+]
 VALUES = [None, True, 0, -1, 1e308, "", "x" * 200, "\ud800", "\x00", [], {}, [[]], {"wait": "finished"}, 10**30]
 
 
@@ -42,7 +52,9 @@ def mutated(dice: random.Random, line: bytes) -> bytes:
         elif kind == 1:
             del data[place:]
         elif kind == 2:
-            data[place:place] = dice.choice([b"[" * 50, b"{", b'"', b"\\u", b"\xff\xfe", b"1" * 5000, b"NaN", b"\0", b"\r"])
+            data[place:place] = dice.choice(
+                [b"[" * 50, b"{", b'"', b"\\u", b"\xff\xfe", b"1" * 5000, b"NaN", b"\0", b"\r"]
+            )
         else:
             data += data[place:]
     return bytes(data).replace(b"\n", b" ")[:65536]

@@ -1029,4 +1029,3 @@ def test_forgather_when_the_save_does_not_come(tmp_path):
     record = at.record()
     assert record["state"] == "finished" and record["applied_at_step"] == 4
     assert trainer.state.global_step == 5 and checkpoints(tmp_path) == {5}
-

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -32,7 +31,7 @@ def dead():
     started_at = psutil.Process(child.pid).create_time()
     child.kill()
     child.wait()
-    return replace(process.myself(), pid=child.pid, started_at=started_at)
+    return process.myself()._replace(pid=child.pid, started_at=started_at)
 
 
 def publish(root, name, owner, **changes):
@@ -44,7 +43,7 @@ def publish(root, name, owner, **changes):
         machine=owner.machine, booted_at=owner.booted_at, pid_namespace=owner.pid_namespace,
     )  # fmt: skip
     (root / name / "endpoint.json").write_text(json.dumps({**record.to_json(), **changes}))
-    return replace(record, **changes)
+    return record._replace(**changes)
 
 
 def tree(path):
@@ -131,7 +130,7 @@ def test_no_value_that_a_record_may_hold_breaks_the_list(jobs_dir, dead):
 
 def test_live_is_who_answers_for_this_job(jobs_dir, dead):
     """A socket that answers with the job's id makes it live, whatever its record says of pids and hosts."""
-    record = publish(jobs_dir, "job", replace(dead, host="another"))
+    record = publish(jobs_dir, "job", dead._replace(host="another"))
     with serving(record.socket, lambda request: {"job_id": "job", "global_step": 7}):
         job = jobs.discover(str(jobs_dir), SOON)[0][0]
         assert (job.state, job.global_step, job.to_json()["global_step"]) == ("live", 7, 7)
@@ -141,8 +140,14 @@ def test_live_is_who_answers_for_this_job(jobs_dir, dead):
 @pytest.mark.parametrize(
     "answer",
     [
-        b"", b"\n", b"garbage\n", b"\xff\xfe\n", b"x" * (1 << 21), b"[" * 9999 + b"\n",
-        b'{"jsonrpc":"2.0","id":1,"result":{"job_id":"other"}}\n', b'{"jsonrpc":"2.0","id":1,"result":"job"}\n',
+        b"",
+        b"\n",
+        b"garbage\n",
+        b"\xff\xfe\n",
+        b"x" * (1 << 21),
+        b"[" * 9999 + b"\n",
+        b'{"jsonrpc":"2.0","id":1,"result":{"job_id":"other"}}\n',
+        b'{"jsonrpc":"2.0","id":1,"result":"job"}\n',
         b'{"jsonrpc":"2.0","id":1,"error":{"code":-32603,"message":"no"}}\n',
         b'{"jsonrpc":"2.0","id":1,"result":{"job_id":"job"}}',
     ],
@@ -173,7 +178,7 @@ def test_who_answers_something_else_is_not_live(jobs_dir, dead, answer):
 def test_a_reused_pid_reads_dead(jobs_dir):
     """A record that points at a live foreign pid with another start time is a dead job's, and is removed."""
     with Process("import sys; sys.stdin.read()") as other:
-        owner = replace(process.myself(), pid=other.pid, started_at=psutil.Process(other.pid).create_time() - 100)
+        owner = process.myself()._replace(pid=other.pid, started_at=psutil.Process(other.pid).create_time() - 100)
         publish(jobs_dir, "job", owner)
         assert states(jobs_dir) == {"job": "dead"} and forgather_control.cleanup() == ["job"]
         assert other.popen.poll() is None
@@ -269,7 +274,7 @@ def test_what_this_host_cannot_see_is_not_removed(jobs_dir, dead, monkeypatch, c
 
 def test_another_boot_is_a_death(jobs_dir):
     """After a reboot no pid counts, though a process may have it."""
-    publish(jobs_dir, "job", replace(process.myself(), boot_id="before the reboot"))
+    publish(jobs_dir, "job", process.myself()._replace(boot_id="before the reboot"))
     assert states(jobs_dir) == {"job": "dead"} and forgather_control.cleanup() == ["job"]
 
 

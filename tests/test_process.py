@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
 
 import psutil
 import pytest
@@ -21,9 +20,8 @@ from .world import ROOT, SOON, Process, needs, needs_root, until
 #: Prints who it is, and lives until its standard input ends.
 WHO = """
 import json, sys
-from dataclasses import asdict
 from forgather_control.process import myself
-print(json.dumps(asdict(myself())), flush=True)
+print(json.dumps(myself()._asdict()), flush=True)
 sys.stdin.read()
 """
 
@@ -84,16 +82,16 @@ def test_a_stopped_process_runs(child):
 def test_a_reused_pid_is_gone(child, shift):
     """A live process of the same pid that started at another time is another process."""
     _, identity = child
-    assert judge(replace(identity, started_at=identity.started_at + shift)) == "gone"
-    assert judge(replace(identity, started_at=identity.started_at + shift, booted_at=None)) == "gone"
-    assert judge(replace(identity, booted_at=identity.booted_at + shift)) == "gone"
+    assert judge(identity._replace(started_at=identity.started_at + shift)) == "gone"
+    assert judge(identity._replace(started_at=identity.started_at + shift, booted_at=None)) == "gone"
+    assert judge(identity._replace(booted_at=identity.booted_at + shift)) == "gone"
 
 
 @pytest.mark.parametrize("jump", [-3e8, -3600, 3600, 3e8])
 def test_a_clock_that_jumped_moves_nobody(child, jump):
     """A wall clock set anew moves boot and start alike; the process is the same."""
     _, identity = child
-    moved = replace(identity, started_at=identity.started_at + jump, booted_at=identity.booted_at + jump)
+    moved = identity._replace(started_at=identity.started_at + jump, booted_at=identity.booted_at + jump)
     assert judge(moved) == "running"
 
 
@@ -101,7 +99,7 @@ def test_a_clock_that_jumped_moves_nobody(child, jump):
 def test_a_boot_time_is_rounded(child, off):
     """A second more or less is a rounded boot time, not another process."""
     _, identity = child
-    assert judge(replace(identity, booted_at=identity.booted_at + off)) == "running"
+    assert judge(identity._replace(booted_at=identity.booted_at + off)) == "running"
 
 
 @pytest.mark.parametrize(
@@ -131,14 +129,14 @@ def test_what_is_judged_by_what(monkeypatch, changes, verdict):
     monkeypatch.setattr(process, "_machine", lambda: "this machine")
     monkeypatch.setattr(process, "_boot_id", lambda: "this boot")
     monkeypatch.setattr(process, "_pid_namespace", lambda: 4026531836)
-    assert judge(replace(myself(), **changes)) == verdict
+    assert judge(myself()._replace(**changes)) == verdict
 
 
 @pytest.mark.parametrize("unknown", ["_machine", "_boot_id", "_pid_namespace"])
 def test_what_this_system_does_not_tell_is_not_held_against_anybody(monkeypatch, unknown):
     """Where we cannot read our own boot, machine or namespace, another's differs from nothing."""
     field = unknown.lstrip("_")
-    recorded = replace(myself(), **{field: "something"})
+    recorded = myself()._replace(**{field: "something"})
     monkeypatch.setattr(process, unknown, lambda: None)
     assert judge(recorded) == "running"
 
@@ -158,10 +156,10 @@ def test_a_real_other_host_name_is_elsewhere():
     """A process that sees another host name is another host's."""
     inside = _in_namespace("--uts", code="import socket; socket.sethostname('node0123')\n")
     assert inside.host == "node0123" and judge(inside) == "elsewhere"
-    assert judge(replace(inside, host=socket.gethostname())) == "gone", "control: it did run on this machine"
+    assert judge(inside._replace(host=socket.gethostname())) == "gone", "control: it did run on this machine"
 
 
 def test_an_identity_survives_json():
     """Floats and all, what is read is what was written: no rounding makes a job look dead."""
     me = myself()
-    assert Identity(**json.loads(json.dumps(asdict(me)))) == me
+    assert Identity(**json.loads(json.dumps(me._asdict()))) == me

@@ -21,7 +21,7 @@ import pytest
 import forgather_control
 
 from .test_fuzz import attack
-from .world import ROOT, SOON, Process, Wire, needs_torch, until
+from .world import SOON, Process, Wire, needs_torch, until
 
 pytestmark = needs_torch
 

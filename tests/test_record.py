@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import threading
-from dataclasses import replace
 
 import pytest
 
@@ -73,14 +72,14 @@ def test_what_cannot_be_a_job_id(name):
 
 def test_a_record_survives_the_way_through_its_file(place):
     """What a job publishes is what is read."""
-    mine = replace(GOOD, socket="/run/s", boot_id="b", world_size=8, booted_at=1.5, pid_namespace=2, machine="m")
+    mine = GOOD._replace(socket="/run/s", boot_id="b", world_size=8, booted_at=1.5, pid_namespace=2, machine="m")
     place.write_bytes(jsonrpc.encode(mine.to_json()))
     assert read_record(str(place.parent.parent), "job") == mine
 
 
 def test_the_owner_is_the_process_that_published():
     """Each fact goes where a judge looks for it."""
-    mine = replace(GOOD, process_started_at=1.0, boot_id="b", machine="m", booted_at=2.0, pid_namespace=3)
+    mine = GOOD._replace(process_started_at=1.0, boot_id="b", machine="m", booted_at=2.0, pid_namespace=3)
     assert mine.owner == process.Identity("node", 123, 1.0, 2.0, "b", "m", 3)
 
 
@@ -255,7 +254,7 @@ def test_reading_leaks_no_descriptors(place):
 def test_a_record_is_never_seen_half_written(place):
     """While it is rewritten over and over, every reader gets one whole record or the other."""
     root = str(place.parent.parent)
-    one, two = replace(GOOD, user="1" * 3000), replace(GOOD, user="2" * 30)
+    one, two = GOOD._replace(user="1" * 3000), GOOD._replace(user="2" * 30)
     done = threading.Event()
 
     def write():

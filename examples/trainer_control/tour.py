@@ -21,7 +21,9 @@ JOB = "tour"
 def control(*words: str) -> str:
     """Print a command as it is typed, run it, print what it says, and return that."""
     print(f"\n$ forgather control {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "forgather_control", *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "forgather_control", *words], capture_output=True, text=True, timeout=60
+    )
     print(done.stdout + done.stderr, end="", flush=True)
     if done.returncode != 0:
         raise SystemExit(f"that should have worked (exit code {done.returncode})")
@@ -30,8 +32,18 @@ def control(*words: str) -> str:
 
 def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start the demo, and wait until its job can be found."""
-    demo = [sys.executable, str(HERE / "trainer_control_demo.py"), "--job-id", JOB, "--output-dir", str(folder), *options]
-    print(f"\n$ python examples/trainer_control/trainer_control_demo.py --job-id {JOB} {shlex.join(options)}&", flush=True)
+    demo = [
+        sys.executable,
+        str(HERE / "trainer_control_demo.py"),
+        "--job-id",
+        JOB,
+        "--output-dir",
+        str(folder),
+        *options,
+    ]
+    print(
+        f"\n$ python examples/trainer_control/trainer_control_demo.py --job-id {JOB} {shlex.join(options)}&", flush=True
+    )
     process = subprocess.Popen(demo)
     end = time.monotonic() + 40
     while not (Path(os.environ["FORGATHER_JOBS_DIR"]) / JOB / "endpoint.json").exists():

@@ -68,7 +68,12 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     path = folder / f"checkpoint-{step}"
     unfinished = folder / f".checkpoint-{step}"
     unfinished.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
     torch.save(state, unfinished / "state.pt")
     shutil.rmtree(path, ignore_errors=True)
     return unfinished.rename(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 os.environ["FORGATHER_JOBS_DIR"] = tempfile.mkdtemp(prefix="bench")
 
-from forgather_control import TrainerControlCallback, TrainingJob  # noqa: E402
+from forgather_control import TrainerControlCallback, TrainingJob
 
 ROUNDS, CALLS = 60, 5_000
 AIM_US = 2.0
@@ -38,7 +38,9 @@ def main() -> None:
     state = SimpleNamespace(global_step=5, max_steps=1000, epoch=0.5)
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
     # The real Trainer passes these, and passing them is part of what a hook costs.
-    extra = dict.fromkeys(("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"))
+    extra = dict.fromkeys(
+        ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+    )
     callback.on_train_begin(None, state, control, **extra)
     with job:
         variants = {
