@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def victim(tmp_path: Path, controlled: bool = True, **options) -> Iterator[Proce
         process.say("")
         assert process.line() == undisturbed()
         assert process.end() == 0
-        assert "Traceback" not in "".join(process.errors)
+        # A traceback with a line of ours in it; torch logs some of its own where files cannot be read.
+        assert not re.search(r'File ".*forgather_control/\w+\.py"', "".join(process.errors))
 
 
 def test_saving_on_demand_changes_nothing(tmp_path):
