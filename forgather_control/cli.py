@@ -96,9 +96,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         description="Find, watch, save, stop and abort running training jobs.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
     )
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", required=True, prog=prog)
     for method in commands.TABLE.values():
         if method.verb is not None:
             _add_method(verbs, method)
@@ -111,13 +111,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Without a width argparse loads shutil, with all its compressors, at every start, to ask for it."""
+    try:
+        width = os.get_terminal_size().columns
+    except OSError:
+        width = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=max(40, width - 2))
+
+
 def _add(verbs: Any, verb: str, doc: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         verb,
         help=doc.partition("\n\n")[0].replace("%", "%%"),
         description=doc.replace("%", "%%"),
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
     )
     parser.add_argument("--json", action="store_true", help="print what the wire said, one JSON text")
     parser.set_defaults(run=run)
@@ -138,7 +147,7 @@ def _add_method(verbs: Any, method: commands.Method) -> None:
             nargs="?",
             type=_seconds,
             default=argparse.SUPPRESS,
-            help="return when it is over; give up waiting after =SECONDS",
+            help="return when it is over; --wait=SECONDS gives up waiting after that time",
         )
     if method.name == "abort":
         parser.add_argument("--force", action="store_true", help="do not ask")

@@ -52,7 +52,7 @@ class TrainerControlCallback(Adapter):
     #: Forgather names the callback that stopped its training.
     name = "TrainerControlCallback"
 
-    def __init__(self, job_id: str | None = None, enabled: bool = True) -> None:
+    def __init__(self, job_id: str | None = None, *, enabled: bool = True) -> None:
         super().__init__(job_id, enabled)
         self._begin()
 
