@@ -29,8 +29,9 @@ pytestmark = needs_torch
 TRAIN = """
 import hashlib, os, sys
 import torch
-from forgather_control import TrainingJob
+from forgather_control import TrainingJob, server
 
+server.SHARE = float(os.environ.get("SHARE", server.SHARE))
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
@@ -98,12 +99,12 @@ def test_saving_on_demand_changes_nothing(tmp_path):
 
 
 def test_random_lines_half_lines_and_idle_clients(tmp_path, jobs_dir):
-    """200 connections that say nothing, one that says half a line and sleeps, and 2,000 random lines."""
+    """200 connections that say nothing, one that says half a line and sleeps, and 100,000 random lines."""
     path = jobs_dir / "victim" / "control.sock"
-    with victim(tmp_path):
+    with victim(tmp_path, env={"SHARE": "1"}):  # within its budget of 5 % it would take them for minutes
         idle = [Wire(path) for _ in range(200)]
         idle[0].send(b'{"jsonrpc":"2.0","id":1,"met')
-        assert attack(path, seed=1, lines=2_000) == 2_000
+        assert attack(path, seed=1, lines=100_000) == 100_000
         assert forgather_control.get_job_status("victim")["global_step"] == 199
         idle[1].send(b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"finished"}}\n')
     assert idle[1].reply()["result"]["state"] == "finished"
