@@ -27,7 +27,7 @@ def hook(method: Hook) -> Hook:
     """
 
     @functools.wraps(method)
-    def guarded(self: Adapter, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except Exception:  # border: see above
@@ -86,6 +86,10 @@ class Adapter:
         self._controller: Controller | None = None
         self._finalizer: Any = None
         self._wishes = Wishes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, pickled or deep, controls nothing: a run has one controller, with threads and sockets."""
+        return {**self.__dict__, "_controller": None, "_finalizer": None}
 
     @property
     def job_id(self) -> str | None:

@@ -48,6 +48,8 @@ class _Refused(Exception):
 def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> int:
     """Run one verb and return its exit code (``forgather-control VERB ...``)."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if sys.stdout is None:  # closed by who started us (>&-); what is printed goes nowhere, as was asked
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     # argparse would take the word behind a bare --wait for its value: --wait JOB.
     args = _parser(prog).parse_args(["--wait=" if word == "--wait" else word for word in words])
     try:
@@ -64,9 +66,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
     except KeyboardInterrupt:
         return _complain("interrupted; a command that was accepted goes on", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read us has had enough; flushing at exit must not complain either (signal, SIGPIPE note).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        _mute()
+        return DONE  # whoever read us has had enough
+    except OSError as err:
+        _mute()
+        return _complain(f"what was to be printed is lost ({err.strerror}); what was asked for is done", REFUSED)
 
 
 def forgather(argv: Sequence[str] | None = None) -> int:
@@ -83,8 +87,14 @@ def forgather(argv: Sequence[str] | None = None) -> int:
     return int(import_module("forgather.cli").main() or 0)
 
 
+def _mute() -> None:
+    """Nothing more can be printed; flushing at the exit must not complain about it (signal, note on SIGPIPE)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _complain(text: str, code: int) -> int:
-    print(screen.safe(text), file=sys.stderr)
+    if sys.stderr is not None:
+        print(screen.safe(text), file=sys.stderr)
     return code
 
 

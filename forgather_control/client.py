@@ -68,8 +68,8 @@ def find(job: str | None = None) -> JobRecord:
         return record
     fits = [record for record in jobs.scan(root)[0] if record.job_id.startswith(job)] if job else []
     if not fits:
-        raise NoSuchJob(f"no job {job!a} in {root}; forgather control list shows what is there", job=job)
-    return _only(fits, f"{job!a} fits several jobs")
+        raise NoSuchJob(f"no job {ascii(job)[:140]} in {root}; forgather control list shows what is there", job=job)
+    return _only(fits, f"{ascii(job)[:140]} fits several jobs")
 
 
 def _exact(root: str, job: str) -> JobRecord | None:

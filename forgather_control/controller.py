@@ -135,6 +135,8 @@ class Controller:
     def step(self, step: int, loop: Loop, epoch: float | None = None) -> None:
         """Note that ``step`` is done, and apply what is pending. Every rank, after every step."""
         self._progress.beat(step, epoch)
+        if threading.get_ident() != self._thread.ident:
+            self._thread = threading.current_thread()  # begun on one thread, trained on another
         if self._mailbox.pending:
             self._apply(step, loop)
 
@@ -277,7 +279,9 @@ class Controller:
 
     def _tick(self) -> None:
         if self._orphaned is not None or not self._thread.is_alive():
-            self.close(self._orphaned or "the thread that trained has ended")
+            reason = self._orphaned or "the thread that trained has ended"
+            log.warning("this job is no longer controllable: %s", reason)
+            self.close(reason)
             return
         if not self._directory_lock.acquire(blocking=False):
             return
@@ -351,7 +355,8 @@ _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "
 
 
 def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:
-    return {"step": step, "path": path, "seconds": round(seconds, 6)}
+    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON cannot carry a byte that is no UTF-8
+    return {"step": step, "path": shown, "seconds": round(seconds, 6)}
 
 
 def _device_memory() -> dict[str, int]:

@@ -234,6 +234,8 @@ def _somebody_listens(path: str) -> bool:
 def _make_root(root: str) -> None:
     _make_private(root)
     found = os.stat(root)
+    if not stat.S_ISDIR(found.st_mode):
+        raise JobsDirUnusable(f"the jobs directory {root} is no directory")
     me = os.geteuid()
     if found.st_uid not in (0, me) and me != 0:
         raise JobsDirUnusable(f"the jobs directory {root} belongs to another user (uid {found.st_uid})")

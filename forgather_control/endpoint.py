@@ -77,8 +77,11 @@ def parse(text: str) -> UnixEndpoint:
 
 
 def fits(path: str) -> bool:
-    """Whether a socket of this path can have an address at all."""
-    return len(os.fsencode(path)) <= MAX_PATH
+    """Whether a socket of this path can have an address at all, and JSON can carry it."""
+    try:
+        return len(path.encode("utf-8")) <= MAX_PATH
+    except UnicodeEncodeError:  # bytes that are no UTF-8, which Python keeps as half surrogates
+        return False
 
 
 def bind(sock: socket.socket, path: str) -> None:

@@ -136,7 +136,7 @@ class Exchanges:
             return ask()
         except ControlError as err:
             return err
-        except Exception:  # border: whatever a method of ours does, its caller gets an answer
+        except BaseException:  # border: whatever a method of ours does (SystemExit, too), its caller gets an answer
             log.exception("a request could not be answered")
             return InternalError("internal error; the job's log says more")
 

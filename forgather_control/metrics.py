@@ -17,7 +17,7 @@ MAX_TEXT: Final = 200
 
 def hold(logs: Mapping[Any, Any]) -> dict[str, Any]:
     """The values as they are, without the graphs and memory behind them."""
-    return {str(name)[:MAX_TEXT]: _light(value) for name, value in logs.items()}
+    return {_name(name): _light(value) for name, value in logs.items()}
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -31,13 +31,18 @@ def plain(held: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in held.items()}
 
 
-def _light(value: Any) -> Any:
-    if _is_small(value):
-        return value
-    if isinstance(value, str):
-        return value[:MAX_TEXT]
+def _name(name: Any) -> str:
     try:
-        return _light_object(value)
+        return str(name)[:MAX_TEXT]
+    except Exception:  # border: an object of somebody else's
+        return type(name).__name__
+
+
+def _light(value: Any) -> Any:
+    try:
+        if _is_small(value):
+            return value
+        return str(value)[:MAX_TEXT] if isinstance(value, str) else _light_object(value)
     except Exception:  # border: an object of somebody else's; one odd value must not end the control of a job
         return type(value).__name__
 
@@ -68,5 +73,5 @@ def _plain(value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 63:
             value = float(value)
         return value if _is_small(value) else repr(value)[:MAX_TEXT]
-    except Exception:  # border: as above; among them an integer beyond a double
+    except BaseException:  # border: as above (SystemExit would end the server); also an integer beyond a double
         return type(value).__name__

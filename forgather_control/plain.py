@@ -1,14 +1,16 @@
 """A training loop of one's own: flags to look at, no framework.
 
-Floor 6, training side: imports adapter. Runs on the training thread.
+Floor 6, training side: imports errors and adapter. Runs on the training thread.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import Any
 
 from .adapter import Adapter, hook
+from .errors import InvalidParams
 
 
 class TrainingJob(Adapter):
@@ -37,21 +39,28 @@ class TrainingJob(Adapter):
 
     Raises:
         BadJobId: ``job_id`` cannot be one.
+        InvalidParams: ``max_steps`` or ``start_step`` is no whole number.
     """
 
     def __init__(
         self, job_id: str | None = None, max_steps: int | None = None, *, start_step: int = 0, enabled: bool = True
     ) -> None:
         super().__init__(job_id, enabled)
-        self._max_steps, self._start_step = max_steps, start_step
+        self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
+        self._start_step = _whole("start_step", start_step)
+        self._depth = 0  # of "with" statements around one another
         self._looked = False  # whether the loop has seen should_save since it is set
 
     def __enter__(self) -> TrainingJob:
-        self._begin()
+        self._depth += 1
+        if self._depth == 1:
+            self._begin()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._end(error)
+        self._depth -= 1
+        if self._depth == 0:
+            self._end(error)
 
     @hook
     def _begin(self) -> None:
@@ -75,10 +84,12 @@ class TrainingJob(Adapter):
         if self._looked:
             self._miss_save(controller)
         controller.phase = "training"
-        controller.step(step, self._wishes, epoch)
+        if type(step) is not int:  # a NumPy or torch number would stand in records, and JSON has none of them
+            step = _whole("step", step)
+        controller.step(step, self._wishes, epoch if epoch is None else float(epoch))
 
     @hook
-    def log(self, **metrics: Any) -> None:
+    def log(self, /, **metrics: Any) -> None:
         """Show values in ``status``. Any rank, at any time; tensors cost no synchronisation here."""
         if self._controller is not None:
             self._controller.log(metrics)
@@ -110,7 +121,7 @@ class TrainingJob(Adapter):
             return
         controller.phase = "training"
         try:
-            where = os.path.abspath(os.fspath(path))
+            where = os.path.abspath(os.fsdecode(path))
             exists = os.path.exists(where)
         except (TypeError, ValueError):
             where, exists = repr(path)[:200], False
@@ -123,3 +134,10 @@ class TrainingJob(Adapter):
         # Else a loop that saves without saying so would save at every step from here on.
         self._wishes.save = self._looked = False
         controller.save_failed("the loop saw should_save and did not call saved() before its next step")
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as err:
+        raise InvalidParams(f"{name} must be a whole number, not {ascii(value)[:80]}", parameter=name) from err

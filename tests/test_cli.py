@@ -324,3 +324,30 @@ def test_an_unreadable_jobs_directory_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("FORGATHER_JOBS_DIR", str(tmp_path / "file"))
     done = cli("list")
     assert done.returncode == 0 and "no jobs" in done.stdout
+
+
+@pytest.mark.parametrize("where, code", [(">&-", 0), ("2>&-", 0), (">/dev/full", 1), ("<&-", 0)])
+def test_streams_that_are_closed_or_full(where, code):
+    """No traceback; what cannot be printed is said on stderr, and the command is done all the same."""
+    with running_loop():
+        done = subprocess.run(
+            f"{sys.executable} -m forgather_control status job {where}",
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=SOON,
+        )
+        assert done.returncode == code and "Traceback" not in done.stdout + done.stderr, done
+        assert ("lost" in done.stderr) == (code == 1)
+
+
+def test_complaints_go_to_stderr_or_nowhere():
+    """With stderr closed they do not turn up among the results."""
+    line = f"{sys.executable} -m forgather_control status nobody 2>&-"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=SOON)
+    assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_a_name_without_end_is_cut():
+    """5,000 characters of JOB are not echoed whole."""
+    assert len(cli("status", "x" * 5000).stderr) < 400

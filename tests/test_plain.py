@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import os
+import pickle
 import threading
 from pathlib import Path
 
@@ -219,7 +222,7 @@ def test_generated_ids_never_collide():
 @pytest.mark.parametrize("method, arguments", [("step", ("one",)), ("log", ()), ("step", (None,))])
 def test_nonsense_from_the_loop_is_not_raised_back(method, arguments):
     """Whatever the loop passes, it trains on."""
-    with TrainingJob("job", max_steps="many") as job:
+    with TrainingJob("job") as job:
         getattr(job, method)(*arguments)
         job.step(1)
 
@@ -270,3 +273,98 @@ def test_a_training_thread_that_vanishes_ends_the_job(jobs_dir):
         reply = wire.call("graceful_stop", {"wait": "finished"})
     assert reply["result"]["state"] == "failed" and "thread" in reply["result"]["error"]["message"]
     until(lambda: not (jobs_dir / "job").exists())
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    """Steps, epochs and ends that are no plain int or float: records and status stay JSON."""
+
+    class Index:
+        def __index__(self) -> int:
+            return 3
+
+        def __float__(self) -> float:
+            return 0.5
+
+    with TrainingJob("job", max_steps=Index(), start_step=Index()) as job:
+        record = give(job, "graceful_stop")
+        job.step(Index(), epoch=Index())
+        status = forgather_control.get_job_status("job")
+        assert (status["global_step"], status["max_steps"], status["epoch"]) == (3, 3, 0.5)
+        assert state(job, record).applied_at_step == 3
+
+
+@pytest.mark.parametrize("options", [{"max_steps": "many"}, {"start_step": 1.5}, {"max_steps": []}])
+def test_ends_that_are_no_numbers_are_refused_when_they_are_given(options):
+    """A clear error before training begins."""
+    with pytest.raises(errors.InvalidParams, match="must be a whole number"):
+        TrainingJob("job", **options)
+
+
+def test_a_path_of_bytes_is_a_path(tmp_path):
+    """os.PathLike, str or bytes; what is no UTF-8 is shown escaped, never as another name."""
+    odd = os.fsencode(tmp_path) + b"/ck\xff"
+    os.mkdir(odd)
+    with TrainingJob("job") as job:
+        for path, shown in ((os.fsencode(tmp_path), str(tmp_path)), (odd, f"{tmp_path}/ck\\udcff")):
+            record = give(job, "save_checkpoint")
+            job.step(1)
+            job.saved(path)
+            assert state(job, record).result["path"] == shown
+
+
+def test_a_jobs_directory_that_is_no_utf8_is_reached(monkeypatch, jobs_dir):
+    """JSON cannot say where its socket is, so the socket lies where it can."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", os.fsdecode(os.fsencode(jobs_dir) + b"\xff"))
+    with TrainingJob("job"):
+        assert forgather_control.get_job_status("job")["pid"] == os.getpid()
+
+
+def test_any_name_can_be_logged():
+    """Also "self", and values whose own methods raise, or end the interpreter."""
+
+    class Text(str):
+        def __getitem__(self, place):
+            raise ValueError
+
+        def __str__(self) -> str:
+            raise ValueError
+
+    class Exit:
+        def item(self):
+            raise SystemExit
+
+    with TrainingJob("job") as job:
+        job.log(self=1, text=Text("x" * 999), end=Exit())
+        assert forgather_control.get_job_status("job")["metrics"] == {"self": 1, "text": "Text", "end": "Exit"}
+
+
+def test_a_job_inside_itself_is_one_job():
+    """Entered twice, it ends with the outer one."""
+    job = TrainingJob("job")
+    with job:
+        with job:
+            pass
+        assert forgather_control.get_job_status("job")["pid"] == os.getpid()
+    assert forgather_control.list_jobs() == []
+
+
+def test_begun_on_one_thread_trained_on_another():
+    """A helper that opens the job and ends takes nothing with it, once another thread trains."""
+    job = TrainingJob("job")
+    helper = threading.Thread(target=job.__enter__)
+    helper.start()
+    helper.join(SOON)
+    job.step(1)
+    job._controller._tick()
+    assert forgather_control.get_job_status("job")["global_step"] == 1
+    job.__exit__(None, None, None)
+
+
+def test_a_copy_controls_nothing(jobs_dir):
+    """Deep copies and pickles of a job in its run are made, are inert, and disturb nothing."""
+    with TrainingJob("job") as job:
+        for copied in (copy.deepcopy(job), pickle.loads(pickle.dumps(job))):
+            copied.step(5)
+            del copied
+        gc.collect()
+        assert forgather_control.get_job_status("job")["global_step"] == 0
