@@ -109,7 +109,7 @@ def main() -> None:
     with TrainingJob(options.job_id, options.max_steps, start_step=start) as job:
         for step in range(start + 1, options.max_steps + 1):
             loss = train_step(model, optimizer, text)
-            if step % 10 == 0:
+            if step % 10 == 0 or step == start + 1:
                 job.log(loss=loss)
             job.step(step, epoch=step * BATCH * CONTEXT / len(text))
             if job.should_save:
