@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
     args = _parser(prog).parse_args(["--wait=" if word == "--wait" else word for word in words])
     try:
         run: Callable[[argparse.Namespace], int] = args.run
-        code = run(args)
-        sys.stdout.flush()
-        return code
+        return run(args)
     except _Refused as err:
         return _complain(*err.args)
     except ControlError as err:
@@ -68,9 +66,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
     except BrokenPipeError:
         _mute()
         return DONE  # whoever read us has had enough
-    except OSError as err:
-        _mute()
-        return _complain(f"what was to be printed is lost ({err.strerror}); what was asked for is done", REFUSED)
+    except OSError as err:  # this process is out of files, say; nothing was done
+        return _complain(str(err), REFUSED)
 
 
 def forgather(argv: Sequence[str] | None = None) -> int:
@@ -179,9 +176,9 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         _print_json([job.to_json() for job in found])
     elif found:
-        print(screen.job_table(found, _colour()))
+        _print_text(screen.job_table(found, _colour()))
     else:
-        print(f"no jobs in {screen.safe(jobs_dir())}")
+        _print_text(f"no jobs in {screen.safe(jobs_dir())}")
     for name, why in left_out.items():
         _complain(f"left out {name}: {why}", DONE)
     return DONE
@@ -206,9 +203,9 @@ def _command(args: argparse.Namespace) -> int:
         result = job.call(args.method, **wait)
     if args.json:
         _print_json(result)
-    if result["state"] in ("failed", "cancelled"):
-        why = (result.get("error") or {}).get("message", "somebody took it back")
-        return _complain(f"{record.job_id}: {result['command']} {result['state']}: {why}", REFUSED)
+    trouble = commands.CommandRecord.from_json(result).trouble
+    if trouble is not None:
+        return _complain(f"{record.job_id}: {trouble}", REFUSED)
     if not args.json:
         _print_text(screen.outcome(record.job_id, result))
     return DONE
@@ -217,14 +214,14 @@ def _command(args: argparse.Namespace) -> int:
 def _cleanup(args: argparse.Namespace) -> int:
     dead = client.dead_jobs()
     if dead and not args.json:
-        print(screen.job_table(dead, _colour()))
+        _print_text(screen.job_table(dead, _colour()))
     if dead and not args.force:
         _confirm(f"remove what {len(dead)} dead jobs left?" if len(dead) > 1 else "remove what this dead job left?")
-    removed = [job.job_id for job in dead if jobs.remove_dead(jobs_dir(), job.job_id)]
+    removed = client.cleanup(dead)
     if args.json:
         _print_json({"removed": removed})
     else:
-        print(f"removed {len(removed)} of {len(dead)}" if dead else "nothing to clean up")
+        _print_text(f"removed {len(removed)} of {len(dead)}" if dead else "nothing to clean up")
     return DONE
 
 
@@ -266,9 +263,22 @@ def _colour() -> bool:
 
 
 def _print_text(text: str) -> None:
+    """The one way to stdout.
+
+    Raises:
+        BrokenPipeError: whoever read us has gone.
+        _Refused: it cannot be written, so the result is lost; by then the verb has done its work.
+    """
     encoding = sys.stdout.encoding or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        _mute()
+        why = f"what was to be printed is lost ({err.strerror}); what was asked for is done"
+        raise _Refused(why, REFUSED) from err
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value))
+    _print_text(json.dumps(value))

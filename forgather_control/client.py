@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from . import endpoint, jobs, jsonrpc
+from . import commands, endpoint, jobs, jsonrpc
 from .clock import Deadline
 from .commands import CommandRecord
 from .errors import (
@@ -177,17 +177,19 @@ class Client:
     def call_raw(self, method: str, params: dict[str, Any] | list[Any]) -> Any:
         """As :meth:`call`, with parameters by name or by position as they stand on the wire."""
         self._last_id += 1
-        seconds = self._seconds(dict(zip(("wait", "timeout"), params)) if isinstance(params, list) else params)
+        seconds = self._seconds(method, params)
         self._send(jsonrpc.request(method, params, self._last_id))
         reply = self._reply(self._last_id, Deadline(seconds), patient=seconds is None)
         if reply.error is not None:
             raise reply.error
         return reply.result
 
-    def _seconds(self, params: dict[str, Any]) -> float | None:
-        if params.get("wait", "accepted") == "accepted":
+    def _seconds(self, method: str, params: dict[str, Any] | list[Any]) -> float | None:
+        known = commands.TABLE.get(method)
+        given = known.by_name(params) if known is not None and known.is_command else {}
+        if given.get("wait", "accepted") == "accepted":
             return self._timeout
-        asked = params.get("timeout")
+        asked = given.get("timeout")
         return asked + _GRACE if isinstance(asked, (int, float)) else None
 
     def _send(self, line: bytes) -> None:
@@ -245,9 +247,8 @@ class Client:
         """
         given = {name: value for name, value in params.items() if value is not None}
         record = CommandRecord.from_json(self.call(name, **given))
-        if record.state in ("failed", "cancelled"):
-            why = record.error["message"] if record.error else "it was cancelled"
-            raise CommandFailed(f"{record.command} {record.state}: {why}", **record.to_json())
+        if record.trouble is not None:
+            raise CommandFailed(record.trouble, **record.to_json())
         return record
 
 
@@ -330,16 +331,19 @@ def _give(job: str | None, name: str, wait: str, timeout: float | None, command_
         return client.command(name, wait=wait, timeout=timeout, command_id=command_id)
 
 
-def cleanup() -> list[str]:
+def cleanup(found: list[Job] | None = None) -> list[str]:
     """Remove what dead jobs of this host left, and return their ids.
 
-    A live job, a silent one and one of another host are never touched.
+    A live job, a silent one and one of another host are never touched: each is judged once more.
+
+    Args:
+        found: what :func:`dead_jobs` gave and somebody agreed to; ``None`` looks by itself.
 
     Raises:
         JobsDirUnusable: the directory cannot be written.
     """
     root = jobs_dir()
-    return [job.job_id for job in dead_jobs() if jobs.remove_dead(root, job.job_id)]
+    return [job.job_id for job in (dead_jobs() if found is None else found) if jobs.remove_dead(root, job.job_id)]
 
 
 def dead_jobs() -> list[Job]:

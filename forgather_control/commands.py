@@ -21,7 +21,9 @@ Json = Any
 
 #: The states of a command record, in the order of its life; the last three are final.
 STATES: Final = ("accepted", "applied", "finished", "failed", "cancelled")
-FINAL: Final = frozenset({"finished", "failed", "cancelled"})
+FINAL: Final = frozenset(STATES[2:])
+#: The states that a caller can wait for.
+AWAITED: Final = STATES[:3]
 
 #: What a command waits for after it is applied: its checkpoint on disk, the end of training.
 Completion = Literal["saved", "ended"]
@@ -81,6 +83,13 @@ class CommandRecord(NamedTuple):
         """Whether nothing more will happen to it."""
         return self.state in FINAL
 
+    @property
+    def trouble(self) -> str | None:
+        """What became of it if it will never be finished, in one sentence; ``None`` otherwise."""
+        if self.state not in ("failed", "cancelled"):
+            return None
+        return f"{self.command} {self.state}: {self.error['message'] if self.error else 'somebody took it back'}"
+
     def to_json(self) -> dict[str, Json]:
         """The record as it stands on the wire."""
         return self._asdict()
@@ -118,8 +127,8 @@ class Param(NamedTuple):
 
 
 def _one_of(value: Json) -> str:
-    if value not in ("accepted", "applied", "finished"):
-        raise ValueError('"accepted", "applied" or "finished"')
+    if value not in AWAITED:
+        raise ValueError(" or ".join(f'"{state}"' for state in AWAITED))
     return cast(str, value)
 
 
@@ -140,7 +149,7 @@ def _command_id(value: Json) -> str:
 WAIT: Final = Param(
     "wait",
     _one_of,
-    {"enum": ["accepted", "applied", "finished"], "default": "accepted"},
+    {"enum": list(AWAITED), "default": "accepted"},
     "When to answer: once it is queued, once every rank applied it, or once it is over.",
     default="accepted",
 )
@@ -201,10 +210,9 @@ class Method(NamedTuple):
             InvalidParams: naming the value, what was expected, and what the method takes.
         """
         names = [param.name for param in self.params]
-        if isinstance(given, list):
-            if len(given) > len(names):
-                raise InvalidParams(f"{self.name} takes {len(names)} parameters, not {len(given)}", expected=names)
-            given = dict(zip(names, given))
+        if len(given) > len(names) and isinstance(given, list):
+            raise InvalidParams(f"{self.name} takes {len(names)} parameters, not {len(given)}", expected=names)
+        given = self.by_name(given)
         unknown = sorted(given.keys() - set(names))
         if unknown:
             takes = ", ".join(names) or "no parameters"
@@ -212,6 +220,10 @@ class Method(NamedTuple):
                 f"{self.name} has no parameter {ascii(unknown[0][:64])}; it takes {takes}", expected=names
             )
         return {param.name: self._value(param, given) for param in self.params}
+
+    def by_name(self, given: list[Json] | dict[str, Json]) -> dict[str, Json]:
+        """What was given by position, or by name, as by name; unchecked."""
+        return dict(zip((param.name for param in self.params), given)) if isinstance(given, list) else given
 
     def _value(self, param: Param, given: dict[str, Json]) -> Json:
         if param.name not in given:

@@ -38,7 +38,7 @@ from .errors import CommandFailed, ControlError, DeadlinePassed, JobEnding, JobI
 from .exchange import PENDING, Later
 from .mailbox import Mailbox
 from .progress import Progress
-from .record import check_job_id, jobs_dir
+from .record import JobRecord, check_job_id, jobs_dir
 from .server import Server
 from .version import PROTOCOL, VERSION
 
@@ -344,11 +344,16 @@ class Controller:
 
     def list_jobs(self) -> list[dict[str, Any]]:
         """The jobs of the jobs directory, judged by their processes; asking them would block this thread."""
-        found = []
-        for record in jobs.scan(jobs_dir())[0]:
-            state = "live" if record.job_id == self.job_id else {"silent": "running"}.get(s := jobs.judge(record), s)
-            found.append({**{name: getattr(record, name) for name in _PUBLIC}, "state": state})
-        return found
+        records = jobs.scan(jobs_dir())[0]
+        return [
+            {**{name: getattr(record, name) for name in _PUBLIC}, "state": self._judge(record)} for record in records
+        ]
+
+    def _judge(self, record: JobRecord) -> str:
+        if record.job_id == self.job_id and record.pid == os.getpid():
+            return "live"
+        state = jobs.judge(record)
+        return "running" if state == "silent" else state  # nobody asked it, so it was not silent either
 
 
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")

@@ -1,4 +1,4 @@
-"""An address: parse, print, bind, connect. Unix sockets; TCP and TLS will stand here, too.
+"""An address: print, bind, connect. Unix sockets; TCP and TLS will stand here, too.
 
 Floor 1: imports errors and clock only. Runs on whatever thread calls it.
 """
@@ -24,7 +24,7 @@ _RETRY: Final = 0.01
 
 
 class UnixEndpoint(NamedTuple):
-    """A socket in the file system, printed and parsed as ``unix:PATH``."""
+    """A socket in the file system, printed as ``unix:PATH``."""
 
     path: str
 
@@ -62,18 +62,6 @@ class UnixEndpoint(NamedTuple):
         if err.errno in (errno.EACCES, errno.EPERM):
             return FindError(f"{self} belongs to another user", endpoint=str(self))
         return JobDead(f"nobody listens at {self} ({err.strerror or err})", endpoint=str(self))
-
-
-def parse(text: str) -> UnixEndpoint:
-    """The endpoint that ``unix:PATH`` names.
-
-    Raises:
-        FindError: it names none.
-    """
-    scheme, _, path = text.partition(":")
-    if scheme != "unix" or not path:
-        raise FindError(f"{ascii(text[:128])} is no endpoint; expected unix:PATH")
-    return UnixEndpoint(path)
 
 
 def fits(path: str) -> bool:

@@ -119,11 +119,11 @@ def ask(records: list[JobRecord], method: str, deadline: Deadline) -> dict[str, 
 def _ask_some(records: list[JobRecord], method: str, deadline: Deadline) -> dict[str, dict[str, Any]]:
     answers: dict[str, dict[str, Any]] = {}
     with selectors.DefaultSelector() as selector:
-        for record in records:
-            sock = _send(record, method)
-            if sock is not None:
-                selector.register(sock, selectors.EVENT_READ, (record, bytearray()))
         try:
+            for record in records:
+                sock = _send(record, method)
+                if sock is not None:
+                    selector.register(sock, selectors.EVENT_READ, (record, bytearray()))
             while selector.get_map() and (events := selector.select(deadline.left())):
                 for key, _ in events:
                     _collect(selector, key, answers)
@@ -136,14 +136,16 @@ def _ask_some(records: list[JobRecord], method: str, deadline: Deadline) -> dict
 def _send(record: JobRecord, method: str) -> socket.socket | None:
     if record.socket is None:
         return None
-    sock = None
     try:
+        # An OSError is this process's own (out of files), and says nothing of the job: it is raised.
         sock = endpoint.UnixEndpoint(record.socket).connect(Deadline(_CONNECT))
+    except ControlError:
+        return None
+    try:
         sock.setblocking(False)
         sock.send(jsonrpc.request(method, {}, 1))
-    except (ControlError, OSError):
-        if sock is not None:
-            sock.close()
+    except OSError:
+        sock.close()
         return None
     return sock
 

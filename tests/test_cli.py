@@ -351,3 +351,31 @@ def test_complaints_go_to_stderr_or_nowhere():
 def test_a_name_without_end_is_cut():
     """5,000 characters of JOB are not echoed whole."""
     assert len(cli("status", "x" * 5000).stderr) < 400
+
+
+def test_a_process_out_of_files_says_so_and_nothing_else():
+    """With no descriptor left to ask a job, the job is not called silent, nor the command done."""
+    with running_loop():
+        for files in range(4, 10):
+            line = f"ulimit -n {files}; {sys.executable} -m forgather_control list"
+            done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=SOON)
+            if "live" in done.stdout:
+                break
+            assert done.returncode != 0 and "silent" not in done.stdout and "is done" not in done.stderr, (files, done)
+        assert (
+            "Too many open files"
+            in subprocess.run(
+                f"ulimit -n {files - 1}; {sys.executable} -m forgather_control list",
+                shell=True,
+                capture_output=True,
+                text=True,
+                timeout=SOON,
+            ).stderr
+        )
+
+
+def test_the_help_names_every_exit_code():
+    """The epilog and the constants say the same."""
+    said = command_line._EPILOG.partition("exit codes: ")[2].replace("\n", " ")
+    codes = {int(part.split()[0]) for part in said.split(", ")}
+    assert codes == {value for name, value in vars(command_line).items() if name.isupper() and isinstance(value, int)}

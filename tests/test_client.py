@@ -306,3 +306,22 @@ def test_a_reply_without_a_record_is_named(folder):
     with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
         with pytest.raises(errors.InternalError, match="no command record"):
             job.command("abort")
+
+
+def test_only_commands_are_waited_for_without_a_deadline(folder):
+    """A query whose first parameter, by position, is no wait keeps its deadline."""
+    with Peer(folder, lambda file, sock: file.readline() and file.readline()) as peer:
+        with client.Client(UnixEndpoint(peer.path), "peer", timeout=100 * MS) as job:
+            with pytest.raises(errors.JobNotAnswering):
+                job.call_raw("get_command", ["some-id"])
+
+
+def test_cleanup_removes_what_was_agreed_to_and_judges_it_again():
+    """Of the jobs that were shown, one has been started again meanwhile: it stays."""
+    with job_process("one") as one, job_process("two") as two:
+        one.kill()
+        two.kill()
+        shown = client.dead_jobs()
+    with running_loop("two"):
+        assert client.cleanup(shown) == ["one"]
+        assert [job.job_id for job in forgather_control.list_jobs()] == ["two"]

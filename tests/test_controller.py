@@ -312,3 +312,10 @@ def test_a_start_in_an_unusable_place_is_one_sentence(monkeypatch):
         monkeypatch.setenv("FORGATHER_JOBS_DIR", place)
         with pytest.raises(errors.JobsDirUnusable, match=place.split("/")[1]):
             Controller("job").start()
+
+
+def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_dir):
+    """The record under our id says another pid: only its process is judged."""
+    record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
+    (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**record, "pid": 1, "process_started_at": None}))
+    assert [found["state"] for found in wire.call("list_jobs")["result"]] == ["running"]
