@@ -157,6 +157,7 @@ def read_record(root: str, name: str) -> JobRecord | None:
 
     Raises:
         ValueError: what is there is no record of this job, and why.
+        OSError: this process is out of files, so nothing can be said of the job.
     """
     path = os.path.join(root, name)
     try:
@@ -164,7 +165,7 @@ def read_record(root: str, name: str) -> JobRecord | None:
     except OSError as err:
         if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
-        raise ValueError(f"it cannot be opened ({err.strerror})") from err
+        raise _fault(err, f"it cannot be opened ({err.strerror})") from None
     try:
         data = _read_small(directory)
     finally:
@@ -179,7 +180,7 @@ def _read_small(directory: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as err:
-        raise ValueError(f"{RECORD} cannot be opened ({err.strerror})") from err
+        raise _fault(err, f"{RECORD} cannot be opened ({err.strerror})") from None
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise ValueError(f"{RECORD} is no regular file")
@@ -191,3 +192,8 @@ def _read_small(directory: int) -> bytes | None:
     if len(data) > MAX_RECORD:
         raise ValueError(f"{RECORD} is longer than {MAX_RECORD} bytes")
     return data
+
+
+def _fault(err: OSError, text: str) -> OSError | ValueError:
+    """Whose fault it is: this process's, or the record's."""
+    return err if err.errno in (errno.EMFILE, errno.ENFILE) else ValueError(text)
