@@ -345,9 +345,11 @@ def test_beyond_the_limit_the_idlest_goes(path, answers, monkeypatch, half):
         first.still_answers()
         base = descriptors() - 2
         idle = _connect(path, 7)
-        for sock in idle:
-            sock.sendall(half)
-        until(lambda: descriptors() == base + 16)
+        for sock in idle:  # one after the other: its reply proves that the server has read the half line, too
+            sock.settimeout(SOON)
+            sock.sendall(_line("x") + half)
+            assert sock.recv(4096).endswith(b"\n")
+        assert descriptors() == base + 16
         first.still_answers()  # so it is not the idlest any more
         with Wire(path) as owner:
             owner.still_answers()
