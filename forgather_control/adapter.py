@@ -1,6 +1,6 @@
 """What all adapters share: a border around each hook, one controller a training run, the wishes of commands.
 
-Floor 5, training side: imports errors, record and controller. Runs on the training thread.
+Floor 5, training side: imports errors, ranks, record and controller. Runs on the training thread.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from .controller import Controller
 from .errors import ControlError
+from .ranks import check_steps
 from .record import check_job_id
 
 log = logging.getLogger("forgather_control")
@@ -75,14 +76,16 @@ class Adapter:
     Args:
         job_id: by which the job is found; ``None`` makes one of time, host and pid.
         enabled: ``False`` turns everything off.
+        poll_steps: have several ranks ask one another at every so many steps; ``None`` for never, where they can.
 
     Raises:
-        BadJobId: when it is made, not when training has begun.
+        BadJobId, InvalidParams: when it is made, not when training has begun.
     """
 
-    def __init__(self, job_id: str | None = None, enabled: bool = True) -> None:
+    def __init__(self, job_id: str | None = None, enabled: bool = True, poll_steps: int | None = None) -> None:
         self._wanted_id = None if job_id is None else check_job_id(job_id)
         self._enabled = enabled
+        self._poll_steps = None if poll_steps is None else check_steps(poll_steps)
         self._controller: Controller | None = None
         self._finalizer: Any = None
         self._wishes = Wishes()
@@ -101,13 +104,13 @@ class Adapter:
         """Whether an abort was applied in this run, so that a script can skip what it saves at its end."""
         return self._wishes.abort
 
-    def _open(self, step: int, max_steps: int | None) -> None:
+    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None) -> None:
         """Begin a run. A job that cannot be controlled says so once, and trains."""
         self._close("training was started again")
         self._wishes = Wishes()
         if not self._enabled:
             return
-        controller = Controller(self._wanted_id, step, max_steps)
+        controller = Controller(self._wanted_id, step, max_steps, poll_steps=self._poll_steps, log_steps=log_steps)
         try:
             controller.start()
         except ControlError as err:
@@ -116,18 +119,19 @@ class Adapter:
         self._controller = controller
         # Also runs at the interpreter's exit: no client waits for a job that died of an exception.
         self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
-        log.info("this job can be controlled: forgather control status %s", controller.job_id)
+        if controller.is_main:
+            log.info("this job can be controlled: forgather control status %s", controller.job_id)
 
-    def _close(self, reason: str | None = None) -> None:
-        """End the run, if one is open."""
+    def _close(self, reason: str | None = None, fault: str | None = None) -> None:
+        """End the run, if one is open; see ``Controller.close``."""
         controller, self._controller = self._controller, None
         if controller is not None:
             self._finalizer.detach()
             self._finalizer = None
-            controller.close(reason)
+            controller.close(reason, fault)
 
     def _give_up(self) -> None:
         try:
-            self._close("trainer control failed in the job")
+            self._close("trainer control failed in the job", "control failed there, and training goes on")
         except Exception:  # border: the last one
             log.exception("trainer control could not be closed")

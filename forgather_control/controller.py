@@ -1,9 +1,9 @@
-"""One controlled job: it owns the directory, the server, the mailbox and the ranks, and knows when a command is over.
+"""One controlled job: it owns the directory, the server, the mailbox and the world, and knows when a command is over.
 
 Floor 4, training side. Imports all floors below; torch only by asking whether it is loaded.
-``start``, ``step``, ``log``, ``saved`` and ``close`` run on the training thread, what answers requests
-on the server thread; what both touch is the mailbox (its own lock), the progress and a few values
-that are assigned whole.
+``start``, ``step``, ``log``, ``saved`` and ``close`` run on the training thread of every rank, what answers
+requests on the server thread of rank 0, what ranks say to one another on the threads of the line; what
+several touch is the mailbox (its own lock), the progress and a few values that are assigned whole.
 
 The loop, with each call of an adapter in its place::
 
@@ -32,15 +32,17 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from . import commands, directory, jobs, jsonrpc, metrics, ranks
+from . import commands, directory, jobs, jsonrpc, metrics, process, ranks
 from .commands import CommandRecord, Loop
 from .errors import CommandFailed, ControlError, DeadlinePassed, JobEnding, JobIdTaken
 from .exchange import PENDING, Later
 from .mailbox import Mailbox
 from .progress import Progress
 from .record import JobRecord, check_job_id, jobs_dir
+from .rounds import Calls
 from .server import Server
 from .version import PROTOCOL, VERSION
+from .world import OneProcess, World
 
 log = logging.getLogger("forgather_control")
 
@@ -53,25 +55,36 @@ _MAX_SUFFIX: Final = 99
 
 
 class Controller:
-    """The control side of one training run, in its rank 0.
+    """The control side of one training run, in each of its ranks; the job's server is rank 0's.
 
     Args:
         job_id: chosen by the user, or ``None`` for a generated one.
         step: where training begins.
         max_steps: where it ends, if known.
+        poll_steps: have ranks ask one another at every so many steps, rather than never.
+        log_steps: how often, where they must ask and ``poll_steps`` does not say.
 
     Raises:
         BadJobId: the id cannot be one.
     """
 
-    def __init__(self, job_id: str | None, step: int = 0, max_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        job_id: str | None,
+        step: int = 0,
+        max_steps: int | None = None,
+        *,
+        poll_steps: int | None = None,
+        log_steps: int | None = None,
+    ) -> None:
         self.job_id = None if job_id is None else check_job_id(job_id)
+        self._poll_steps, self._log_steps = poll_steps, log_steps
         #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
         self.phase = "starting"
         self._progress = Progress(step, max_steps)
         self._metrics: dict[str, Any] = {}
         self._started_at = time.time()
-        self._world: ranks.World = ranks.OneProcess()
+        self._world: World = OneProcess(self)
         self._server = Server(self._answer, self._tick)
         self._mailbox = Mailbox(self._server.wake)
         self._directory: directory.JobDirectory | None = None
@@ -89,26 +102,38 @@ class Controller:
     # Start...
 
     def start(self) -> None:
-        """Claim the id, serve, publish.
+        """Take part in the agreement of the ranks; rank 0 claims the id, serves and publishes.
 
         Raises:
             StartError: why this job cannot be controlled; nothing is left behind.
         """
-        import psutil
-
         try:
-            self._world = ranks.of_this_job()
-            self._process = psutil.Process()
-            self._process.cpu_percent()  # the first call only sets the mark to measure from
-            self._directory = self._claim()
-            self.job_id = self._directory.job_id
-            self._server.start()
+            self._world = ranks.of_this_job(
+                self, self.job_id or "", self._progress.step, self._poll_steps, self._log_steps
+            )
+            if self.is_main:
+                self._publish()
+            self._world.start()
         except BaseException:
             self._closed = True
             self._remove_directory()
             self._server.close(CLOSE_TIMEOUT)
             raise
         _controllers.add(self)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which keeps the records and the files."""
+        return self._world.rank == 0
+
+    def _publish(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # the first call only sets the mark to measure from
+        self._directory = self._claim()
+        self.job_id = self._directory.job_id
+        self._server.start()
 
     def _claim(self) -> directory.JobDirectory:
         for job_id in self._candidates():
@@ -137,7 +162,7 @@ class Controller:
         self._progress.beat(step, epoch)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # begun on one thread, trained on another
-        if self._mailbox.pending:
+        if self._world.due(step):
             self._apply(step, loop)
 
     def beat(self, step: int, epoch: float | None = None) -> None:
@@ -145,58 +170,79 @@ class Controller:
         self._progress.beat(step, epoch)
 
     def _apply(self, step: int, loop: Loop) -> None:
-        calls = self._world.share(self._mailbox.drain())
-        for call in calls:
-            commands.TABLE[call.command].run(loop)
-        for call in calls:
-            self._mailbox.applied(call.command_id, step)
-            self._follow(call)
+        calls = self._world.hear(step)
+        if not calls:
+            return
+        for _, command in calls:
+            commands.TABLE[command].run(loop)
+        self._world.applied(calls, step)
+        for command_id, command in calls:
+            self._follow(command_id, command)
 
-    def _follow(self, call: CommandRecord) -> None:
+    def _follow(self, command_id: str, command: str) -> None:
         now = time.monotonic()
-        completes = commands.TABLE[call.command].completes
-        if call.command == "abort":
+        completes = commands.TABLE[command].completes
+        if command == "abort":
             self._fail_saves(CommandFailed("an abort was applied: no checkpoint is written after it"))
         if "ended" in completes:
-            self._ending[call.command_id] = now
+            self._ending[command_id] = now
         if "saved" in completes:
-            self._saving[call.command_id] = now
+            self._saving[command_id] = now
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
         self._metrics = metrics.merge(self._metrics, metrics.hold(logs))
 
     def saved(self, step: int, path: str) -> None:
-        """Note that a checkpoint is complete on disk, whoever asked for it."""
+        """Note that a checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
         now = time.monotonic()
         for command_id, since in self._saving.items():
             result = _save_result(step, path, now - since)
             if command_id in self._ending:
                 self._saves[command_id] = result
             else:
-                self._mailbox.finished(command_id, result)
+                self._finish(command_id, result)
         self._saving.clear()
         for command_id, since in self._ending.items():
             self._saves.setdefault(command_id, _save_result(step, path, now - since))
+        self._world.kept()
+
+    def nothing_to_save(self) -> None:
+        """Note that the checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
+        self._saving.clear()
+        self._world.kept()
 
     def save_failed(self, reason: str) -> None:
-        """Note that the checkpoint that was asked for will not come."""
-        self._fail_saves(CommandFailed(reason))
+        """Note that the checkpoint that was asked for will not come, or this rank's part of it."""
+        self._fail_saves(CommandFailed(reason), reason)
+
+    def _finish(self, command_id: str, result: dict[str, Any]) -> None:
+        """Say that a command is over, once every rank has done its part."""
+        if self.is_main:
+            self._world.settle(command_id, lambda fault: self._settled(command_id, result, fault))
+
+    def _settled(self, command_id: str, result: dict[str, Any], fault: str | None) -> None:
+        if fault is None:
+            self._mailbox.finished(command_id, result)
+        else:
+            self._mailbox.failed(command_id, CommandFailed(fault), result)
 
     @property
     def last_step(self) -> int:
         """The last step that is done."""
         return self._progress.step
 
-    def _fail_saves(self, error: ControlError) -> None:
+    def _fail_saves(self, error: ControlError, fault: str | None = None) -> None:
         for command_id in self._saving:
-            self._mailbox.failed(command_id, error)
+            if self.is_main:
+                self._mailbox.failed(command_id, error)
             self._ending.pop(command_id, None)
         self._saving.clear()
+        self._world.kept(fault)
 
     # End...
 
-    def close(self, reason: str | None = None) -> None:
+    def close(self, reason: str | None = None, fault: str | None = None) -> None:
         """End the control of this job: every command gets its last state, every waiter its answer.
 
         On the training thread, or at the interpreter's exit. The directory goes first: who reads
@@ -204,12 +250,15 @@ class Controller:
 
         Args:
             reason: why training did not end as it should; ``None`` if it did.
+            fault: why control ends though training goes on, so that the other ranks can agree on nothing any more.
         """
         if self._closed or self._abandoned:
             return
         self._closed = True
         _controllers.discard(self)
         self._remove_directory()
+        self._fail_saves(CommandFailed(reason or "training ended before the checkpoint was saved"))
+        self._world.close(CLOSE_TIMEOUT, fault)
         self._settle(reason)
         self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
         self._server.close(CLOSE_TIMEOUT)
@@ -238,12 +287,11 @@ class Controller:
             self._directory_lock.release()
 
     def _settle(self, reason: str | None) -> None:
-        self._fail_saves(CommandFailed(reason or "training ended before the checkpoint was saved"))
         for command_id in self._ending:
             result = self._saves.get(command_id) or {"step": self._progress.step, "path": None, "seconds": None}
             if reason is None:
-                self._mailbox.finished(command_id, result)
-            else:
+                self._finish(command_id, result)
+            elif self.is_main:
                 self._mailbox.failed(command_id, CommandFailed(reason), result)
         self._ending.clear()
 
@@ -251,6 +299,61 @@ class Controller:
         """In a forked child: this copy controls nothing; its locks may be held by threads that do not exist here."""
         self._abandoned = True
         self._mailbox = Mailbox(lambda: None)
+        self._world = OneProcess(self)
+
+    # As world.Home: on any thread, as it says there...
+
+    @property
+    def pending(self) -> bool:
+        """Whether commands wait to be applied."""
+        return self._mailbox.pending
+
+    def take(self) -> Calls:
+        """Take them."""
+        return [[record.command_id, record.command] for record in self._mailbox.drain()]
+
+    def put_back(self, calls: Calls) -> None:
+        """Queue them again."""
+        self._mailbox.put_back([command_id for command_id, _ in calls])
+
+    def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
+        """All ranks applied them, or not all."""
+        for command_id, command in calls:
+            if fault is None:
+                self._mailbox.applied(command_id, step)
+            else:
+                self._mailbox.failed(command_id, CommandFailed(f"not all ranks applied the {command}: {fault}"))
+
+    def submit(self, command: str) -> None:
+        """A signal on some rank asks for this command."""
+        try:
+            self._mailbox.submit(command, None)
+        except ControlError as err:
+            log.warning("the signal that asks for %s came in vain: %s", command, err)
+        self._world.wanted()
+
+    def about(self) -> dict[str, Any]:
+        """What the other ranks are told of this process."""
+        return process.myself()._asdict()
+
+    def tell(self, what: str) -> dict[str, Any]:
+        """What this rank answers to a question."""
+        return {}
+
+    def meet(self, about: dict[int, dict[str, Any]]) -> None:
+        """All ranks are there."""
+
+    def changed(self) -> None:
+        """An answer came in."""
+        self._server.wake()
+
+    def cut_off(self, why: str) -> None:
+        """Nothing can be agreed any more: what is queued fails, what comes is refused, and training goes on."""
+        if self._closed:
+            return
+        if self.is_main:
+            log.warning("commands can no longer be agreed between the ranks: %s; training goes on", why)
+        self._mailbox.refuse(JobEnding(f"commands can no longer be agreed between the ranks: {why}"))
 
     # On the server thread...
 
@@ -260,6 +363,7 @@ class Controller:
         if not method.is_command:
             return method.run(self, **params)
         record = self._mailbox.submit(method.name, params["command_id"])
+        self._world.wanted()
         return self._wait(record, params["wait"], params["timeout"])
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:

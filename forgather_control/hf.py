@@ -44,16 +44,21 @@ class TrainerControlCallback(Adapter):
         job_id: by which the job is found: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a
             dot or dash. ``None`` makes ``job_{timestamp}_{hostname}_{pid}``.
         enabled: ``False`` turns everything off.
+        poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
+            ``None``: they need not ask, where the store of torch.distributed can tell them; else ``logging_steps``.
+
+    Under ``torchrun`` every rank has its own callback with the same arguments.
 
     Raises:
         BadJobId: ``job_id`` cannot be one.
+        InvalidParams: ``poll_steps`` is no number of steps.
     """
 
     #: Forgather names the callback that stopped its training.
     name = "TrainerControlCallback"
 
-    def __init__(self, job_id: str | None = None, *, enabled: bool = True) -> None:
-        super().__init__(job_id, enabled)
+    def __init__(self, job_id: str | None = None, *, enabled: bool = True, poll_steps: int | None = None) -> None:
+        super().__init__(job_id, enabled, poll_steps)
         self._begin()
 
     def _begin(self) -> None:
@@ -80,7 +85,7 @@ class TrainerControlCallback(Adapter):
         self._begin()
         self._saved_at = state.global_step  # where it was resumed from, if it was
         self._period = _period(args, state, control)
-        self._open(state.global_step, state.max_steps)
+        self._open(state.global_step, state.max_steps, _log_steps(args, state))
 
     @hook
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,7 +158,9 @@ class TrainerControlCallback(Adapter):
         if late and self._wishes.any:
             self._steer(args, state, control)
         path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
-        if path is None:
+        if path is None and not self._controller.is_main:  # of another host, say, without the same disk
+            self._controller.nothing_to_save()
+        elif path is None:
             self._controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
         else:
             self._controller.saved(state.global_step, path)
@@ -253,6 +260,14 @@ def _place(state: Any, control: Any) -> str:
     if _is_forgather(control):
         return "checkpoints"
     return "*" if getattr(state, "is_hyper_param_search", False) else ""
+
+
+def _log_steps(args: Any, state: Any) -> int | None:
+    """At how many steps the trainer logs; it may be given as a part of all steps."""
+    steps = getattr(args, "logging_steps", None)
+    if not isinstance(steps, (int, float)) or steps <= 0:
+        return None
+    return max(1, int(steps * state.max_steps if steps < 1 else steps))
 
 
 def _evaluates_for_best(args: Any) -> bool:

@@ -10,6 +10,7 @@ A command's life, and who moves it::
     submit (server) ──▶ accepted ──drain (training)──▶ applied ──▶ finished | failed
                            └──cancel (server)──▶ cancelled
 
+With several ranks, ``put_back`` is the way back from drained to pending, where a round was off.
 ``close`` fails whatever is left, under the same lock that ``submit`` takes: a command is either
 refused or answered, never lost between the two.
 """
@@ -130,7 +131,7 @@ class Mailbox:
         with self._lock:
             return list(self._records.values())
 
-    # On the training thread...
+    # On the thread that decides: the training thread, or with several ranks one of the line's...
 
     def drain(self) -> list[CommandRecord]:
         """Take all pending commands, in the order they came; they can no longer be cancelled."""
@@ -139,6 +140,13 @@ class Mailbox:
             self._pending.clear()
             self.pending = False
             return taken
+
+    def put_back(self, command_ids: list[str]) -> None:
+        """Queue commands again that were taken and not applied, before what came meanwhile."""
+        with self._lock:
+            if self._closed is None:
+                self._pending[:0] = command_ids
+                self.pending = bool(self._pending)
 
     def applied(self, command_id: str, step: int) -> None:
         """Note that every rank applied the command after ``step``."""
@@ -152,19 +160,30 @@ class Mailbox:
         """Note that the command will not happen (or not wholly: ``result`` is what did), and why."""
         self._change(command_id, **_failure(error), result=result)
 
-    def close(self, error: ControlError) -> None:
-        """Fail every command that is not over, and refuse all that come later. May be called twice."""
+    def refuse(self, error: ControlError) -> None:
+        """Fail every pending command, and refuse all that come later. May be called twice."""
         with self._lock:
-            if self._closed is None:
-                self._closed = error if isinstance(error, JobEnding) else JobEnding(error.message)
+            self._refuse(error)
+        self._on_change()
+
+    def close(self, error: ControlError) -> None:
+        """Refuse, and fail every other command, too, that is not over. May be called twice."""
+        with self._lock:
+            self._refuse(error)
             for record in list(self._records.values()):
                 if not record.is_final:
                     self._put(record, **_failure(error))
-            self._pending.clear()
-            self.pending = False
         self._on_change()
 
     # With the lock held...
+
+    def _refuse(self, error: ControlError) -> None:
+        if self._closed is None:
+            self._closed = error if isinstance(error, JobEnding) else JobEnding(error.message)
+        for command_id in self._pending:
+            self._put(self._records[command_id], **_failure(error))
+        self._pending.clear()
+        self.pending = False
 
     def _get(self, command_id: str) -> CommandRecord:
         if command_id not in self._records:

@@ -36,16 +36,28 @@ class TrainingJob(Adapter):
         max_steps: the step the loop will end at, if known; for progress and time left.
         start_step: the steps that are done already, in a loop that was resumed.
         enabled: ``False`` turns everything off; the flags then stay ``False``.
+        poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
+            ``None``: they need not ask, where the store of torch.distributed can tell them; else 50.
+
+    Under ``torchrun`` every rank has its own ``TrainingJob`` with the same arguments, made after
+    ``init_process_group``, and calls ``step`` for every step. Where only rank 0 saves, only rank 0 says ``saved``;
+    where every rank writes its shard, every rank says so, and the checkpoint counts once all have.
 
     Raises:
         BadJobId: ``job_id`` cannot be one.
-        InvalidParams: ``max_steps`` or ``start_step`` is no whole number.
+        InvalidParams: ``max_steps``, ``start_step`` or ``poll_steps`` is no such number.
     """
 
     def __init__(
-        self, job_id: str | None = None, max_steps: int | None = None, *, start_step: int = 0, enabled: bool = True
+        self,
+        job_id: str | None = None,
+        max_steps: int | None = None,
+        *,
+        start_step: int = 0,
+        enabled: bool = True,
+        poll_steps: int | None = None,
     ) -> None:
-        super().__init__(job_id, enabled)
+        super().__init__(job_id, enabled, poll_steps)
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another
@@ -81,7 +93,7 @@ class TrainingJob(Adapter):
         controller = self._controller
         if controller is None:
             return
-        if self._looked:
+        if self._looked or (self._wishes.save and not controller.is_main):
             self._miss_save(controller)
         controller.phase = "training"
         if type(step) is not int:  # a NumPy or torch number would stand in records, and JSON has none of them
@@ -133,6 +145,9 @@ class TrainingJob(Adapter):
     def _miss_save(self, controller: Any) -> None:
         # Else a loop that saves without saying so would save at every step from here on.
         self._wishes.save = self._looked = False
+        if not controller.is_main:  # often only rank 0 saves
+            controller.nothing_to_save()
+            return
         controller.save_failed("the loop saw should_save and did not call saved() before its next step")
 
 

@@ -1,64 +1,457 @@
-"""Which ranks there are, and how they come to hold the same commands at the same step.
+"""Several ranks that agree by rounds over the line, and the choice among the worlds.
 
-Floor 2, training side: imports errors only; the one module that knows ``torch.distributed``. Runs
-on the training thread. Callers never ask whether anything is distributed: one process is a world
-of one rank, for which every agreement holds by itself.
+Floor 3, training side: imports commands, errors, line, rounds and world. The one module that asks
+torch.distributed, as it finds it loaded, whether there are other ranks and what store they share.
+
+The commands travel in the decision of the round itself, so that there is no collective at all: no
+device is synchronised, no stream or backend matters, and a rank that is elsewhere waits for nobody.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import sys
-from typing import Protocol, TypeVar
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
-from .errors import Unsupported
+from . import commands, rounds
+from .errors import InvalidParams, Unsupported
+from .line import Line, Voice
+from .rounds import Calls
+from .world import Home, Inquiry, OneProcess, Outcome, Polled, World
 
-T = TypeVar("T")
+log = logging.getLogger("forgather_control")
 
-
-class World(Protocol):
-    """The ranks of this job, seen from one of them."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def share(self, calls: list[T]) -> list[T]:
-        """The calls of rank 0, on every rank, in the same order. All ranks call it after the same step."""
-
-
-class OneProcess:
-    """A world of one rank."""
-
-    rank = 0
-    size = 1
-
-    def share(self, calls: list[T]) -> list[T]:
-        """``calls`` themselves: what the only rank holds, all ranks hold."""
-        return calls
+#: Rounds that rank 0 remembers, for checkpoints that are still being written.
+_ROUNDS: Final = 256
+#: Steps between two questions where ranks must ask and nobody says how often.
+_POLL_STEPS: Final = 50
 
 
-def of_this_job() -> World:
-    """The world this process trains in.
+# The choice...
+
+
+def of_this_job(home: Home, name: str, step: int, poll_steps: int | None, log_steps: int | None = None) -> World:
+    """The world this process trains in. On the training thread of every rank; no collective.
+
+    The way must be the same on all ranks, so nothing but what is the same on all of them decides.
+
+    Args:
+        name: the job id that was asked for, or nothing; the same on all ranks.
+        step: where training begins.
+        poll_steps: ask at every so many steps, rather than never.
+        log_steps: how often to ask where ranks must and nothing is chosen.
 
     Raises:
-        Unsupported: it has several ranks. To act on one of them alone would leave the others
-            waiting in a collective for ever, so nothing is better than that.
+        Unsupported: there are other ranks, and no way to agree with them. To act on one of them alone
+            would leave the others waiting in a collective for ever, so nothing is better than that.
     """
-    size = _world_size()
-    if size > 1:
-        raise Unsupported(f"this version controls jobs of one process, not of {size} ranks", world_size=size)
-    return OneProcess()
+    dist = _distributed()
+    if dist is None:
+        return OneProcess(home)
+    rank, size = int(dist.get_rank()), int(dist.get_world_size())
+    store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared_store(dist)
+    if store is None:
+        steps = poll_steps or log_steps or _POLL_STEPS
+        if rank == 0:
+            log.info("ranks ask one another for commands at every %d steps: %s", steps, why)
+        return Polled(home, rank, size, steps)
+    if rank == 0:
+        log.info("ranks agree on commands over the %s of torch.distributed, and ask nothing while there are none", why)
+    try:
+        return Ranks(home, rank, size, _connector(dist, store, name), step)
+    except RuntimeError as err:  # torch's DistError is one
+        raise Unsupported(
+            f"the {why} of torch.distributed cannot be reached: {str(err).partition(chr(10))[0]}"
+        ) from err
 
 
-def _world_size() -> int:
+def check_steps(steps: Any) -> int:
+    """``steps`` itself.
+
+    Raises:
+        InvalidParams: it is no positive whole number.
+    """
+    if type(steps) is not int or steps < 1:
+        raise InvalidParams(f"poll_steps must be a number of steps from 1, or None, not {ascii(steps)[:80]}")
+    return steps
+
+
+def _distributed() -> Any:
+    """torch.distributed, if this process is one of several ranks; ``None`` if it is alone."""
     # Whoever trains with several ranks has imported torch; whoever has not must not pay for it here.
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return int(torch.distributed.get_world_size())
+        return torch.distributed if torch.distributed.get_world_size() > 1 else None
     try:
-        return int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's, before the process group exists
+        size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     except ValueError:
-        return 1
+        size = 1
+    if size > 1:
+        raise Unsupported(
+            f"it is one of {size} ranks, and torch.distributed.init_process_group was not called before training began",
+            world_size=size,
+        )
+    return None
+
+
+def _shared_store(dist: Any) -> tuple[Any, str]:
+    """The default group's store and its kind; or nothing, and why it cannot be used."""
+    get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    store = get_store() if get_store is not None else None
+    base = store
+    while (under := getattr(base, "underlying_store", None)) is not None:
+        base = under
+    kind = type(base).__name__
+    if kind not in ("TCPStore", "HashStore"):  # a FileStore is read again and again to wait for a key
+        return None, f"a {kind} cannot wake who waits"
+    if not hasattr(store, "clone"):
+        return None, "the stores of this torch cannot be cloned"
+    return store, kind
+
+
+#: How many lines this process has opened under each name: each training run has keys of its own.
+_opened: Counter[str] = Counter()
+
+
+def _connector(dist: Any, store: Any, name: str) -> Callable[[], Any]:
+    _opened[name] += 1
+    prefix = f"forgather_control/{name}/{_opened[name]}"
+    return lambda: dist.PrefixStore(prefix, store.clone())
+
+
+# Several ranks...
+
+
+class Ranks:
+    """Several ranks that agree over the line.
+
+    ``_lock`` guards the member, the leader (rank 0 has one) and what belongs to their rounds; nothing is sent, and
+    no method of ``home`` is called, while it is held. The training thread waits on it for a decision.
+
+    Args:
+        connect: makes a connection to the store that all ranks share, private to this run.
+        step: where training begins.
+    """
+
+    def __init__(self, home: Home, rank: int, size: int, connect: Callable[[], Any], step: int) -> None:
+        self.rank, self.size = rank, size
+        self._home = home
+        self._lock = threading.Condition()
+        self._member = rounds.Member(rank, step)
+        self._leader = rounds.Leader(size) if rank == 0 else None
+        self._line = Line(connect, rank, self._on_message, self._pause, self._advance, self._on_cut)
+        self._cut: str | None = None
+        self._saving: list[int] = []  # rounds whose checkpoint this rank has not reported; training thread only
+        # Of rank 0...
+        self._calls: dict[int, Calls] = {}  # of each decided round, until all is said
+        self._step = 0  # at which this rank applied the last of them
+        self._outcomes: dict[int, list[Outcome]] = {}
+        self._stored: dict[int, str | None] = {}
+        self._abouts: dict[int, dict[str, Any]] = {}
+        self._questions = itertools.count(1)
+        self._inquiries: weakref.WeakValueDictionary[int, Inquiry] = weakref.WeakValueDictionary()
+
+    # On the training thread...
+
+    def start(self) -> None:
+        """Take part from now on."""
+        self._line.start()
+        self._tell_leader(rounds.Here(self.rank, self._home.about()))
+
+    def due(self, step: int) -> bool:
+        """Whether a round is on."""
+        return self._member.tick(step)
+
+    def hear(self, step: int) -> Calls:
+        """Hold until the round is decided; its commands, if this is the step."""
+        with self._lock:
+            if not self._lock.wait_for(self._is_decided, 1.5 * rounds.PATIENCE):
+                number = self._member.number
+                self._line.say(lambda voice: self._give_up(number, voice))
+                if not self._lock.wait_for(self._is_decided, rounds.PATIENCE):
+                    self._member.forget()  # not even the store answers; training goes before agreement
+            return self._member.take() or []
+
+    def _is_decided(self) -> bool:
+        return not self._member.undecided
+
+    def applied(self, calls: Calls, step: int) -> None:
+        """Tell rank 0."""
+        number = self._member.number
+        self._step = step
+        if _saves(calls):
+            self._saving.append(number)
+        self._tell_leader(rounds.Did(number, self.rank))
+
+    def kept(self, fault: str | None = None) -> None:
+        """Tell rank 0, of all rounds that wait for it."""
+        for number in self._saving:
+            self._tell_leader(rounds.Kept(number, self.rank, fault))
+        self._saving.clear()
+
+    def settle(self, command_id: str, outcome: Outcome) -> None:
+        """See ``World``; a command that no round carried is not held up by one."""
+        with self._lock:
+            numbers = (number for number, calls in self._calls.items() if any(call[0] == command_id for call in calls))
+            number = next(numbers, None)
+            if number is not None and number not in self._stored and _saves(self._calls[number]):
+                self._outcomes.setdefault(number, []).append(outcome)
+                return
+            fault = None if number is None else self._stored.get(number)
+        outcome(fault)
+
+    def close(self, seconds: float, fault: str | None = None) -> None:
+        """See ``World``."""
+        self.kept()
+        if self._leader is None:
+            self._tell_leader(rounds.Gone(self.rank, None if fault is None else f"rank {self.rank}: {fault}"))
+        else:
+            self._line.say(self._end_round)
+            with self._lock:
+                self._lock.wait_for(lambda: self._cut is not None or not self._leader_owes(), seconds)
+            self._line.say(self._dismiss)
+        self._line.close(seconds)
+        self._name_missing()
+
+    def _leader_owes(self) -> bool:
+        return self._leader is not None and self._leader.owes
+
+    # On any thread...
+
+    def wanted(self) -> None:
+        """Have a round begin."""
+        self._line.say(self._advance)
+
+    def call(self, command: str) -> None:
+        """Tell rank 0."""
+        self._line.say(lambda voice: self._deliver(0, ["call", command], voice))
+
+    def inquire(self, what: str) -> Inquiry:
+        """Ask every rank that is there; it answers on its ear's thread, whatever its training does."""
+        inquiry = Inquiry({self.rank: self._home.tell(what)})
+        number = next(self._questions)
+        self._inquiries[number] = inquiry
+        present = self._others()
+        message = ["question", number, what]
+        self._line.say(lambda voice: voice.send(present, message))
+        return inquiry
+
+    def state(self, rank: int) -> str:
+        """What is known of a rank that did not answer."""
+        with self._lock:
+            return "silent" if self._leader is None else self._leader.state(rank)
+
+    # Messages, on the threads of the line...
+
+    @contextmanager
+    def _leading(self) -> Iterator[rounds.Leader]:
+        """The leader, under the lock; whoever waits for it looks again."""
+        assert self._leader is not None
+        with self._lock:
+            yield self._leader
+            self._lock.notify_all()
+
+    def _tell_leader(self, message: tuple[Any, ...]) -> None:
+        self._line.say(lambda voice: self._deliver(0, _wire(message), voice))
+
+    def _deliver(self, rank: int, message: list[Any], voice: Voice) -> None:
+        if rank == self.rank:
+            self._on_message(message, voice)
+        else:
+            voice.send([rank], message)
+
+    def _on_message(self, message: list[Any], voice: Voice) -> None:
+        kind, *fields = message
+        _HANDLERS[kind](self, voice, *fields)
+        if self._leader is not None:
+            self._advance(voice)
+
+    def _on_ask(self, voice: Voice, number: int) -> None:
+        with self._lock:
+            answer = self._member.ask(number)
+        self._deliver(0, _wire(answer), voice)
+
+    def _on_go(self, voice: Voice, number: int, due: int | None, calls: Calls) -> None:
+        with self._lock:
+            self._member.decided(rounds.Go(number, due, calls))
+            self._lock.notify_all()
+
+    def _on_at(self, voice: Voice, *fields: Any) -> None:
+        with self._leading() as leader:
+            leader.at(*fields)
+
+    def _on_did(self, voice: Voice, *fields: Any) -> None:
+        with self._leading() as leader:
+            leader.did(*fields)
+
+    def _on_kept(self, voice: Voice, *fields: Any) -> None:
+        with self._leading() as leader:
+            leader.kept(*fields)
+
+    def _on_gone(self, voice: Voice, rank: int, fault: str | None) -> None:
+        with self._leading() as leader:
+            leader.gone(rank, fault)
+        if fault is not None:
+            self._home.cut_off(fault)
+
+    def _on_here(self, voice: Voice, rank: int, about: dict[str, Any]) -> None:
+        with self._leading() as leader:
+            leader.here(rank)
+        self._abouts[rank] = about
+        if len(self._abouts) == self.size:
+            self._home.meet(self._abouts)
+
+    def _on_call(self, voice: Voice, command: str) -> None:
+        self._home.submit(command)
+
+    def _on_question(self, voice: Voice, number: int, what: str) -> None:
+        voice.send([0], ["answer", number, self.rank, self._home.tell(what)])
+
+    def _on_answer(self, voice: Voice, number: int, rank: int, answer: Any) -> None:
+        inquiry = self._inquiries.get(number)
+        if inquiry is not None:
+            inquiry.answers[rank] = answer
+            self._home.changed()
+
+    def _on_over(self, voice: Voice) -> None:
+        """Rank 0 has ended: there is nothing to hear any more."""
+        with self._lock:
+            self._cut = self._cut or "rank 0 has ended"
+            self._member.forget()
+            self._lock.notify_all()
+        self._line.close(0.0)
+
+    def _on_cut(self, why: str) -> None:
+        with self._lock:
+            self._cut = why
+            self._member.forget()
+            if self._leader is not None:
+                self._leader.fault = why
+            self._lock.notify_all()
+        self._tell_leader(rounds.Gone(self.rank, f"rank {self.rank} is cut off: {why}"))  # should it still be heard
+        self._home.cut_off(why)
+
+    # Rounds, on the threads of the line...
+
+    def _give_up(self, number: int, voice: Voice) -> None:
+        self._on_go(voice, number, *voice.decide(f"go/{number}", [None, []]))
+
+    def _pause(self) -> float | None:
+        if self._leader is None:
+            return None
+        with self._lock:
+            return self._leader.wait(time.monotonic(), self._home.pending)
+
+    def _advance(self, voice: Voice) -> None:
+        """Do what is to be done, until there is nothing."""
+        while True:
+            with self._leading() as leader:
+                actions = leader.next(time.monotonic(), self._home.pending)
+            if not actions:
+                return
+            for action in actions:
+                self._do(action, voice)
+
+    def _do(self, action: rounds.Action, voice: Voice) -> None:
+        if isinstance(action, rounds.Post):
+            self._post(action, voice)
+        elif isinstance(action, rounds.Propose):
+            self._propose(action, voice)
+        elif isinstance(action, rounds.Applied):
+            self._home.confirm(self._calls.get(action.number, []), self._step, action.fault)
+        else:
+            self._store(action.number, action.fault)
+
+    def _store(self, number: int, fault: str | None) -> None:
+        with self._lock:
+            self._stored[number] = fault
+            outcomes = self._outcomes.pop(number, [])
+        for outcome in outcomes:
+            outcome(fault)
+
+    def _post(self, post: rounds.Post, voice: Voice) -> None:
+        message = _wire(post.message)
+        voice.send([rank for rank in post.ranks if rank != self.rank], message)
+        if self.rank in post.ranks:
+            self._on_message(message, voice)
+        self._line.say(_look_at_the_clock)
+
+    def _propose(self, proposal: rounds.Propose, voice: Voice) -> None:
+        calls = self._home.take() if proposal.due is not None else []
+        mine = [proposal.due, calls] if calls else [None, []]
+        due, agreed = voice.decide(f"go/{proposal.number}", mine)
+        if due is None and calls:
+            self._home.put_back(calls)
+        with self._leading() as leader:
+            self._calls[proposal.number] = agreed
+            post = leader.decided(rounds.Go(proposal.number, due, agreed), _saves(agreed), time.monotonic())
+            self._forget_rounds(leader.number - _ROUNDS)
+        self._post(post, voice)
+
+    def _forget_rounds(self, up_to: int) -> None:
+        for number in [number for number in self._calls if number <= up_to]:
+            del self._calls[number]
+            self._stored.pop(number, None)
+            self._outcomes.pop(number, None)
+
+    # The end of rank 0...
+
+    def _end_round(self, voice: Voice) -> None:
+        with self._leading() as leader:
+            actions = leader.close()
+        for action in actions:
+            self._do(action, voice)
+
+    def _dismiss(self, voice: Voice) -> None:
+        voice.send(self._others(), ["over"])
+
+    def _others(self) -> list[int]:
+        """The ranks that take part, but for this one."""
+        return [rank for rank in range(self.size) if rank != self.rank and self.state(rank) == "silent"]
+
+    def _name_missing(self) -> None:
+        """Whoever has not said that he did his part by now: what he owes is not done."""
+        leader = self._leader
+        if leader is None or not leader.owes:
+            return
+        fault = f"rank {', '.join(map(str, leader.missing))} did not say before rank 0 ended that it did its part"
+        if leader.is_going:
+            self._home.confirm(self._calls.get(leader.number, []), self._step, fault)
+        for number in leader.keeping:
+            self._store(number, fault)
+
+
+def _saves(calls: Calls) -> bool:
+    return any("saved" in commands.TABLE[call[1]].completes for call in calls)
+
+
+def _wire(message: tuple[Any, ...]) -> list[Any]:
+    """A message of ``rounds`` as it travels: its kind, then its fields."""
+    return [type(message).__name__.lower(), *message]
+
+
+def _look_at_the_clock(voice: Voice) -> None:
+    """Nothing to say, but how long the mouth may wait has changed."""
+
+
+_HANDLERS: Final[dict[str, Callable[..., None]]] = {
+    "here": Ranks._on_here,
+    "ask": Ranks._on_ask,
+    "at": Ranks._on_at,
+    "go": Ranks._on_go,
+    "did": Ranks._on_did,
+    "kept": Ranks._on_kept,
+    "gone": Ranks._on_gone,
+    "call": Ranks._on_call,
+    "question": Ranks._on_question,
+    "answer": Ranks._on_answer,
+    "over": Ranks._on_over,
+}

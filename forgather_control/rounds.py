@@ -1,0 +1,349 @@
+"""How ranks come to apply the same commands at the same step, without a collective and without asking while idle.
+
+Floor 0: imports nothing of ours; no torch, no thread, no clock of its own, so that a test can drive it
+through every order of events. Each object is guarded by its owner's lock, but for the two attributes
+that an idle step touches (see :class:`Member`).
+
+Each rank has a *clock*: the number of its last step that is done, which only grows. A *round* carries
+one list of commands to all ranks. One key of the store, ``go``, is its decision: it is written once,
+by compare-and-set, and holds either (T, commands) or "off". ::
+
+    leader (rank 0)                     member (every rank)
+    ask ──────────────────────────────▶ holding = True, then reads its clock
+        ◀────────────────────────────── at: that clock
+    all are in: T = highest + 1
+    go := (T, commands) ──────────────▶ a training thread that came to the end of a step in between
+                                        goes on; the first step end at T or later applies the commands
+        ◀────────────────────────────── did
+    all are in: "applied" is true       kept, once its part of a checkpoint is on disk
+    all are in: "finished" is true
+
+*Why no rank can pass T.* A member raises ``holding`` before it reads its clock, and a training thread
+advances its clock before it reads ``holding``. So a step end that the answer does not count is one
+at which the thread holds: until it knows the decision it stands at the first step end after its
+answer, and no earlier step end is at T or later, as T is greater than every answer. Hence every rank is
+still before its first step end at T or later when it learns T, and all apply the list there.
+
+*Why nobody waits for ever.* A thread holds for the answer of watchers, which are not training threads: a
+rank that evaluates, saves or hangs in a collective answers all the same. If one does not answer in
+``PATIENCE`` seconds, the leader proposes "off"; if the leader does not decide, the member proposes it
+itself. Whoever's proposal is written first, all obey it: a round that one rank gave up, nobody applies.
+A command of a round that is off stays queued, and is tried again.
+
+*Who dies, ends, or gives up.* A rank that ended its training says so, and is asked no more; the others
+go on without it. A rank whose control failed while its training goes on ends all agreement: if the
+others stopped, it would wait for them in a collective. A rank that dies silently leaves a round "off"
+after ``PATIENCE``; its training can have no further step then, and that is its launcher's to notice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple
+
+#: Seconds in which all watchers must have answered. They answer in milliseconds, unless C code holds
+#: their interpreter's lock; holding training any longer for them would do more harm than asking again.
+PATIENCE: Final = 10.0
+#: Seconds from a round that is off to the next one, doubled each time up to the last.
+PAUSE: Final = 1.0
+MAX_PAUSE: Final = 60.0
+
+#: ``[command_id, command]`` of each command, in the order in which all ranks apply them.
+Calls = list[list[str]]
+
+
+# What ranks say to one another...
+
+
+class Here(NamedTuple):
+    """A rank takes part from now on; ``about`` is what it says of its process."""
+
+    rank: int
+    about: dict[str, Any]
+
+
+class Ask(NamedTuple):
+    """To all: where are you? Hold at the end of your next step until this round is decided."""
+
+    number: int
+
+
+class At(NamedTuple):
+    """The answer: what was done when ``holding`` was already raised."""
+
+    number: int
+    rank: int
+    clock: int
+
+
+class Go(NamedTuple):
+    """To all: this round is decided; ``due`` is T, or ``None`` if it is off."""
+
+    number: int
+    due: int | None
+    calls: Calls
+
+
+class Did(NamedTuple):
+    """A rank applied the commands of the round."""
+
+    number: int
+    rank: int
+
+
+class Kept(NamedTuple):
+    """A rank's part of the round's checkpoint is on disk, or will not be: ``fault`` says why."""
+
+    number: int
+    rank: int
+    fault: str | None
+
+
+class Gone(NamedTuple):
+    """A rank takes part no more; ``fault`` says why, if its training goes on."""
+
+    rank: int
+    fault: str | None
+
+
+# What the leader wants done...
+
+
+class Post(NamedTuple):
+    """Send ``message`` to each of ``ranks``."""
+
+    ranks: tuple[int, ...]
+    message: Ask | Go
+
+
+class Propose(NamedTuple):
+    """Write the round's decision, unless there is one, and tell ``Leader.decided`` what stands there.
+
+    ``due`` is T, to be written with the commands that are pending now, or ``None`` for "off".
+    """
+
+    number: int
+    due: int | None
+
+
+class Applied(NamedTuple):
+    """All ranks applied the round; ``fault`` says why not all, if so."""
+
+    number: int
+    fault: str | None
+
+
+class Stored(NamedTuple):
+    """All ranks have written their part of the round's checkpoint; ``fault`` says why not all, if so."""
+
+    number: int
+    fault: str | None
+
+
+Action = Post | Propose | Applied | Stored
+
+
+class Member:
+    """One rank's side of the rounds.
+
+    ``clock`` is written by the training thread alone, without a lock, before it reads ``holding``;
+    the rest under the owner's lock.
+    """
+
+    def __init__(self, rank: int, clock: int = 0) -> None:
+        self.rank = rank
+        self.clock = clock
+        #: Whether the end of a step must be looked at. All that an idle step reads.
+        self.holding = False
+        #: The round that waits for its decision or for its step, or the last one there was.
+        self.number = 0
+        self._decision: Go | None = None
+
+    def tick(self, step: int) -> bool:
+        """The end of a step: whether it must be looked at. On the training thread, every step.
+
+        Numbers that do not grow (each epoch counted from 1, say) count on from the last.
+        """
+        clock = self.clock
+        self.clock = step if step > clock else clock + 1
+        return self.holding
+
+    def ask(self, number: int) -> At:
+        """The leader wants to know where this rank is."""
+        self.number, self._decision = number, None
+        self.holding = True  # before the clock is read: see above
+        return At(number, self.rank, self.clock)
+
+    def decided(self, go: Go) -> None:
+        """The round is decided. What comes late or twice changes nothing."""
+        if go.number == self.number and self.holding and self._decision is None:
+            self._decision = go
+            self.holding = go.due is not None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the end of a step has to wait."""
+        return self.holding and self._decision is None
+
+    def forget(self) -> None:
+        """Nothing more will be heard of a round that is not decided; one that is will be carried out."""
+        if self.undecided:
+            self.holding = False
+
+    def take(self) -> Calls | None:
+        """At the end of a step, of a decided round: its commands, if they are due; else ``None``."""
+        go = self._decision
+        if not self.holding or go is None or go.due is None or self.clock < go.due:
+            return None
+        self.holding = False
+        return go.calls
+
+
+class Leader:
+    """Rank 0's side of the rounds, one at a time. Events go in by methods, :meth:`next` says what is to be done.
+
+    Args:
+        size: how many ranks there are.
+        patience: seconds for all answers of a round.
+    """
+
+    def __init__(self, size: int, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        self._absent = set(range(size))
+        self._gone: set[int] = set()
+        self._everybody = frozenset(range(size))
+        #: Why no round can be held any more.
+        self.fault: str | None = None
+        self.number = 0
+        self._phase: Literal["idle", "asking", "deciding", "going"] = "idle"
+        self._asked: set[int] = set()
+        self._answers: dict[int, int] = {}
+        self._deadline = 0.0
+        self._pause = PAUSE
+        self._waiting: set[int] = set()  # for these to apply the round
+        self._keeping: dict[int, set[int]] = {}  # by round: for these to write their part of its checkpoint
+        self._faults: dict[int, str] = {}
+
+    # Events...
+
+    def here(self, rank: int) -> None:
+        """A rank takes part from now on."""
+        self._absent.discard(rank)
+
+    def gone(self, rank: int, fault: str | None) -> None:
+        """A rank takes part no more."""
+        self._absent.discard(rank)
+        self._gone.add(rank)
+        if fault is not None:
+            self.fault = self.fault or fault
+            for number in {*self._keeping, *([self.number] if rank in self._waiting else [])}:
+                self._faults.setdefault(number, fault)
+        self._asked.discard(rank)
+        self._waiting.discard(rank)
+        for waiting in self._keeping.values():
+            waiting.discard(rank)
+
+    def at(self, number: int, rank: int, clock: int) -> None:
+        """A rank answered where it is."""
+        if self._phase == "asking" and number == self.number:
+            self._answers[rank] = clock
+
+    def decided(self, go: Go, keeps: bool, now: float) -> Post:
+        """What stands in the store as the round's decision; ``keeps``: whether its commands save."""
+        if go.due is None:
+            self._phase, self._deadline = "idle", now + self._pause
+            self._pause = min(2 * self._pause, MAX_PAUSE)
+        else:
+            self._phase, self._deadline, self._pause = "going", now, PAUSE
+            self._waiting = set(self._asked)
+            if keeps:
+                self._keeping[go.number] = set(self._asked)
+        return Post(tuple(sorted(self._asked)), go)
+
+    def did(self, number: int, rank: int) -> None:
+        """A rank applied the round."""
+        if number == self.number:
+            self._waiting.discard(rank)
+
+    def kept(self, number: int, rank: int, fault: str | None) -> None:
+        """A rank has written its part of the round's checkpoint, or never will."""
+        if number in self._keeping:
+            self._keeping[number].discard(rank)
+            if fault is not None:
+                self._faults.setdefault(number, fault)
+
+    # What follows from them...
+
+    def state(self, rank: int) -> Literal["absent", "ended", "silent"]:
+        """What is known of a rank that says nothing."""
+        return "absent" if rank in self._absent else "ended" if rank in self._gone else "silent"
+
+    @property
+    def is_going(self) -> bool:
+        """Whether commands are on their way that not all ranks have applied."""
+        return self._phase == "going"
+
+    @property
+    def keeping(self) -> list[int]:
+        """The rounds whose checkpoints are not complete."""
+        return list(self._keeping)
+
+    @property
+    def owes(self) -> bool:
+        """Whether rank 0 did its part of something of which others have not said that they did theirs."""
+        return bool(self.missing)
+
+    @property
+    def missing(self) -> list[int]:
+        """Those others."""
+        parts = [self._waiting] if self._phase == "going" else []
+        return sorted({rank for part in [*parts, *self._keeping.values()] if 0 not in part for rank in part})
+
+    def next(self, now: float, pending: bool) -> list[Action]:
+        """What is to be done. Called again after each event, after what it said is done, and when ``wait`` is over."""
+        actions: list[Action] = []
+        if self._phase == "asking":
+            actions += self._count(now)
+        elif self._phase == "going" and not self._waiting:
+            self._phase = "idle"
+            actions.append(Applied(self.number, self._fault_of(self.number)))
+        if self._phase == "idle" and pending and not self._absent and self.fault is None and now >= self._deadline:
+            actions += self._ask(now)
+        return actions + self._stored()
+
+    def wait(self, now: float, pending: bool) -> float | None:
+        """Seconds after which ``next`` may have something to say though nothing happened; ``None``: never."""
+        if self._phase == "asking" or (self._phase == "idle" and pending and now < self._deadline):
+            return max(0.0, self._deadline - now)
+        return None
+
+    def _ask(self, now: float) -> list[Action]:
+        self.number += 1
+        self._asked, self._answers = set(self._everybody - self._gone), {}
+        self._phase, self._deadline = "asking", now + self._patience
+        return [Post(tuple(sorted(self._asked)), Ask(self.number))]
+
+    def _count(self, now: float) -> list[Action]:
+        answers = [self._answers[rank] for rank in self._asked if rank in self._answers]
+        if self.fault is not None or not self._asked or (len(answers) < len(self._asked) and now >= self._deadline):
+            return self._propose(None)
+        return self._propose(max(answers) + 1) if len(answers) == len(self._asked) else []
+
+    def _propose(self, due: int | None) -> list[Action]:
+        self._phase = "deciding"
+        return [Propose(self.number, due)]
+
+    def _stored(self) -> list[Action]:
+        over = [number for number, waiting in self._keeping.items() if not waiting and not self._is_going(number)]
+        for number in over:
+            del self._keeping[number]
+        return [Stored(number, self._faults.pop(number, None)) for number in over]
+
+    def _fault_of(self, number: int) -> str | None:
+        return self._faults.get(number) if number in self._keeping else self._faults.pop(number, None)
+
+    def _is_going(self, number: int) -> bool:
+        return number == self.number and self._phase == "going"
+
+    def close(self) -> list[Action]:
+        """Rank 0 ends: a round that is not decided is off."""
+        return self._propose(None) if self._phase == "asking" else []

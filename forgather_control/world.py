@@ -1,0 +1,203 @@
+"""What a job sees of its ranks, however they agree; and the two worlds that need no line between them.
+
+Floor 2, training side: imports commands, polled and rounds. A :class:`World` is one rank's view of all of them;
+its callers never ask whether anything is distributed:
+
+* :class:`OneProcess`: one rank, for which every agreement holds by itself;
+* ``ranks.Ranks``: several, which agree by ``rounds`` over the ``line``; an idle step asks nothing;
+* :class:`Polled`: several without a usable store, which ask in a ``polled.Ring`` every so many steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from . import commands, polled
+from .rounds import Calls
+
+#: How a command's outcome is told: with ``None``, or with why some rank did not do its part.
+Outcome = Callable[["str | None"], None]
+
+
+class Home(Protocol):
+    """What a world asks of the job that it is in: of its controller. No method blocks."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether commands wait to be applied. Any thread; rank 0."""
+
+    def take(self) -> Calls:
+        """Take those commands. The thread that decides; rank 0."""
+
+    def put_back(self, calls: Calls) -> None:
+        """Queue them again: the round was off."""
+
+    def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
+        """All ranks applied them; or not all, and why. Any thread; rank 0."""
+
+    def submit(self, command: str) -> None:
+        """A signal on some rank asks for this command. Any thread; rank 0."""
+
+    def about(self) -> dict[str, Any]:
+        """What the other ranks are told of this process. Training thread, at the start."""
+
+    def tell(self, what: str) -> dict[str, Any]:
+        """What this rank answers to a question. The ear's thread, or the server's."""
+
+    def meet(self, about: dict[int, dict[str, Any]]) -> None:
+        """All ranks are there. Any thread; rank 0."""
+
+    def changed(self) -> None:
+        """An answer came in. Any thread; rank 0."""
+
+    def cut_off(self, why: str) -> None:
+        """Nothing can be agreed any more. Any thread."""
+
+
+class Inquiry:
+    """A question to all ranks, and what has come in so far.
+
+    Attributes:
+        answers: by rank; grows on the ear's thread, read on the server's.
+    """
+
+    def __init__(self, answers: dict[int, Any]) -> None:
+        self.answers = answers
+
+
+class World(Protocol):
+    """All ranks, seen from one of them. On the training thread, where nothing else is said."""
+
+    rank: int
+    size: int
+
+    def start(self) -> None:
+        """Take part from now on."""
+
+    def due(self, step: int) -> bool:
+        """The end of a step: whether there may be something to hear. Every rank, every step; costs next to nothing."""
+
+    def hear(self, step: int) -> Calls:
+        """The commands that all ranks apply after this step; often none."""
+
+    def applied(self, calls: Calls, step: int) -> None:
+        """This rank has applied them."""
+
+    def kept(self, fault: str | None = None) -> None:
+        """This rank's part of the checkpoints that were asked for is on disk (or it has none), or why it is not."""
+
+    def settle(self, command_id: str, outcome: Outcome) -> None:
+        """Call ``outcome`` once all ranks have said ``kept`` for this command. Rank 0."""
+
+    def wanted(self) -> None:
+        """A command was queued. Any thread; rank 0."""
+
+    def call(self, command: str) -> None:
+        """Have rank 0 submit a command. Any rank, any thread; reentrant, so fit for a signal handler."""
+
+    def inquire(self, what: str) -> Inquiry:
+        """Ask all ranks. On the server thread of rank 0."""
+
+    def state(self, rank: int) -> str:
+        """What is known of a rank that did not answer: ``silent``, ``ended`` or ``absent``."""
+
+    def close(self, seconds: float, fault: str | None = None) -> None:
+        """Take part no more; ``fault`` says why, if training goes on. Waits for what is on its way, ``seconds`` at most."""
+
+
+class _Alone:
+    """What is the same in the worlds that have no line: only rank 0 can be asked."""
+
+    def __init__(self, home: Home, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._home = home
+
+    def start(self) -> None:
+        self._home.meet({self.rank: self._home.about()})
+
+    def kept(self, fault: str | None = None) -> None:
+        pass
+
+    def settle(self, command_id: str, outcome: Outcome) -> None:
+        outcome(None)
+
+    def wanted(self) -> None:
+        pass
+
+    def call(self, command: str) -> None:
+        self._home.submit(command)
+
+    def inquire(self, what: str) -> Inquiry:
+        return Inquiry({self.rank: self._home.tell(what)})
+
+    def state(self, rank: int) -> str:
+        return "silent"
+
+    def close(self, seconds: float, fault: str | None = None) -> None:
+        pass
+
+
+class OneProcess(_Alone):
+    """A world of one rank."""
+
+    def __init__(self, home: Home) -> None:
+        super().__init__(home, 0, 1)
+
+    def due(self, step: int) -> bool:
+        """Whether a command is pending."""
+        return self._home.pending
+
+    def hear(self, step: int) -> Calls:
+        """What is pending: what the only rank holds, all ranks hold."""
+        return self._home.take()
+
+    def applied(self, calls: Calls, step: int) -> None:
+        """What the only rank applied, all ranks applied."""
+        self._home.confirm(calls, step, None)
+
+
+class Polled(_Alone):
+    """Several ranks that ask one another every ``steps`` steps."""
+
+    def __init__(self, home: Home, rank: int, size: int, steps: int) -> None:
+        super().__init__(home, rank, size)
+        self._steps, self._count = steps, 0
+        self._calls: SimpleQueue[str] = SimpleQueue()
+        names = tuple(method.name for method in commands.TABLE.values() if method.is_command)
+        self._ring = polled.Ring(names)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to ask; the same on all ranks."""
+        self._count += 1
+        return self._count % self._steps == 0
+
+    def hear(self, step: int) -> Calls:
+        """Ask. A collective on every rank."""
+        calls = self._home.take() if self.rank == 0 else []
+        data = json.dumps(calls).encode() if calls else b""
+        size, wanted = self._ring.ask(len(data), self._signalled())
+        if self.rank == 0:
+            for command in wanted:
+                self._home.submit(command)
+        shared: Calls = self._ring.share(data, size) if size else []
+        return shared
+
+    def _signalled(self) -> list[str]:
+        found = []
+        while True:
+            try:
+                found.append(self._calls.get_nowait())
+            except Empty:
+                return found
+
+    def applied(self, calls: Calls, step: int) -> None:
+        """All ranks have them, and apply them at this step."""
+        if self.rank == 0:
+            self._home.confirm(calls, step, None)
+
+    def call(self, command: str) -> None:
+        """Rank 0 learns of it at the next question."""
+        self._calls.put(command)
