@@ -1,6 +1,6 @@
 """What all adapters share: a border around each hook, one controller a training run, the wishes of commands.
 
-Floor 5, training side: imports errors, ranks, record and controller. Runs on the training thread.
+Floor 5, training side: imports errors, ranks, record, signals and controller. Runs on the training thread.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from .controller import Controller
+from .controller import Controller, check_seconds
 from .errors import ControlError
 from .ranks import check_steps
 from .record import check_job_id
+from .signals import Signals
 
 log = logging.getLogger("forgather_control")
 
@@ -47,6 +48,7 @@ class Wishes:
         self.save = False
         self.evaluate = False
         self.abort = False
+        self.spare = False  # stop without a last checkpoint
 
     @property
     def any(self) -> bool:
@@ -65,6 +67,10 @@ class Wishes:
         """See ``commands.Loop``."""
         self.evaluate = True
 
+    def request_end(self) -> None:
+        """See ``commands.Loop``."""
+        self.stop = self.spare = True
+
     def request_abort(self) -> None:
         """See ``commands.Loop``."""
         self.abort = True
@@ -77,15 +83,26 @@ class Adapter:
         job_id: by which the job is found; ``None`` makes one of time, host and pid.
         enabled: ``False`` turns everything off.
         poll_steps: have several ranks ask one another at every so many steps; ``None`` for never, where they can.
+        signals: commands by the signals that give them, on any rank.
+        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
 
     Raises:
         BadJobId, InvalidParams: when it is made, not when training has begun.
     """
 
-    def __init__(self, job_id: str | None = None, enabled: bool = True, poll_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        job_id: str | None = None,
+        enabled: bool = True,
+        poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
+    ) -> None:
         self._wanted_id = None if job_id is None else check_job_id(job_id)
         self._enabled = enabled
         self._poll_steps = None if poll_steps is None else check_steps(poll_steps)
+        self._signals = None if signals is None else Signals(signals)
+        self._fresh_seconds = check_seconds(fresh_seconds)
         self._controller: Controller | None = None
         self._finalizer: Any = None
         self._wishes = Wishes()
@@ -110,20 +127,37 @@ class Adapter:
         self._wishes = Wishes()
         if not self._enabled:
             return
-        controller = Controller(self._wanted_id, step, max_steps, poll_steps=self._poll_steps, log_steps=log_steps)
+        controller = Controller(
+            self._wanted_id,
+            step,
+            max_steps,
+            poll_steps=self._poll_steps,
+            log_steps=log_steps,
+            fresh_seconds=self._fresh_seconds,
+        )
         try:
             controller.start()
         except ControlError as err:
             log.warning("this job is not controllable: %s; training goes on", err)
             return
         self._controller = controller
+        self._listen_to_signals(controller)
         # Also runs at the interpreter's exit: no client waits for a job that died of an exception.
         self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
         if controller.is_main:
             log.info("this job can be controlled: forgather control status %s", controller.job_id)
 
+    def _listen_to_signals(self, controller: Controller) -> None:
+        try:
+            if self._signals is not None:
+                self._signals.install(controller.call)
+        except ControlError as err:
+            log.warning("%s", err)
+
     def _close(self, reason: str | None = None, fault: str | None = None) -> None:
         """End the run, if one is open; see ``Controller.close``."""
+        if self._signals is not None:
+            self._signals.restore()
         controller, self._controller = self._controller, None
         if controller is not None:
             self._finalizer.detach()

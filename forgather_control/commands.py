@@ -44,6 +44,9 @@ class Loop(Protocol):
     def request_evaluate(self) -> None:
         """Evaluate at this step if the trainer chooses its best model by evaluation."""
 
+    def request_end(self) -> None:
+        """End after this step; the last checkpoint is young enough, so none is saved for it."""
+
     def request_abort(self) -> None:
         """End after this step; no checkpoint is written from now on, the best model is not loaded."""
 

@@ -34,7 +34,7 @@ from typing import Any, Final
 
 from . import commands, directory, jobs, jsonrpc, metrics, process, ranks
 from .commands import CommandRecord, Loop
-from .errors import CommandFailed, ControlError, DeadlinePassed, JobEnding, JobIdTaken
+from .errors import CommandFailed, ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken
 from .exchange import PENDING, Later
 from .mailbox import Mailbox
 from .progress import Progress
@@ -63,6 +63,7 @@ class Controller:
         max_steps: where it ends, if known.
         poll_steps: have ranks ask one another at every so many steps, rather than never.
         log_steps: how often, where they must ask and ``poll_steps`` does not say.
+        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
 
     Raises:
         BadJobId: the id cannot be one.
@@ -76,9 +77,13 @@ class Controller:
         *,
         poll_steps: int | None = None,
         log_steps: int | None = None,
+        fresh_seconds: float = 0.0,
     ) -> None:
         self.job_id = None if job_id is None else check_job_id(job_id)
         self._poll_steps, self._log_steps = poll_steps, log_steps
+        self._fresh_seconds = fresh_seconds
+        self._by_signal: set[str] = set()  # commands; each id is added and taken whole
+        self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), what
         #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
         self.phase = "starting"
         self._progress = Progress(step, max_steps)
@@ -173,15 +178,23 @@ class Controller:
         calls = self._world.hear(step)
         if not calls:
             return
-        for _, command in calls:
-            commands.TABLE[command].run(loop)
+        for _, command, spare in calls:
+            if spare:
+                loop.request_end()
+            else:
+                commands.TABLE[command].run(loop)
         self._world.applied(calls, step)
-        for command_id, command in calls:
-            self._follow(command_id, command)
+        for call in calls:
+            self._follow(*call)
 
-    def _follow(self, command_id: str, command: str) -> None:
+    def _follow(self, command_id: str, command: str, spare: bool) -> None:
         now = time.monotonic()
         completes = commands.TABLE[command].completes
+        if spare:
+            self._ending[command_id] = now
+            if self._checkpoint is not None:
+                self._saves[command_id] = self._checkpoint[1]
+            return
         if command == "abort":
             self._fail_saves(CommandFailed("an abort was applied: no checkpoint is written after it"))
         if "ended" in completes:
@@ -196,6 +209,7 @@ class Controller:
     def saved(self, step: int, path: str) -> None:
         """Note that a checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
         now = time.monotonic()
+        self._checkpoint = now, _save_result(step, path, 0.0)
         for command_id, since in self._saving.items():
             result = _save_result(step, path, now - since)
             if command_id in self._ending:
@@ -239,6 +253,10 @@ class Controller:
             self._ending.pop(command_id, None)
         self._saving.clear()
         self._world.kept(fault)
+
+    def call(self, command: str) -> None:
+        """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
+        self._world.call(command)
 
     # End...
 
@@ -310,15 +328,22 @@ class Controller:
 
     def take(self) -> Calls:
         """Take them."""
-        return [[record.command_id, record.command] for record in self._mailbox.drain()]
+        return [[call.command_id, call.command, self._is_spare(call)] for call in self._mailbox.drain()]
+
+    def _is_spare(self, record: CommandRecord) -> bool:
+        """Whether it is a signal's, and saves and stops, and what was saved last is young enough."""
+        if record.command_id not in self._by_signal or record.command != "save_and_stop" or self._checkpoint is None:
+            return False
+        return time.monotonic() - self._checkpoint[0] < self._fresh_seconds
 
     def put_back(self, calls: Calls) -> None:
         """Queue them again."""
-        self._mailbox.put_back([command_id for command_id, _ in calls])
+        self._mailbox.put_back([call[0] for call in calls])
 
     def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
         """All ranks applied them, or not all."""
-        for command_id, command in calls:
+        for command_id, command, _ in calls:
+            self._by_signal.discard(command_id)
             if fault is None:
                 self._mailbox.applied(command_id, step)
             else:
@@ -327,7 +352,8 @@ class Controller:
     def submit(self, command: str) -> None:
         """A signal on some rank asks for this command."""
         try:
-            self._mailbox.submit(command, None)
+            record = self._mailbox.submit(command, None)
+            self._by_signal.add(record.command_id)
         except ControlError as err:
             log.warning("the signal that asks for %s came in vain: %s", command, err)
         self._world.wanted()
@@ -461,6 +487,17 @@ class Controller:
 
 
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
+
+
+def check_seconds(seconds: Any) -> float:
+    """``seconds`` itself, as a float.
+
+    Raises:
+        InvalidParams: it is no number of seconds.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e9:
+        raise InvalidParams(f"fresh_seconds must be a number of seconds from 0 to 1e9, not {ascii(seconds)[:80]}")
+    return float(seconds)
 
 
 def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from .adapter import Adapter, hook
@@ -46,19 +47,30 @@ class TrainerControlCallback(Adapter):
         enabled: ``False`` turns everything off.
         poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
             ``None``: they need not ask, where the store of torch.distributed can tell them; else ``logging_steps``.
+        signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
+            "save_checkpoint"}``: one that reaches any rank is carried out on all. Earlier handlers are still called.
+        fresh_seconds: a checkpoint that is at most this old is not saved again when a signal saves and stops.
 
     Under ``torchrun`` every rank has its own callback with the same arguments.
 
     Raises:
         BadJobId: ``job_id`` cannot be one.
-        InvalidParams: ``poll_steps`` is no number of steps.
+        InvalidParams: another argument cannot be what it is.
     """
 
     #: Forgather names the callback that stopped its training.
     name = "TrainerControlCallback"
 
-    def __init__(self, job_id: str | None = None, *, enabled: bool = True, poll_steps: int | None = None) -> None:
-        super().__init__(job_id, enabled, poll_steps)
+    def __init__(
+        self,
+        job_id: str | None = None,
+        *,
+        enabled: bool = True,
+        poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
+    ) -> None:
+        super().__init__(job_id, enabled, poll_steps, signals, fresh_seconds)
         self._begin()
 
     def _begin(self) -> None:
@@ -194,7 +206,12 @@ class TrainerControlCallback(Adapter):
             return
         if wishes.stop:
             control.should_training_stop = True
-            if not self._stopping and _word(args.save_strategy) != "no" and self._saved_at != state.global_step:
+            if (
+                not self._stopping
+                and not wishes.spare
+                and _word(args.save_strategy) != "no"
+                and self._saved_at != state.global_step
+            ):
                 wishes.save = wishes.evaluate = True
             self._stopping = True
         if wishes.save:

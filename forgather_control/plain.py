@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from .adapter import Adapter, hook
@@ -38,6 +39,9 @@ class TrainingJob(Adapter):
         enabled: ``False`` turns everything off; the flags then stay ``False``.
         poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
             ``None``: they need not ask, where the store of torch.distributed can tell them; else 50.
+        signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
+            "save_checkpoint"}``: one that reaches any rank is carried out on all. Earlier handlers are still called.
+        fresh_seconds: a checkpoint that is at most this old is not saved again when a signal saves and stops.
 
     Under ``torchrun`` every rank has its own ``TrainingJob`` with the same arguments, made after
     ``init_process_group``, and calls ``step`` for every step. Where only rank 0 saves, only rank 0 says ``saved``;
@@ -45,7 +49,7 @@ class TrainingJob(Adapter):
 
     Raises:
         BadJobId: ``job_id`` cannot be one.
-        InvalidParams: ``max_steps``, ``start_step`` or ``poll_steps`` is no such number.
+        InvalidParams: another argument cannot be what it is.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class TrainingJob(Adapter):
         start_step: int = 0,
         enabled: bool = True,
         poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
     ) -> None:
-        super().__init__(job_id, enabled, poll_steps)
+        super().__init__(job_id, enabled, poll_steps, signals, fresh_seconds)
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another

@@ -47,8 +47,9 @@ PATIENCE: Final = 10.0
 PAUSE: Final = 1.0
 MAX_PAUSE: Final = 60.0
 
-#: ``[command_id, command]`` of each command, in the order in which all ranks apply them.
-Calls = list[list[str]]
+#: ``[command_id, command, spare]`` of each command, in the order in which all ranks apply them. ``spare``: stop
+#: without saving, as there is a checkpoint that is young enough; rank 0 decides it for all, having one clock.
+Calls = list[list[Any]]
 
 
 # What ranks say to one another...

@@ -11,8 +11,8 @@ its callers never ask whether anything is distributed:
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from . import commands, polled
@@ -39,7 +39,7 @@ class Home(Protocol):
         """All ranks applied them; or not all, and why. Any thread; rank 0."""
 
     def submit(self, command: str) -> None:
-        """A signal on some rank asks for this command. Any thread; rank 0."""
+        """A signal on some rank asks for this command. Any thread, no signal handler; rank 0."""
 
     def about(self) -> dict[str, Any]:
         """What the other ranks are told of this process. Training thread, at the start."""
@@ -105,7 +105,7 @@ class World(Protocol):
         """What is known of a rank that did not answer: ``silent``, ``ended`` or ``absent``."""
 
     def close(self, seconds: float, fault: str | None = None) -> None:
-        """Take part no more; ``fault`` says why, if training goes on. Waits for what is on its way, ``seconds`` at most."""
+        """Take part no more; ``fault`` says why, if training goes on. Waits for what is on its way, for so long."""
 
 
 class _Alone:
@@ -114,6 +114,7 @@ class _Alone:
     def __init__(self, home: Home, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._home = home
+        self._called: deque[str] = deque()  # by signal handlers, whose interrupted thread may hold any lock
 
     def start(self) -> None:
         self._home.meet({self.rank: self._home.about()})
@@ -128,7 +129,10 @@ class _Alone:
         pass
 
     def call(self, command: str) -> None:
-        self._home.submit(command)
+        self._called.append(command)
+
+    def _take_called(self) -> list[str]:
+        return [self._called.popleft() for _ in range(len(self._called))]
 
     def inquire(self, what: str) -> Inquiry:
         return Inquiry({self.rank: self._home.tell(what)})
@@ -147,11 +151,13 @@ class OneProcess(_Alone):
         super().__init__(home, 0, 1)
 
     def due(self, step: int) -> bool:
-        """Whether a command is pending."""
-        return self._home.pending
+        """Whether a command is pending, or a signal came."""
+        return self._home.pending or bool(self._called)
 
     def hear(self, step: int) -> Calls:
         """What is pending: what the only rank holds, all ranks hold."""
+        for command in self._take_called():
+            self._home.submit(command)
         return self._home.take()
 
     def applied(self, calls: Calls, step: int) -> None:
@@ -165,7 +171,6 @@ class Polled(_Alone):
     def __init__(self, home: Home, rank: int, size: int, steps: int) -> None:
         super().__init__(home, rank, size)
         self._steps, self._count = steps, 0
-        self._calls: SimpleQueue[str] = SimpleQueue()
         names = tuple(method.name for method in commands.TABLE.values() if method.is_command)
         self._ring = polled.Ring(names)
 
@@ -178,26 +183,14 @@ class Polled(_Alone):
         """Ask. A collective on every rank."""
         calls = self._home.take() if self.rank == 0 else []
         data = json.dumps(calls).encode() if calls else b""
-        size, wanted = self._ring.ask(len(data), self._signalled())
+        size, wanted = self._ring.ask(len(data), self._take_called())
         if self.rank == 0:
             for command in wanted:
                 self._home.submit(command)
         shared: Calls = self._ring.share(data, size) if size else []
         return shared
 
-    def _signalled(self) -> list[str]:
-        found = []
-        while True:
-            try:
-                found.append(self._calls.get_nowait())
-            except Empty:
-                return found
-
     def applied(self, calls: Calls, step: int) -> None:
         """All ranks have them, and apply them at this step."""
         if self.rank == 0:
             self._home.confirm(calls, step, None)
-
-    def call(self, command: str) -> None:
-        """Rank 0 learns of it at the next question."""
-        self._calls.put(command)
