@@ -144,9 +144,11 @@ class Mailbox:
     def put_back(self, command_ids: list[str]) -> None:
         """Queue commands again that were taken and not applied, before what came meanwhile."""
         with self._lock:
-            if self._closed is None:
-                self._pending[:0] = command_ids
-                self.pending = bool(self._pending)
+            self._pending[:0] = [name for name in command_ids if not self._records[name].is_final]
+            self.pending = bool(self._pending)
+            if self._closed is not None:
+                self._refuse(self._closed)
+        self._on_change()
 
     def applied(self, command_id: str, step: int) -> None:
         """Note that every rank applied the command after ``step``."""

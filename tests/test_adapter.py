@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from forgather_control import commands, get_command, get_job_status, save_checkpoint
+from forgather_control import commands, get_command, get_job_status, save_and_stop, save_checkpoint
 from forgather_control.adapter import Adapter, Wishes, hook
 from forgather_control.client import find
-from forgather_control.errors import BadJobId, JobsDirUnusable, NoSuchJob
+from forgather_control.errors import BadJobId, InvalidParams, JobsDirUnusable, NoSuchJob
 
 from .world import Process, Wire, running_loop, until
 
@@ -318,3 +319,87 @@ def test_a_closed_run_is_finalized_no_more(waiting, jobs_dir):
         del hooks
         gc.collect()
         assert save_checkpoint(JOB, wait="finished", timeout=20).state == "finished"
+
+
+# Several ranks, signals...
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "10", float("nan")])
+def test_poll_steps_are_checked_when_the_adapter_is_made(steps):
+    """Not hours later, when the ranks first meet."""
+    with pytest.raises(InvalidParams, match="poll_steps must be"):
+        Adapter(JOB, poll_steps=steps)
+
+
+@pytest.mark.parametrize("seconds", [-1, True, "10", float("nan"), 1e10, None])
+def test_fresh_seconds_are_checked_when_the_adapter_is_made(seconds):
+    """An age is a number of seconds."""
+    with pytest.raises(InvalidParams, match="fresh_seconds must be"):
+        Adapter(JOB, fresh_seconds=seconds)
+
+
+@pytest.mark.parametrize("signals", [{"SIGKILL": "abort"}, {"SIGTERM": "status"}, ["SIGTERM"]])
+def test_signals_are_checked_when_the_adapter_is_made(signals):
+    """No signal that cannot be handled, no command that there is not."""
+    with pytest.raises(InvalidParams):
+        Adapter(JOB, signals=signals)
+
+
+def test_a_signal_is_a_command_and_calls_who_was_there_before():
+    """SIGUSR1 saves, the earlier handler is called, too, and has the signal back at the end."""
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *args: heard.append(args))
+    try:
+        job = Hooks(JOB, signals={"SIGUSR1": "save_checkpoint"})
+        job.begin()
+        signal.raise_signal(signal.SIGUSR1)
+        assert len(heard) == 1 and not job._wishes.save
+        job.step(1)
+        assert job._wishes.save and [c["command"] for c in get_job_status(JOB)["commands"]] == ["save_checkpoint"]
+        job.end()
+        signal.raise_signal(signal.SIGUSR1)
+        assert len(heard) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(("age", "spared"), [(0.0, False), (1e6, True)])
+def test_a_young_checkpoint_is_spared(age, spared):
+    """A signal that saves and stops stops only, and its record names the checkpoint that is there."""
+    job = Hooks(JOB, signals={"SIGUSR1": "save_and_stop"}, fresh_seconds=age)
+    job.begin()
+    job.step(1)
+    job._controller.saved(1, "/checkpoint-1")
+    with Wire(find(JOB).socket) as wire:
+        signal.raise_signal(signal.SIGUSR1)
+        job.step(2)
+        assert job._wishes.stop and (job._wishes.save, job._wishes.spare) == (not spared, spared)
+        (record,) = wire.call("list_commands")["result"]
+        assert (record["command"], record["applied_at_step"]) == ("save_and_stop", 2)
+        # Asked again by its id, the same command: the answer comes at its end.
+        wait = {"wait": "finished", "command_id": record["command_id"]}
+        wire.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "save_and_stop", "params": wait}).encode() + b"\n")
+        job.end()
+        record = wire.reply()["result"]
+    expected = ("finished", {"step": 1, "path": "/checkpoint-1", "seconds": 0.0}) if spared else ("failed", None)
+    assert (record["state"], record["result"]) == expected
+
+
+def test_a_command_saves_however_young_the_last_checkpoint_is():
+    """Only a signal has no way to say what its sender knows."""
+    job = Hooks(JOB, fresh_seconds=1e6)
+    job.begin()
+    job.step(1)
+    job._controller.saved(1, "/checkpoint-1")
+    save_and_stop(JOB)
+    job.step(2)
+    assert job._wishes.save and job._wishes.stop and not job._wishes.spare
+    job.end()
+
+
+def test_signals_off_the_main_thread_are_one_warning(caplog):
+    """A loop in another thread trains, controllable in every other way."""
+    with running_loop(JOB, signals={"SIGUSR1": "abort"}) as run:
+        until(lambda: run.steps)
+        assert get_job_status(JOB)["status"] == "training"
+    assert sum("signals give no commands" in record.getMessage() for record in caplog.records) == 1

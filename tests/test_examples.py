@@ -13,7 +13,7 @@ import pytest
 
 import forgather_control
 
-from .world import ROOT, SOON, cli, needs, needs_torch, needs_transformers, running_loop, strict, until
+from .world import ROOT, SOON, cli, needs, needs_lightning, needs_torch, needs_transformers, running_loop, strict, until
 
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "trainer_control" / "trainer_control_demo.py"
@@ -70,6 +70,22 @@ def test_the_plain_loop_is_controlled(monkeypatch, tmp_path):
 
 
 @needs_torch
+def test_the_loop_of_several_ranks_is_controlled(monkeypatch, tmp_path):
+    """One command, every rank, the same step; and SIGTERM on one of them is such a command."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = subprocess.Popen([*torchrun, EXAMPLES / "ddp_loop.py"], stdout=subprocess.PIPE, text=True)
+    until(lambda: live("ddp_loop"), 3 * SOON)
+    record = forgather_control.save_checkpoint("ddp_loop", wait="finished", timeout=SOON)
+    assert Path(record.result["path"]).parent == tmp_path / "ddp_loop"
+    (other,) = (rank["pid"] for rank in forgather_control.connect("ddp_loop").call("ranks") if rank["rank"] == 1)
+    os.kill(other, signal.SIGTERM)
+    said = job.communicate(timeout=2 * SOON)[0]
+    (step,) = set(re.findall(r"rank \d ended at step (\d+)", said))
+    assert said.count("ended at step") == 2 and (tmp_path / "ddp_loop" / f"checkpoint-{step}.pt").exists()
+
+
+@needs_torch
 @needs_transformers
 def test_the_hugging_face_example_is_controlled(tmp_path):
     """The real Trainer saves on demand though its save_strategy is "no"."""
@@ -77,6 +93,17 @@ def test_the_hugging_face_example_is_controlled(tmp_path):
     until(lambda: live("hf_trainer"), 4 * SOON)
     record = forgather_control.save_and_stop("hf_trainer", wait="finished", timeout=SOON)
     assert (Path(record.result["path"]) / "trainer_state.json").exists()
+    assert f"ended at step {record.result['step']}" in job.communicate(timeout=2 * SOON)[0]
+
+
+@needs_torch
+@needs_lightning
+def test_the_lightning_example_is_controlled(tmp_path):
+    """The real Trainer saves on demand though it saves nothing on its own."""
+    job = start(EXAMPLES / "lightning_trainer.py", str(tmp_path))
+    until(lambda: live("lightning_trainer"), 4 * SOON)
+    record = forgather_control.save_and_stop("lightning_trainer", wait="finished", timeout=SOON)
+    assert Path(record.result["path"]).parent == tmp_path / "checkpoints" and Path(record.result["path"]).is_file()
     assert f"ended at step {record.result['step']}" in job.communicate(timeout=2 * SOON)[0]
 
 

@@ -258,6 +258,45 @@ def test_close_fails_what_is_left(box, changes):
     assert not box.pending and box.drain() == [] and len(changes) == 1
 
 
+def test_put_back_stands_before_what_came_meanwhile(box, changes):
+    """A round that was off loses nothing, keeps the order, and what is queued again can be cancelled again."""
+    for name in "ab":
+        box.submit("save_checkpoint", name)
+    taken = [record.command_id for record in box.drain()]
+    box.submit("abort", "c")
+    box.put_back(taken)
+    assert box.pending and states(box) == dict.fromkeys("abc", "accepted")
+    assert box.cancel("a").state == "cancelled"
+    assert [record.command_id for record in box.drain()] == ["b", "c"]
+
+
+def test_refused_box_fails_what_is_queued_and_leaves_what_is_on_its_way(box, changes):
+    """What ranks have agreed on goes on to its end; what is put back after that fails at once."""
+    for name in "ab":
+        box.submit("save_checkpoint", name)
+        box.drain()
+    box.submit("abort", "c")
+    box.refuse(ENDED)
+    assert states(box) == {"a": "accepted", "b": "accepted", "c": "failed"} and not box.pending
+    with pytest.raises(JobEnding, match="training ended"):
+        box.submit("abort", "d")
+    box.put_back(["a"])
+    assert states(box) == {"a": "failed", "b": "accepted", "c": "failed"} and not box.pending
+    box.applied("b", 3)
+    box.finished("b", None)
+    box.refuse(JobEnding("again"))
+    assert box.get("b").state == "finished" and box.get("c").error["message"] == "training ended"
+
+
+def test_put_back_of_what_failed_meanwhile(box, changes):
+    """A box that closed has told them their end; they are not told another."""
+    box.submit("abort", "a")
+    box.drain()
+    box.close(ENDED)
+    box.put_back(["a"])
+    assert box.get("a").state == "failed" and not box.pending
+
+
 @pytest.mark.parametrize("error", [ENDED, JobEnding("x", step=3), ControlError("the thread died", a=1)], ids=repr)
 def test_closed_box_refuses(box, error):
     """After the end each submit is refused as JobEnding with the first reason, each time a fresh exception."""
