@@ -123,7 +123,9 @@ _opened: Counter[str] = Counter()
 
 def _connector(dist: Any, store: Any, name: str) -> Callable[[], Any]:
     _opened[name] += 1
-    prefix = f"forgather_control/{name}/{_opened[name]}"
+    # torchrun may give workers that begin anew the store of those before them, with all its keys.
+    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"forgather_control/{name}/{turn}.{_opened[name]}"
     return lambda: dist.PrefixStore(prefix, store.clone())
 
 
