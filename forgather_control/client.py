@@ -7,6 +7,7 @@ one thread at a time.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 from . import commands, endpoint, jobs, jsonrpc
@@ -33,6 +34,8 @@ _GRACE: Final = 5.0
 _ARE_YOU_THERE: Final = 15.0
 #: ... and is given up after this many seconds of silence.
 _SILENCE: Final = 60.0
+#: Seconds that a process which has let go of its sockets may take to be gone (it frees its devices meanwhile).
+_DYING: Final = 1.0
 
 
 # Finding...
@@ -54,7 +57,8 @@ def find(job: str | None = None) -> JobRecord:
     """The record of one job.
 
     Args:
-        job: its id, a prefix that no other id has, or ``None`` where exactly one job is live.
+        job: its id; what SLURM or torchrun calls it (``123``, ``123_4``, the run id); a prefix that
+            no other id has; or ``None`` where exactly one job is live.
 
     Raises:
         NoSuchJob: none fits.
@@ -66,10 +70,22 @@ def find(job: str | None = None) -> JobRecord:
     record = _exact(root, job)
     if record is not None:
         return record
-    fits = [record for record in jobs.scan(root)[0] if record.job_id.startswith(job)] if job else []
+    records = jobs.scan(root)[0] if job else []
+    launched = _latest([record for record in records if record.launch is not None and job in record.launch.names])
+    fits = [record for record in records if record in launched or record.job_id.startswith(job)]
     if not fits:
         raise NoSuchJob(f"no job {ascii(job)[:140]} in {root}; forgather control list shows what is there", job=job)
     return _only(fits, f"{ascii(job)[:140]} fits several jobs")
+
+
+def _latest(records: list[JobRecord]) -> list[JobRecord]:
+    """Without those that their launcher has begun anew since: they are over, whatever they left."""
+    launches = [record.launch for record in records if record.launch is not None]
+    return [
+        record
+        for record in records
+        if record.launch is not None and not any(launch.follows(record.launch) for launch in launches)
+    ]
 
 
 def _exact(root: str, job: str) -> JobRecord | None:
@@ -114,21 +130,64 @@ def connect(job: str | None = None, timeout: float = CALL_TIMEOUT) -> Client:
         raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
     where = endpoint.UnixEndpoint(record.socket)
     try:
-        return Client(where, record.job_id, timeout)
+        return Client(where, record.job_id, timeout, record)
     except JobDead as err:
         raise _unreachable(record) from err
 
 
 def _unreachable(record: JobRecord) -> ControlError:
-    if _exact(jobs_dir(), record.job_id) is None:
+    now = _exact(jobs_dir(), record.job_id)
+    if now is None:
         return NoSuchJob(f"job {record.job_id} has just ended", job=record.job_id)
-    who = f"pid {record.pid} on {record.host}"
+    if now.owner != record.owner:
+        return _restarted(now, "")
+    who = _who(record)
     state = jobs.judge(record)
     if state == "dead":
         return JobDead(f"job {record.job_id} is dead: {who} is gone; forgather control cleanup removes it")
     if state == "foreign":
         return JobNotAnswering(f"job {record.job_id} runs on another host ({who}) and cannot be reached from here")
     return JobNotAnswering(f"job {record.job_id} lives ({who}), but nobody listens at its socket")
+
+
+def _who(record: JobRecord) -> str:
+    return f"pid {record.pid} on {record.host}"
+
+
+def _hung_up(record: JobRecord, fate: str) -> ControlError:
+    """Why a connection ended without an answer, as the job's directory and the operating system have it."""
+    now, state = _settled(record)
+    job, who = record.job_id, _who(record)
+    if now is not None and now.owner != record.owner:
+        return _restarted(now, fate)
+    if state == "dead":
+        return JobDead(f"the process of job {job}, {who}, ended before it answered{fate}", job=job)
+    if now is None:
+        return JobDead(f"job {job} ended before it answered{fate}", job=job)
+    if state == "silent":
+        return JobNotAnswering(f"job {job} hung up before it answered, though {who} still runs{fate}", job=job)
+    return JobDead(f"job {job} ({who}) went away before it answered{fate}", job=job)
+
+
+def _settled(record: JobRecord) -> tuple[JobRecord | None, jobs.State]:
+    """The record that now has the job's name, and the state of ``record``'s process, once it had time to die."""
+    deadline = Deadline(_DYING)
+    while True:
+        try:
+            now = _exact(jobs_dir(), record.job_id)
+        except ControlError:
+            now = record  # what cannot be read names nobody else
+        state = jobs.judge(record)
+        if state != "silent" or now is None or now.owner != record.owner or deadline.passed():
+            return now, state
+        time.sleep(0.02)
+
+
+def _restarted(now: JobRecord, fate: str) -> JobDead:
+    count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
+    which = f", restart {count}" if count else ""
+    text = f"job {now.job_id} was restarted as {_who(now)}{which}, before it answered{fate}; ask again"
+    return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)
 
 
 # Calling...
@@ -141,13 +200,21 @@ class Client:
         where: the endpoint.
         name: what to call the job in errors.
         timeout: seconds for connecting, and for each call that waits for nothing.
+        record: what it published, if known: then a connection that ends can be explained.
 
     Raises:
         JobDead, JobNotAnswering: nobody listens, or nobody takes the connection.
     """
 
-    def __init__(self, where: endpoint.UnixEndpoint, name: str, timeout: float = CALL_TIMEOUT) -> None:
-        self._name, self._timeout = name, timeout
+    def __init__(
+        self,
+        where: endpoint.UnixEndpoint,
+        name: str,
+        timeout: float = CALL_TIMEOUT,
+        record: JobRecord | None = None,
+    ) -> None:
+        self._name, self._timeout, self._record = name, timeout, record
+        self._fate = ""
         self._sock = where.connect(Deadline(timeout))
         self._received = bytearray()
         self._last_id = 0
@@ -169,14 +236,16 @@ class Client:
 
         Raises:
             ControlError: the error that the job answered, as its class.
-            JobDead: the job went away meanwhile.
-            JobNotAnswering: it does not answer.
+            JobDead: the job went away meanwhile, or was restarted as another process.
+            JobNotAnswering: it does not answer, or hung up though it lives.
         """
         return self.call_raw(method, params)
 
     def call_raw(self, method: str, params: dict[str, Any] | list[Any]) -> Any:
         """As :meth:`call`, with parameters by name or by position as they stand on the wire."""
         self._last_id += 1
+        known = commands.TABLE.get(method)
+        self._fate = f"; whether its {method} was carried out is not known" if known and known.is_command else ""
         seconds = self._seconds(method, params)
         self._send(jsonrpc.request(method, params, self._last_id))
         reply = self._reply(self._last_id, Deadline(seconds), patient=seconds is None)
@@ -235,8 +304,10 @@ class Client:
         del self._received[: end + 1]
         return line
 
-    def _gone(self) -> JobDead:
-        return JobDead(f"job {self._name} went away before it answered", job=self._name)
+    def _gone(self) -> ControlError:
+        if self._record is not None:
+            return _hung_up(self._record, self._fate)
+        return JobDead(f"job {self._name} went away before it answered{self._fate}", job=self._name)
 
     def command(self, name: str, **params: Any) -> CommandRecord:
         """Give a command and return its record; parameters as on the wire, ``None`` left out.
@@ -292,7 +363,7 @@ def save_checkpoint(
     """Save a checkpoint now; with ``wait="finished"``, ``record.result["path"]`` is where it is.
 
     Args:
-        job: id, unique prefix, or ``None`` where exactly one job is live.
+        job: as in :func:`find`.
         wait: return once it is ``"accepted"``, ``"applied"`` by every rank, or ``"finished"``.
         timeout: seconds to wait; ``None`` waits as long as the job lives.
         command_id: an id of your own: the same id twice is the same command.

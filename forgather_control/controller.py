@@ -32,7 +32,8 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from . import commands, directory, jobs, jsonrpc, metrics, process, ranks
+from . import commands, directory, jobs, jsonrpc, metrics, ranks
+from .census import Census
 from .commands import CommandRecord, Loop
 from .errors import CommandFailed, ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken
 from .exchange import PENDING, Later
@@ -90,6 +91,7 @@ class Controller:
         self._metrics: dict[str, Any] = {}
         self._started_at = time.time()
         self._world: World = OneProcess(self)
+        self._census = Census(self._progress, lambda: self._thread.ident)
         self._server = Server(self._answer, self._tick)
         self._mailbox = Mailbox(self._server.wake)
         self._directory: directory.JobDirectory | None = None
@@ -121,6 +123,7 @@ class Controller:
             self._world.start()
         except BaseException:
             self._closed = True
+            self._census.close()
             self._remove_directory()
             self._server.close(CLOSE_TIMEOUT)
             raise
@@ -277,6 +280,7 @@ class Controller:
         self._remove_directory()
         self._fail_saves(CommandFailed(reason or "training ended before the checkpoint was saved"))
         self._world.close(CLOSE_TIMEOUT, fault)
+        self._census.close()
         self._settle(reason)
         self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
         self._server.close(CLOSE_TIMEOUT)
@@ -360,14 +364,18 @@ class Controller:
 
     def about(self) -> dict[str, Any]:
         """What the other ranks are told of this process."""
-        return process.myself()._asdict()
+        return self._census.about()
 
     def tell(self, what: str) -> dict[str, Any]:
         """What this rank answers to a question."""
-        return {}
+        return self._census.tell(what)
 
     def meet(self, about: dict[int, dict[str, Any]]) -> None:
         """All ranks are there."""
+        self._census.meet(about)
+        with self._directory_lock:
+            if self._directory is not None:
+                self._census.write(self._directory.path)
 
     def changed(self) -> None:
         """An answer came in."""
@@ -418,6 +426,7 @@ class Controller:
         try:
             if self._directory is not None and self._directory.restore():
                 log.warning("the job directory was damaged; it is restored")
+                self._census.write(self._directory.path)
         except ControlError as err:
             if str(err) != self._warned:
                 log.warning("this job cannot be found at present: %s", err)
@@ -471,6 +480,14 @@ class Controller:
     def list_commands(self) -> list[CommandRecord]:
         """All records kept."""
         return self._mailbox.records()
+
+    def ranks(self, timeout: float) -> Any:
+        """Where each rank is."""
+        return self._census.ask(self._world, "ranks", timeout)
+
+    def stacks(self, timeout: float) -> Any:
+        """Which code each rank's threads are in."""
+        return self._census.ask(self._world, "stacks", timeout)
 
     def list_jobs(self) -> list[dict[str, Any]]:
         """The jobs of the jobs directory, judged by their processes; asking them would block this thread."""

@@ -1,6 +1,6 @@
 """A job's own directory: claim it, publish in it, notice that it was damaged, take it away again.
 
-Floor 3: imports errors, clock, endpoint, jsonrpc, process, record and jobs. In the job only: on the
+Floor 3: imports errors, clock, endpoint, jsonrpc, launch, process, record and jobs. In the job only: on the
 training thread at the start and the end, on the server thread in between.
 
 Why a claim is atomic: ``mkdir`` makes the name exist once; whoever finds it existing judges its
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from . import endpoint, jobs, jsonrpc, process, record
+from . import endpoint, jobs, jsonrpc, launch, process, record
 from .clock import Deadline
 from .errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from .version import PROTOCOL, VERSION
@@ -74,13 +74,14 @@ class JobDirectory:
             machine=me.machine,
             booted_at=me.booted_at,
             pid_namespace=me.pid_namespace,
+            launch=launch.of_this_process(),
         )
 
     def claim(self) -> None:
         """Take the job id, listen, and publish: from here on the job can be found.
 
         Raises:
-            JobIdTaken: another job that is not proven dead has it.
+            JobIdTaken: another job that is not proven dead, nor an earlier turn of this run, has it.
             JobsDirUnusable: the jobs directory cannot be made or written, or is not safe.
         """
         try:
@@ -143,13 +144,24 @@ class JobDirectory:
         if not _is_directory(self.path):
             raise JobsDirUnusable(f"{self.path} is no directory of this user; remove it, or choose another job id")
         holder = self._holder()
-        if holder is not None and not jobs.is_dead(holder):
+        if holder is not None and not (jobs.is_dead(holder) or self._follows(holder)):
             raise _taken(holder)
         if holder is None and _somebody_listens(os.path.join(self.path, record.SOCKET)):
             raise JobIdTaken(
                 f"job id {self.job_id} belongs to a job whose record was deleted, and which will restore it"
             )
         jobs.remove_tree(self._root, self.job_id)
+
+    def _follows(self, holder: record.JobRecord) -> bool:
+        """Whether a launcher ended ``holder``, which this host cannot judge, and began its run anew as us.
+
+        A process of this host that runs keeps its id: its launcher would have ended it first.
+        """
+        mine, theirs = self._record.launch, holder.launch
+        if mine is None or theirs is None or not mine.follows(theirs):
+            return False
+        answers = holder.socket is not None and _somebody_listens(holder.socket)
+        return jobs.judge(holder) == "foreign" and not answers
 
     def _holder(self) -> record.JobRecord | None:
         try:

@@ -1,6 +1,6 @@
 """The jobs directory: who is there, who lives, what the dead left behind.
 
-Floor 2: imports errors, clock, jsonrpc, endpoint, process and record. Runs on any thread, in the client and
+Floor 2: imports errors, clock, jsonrpc, endpoint, launch, process and record. Runs on any thread, in the client and
 in the job. What a job does with its own directory stands in ``directory``.
 
 A directory is removed only if its name and its record agree, the record's process is proven to be
@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, NamedTuple
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
 from .errors import ControlError, JobsDirUnusable
+from .launch import Launch
 from .record import JobRecord, check_job_id, is_job_id, read_record
 
 #: Sockets that are asked at once; each takes a file descriptor.
@@ -48,6 +49,7 @@ class Job(NamedTuple):
     user: str = ""
     version: str = ""
     socket: str | None = None
+    launch: Launch | None = None
     status: dict[str, Any] | None = None
 
     @property
@@ -57,7 +59,7 @@ class Job(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The job as ``list --json`` prints it."""
-        return {**self._asdict(), "global_step": self.global_step}
+        return {**self._asdict(), "launch": self.launch and self.launch.to_json(), "global_step": self.global_step}
 
 
 def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:

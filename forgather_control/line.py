@@ -90,7 +90,7 @@ class Line:
         self._over = False
         self._lock = threading.Lock()  # guards _over against two threads that find the line broken
         self._threads = [
-            threading.Thread(target=self._run, args=(work,), name=f"trainer-control-{name}", daemon=True)
+            threading.Thread(target=self._run, args=(work,), name=f"forgather-{name}", daemon=True)
             for name, work in (("ear", self._listen), ("mouth", self._talk))
         ]
 

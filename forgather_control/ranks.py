@@ -251,6 +251,10 @@ class Ranks:
         with self._lock:
             return "silent" if self._leader is None else self._leader.state(rank)
 
+    def about(self, rank: int) -> dict[str, Any]:
+        """What a rank said of its process."""
+        return self._abouts.get(rank, {})
+
     # Messages, on the threads of the line...
 
     @contextmanager

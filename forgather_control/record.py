@@ -1,6 +1,6 @@
 """What a job publishes of itself: its id, its directory's name, its ``endpoint.json``.
 
-Floor 1: imports errors and process. Runs on any thread, in the client and in the job.
+Floor 1: imports errors, launch and process. Runs on any thread, in the client and in the job.
 
 Values of the client's half are ``NamedTuple``, not dataclasses: the import of ``dataclasses`` alone
 costs half as much as that of argparse, json and socket together, at every start of the command line.
@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from . import process
 from .errors import BadJobId
+from .launch import Launch
 
 RECORD: Final = "endpoint.json"
 SOCKET: Final = "control.sock"
@@ -68,7 +69,8 @@ class JobRecord(NamedTuple):
     """What a job publishes of itself in ``endpoint.json``. Times are seconds since the epoch.
 
     ``port`` is null without TCP. ``machine``, ``booted_at`` and ``pid_namespace`` are there so that
-    nobody judges a process that he cannot see; see :class:`process.Identity`.
+    nobody judges a process that he cannot see; see :class:`process.Identity`. ``launch`` is null
+    where neither SLURM nor torchrun launched it.
     """
 
     job_id: str
@@ -86,6 +88,7 @@ class JobRecord(NamedTuple):
     machine: str | None = None
     booted_at: float | None = None
     pid_namespace: int | None = None
+    launch: Launch | None = None
 
     @property
     def owner(self) -> process.Identity:
@@ -102,12 +105,14 @@ class JobRecord(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``endpoint.json`` holds."""
-        return self._asdict()
+        return {**self._asdict(), "launch": self.launch and self.launch.to_json()}
 
 
 #: The kinds of each member, as its annotation says them (a ``NamedTuple`` keeps them as forward references).
 _MEMBERS: Final = {
-    name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in JobRecord.__annotations__.items()
+    name: str(getattr(kind, "__forward_arg__", kind))
+    for name, kind in JobRecord.__annotations__.items()
+    if name != "launch"  # an object, which checks itself
 }
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "str": (str,),
@@ -135,6 +140,8 @@ def parse_record(data: bytes, name: str) -> JobRecord:
     for member, kinds in _MEMBERS.items():
         if member in value:
             given[member] = _checked(member, kinds, value[member])
+    if value.get("launch") is not None:
+        given["launch"] = Launch.from_json(value["launch"])
     try:
         return JobRecord(**given)
     except TypeError as err:

@@ -115,11 +115,10 @@ class _Handler:
         self.number = number
         self._command, self._earlier = command, earlier
         self._call: Callable[[str], object] | None = call
-        self._pid = os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         call = self._call
-        if call is None or os.getpid() != self._pid:  # a child, forked a moment ago, may not know yet
+        if call is None:
             self._pass_on(number, frame)
             return
         try:
@@ -184,13 +183,33 @@ def _has_handler(number: int) -> bool:
         return False
 
 
-# As in ``server``: one fork handler for all, since it cannot be taken back.
+# As in ``server``: one handler for all, since a fork handler cannot be taken back. While a child is
+# made our signals are blocked: Python drops those that come before its own fork handlers are done,
+# so that a SIGTERM to a new worker would be lost, and who waits for its end would wait for ever.
 _active: set[_Handler] = set()
 
 
-def _after_fork() -> None:
+class _Masks(threading.local):
+    old: set[int | signal.Signals] | None = None
+
+
+_masks = _Masks()
+
+
+def _before_fork() -> None:
+    ours = [handler.number for handler in list(_active)]  # a copy: the main thread may be about to change it
+    _masks.old = signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None
+
+
+def _in_parent() -> None:
+    if _masks.old is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.old)
+
+
+def _in_child() -> None:
     for handler in list(_active):
         handler.retire()
+    _in_parent()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -104,6 +104,9 @@ class World(Protocol):
     def state(self, rank: int) -> str:
         """What is known of a rank that did not answer: ``silent``, ``ended`` or ``absent``."""
 
+    def about(self, rank: int) -> dict[str, Any]:
+        """What a rank said of its process when it began to take part; nothing if it has not. Rank 0, any thread."""
+
     def close(self, seconds: float, fault: str | None = None) -> None:
         """Take part no more; ``fault`` says why, if training goes on. Waits for what is on its way, for so long."""
 
@@ -117,7 +120,8 @@ class _Alone:
         self._called: deque[str] = deque()  # by signal handlers, whose interrupted thread may hold any lock
 
     def start(self) -> None:
-        self._home.meet({self.rank: self._home.about()})
+        self._about = self._home.about()
+        self._home.meet({self.rank: self._about})
 
     def kept(self, fault: str | None = None) -> None:
         pass
@@ -138,7 +142,10 @@ class _Alone:
         return Inquiry({self.rank: self._home.tell(what)})
 
     def state(self, rank: int) -> str:
-        return "silent"
+        return "silent" if rank == self.rank else "absent"
+
+    def about(self, rank: int) -> dict[str, Any]:
+        return self._about if rank == self.rank else {}
 
     def close(self, seconds: float, fault: str | None = None) -> None:
         pass

@@ -17,7 +17,7 @@ from forgather_control import client, errors
 from forgather_control.endpoint import UnixEndpoint
 from forgather_control.record import parse_record
 
-from .world import MS, SOON, job_process, running_loop, until
+from .world import MS, SOON, cli, job_process, running_loop, until
 
 
 class Peer:
@@ -180,12 +180,12 @@ def test_wrong_parameters_are_errors_before_any_effect():
 
 
 def test_a_killed_job_is_dead_at_once():
-    """After kill -9 the client says dead, not silence, and a connection that was open says it went away."""
+    """After kill -9 the client says dead, not silence, and a connection that was open says so, too."""
     with job_process("victim") as process:
         with forgather_control.connect("victim") as job:
             job.call("ping")
             process.kill()
-            with pytest.raises(errors.JobDead, match="went away"):
+            with pytest.raises(errors.JobDead, match=f"pid {process.pid} on .*, ended before it answered$"):
                 job.call("ping")
         with pytest.raises(errors.JobDead, match="cleanup"):
             forgather_control.get_job_status("victim")
@@ -216,12 +216,135 @@ def test_a_stopped_process_is_silent_and_never_cleaned_up():
         until(lambda: [job.state for job in forgather_control.list_jobs()] == ["live"])
 
 
+def _waits(job_id: str) -> bool:
+    """Whether the job has a command that is not over."""
+    return any(command["state"] == "accepted" for command in client.get_job_status(job_id)["commands"])
+
+
 def test_a_job_that_dies_while_somebody_waits_says_so():
-    """A waiter without a deadline hears of the death at once."""
+    """A waiter without a deadline hears of the death at once, and that its command's fate is not known."""
     with job_process("victim", step_seconds=SOON) as process:
-        threading.Timer(200 * MS, process.kill).start()
-        with pytest.raises(errors.JobDead):
+        killer = threading.Thread(target=lambda: (until(lambda: _waits("victim")), process.kill()))
+        killer.start()
+        with pytest.raises(errors.JobDead) as caught:
             forgather_control.save_checkpoint("victim", wait="finished")
+        killer.join(SOON)
+    assert str(caught.value) == (
+        f"the process of job victim, pid {process.pid} on {socket.gethostname()}, ended before it answered; "
+        "whether its save_checkpoint was carried out is not known"
+    )
+
+
+def test_on_the_command_line_a_death_is_one_sentence():
+    """save --wait on a job that is killed meanwhile: exit code 4, no traceback."""
+    with job_process("victim", step_seconds=SOON) as process:
+        killer = threading.Thread(target=lambda: (until(lambda: _waits("victim")), process.kill()))
+        killer.start()
+        done = cli("save", "victim", "--wait")
+        killer.join(SOON)
+    assert done.returncode == 4 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "is not known" in done.stderr, done.stderr
+
+
+def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
+    """Who was connected to the old process is told of the new one, and told to ask again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with job_process("phoenix") as old, forgather_control.connect("phoenix") as job:
+        job.call("ping")
+        stale = client.find("phoenix")
+        old.kill()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+        with job_process("phoenix") as new:
+            words = rf"restarted as pid {new.pid} on .*, restart 3, before it answered; whether its abort .* ask again$"
+            with pytest.raises(errors.JobDead, match=words) as caught:
+                job.call("abort")
+            assert caught.value.data["pid"] == new.pid
+            assert "ask again" in str(client._unreachable(stale))
+            assert client.get_job_status("phoenix")["pid"] == new.pid
+
+
+def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
+    """Its process runs, its record stands: it does not answer, which is all that is known."""
+    monkeypatch.setattr(client, "_DYING", 50 * MS)
+    mine = {"job_id": "peer", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
+    (folder / "peer").mkdir()
+    with Peer(folder, lambda file, sock: file.readline()) as peer:
+        (folder / "peer" / "endpoint.json").write_text(json.dumps({**mine, "socket": peer.path}))
+        with forgather_control.connect("peer") as job:
+            with pytest.raises(
+                errors.JobNotAnswering, match=f"hung up .* though pid {os.getpid()} .* still runs; whether"
+            ):
+                job.call("save_checkpoint")
+
+
+def test_a_job_that_ends_while_a_connection_is_open_says_so(folder):
+    """Its directory went with it; its process may run on."""
+    with running_loop("brief"):
+        job = forgather_control.connect("brief")
+        job.call("ping")
+    with job, pytest.raises(errors.JobDead, match=r"job brief ended before it answered$"):
+        job.call("ping")
+
+
+def _launched(monkeypatch, **variables: str) -> None:
+    for variable in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+
+
+def test_a_job_is_found_by_what_its_launcher_calls_it(monkeypatch):
+    """SLURM's number, array and task, torchrun's run: whole, not as a prefix; all verbs take them."""
+    array = {"SLURM_ARRAY_JOB_ID": "1200", "SLURM_JOB_ID": "1204", "SLURM_ARRAY_TASK_ID": "3"}
+    _launched(monkeypatch, **array, TORCHELASTIC_RUN_ID="my run")
+    with running_loop("alpha"):
+        for name in ("1200_3", "1204", "1200", "my run"):
+            assert client.find(name).job_id == "alpha"
+        assert client.get_job_status("1200_3")["job_id"] == "alpha"
+        assert forgather_control.save_checkpoint("1204", wait="finished", timeout=SOON).state == "finished"
+        for name in ("12", "1200_", "my", "3", "none"):
+            with pytest.raises(errors.NoSuchJob):
+                client.find(name)
+        _launched(monkeypatch, **{**array, "SLURM_JOB_ID": "1205", "SLURM_ARRAY_TASK_ID": "4"})
+        with running_loop("beta"):
+            assert [client.find(name).job_id for name in ("1200_3", "1200_4")] == ["alpha", "beta"]
+            with pytest.raises(errors.AmbiguousJob) as caught:
+                client.find("1200")
+            assert sorted(caught.value.data["candidates"]) == ["alpha", "beta"]
+
+
+def test_an_id_goes_before_a_launchers_name_and_a_prefix_beside_it(monkeypatch):
+    """An exact id wins; what is one job's run and the beginning of another's id is ambiguous, of its own id is not."""
+    _launched(monkeypatch, SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="exp")
+    with running_loop("exp-1"):
+        assert client.find("exp").job_id == "exp-1"
+        _launched(monkeypatch)
+        with running_loop("exp-2"):
+            with pytest.raises(errors.AmbiguousJob):
+                client.find("exp")
+            with running_loop("exp"):
+                assert client.find("exp").job_id == "exp"
+            with running_loop("7"):
+                assert client.find("7").job_id == "7"
+            assert client.find("7").job_id == "exp-1"
+
+
+def test_what_an_earlier_turn_left_does_not_hide_the_run(monkeypatch):
+    """Restarted under a new id, a run is found by its name; two dead ones of one turn stay ambiguous, as ids do."""
+    _launched(monkeypatch, SLURM_JOB_ID="7")
+    with job_process("first") as first:
+        first.kill()
+    assert client.find("7").job_id == "first"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with job_process("second") as second:
+        assert client.find("7").job_id == "second"
+        second.kill()
+    assert client.find("7").job_id == "second"
+    with job_process("third") as third:
+        third.kill()
+    with pytest.raises(errors.AmbiguousJob) as caught:
+        client.find("7")
+    assert sorted(caught.value.data["candidates"]) == ["second", "third"]
 
 
 def test_foreign_and_socketless_jobs_are_told_apart(folder):

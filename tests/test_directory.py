@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -194,6 +195,93 @@ def test_what_is_not_proven_dead_is_not_taken(jobs_dir, make, kind):
         make().claim()
     assert isinstance(caught.value, StartError) and "job" in str(caught.value)
     assert sorted(jobs_dir.parent.rglob("*")) == sorted([*before, jobs_dir / ".lock"])
+
+
+FAR = {"job_id": "job", "host": "another.example.org", "port": None, "pid": 1, "started_at": 1}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "taken"),
+    [
+        ({"run_id": "r", "restart_count": 0}, {"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "1"}, False),
+        ({"run_id": "r", "restart_count": 1}, {"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"run_id": "r", "restart_count": 2}, {"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"run_id": "r", "restart_count": 0}, {"TORCHELASTIC_RUN_ID": "s", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"restart_count": 0}, {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"slurm_job_id": 7, "slurm_restart_count": 0}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, False),
+        ({"slurm_job_id": 7, "slurm_restart_count": 0}, {"SLURM_JOB_ID": "7"}, True),
+        ({"slurm_job_id": 6, "slurm_restart_count": 0}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        (None, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"run_id": "r", "restart_count": 0}, {}, True),
+    ],
+)
+def test_a_run_begun_anew_takes_its_id_from_another_host(jobs_dir, make, monkeypatch, theirs, mine, taken):
+    """Who cannot be judged from here gives way to a later turn of its own run, and to nobody else."""
+    for variable, value in mine.items():
+        monkeypatch.setenv(variable, value)
+    (jobs_dir / "job" / "requests").mkdir(parents=True)
+    (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**FAR, "launch": theirs}))
+    before = sorted(jobs_dir.rglob("*"))
+    if taken:
+        with pytest.raises(JobIdTaken, match=r"another\.example\.org"):
+            make().claim()
+        assert sorted(jobs_dir.rglob("*")) == sorted([*before, jobs_dir / ".lock"])
+    else:
+        make().claim()
+        assert published(jobs_dir).pid == os.getpid() and names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
+
+
+def _again(monkeypatch, count):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+
+
+def test_a_live_process_of_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
+    """Though a later turn of its run asks for it: torchrun would have ended it first. Stopped or not; dead, it goes."""
+    _again(monkeypatch, 0)
+    with job_process() as other:
+        _again(monkeypatch, 1)
+        for signum in (signal.SIGCONT, signal.SIGSTOP, None):
+            if signum is None:  # nobody listens any more, and its process could not restore that
+                (jobs_dir / "job" / "control.sock").unlink()
+            else:
+                os.kill(other.pid, signum)
+            with pytest.raises(JobIdTaken, match=f"pid {other.pid}"):
+                make().claim()
+        other.kill()
+        make().claim()
+        assert published(jobs_dir).launch.restart_count == 1
+
+
+def test_who_listens_on_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
+    """In another container its pid cannot be judged, but its socket is here, and somebody holds it."""
+    _again(monkeypatch, 0)
+    with job_process():
+        place = jobs_dir / "job" / "endpoint.json"
+        place.write_text(json.dumps({**json.loads(place.read_text()), "pid_namespace": 1}))
+        assert jobs.judge(read_record(str(jobs_dir), "job")) == "foreign"
+        _again(monkeypatch, 1)
+        with pytest.raises(JobIdTaken):
+            make().claim()
+    make().claim()
+    assert published(jobs_dir).launch.restart_count == 1
+
+
+def test_an_earlier_turn_that_lives_on_stands_down(jobs_dir, make, monkeypatch):
+    """Cut off from its launcher, the old process learns whose the id is now, and touches nothing."""
+    _again(monkeypatch, 0)
+    old = make()
+    old.claim()
+    place = jobs_dir / "job" / "endpoint.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **FAR, "socket": None}))
+    with Process(CLAIMER, env={"TORCHELASTIC_RESTART_COUNT": "1"}) as new:
+        pid = new.line()
+        new.say("job")
+        assert new.line() == "mine"
+        with pytest.raises(JobIdTaken, match=f"pid {pid}"):
+            old.restore()
+        old.remove()
+        assert str(published(jobs_dir).pid) == pid
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])

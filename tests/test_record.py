@@ -11,6 +11,7 @@ import pytest
 
 from forgather_control import directory, jsonrpc, process, record
 from forgather_control.errors import BadJobId, StartError
+from forgather_control.launch import Launch
 from forgather_control.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
 
 from .world import Process, descriptors, needs_root
@@ -73,6 +74,7 @@ def test_what_cannot_be_a_job_id(name):
 def test_a_record_survives_the_way_through_its_file(place):
     """What a job publishes is what is read."""
     mine = GOOD._replace(socket="/run/s", boot_id="b", world_size=8, booted_at=1.5, pid_namespace=2, machine="m")
+    mine = mine._replace(launch=Launch(slurm_job_id=7, slurm_nodes="node[1-2]", run_id="r", restart_count=1))
     place.write_bytes(jsonrpc.encode(mine.to_json()))
     assert read_record(str(place.parent.parent), "job") == mine
 
@@ -88,6 +90,7 @@ def test_a_record_of_a_later_version_is_read():
     assert parse_record(_data(gpu="H200", nested={"a": [1]}), "job") == GOOD
     few = {name: GOOD.to_json()[name] for name in ("job_id", "host", "port", "pid", "started_at")}
     assert parse_record(json.dumps(few).encode(), "job").socket is None
+    assert parse_record(json.dumps(few).encode(), "job").launch is None
 
 
 BROKEN = {
@@ -127,6 +130,10 @@ BROKEN = {
     "an object as socket": (_data(socket={"path": "/tmp/s"}), "socket must be str"),
     "port as text": (_data(port="8900"), "port must be int"),
     "world_size as bool": (_data(world_size=True), "world_size must be int"),
+    "a list as launch": (_data(launch=["slurm"]), "launch must be an object or null"),
+    "launch as bool": (_data(launch=False), "launch must be an object or null"),
+    "terminal codes in launch": (_data(launch={"run_id": "\x1b[2J"}), "launch.run_id must be printable text"),
+    "a count as text": (_data(launch={"restart_count": "1"}), "launch.restart_count must be a whole number"),
     "too long": (_data() + b" " * record.MAX_RECORD, "longer than 65536 bytes"),
     "1 MB": (b'{"job_id": "' + b"x" * 10**6 + b'"}', "longer than 65536 bytes"),
     "NUL bytes": (b"\0" * 100, "."),
