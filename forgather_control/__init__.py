@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from .errors import ControlError
     from .hf import TrainerControlCallback
     from .jobs import Job
+    from .lightning import LightningControlCallback
     from .plain import TrainingJob
 
 _HOME = {
+    "LightningControlCallback": "lightning",
     "TrainerControlCallback": "hf",
     "TrainingJob": "plain",
     "Client": "client",
@@ -55,6 +57,7 @@ __all__ = [
     "CommandRecord",
     "ControlError",
     "Job",
+    "LightningControlCallback",
     "TrainerControlCallback",
     "TrainingJob",
     "__version__",

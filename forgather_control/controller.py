@@ -24,15 +24,13 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from . import commands, directory, jobs, jsonrpc, metrics, ranks
+from . import commands, directory, jobs, jsonrpc, metrics, ranks, vitals
 from .census import Census
 from .commands import CommandRecord, Loop
 from .errors import CommandFailed, ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken
@@ -135,10 +133,7 @@ class Controller:
         return self._world.rank == 0
 
     def _publish(self) -> None:
-        import psutil
-
-        self._process = psutil.Process()
-        self._process.cpu_percent()  # the first call only sets the mark to measure from
+        vitals.vitals()  # the first call only sets the mark to measure processor time from
         self._directory = self._claim()
         self.job_id = self._directory.job_id
         self._server.start()
@@ -449,14 +444,10 @@ class Controller:
             "status": self._word(),
             **self._progress.report(),
             "metrics": metrics.plain(self._metrics),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
             "world_size": self._world.size,
             "started_at": self._started_at,
             "commands": [command.to_json() for command in self._recent()],
-            "rss_bytes": self._process.memory_info().rss,
-            "cpu_percent": self._process.cpu_percent(),
-            **_device_memory(),
+            **{name: value for name, value in vitals.vitals().items() if value is not None},
         }
 
     def _word(self) -> str:
@@ -520,18 +511,6 @@ def check_seconds(seconds: Any) -> float:
 def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:
     shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON cannot carry a byte that is no UTF-8
     return {"step": step, "path": shown, "seconds": round(seconds, 6)}
-
-
-def _device_memory() -> dict[str, int]:
-    """Bytes on CUDA devices by this process, if torch has touched one; no synchronisation."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return {}
-    devices = range(torch.cuda.device_count())
-    return {
-        "device_memory_bytes": sum(torch.cuda.memory_allocated(device) for device in devices),
-        "device_memory_reserved_bytes": sum(torch.cuda.memory_reserved(device) for device in devices),
-    }
 
 
 # As in ``server``: one handler for all, since a fork handler cannot be taken back.

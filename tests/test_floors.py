@@ -11,20 +11,21 @@ import pytest
 from .world import ROOT
 
 FLOORS = {
-    0: "errors clock version connection progress metrics process",
-    1: "jsonrpc commands endpoint record",
-    2: "mailbox jobs exchange ranks",
-    3: "server directory screen",
+    0: "errors clock version connection progress metrics process rounds line polled launch stacks vitals",
+    1: "jsonrpc commands endpoint record dump",
+    2: "roster mailbox jobs exchange signals world",
+    3: "server directory screen ranks census",
     4: "client controller",
-    5: "cli adapter",
-    6: "hf plain",
+    5: "rescue adapter",
+    6: "cli hf plain lightning",
 }
 DOOR = {"__init__", "__main__"}
 #: What is not in the standard library, and who may import it inside a function.
-INSIDE = {"psutil": {"process", "controller"}}
+INSIDE = {"psutil": {"process", "vitals"}}
 #: The client's tower, which never meets the training side.
 TRAINING = {"adapter", "controller", "directory", "exchange", "connection", "hf", "mailbox", "metrics", "plain",
-            "progress", "ranks", "server"}  # fmt: skip
+            "progress", "ranks", "server", "signals", "lightning",
+            "world", "rounds", "line", "polled", "stacks", "vitals"}  # fmt: skip
 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 SOURCES = {path.stem: path.read_text() for path in (ROOT / "forgather_control").glob("*.py")}
@@ -119,16 +120,16 @@ def test_foreign_inside_functions(name):
     assert others(TREES[name]) == {package for package, users in INSIDE.items() if name in users}
 
 
-@pytest.mark.parametrize("name", ["client", "cli", "screen", "jobs"])
+@pytest.mark.parametrize("name", ["client", "cli", "rescue", "screen", "jobs"])
 def test_client_never_meets_training(name):
     """The client's tower and the training tower share the ground floors only."""
     assert reached(name) & TRAINING == set()
 
 
-@pytest.mark.parametrize("name", ["hf", "plain", "controller", "server"])
+@pytest.mark.parametrize("name", ["hf", "lightning", "plain", "controller", "server"])
 def test_training_never_meets_the_client(name):
     """A training job loads neither the client nor the CLI."""
-    assert reached(name) & {"client", "cli", "screen"} == set()
+    assert reached(name) & {"client", "cli", "rescue", "screen"} == set()
 
 
 def test_server_knows_nothing_of_training():
