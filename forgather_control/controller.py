@@ -16,8 +16,6 @@ The loop, with each call of an adapter in its place::
         phase = "evaluating" | "saving"      while it does
         saved(n, path)                    ─▶ when the checkpoint is on disk: saves are finished
     close()                               ─▶ stops are finished, the rest has failed, the directory is gone
-
-What a command waits for after it is applied is its ``completes`` in the table; that rule is kept here.
 """
 
 from __future__ import annotations
@@ -33,8 +31,9 @@ from typing import Any, Final
 from . import commands, directory, jobs, jsonrpc, metrics, ranks, vitals
 from .census import Census
 from .commands import CommandRecord, Loop
-from .errors import CommandFailed, ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken
+from .errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken
 from .exchange import PENDING, Later
+from .ledger import Ledger
 from .mailbox import Mailbox
 from .progress import Progress
 from .record import JobRecord, check_job_id, jobs_dir
@@ -80,9 +79,6 @@ class Controller:
     ) -> None:
         self.job_id = None if job_id is None else check_job_id(job_id)
         self._poll_steps, self._log_steps = poll_steps, log_steps
-        self._fresh_seconds = fresh_seconds
-        self._by_signal: set[str] = set()  # commands; each id is added and taken whole
-        self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), what
         #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
         self.phase = "starting"
         self._progress = Progress(step, max_steps)
@@ -92,6 +88,7 @@ class Controller:
         self._census = Census(self._progress, lambda: self._thread.ident)
         self._server = Server(self._answer, self._tick)
         self._mailbox = Mailbox(self._server.wake)
+        self._ledger = Ledger(self._mailbox, fresh_seconds)
         self._directory: directory.JobDirectory | None = None
         self._directory_lock = threading.Lock()  # guards _directory against close() during a tick
         self._thread = threading.current_thread()
@@ -99,10 +96,6 @@ class Controller:
         self._abandoned = False
         self._orphaned: str | None = None
         self._warned: str | None = None
-        # Applied commands that are not over; training thread only.
-        self._saving: dict[str, float] = {}  # since when, monotonic
-        self._ending: dict[str, float] = {}
-        self._saves: dict[str, dict[str, Any]] = {}  # what was saved for those that still wait for the end
 
     # Start...
 
@@ -174,31 +167,8 @@ class Controller:
 
     def _apply(self, step: int, loop: Loop) -> None:
         calls = self._world.hear(step)
-        if not calls:
-            return
-        for _, command, spare in calls:
-            if spare:
-                loop.request_end()
-            else:
-                commands.TABLE[command].run(loop)
-        self._world.applied(calls, step)
-        for call in calls:
-            self._follow(*call)
-
-    def _follow(self, command_id: str, command: str, spare: bool) -> None:
-        now = time.monotonic()
-        completes = commands.TABLE[command].completes
-        if spare:
-            self._ending[command_id] = now
-            if self._checkpoint is not None:
-                self._saves[command_id] = self._checkpoint[1]
-            return
-        if command == "abort":
-            self._fail_saves(CommandFailed("an abort was applied: no checkpoint is written after it"))
-        if "ended" in completes:
-            self._ending[command_id] = now
-        if "saved" in completes:
-            self._saving[command_id] = now
+        if calls:
+            self._ledger.apply(calls, loop, step, self._world)
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
@@ -206,51 +176,20 @@ class Controller:
 
     def saved(self, step: int, path: str) -> None:
         """Note that a checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
-        now = time.monotonic()
-        self._checkpoint = now, _save_result(step, path, 0.0)
-        for command_id, since in self._saving.items():
-            result = _save_result(step, path, now - since)
-            if command_id in self._ending:
-                self._saves[command_id] = result
-            else:
-                self._finish(command_id, result)
-        self._saving.clear()
-        for command_id, since in self._ending.items():
-            self._saves.setdefault(command_id, _save_result(step, path, now - since))
-        self._world.kept()
+        self._ledger.saved(step, path, self._world)
 
-    def nothing_to_save(self) -> None:
+    def saves_nothing(self) -> None:
         """Note that the checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
-        self._saving.clear()
-        self._world.kept()
+        self._ledger.saves_nothing(self._world)
 
     def save_failed(self, reason: str) -> None:
         """Note that the checkpoint that was asked for will not come, or this rank's part of it."""
-        self._fail_saves(CommandFailed(reason), reason)
-
-    def _finish(self, command_id: str, result: dict[str, Any]) -> None:
-        """Say that a command is over, once every rank has done its part."""
-        if self.is_main:
-            self._world.settle(command_id, lambda fault: self._settled(command_id, result, fault))
-
-    def _settled(self, command_id: str, result: dict[str, Any], fault: str | None) -> None:
-        if fault is None:
-            self._mailbox.finished(command_id, result)
-        else:
-            self._mailbox.failed(command_id, CommandFailed(fault), result)
+        self._ledger.fail_saves(self._world, reason, reason)
 
     @property
     def last_step(self) -> int:
         """The last step that is done."""
         return self._progress.step
-
-    def _fail_saves(self, error: ControlError, fault: str | None = None) -> None:
-        for command_id in self._saving:
-            if self.is_main:
-                self._mailbox.failed(command_id, error)
-            self._ending.pop(command_id, None)
-        self._saving.clear()
-        self._world.kept(fault)
 
     def call(self, command: str) -> None:
         """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
@@ -273,10 +212,10 @@ class Controller:
         self._closed = True
         _controllers.discard(self)
         self._remove_directory()
-        self._fail_saves(CommandFailed(reason or "training ended before the checkpoint was saved"))
+        self._ledger.fail_saves(self._world, reason or "training ended before the checkpoint was saved", reason)
         self._world.close(CLOSE_TIMEOUT, fault)
         self._census.close()
-        self._settle(reason)
+        self._ledger.end(self._progress.step, reason, self._world)
         self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
         self._server.close(CLOSE_TIMEOUT)
 
@@ -303,15 +242,6 @@ class Controller:
             self._directory = None
             self._directory_lock.release()
 
-    def _settle(self, reason: str | None) -> None:
-        for command_id in self._ending:
-            result = self._saves.get(command_id) or {"step": self._progress.step, "path": None, "seconds": None}
-            if reason is None:
-                self._finish(command_id, result)
-            elif self.is_main:
-                self._mailbox.failed(command_id, CommandFailed(reason), result)
-        self._ending.clear()
-
     def abandon(self) -> None:
         """In a forked child: this copy controls nothing; its locks may be held by threads that do not exist here."""
         self._abandoned = True
@@ -327,34 +257,19 @@ class Controller:
 
     def take(self) -> Calls:
         """Take them."""
-        return [[call.command_id, call.command, self._is_spare(call)] for call in self._mailbox.drain()]
-
-    def _is_spare(self, record: CommandRecord) -> bool:
-        """Whether it is a signal's, and saves and stops, and what was saved last is young enough."""
-        if record.command_id not in self._by_signal or record.command != "save_and_stop" or self._checkpoint is None:
-            return False
-        return time.monotonic() - self._checkpoint[0] < self._fresh_seconds
+        return self._ledger.take()
 
     def put_back(self, calls: Calls) -> None:
         """Queue them again."""
-        self._mailbox.put_back([call[0] for call in calls])
+        self._ledger.put_back(calls)
 
     def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
         """All ranks applied them, or not all."""
-        for command_id, command, _ in calls:
-            self._by_signal.discard(command_id)
-            if fault is None:
-                self._mailbox.applied(command_id, step)
-            else:
-                self._mailbox.failed(command_id, CommandFailed(f"not all ranks applied the {command}: {fault}"))
+        self._ledger.confirm(calls, step, fault)
 
     def submit(self, command: str) -> None:
         """A signal on some rank asks for this command."""
-        try:
-            record = self._mailbox.submit(command, None)
-            self._by_signal.add(record.command_id)
-        except ControlError as err:
-            log.warning("the signal that asks for %s came in vain: %s", command, err)
+        self._ledger.submit(command)
         self._world.wanted()
 
     def about(self) -> dict[str, Any]:
@@ -453,7 +368,7 @@ class Controller:
     def _word(self) -> str:
         if self._closed:
             return "ended"
-        return "stopping" if self._ending and self.phase == "training" else self.phase
+        return "stopping" if self._ledger.ends and self.phase == "training" else self.phase
 
     def _recent(self) -> list[CommandRecord]:
         records = self._mailbox.records()
@@ -506,11 +421,6 @@ def check_seconds(seconds: Any) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e9:
         raise InvalidParams(f"fresh_seconds must be a number of seconds from 0 to 1e9, not {ascii(seconds)[:80]}")
     return float(seconds)
-
-
-def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:
-    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON cannot carry a byte that is no UTF-8
-    return {"step": step, "path": shown, "seconds": round(seconds, 6)}
 
 
 # As in ``server``: one handler for all, since a fork handler cannot be taken back.

@@ -171,7 +171,7 @@ class TrainerControlCallback(Adapter):
             self._steer(args, state, control)
         path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
         if path is None and not self._controller.is_main:  # of another host, say, without the same disk
-            self._controller.nothing_to_save()
+            self._controller.saves_nothing()
         elif path is None:
             self._controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
         else:

@@ -152,7 +152,7 @@ class TrainingJob(Adapter):
         # Else a loop that saves without saying so would save at every step from here on.
         self._wishes.save = self._looked = False
         if not controller.is_main:  # often only rank 0 saves
-            controller.nothing_to_save()
+            controller.saves_nothing()
             return
         controller.save_failed("the loop saw should_save and did not call saved() before its next step")
 
