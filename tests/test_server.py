@@ -469,11 +469,11 @@ out, held = os.pipe()
 child = os.fork()
 if child == 0:
     os.close(held)
-    print(len(os.listdir("/proc/self/fd")), flush=True)
+    os.write(1, b"%d\\n" % len(os.listdir("/proc/self/fd")))  # whole: the parent prints at the same time
     os.read(out, 1)
     server.wake(); server.close(5.0)
     sys.exit(0)
-print(child, flush=True)
+os.write(1, b"%d\\n" % child)
 sys.stdin.readline()
 os.write(held, b"x")
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
