@@ -21,6 +21,8 @@ from .world import Inquiry, World
 
 log = logging.getLogger("forgather_control")
 
+#: Most characters of stacks in one reply, all ranks together; a thousand ranks then say two pages each.
+_MAX_STACKS: Final = 4 << 20
 #: What each question's answer has for a rank that gave none.
 _UNKNOWN: Final[dict[str, dict[str, Any]]] = {
     "ranks": dict.fromkeys(("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes")),
@@ -101,4 +103,7 @@ def _row(world: World, inquiry: Inquiry, what: str, rank: int) -> dict[str, Any]
     about = world.about(rank)
     known = {"rank": rank, "host": about.get("host"), "pid": about.get("pid")}
     state = world.state(rank) if answer is None else "answering"
-    return {**known, "state": state, **_UNKNOWN[what], **(answer or {})}
+    row = {**known, "state": state, **_UNKNOWN[what], **(answer or {})}
+    if row.get("stacks") is not None:
+        row["stacks"] = row["stacks"][: _MAX_STACKS // world.size]
+    return row

@@ -1,6 +1,6 @@
 """The command line: arguments to one client call each, printing, exit codes. No logic.
 
-Floor 5: imports errors, commands, jobs, jsonrpc, record, client and screen; never torch. Verbs and
+Floor 6: imports errors, commands, jobs, jsonrpc, record, client, rescue and screen; never torch. Verbs and
 help come from the command table.
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from . import client, commands, jobs, jsonrpc, screen
 from .errors import (
@@ -22,7 +22,10 @@ from .errors import (
     JobNotAnswering,
     NoSuchJob,
 )
-from .record import jobs_dir
+from .record import JobRecord, jobs_dir
+
+if TYPE_CHECKING:  # loaded when a verb needs it
+    from .rescue import Sight
 
 DONE, REFUSED, USAGE, NO_SUCH_JOB, NO_ANSWER, TOO_LATE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -147,25 +150,46 @@ def _add_method(verbs: Any, method: commands.Method) -> None:
     if method.name == "list_jobs":
         return
     parser.add_argument("job", metavar="JOB", nargs="?", help="id, unique prefix, or nothing where one job is live")
-    if method.is_command:
-        parser.add_argument(
-            "--wait",
-            metavar="SECONDS",
-            nargs="?",
-            type=_seconds,
-            default=argparse.SUPPRESS,
-            help="return when it is over; --wait=SECONDS gives up waiting after that time",
-        )
     if method.name == "abort":
         parser.add_argument("--force", action="store_true", help="do not ask")
+    if commands.PATIENCE in method.params:
+        parser.add_argument(
+            "--timeout",
+            metavar="SECONDS",
+            type=lambda text: _checked(text, commands.PATIENCE),
+            default=commands.PATIENCE.default,
+            help="how long to wait for each rank (default %(default)g)",
+        )
+    if method.is_command:
+        _add_waits(parser, method)
 
 
-def _seconds(text: str) -> Any:
-    """The value of ``--wait=SECONDS``; bare ``--wait`` waits as long as the job lives."""
+def _add_waits(parser: argparse.ArgumentParser, method: commands.Method) -> None:
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        nargs="?",
+        # A bare --wait waits as long as the job lives.
+        type=lambda text: _checked(text, commands.TIMEOUT) if text else None,
+        default=argparse.SUPPRESS,
+        help="return when it is over; --wait=SECONDS gives up waiting after that time",
+    )
+    if method.name == "abort":
+        either.add_argument(
+            "--kill-after",
+            metavar="SECONDS",
+            type=lambda text: _checked(text, commands.TIMEOUT),
+            help="wait, and kill those of its processes on this host that have not ended by then",
+        )
+
+
+def _checked(text: str, param: commands.Param) -> float:
     try:
-        return commands.TIMEOUT.check(float(text)) if text else None
+        return float(param.check(float(text)))
     except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 1e9") from err
+        most = f"{param.schema['maximum']:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {most}") from err
 
 
 # Verbs...
@@ -194,21 +218,77 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> int:
-    waits = hasattr(args, "wait")
     record = client.find(args.job)
+    kill_after = getattr(args, "kill_after", None)
     if args.method == "abort" and not args.force:
-        _confirm(f"abort {record.job_id}? What it learnt since its last checkpoint is lost.")
-    wait = {"wait": "finished", "timeout": args.wait} if waits else {}
+        by_force = "" if kill_after is None else f" Its processes on this host are killed after {kill_after:g} s."
+        _confirm(f"abort {record.job_id}? What it learnt since its last checkpoint is lost.{by_force}")
+    if kill_after is not None:
+        return _abort_or_kill(args, record)
+    wait = {"wait": "finished", "timeout": args.wait} if hasattr(args, "wait") else {}
     with client.connect(record.job_id) as job:
-        result = job.call(args.method, **wait)
+        return _report(args, record.job_id, job.call(args.method, **wait))
+
+
+def _report(args: argparse.Namespace, job_id: str, result: dict[str, Any]) -> int:
     if args.json:
         _print_json(result)
     trouble = commands.CommandRecord.from_json(result).trouble
     if trouble is not None:
-        return _complain(f"{record.job_id}: {trouble}", REFUSED)
+        return _complain(f"{job_id}: {trouble}", REFUSED)
     if not args.json:
-        _print_text(screen.outcome(record.job_id, result))
+        _print_text(screen.outcome(job_id, result))
     return DONE
+
+
+def _abort_or_kill(args: argparse.Namespace, record: JobRecord) -> int:
+    from . import rescue
+
+    end = rescue.abort(record, args.kill_after)
+    if end.problem is None:
+        return _report(args, record.job_id, end.record or {})
+    _complain(str(end.problem), DONE)
+    if args.json:
+        _print_json({"error": jsonrpc.error_object(end.problem), "processes": end.fates})
+    else:
+        _print_text(screen.fates(end.fates))
+    if end.missing:
+        _complain(f"{end.missing} more of its processes are not recorded, and were left alone", DONE)
+    outcomes = {fate["outcome"] for fate in end.fates}
+    if outcomes & {"refused", "stuck"}:
+        return REFUSED
+    return NO_ANSWER if end.missing or "elsewhere" in outcomes else DONE
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    sight = _look(args)
+    if args.json:
+        _print_json(sight.rows)
+    else:
+        _print_text(screen.rank_table(sight.rows, _colour()))
+    return DONE if sight.problem is None else NO_ANSWER
+
+
+def _stacks(args: argparse.Namespace) -> int:
+    from . import rescue
+
+    rows, missing = rescue.read_stacks(_look(args))
+    if args.json:
+        _print_json(rows)
+    else:
+        _print_text(screen.stacks_text(rows))
+    for rank, why in missing.items():
+        _complain(f"rank {rank}: {why}", DONE)
+    return DONE if any(row.get("stacks") for row in rows) else NO_ANSWER
+
+
+def _look(args: argparse.Namespace) -> Sight:
+    from . import rescue
+
+    sight = rescue.look(client.find(args.job), args.method, args.timeout)
+    if sight.problem is not None:
+        _complain(f"{sight.problem}; what can be seen from here:", DONE)
+    return sight
 
 
 def _cleanup(args: argparse.Namespace) -> int:
@@ -237,7 +317,12 @@ def _rpc(args: argparse.Namespace) -> int:
     return DONE
 
 
-_QUERIES: Final[dict[str, Callable[[argparse.Namespace], int]]] = {"list_jobs": _list, "status": _status}
+_QUERIES: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
+    "list_jobs": _list,
+    "status": _status,
+    "ranks": _ranks,
+    "stacks": _stacks,
+}
 
 
 # Talking to a person...

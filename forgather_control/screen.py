@@ -12,8 +12,26 @@ from typing import Any, Final
 
 from .jobs import Job
 
-_COLOURS: Final = {"live": "32", "silent": "33", "dead": "31", "foreign": "36"}
+_COLOURS: Final = {
+    "live": "32",
+    "answering": "32",
+    "silent": "33",
+    "dead": "31",
+    "absent": "31",
+    "foreign": "36",
+    "ended": "36",
+}
 _BAR: Final = 32
+#: Ranks that a sentence names one by one.
+_NAMED: Final = 8
+_FATES: Final = {
+    "ended": "ended when it was told to (SIGTERM)",
+    "killed": "killed (SIGKILL)",
+    "gone": "had ended already",
+    "elsewhere": "not reached: it runs on another host",
+    "refused": "not ended: it belongs to another user",
+    "stuck": "killed, and still there: it waits in the kernel",
+}
 
 
 def safe(value: object) -> str:
@@ -22,21 +40,30 @@ def safe(value: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def safe_lines(value: object) -> str:
+    """``value`` as text of several lines, each of them safe."""
+    return "\n".join(safe(line) for line in str(value).split("\n"))
+
+
+def _columns(head: tuple[str, ...], rows: list[tuple[str, ...]], coloured: int | None) -> str:
+    """Aligned columns; the words in the column ``coloured`` have the colours of states."""
+    widths = [max(map(len, cells)) for cells in zip(head, *rows)]
+    lines = []
+    for row in [head, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        if coloured is not None and row[coloured] in _COLOURS:
+            cells[coloured] = f"\x1b[{_COLOURS[row[coloured]]}m{cells[coloured]}\x1b[0m"
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
 # A table of jobs...
 
 
 def job_table(found: list[Job], colour: bool) -> str:
     """The jobs in aligned columns: state in words, id, host, port, pid, start, step."""
     head = ("STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP")
-    rows = [head, *(_row(job) for job in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row, job in zip(rows, [None, *found]):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        if colour and job is not None:
-            cells[0] = f"\x1b[{_COLOURS[job.state]}m{cells[0]}\x1b[0m"
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return _columns(head, [_row(job) for job in found], 0 if colour else None)
 
 
 def _row(job: Job) -> tuple[str, ...]:
@@ -135,12 +162,87 @@ def outcome(job: str, record: dict[str, Any]) -> str:
     return where + safe(f"{ended}, saved: {path}" if path else f"{ended}, no checkpoint was saved for it")
 
 
+# The ranks of one job...
+
+
+def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
+    """The ranks in aligned columns, and below them who is behind, silent, gone."""
+    head = ("RANK", "HOST", "PID", "STATE", "STEP", "BEHIND", "LAST STEP", "MEMORY", "DEVICE")
+    behind = _behind(rows)
+    table = _columns(head, [_rank(row, behind.get(row["rank"])) for row in rows], 3 if colour else None)
+    return "\n".join([table, *_remarks(rows, behind)])
+
+
+def _behind(rows: list[dict[str, Any]]) -> dict[int, int]:
+    """How many steps each rank is behind the foremost one, by rank."""
+    steps = {row["rank"]: row["step"] for row in rows if type(row.get("step")) is int}
+    return {rank: max(steps.values()) - step for rank, step in steps.items()}
+
+
+def _rank(row: dict[str, Any], behind: int | None) -> tuple[str, ...]:
+    since = row.get("seconds_since_step")
+    device = "-" if row.get("device") is None else safe(row["device"])
+    return (
+        str(row["rank"]),
+        _cell(row.get("host")),
+        _cell(row.get("pid")),
+        _cell(row.get("state")),
+        _cell(row.get("step")),
+        str(behind) if behind else "-",
+        "-" if since is None else f"{duration(since)} ago",
+        mebibytes(row.get("rss_bytes")),
+        device if row.get("device_memory_bytes") is None else f"{device}, {mebibytes(row['device_memory_bytes'])}",
+    )
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else safe(value)
+
+
+def _remarks(rows: list[dict[str, Any]], behind: dict[int, int]) -> list[str]:
+    late = [rank for rank, steps in behind.items() if steps]
+    states = {state: [row["rank"] for row in rows if row.get("state") == state] for state in ("silent", "absent")}
+    return [
+        *([f"behind, by {max(behind.values())} at most: {_ranks(late)}"] if late else []),
+        *([f"no answer in time: {_ranks(states['silent'])}"] if states["silent"] else []),
+        *([f"gone: {_ranks(states['absent'])}"] if states["absent"] else []),
+    ]
+
+
+def _ranks(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks[:_NAMED]))}{more}"
+
+
+def stacks_text(rows: list[dict[str, Any]]) -> str:
+    """The stacks, rank by rank, each under a line that says whose they are."""
+    return "\n\n".join(f"{_who(row)}, {_cell(row.get('state'))}\n{_stacks(row.get('stacks'))}" for row in rows)
+
+
+def _stacks(stacks: Any) -> str:
+    return "  no stacks" if stacks is None else safe_lines(stacks).rstrip("\n")
+
+
+def fates(rows: list[dict[str, Any]]) -> str:
+    """What became of processes that were to end, a line each."""
+    return "\n".join(f"{_who(row)}: {_FATES[row['outcome']]}" for row in rows)
+
+
+def _who(row: dict[str, Any]) -> str:
+    return f"rank {row['rank']}, pid {_cell(row.get('pid'))} on {_cell(row.get('host'))}"
+
+
 # Pieces...
 
 
 def number(value: Any) -> str:
     """A metric in at most five digits."""
     return f"{value:.5g}" if isinstance(value, float) else safe(value)
+
+
+def mebibytes(size: Any) -> str:
+    """Bytes, where they are a number."""
+    return f"{size / 2**20:.0f} MiB" if isinstance(size, (int, float)) and math.isfinite(size) else "-"
 
 
 def duration(seconds: float | None) -> str:

@@ -15,8 +15,13 @@ import pytest
 from forgather_control import cli as command_line
 from forgather_control import commands, record
 from forgather_control.endpoint import MAX_PATH
+from forgather_control.process import myself
+from forgather_control.roster import RankRecord
 
-from .world import ROOT, SOON, Process, cli, job_process, running_loop, until
+from .test_rescue import DEAF, KEEPS, LISTENS, WAITS, answering, impatient, publish, ranks, row
+from .world import ROOT, SOON, Process, cli, job_process, running_loop, serving, until
+
+__all__ = ["impatient"]  # a fixture
 
 RECORD = {"job_id": "x", "host": "elsewhere", "port": None, "pid": 1, "started_at": 1.0}
 
@@ -115,6 +120,16 @@ def test_json_prints_one_text_of_what_the_wire_said():
         (("rpc", "x"), 2),
         (("list", "extra"), 2),
         (("status", "--wait"), 2),
+        (("ranks", "nobody"), 3),
+        (("stacks", "nobody"), 3),
+        (("stacks", "--timeout=601"), 2),
+        (("ranks", "--timeout="), 2),
+        (("abort", "--force", "nobody", "--kill-after=5"), 3),
+        (("abort", "--kill-after"), 2),
+        (("abort", "--kill-after="), 2),
+        (("abort", "--kill-after=-1"), 2),
+        (("abort", "--kill-after=5", "--wait=5"), 2),
+        (("stop", "--kill-after=5"), 2),
     ],
 )
 def test_exit_codes_without_any_job(words, code):
@@ -379,3 +394,196 @@ def test_the_help_names_every_exit_code():
     said = command_line._EPILOG.partition("exit codes: ")[2].replace("\n", " ")
     codes = {int(part.split()[0]) for part in said.split(", ")}
     assert codes == {value for name, value in vars(command_line).items() if name.isupper() and isinstance(value, int)}
+
+
+# Slow and stuck jobs...
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    """The command line in this process: its code, stdout and stderr."""
+    code = command_line.main(list(words))
+    return code, *capsys.readouterr()
+
+
+def test_ranks_shows_who_is_behind_and_who_is_gone(jobs_dir):
+    """A table as the job told it; a silent rank whose process is gone is called so; --json is one text."""
+    with ranks(WAITS) as ((dead,), others):
+        dead.kill()
+        told = [row(0, "answering", step=7, seconds_since_step=0.5, device="cpu"), row(1), row(2, "answering", step=5)]
+        with answering(jobs_dir, told, others):
+            done = cli("ranks", "job")
+            assert done.returncode == 0 and done.stderr == ""
+            lines = done.stdout.splitlines()
+            assert [line.split()[:4] for line in lines[1:4]] == [
+                ["0", "node", "1", "answering"], ["1", "node", "1", "absent"], ["2", "node", "1", "answering"],
+            ]  # fmt: skip
+            assert lines[4:] == ["behind, by 2 at most: rank 2", "gone: rank 1"]
+            told[1]["state"] = "absent"
+            assert json.loads(cli("ranks", "job", "--json").stdout) == told
+
+
+def test_the_time_out_reaches_the_job(jobs_dir, capsys):
+    """--timeout is the job's for its ranks, and the client waits longer than that."""
+    asked = []
+    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)])
+    with serving(known.socket, lambda request: asked.append((request.method, request.params)) or []):
+        assert run(capsys, "ranks", "job")[0] == 0
+        assert run(capsys, "stacks", "job", "--timeout", "0.5")[0] == 4, "nothing to show"
+    assert asked == [("ranks", {"timeout": 5.0}), ("stacks", {"timeout": 0.5})]
+
+
+def test_stacks_of_a_rank_that_does_not_answer_are_read_from_here(jobs_dir, capsys):
+    """Rank by rank, each under its name; who could not be reached is named on stderr and holds nobody up."""
+    with ranks(WAITS) as (_, others):
+        told = [row(0, "answering", stacks="Thread\n  one\x1b[2J\n"), row(1), row(2)]
+        with answering(jobs_dir, told, others):
+            code, out, err = run(capsys, "stacks", "job")
+            assert code == 0 and "\x1b" not in out
+            assert out.startswith("rank 0, pid 1 on node, answering\nThread\n  one\\x1b[2J\n\nrank 1, ")
+            assert "MainThread" in out and out.endswith("rank 2, pid 1 on node, silent\n  no stacks\n")
+            assert err == "rank 2: it does not answer, and its process records no stacks\n"
+            rows = json.loads(run(capsys, "stacks", "job", "--json")[1])
+            assert [bool(one["stacks"]) for one in rows] == [True, True, False]
+
+
+def test_stacks_of_a_job_that_keeps_the_interpreter_lock(jobs_dir, impatient, capsys):
+    """Rank 0 answers nobody: its stacks come all the same, and say where it hangs; then it goes on."""
+    path = jobs_dir / "job" / "control.sock"
+    path.parent.mkdir(parents=True)
+    with ranks(LISTENS.format(path=str(path)) + KEEPS, WAITS) as ((first, _), records):
+        publish(jobs_dir, records)
+        until(path.exists)
+        code, out, err = run(capsys, "stacks", "job", "--timeout=0.1")
+        assert code == 0 and "in keep_the_lock_in_c" in out and out.count("MainThread") == 1
+        assert "what can be seen from here" in err
+        code, out, err = run(capsys, "ranks", "job", "--timeout=0.1")
+        assert code == 4 and "no answer in time: ranks 0, 1" in out and str(first.pid) in out
+        first.say("go on")
+        assert first.line() == "unhurt"
+
+
+def test_a_job_without_ranks_json_has_nothing_to_read(jobs_dir, impatient, capsys):
+    """Where no stacks can be had at all, that is exit code 4, with the reason."""
+    path = jobs_dir / "job" / "control.sock"
+    path.parent.mkdir(parents=True)
+    with ranks(LISTENS.format(path=str(path)) + WAITS) as (_, records):
+        publish(jobs_dir, records, roster_too=False)
+        until(path.exists)
+        code, out, err = run(capsys, "stacks", "job", "--timeout=0.1")
+        assert code == 4 and "no stacks" in out and "records no stacks" in err
+
+
+def test_abort_kills_what_does_not_end(jobs_dir, impatient, capsys):
+    """A real job whose step never ends: the deadline passes, the process is told to end, and does; exit code 0."""
+    with job_process("stuck", step_seconds=SOON) as stuck:
+        code, out, err = run(capsys, "abort", "stuck", "--force", "--kill-after=0.1")
+        assert code == 0 and "ended when it was told to (SIGTERM)" in out and str(stuck.pid) in out
+        assert "abort is accepted after 0.1 s" in err
+        assert stuck.popen.wait(SOON) == -signal.SIGTERM
+    assert run(capsys, "abort", "stuck", "--force", "--kill-after=0.1")[0] == 4, "it is dead already"
+    assert run(capsys, "cleanup", "--force")[1].endswith("removed 1 of 1\n")
+
+
+def test_abort_that_need_not_kill_is_an_abort(capsys):
+    """A job that reaches its next step ends by itself, and is told as ever; --json prints the record."""
+    with running_loop() as one:
+        code, out, err = run(capsys, "abort", "job", "--force", "--kill-after=20")
+        assert (code, err) == (0, "") and out.startswith("job: ended at step ")
+        one.thread.join(SOON)
+        assert one.job.aborted
+    with running_loop():
+        code, out, err = run(capsys, "abort", "job", "--force", "--kill-after=20", "--json")
+        assert json.loads(out)["state"] == "finished"
+
+
+def test_abort_tells_each_process_its_fate(jobs_dir, impatient, capsys):
+    """Deaf, on another host, not recorded: each is named, and what is left of the job makes the exit code 4."""
+    with ranks(DEAF + WAITS, WAITS) as ((deaf, other), records):
+        assert deaf.line() == "deaf"
+        far = RankRecord.of(2, records[1].identity._replace(host="far\x1b[2J"), None)
+        publish(jobs_dir, [*records, far], world_size=4)
+        code, out, err = run(capsys, "abort", "job", "--force", "--kill-after=0")
+        assert code == 4 and [line.partition(": ")[2] for line in out.splitlines()] == [
+            "killed (SIGKILL)", "ended when it was told to (SIGTERM)", "not reached: it runs on another host",
+        ]  # fmt: skip
+        assert "\x1b" not in out and "1 more of its processes are not recorded" in err
+        assert (deaf.popen.wait(SOON), other.popen.wait(SOON)) == (-9, -15)
+
+
+def test_abort_by_force_as_json(jobs_dir, impatient, capsys):
+    """One JSON text: why the abort itself did not do, and what became of each process."""
+    with ranks(WAITS) as ((one,), records):
+        publish(jobs_dir, records)
+        code, out, _ = run(capsys, "abort", "job", "--force", "--kill-after=0", "--json")
+        told = json.loads(out)
+        assert code == 0 and told["error"]["code"] == -32024
+        assert told["processes"] == [{"rank": 0, "host": records[0].host, "pid": one.pid, "outcome": "ended"}]
+
+
+def test_abort_that_may_kill_refuses_without_a_terminal(jobs_dir):
+    """Nobody to ask, and no --force: usage, and no process is touched."""
+    with ranks(WAITS) as ((one,), records):
+        publish(jobs_dir, records)
+        done = cli("abort", "job", "--kill-after=0", stdin="y\n")
+        assert done.returncode == 2 and "--force" in done.stderr and one.popen.poll() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("answer, code", [("n\n", 1), ("y\n", 0)])
+def test_abort_that_may_kill_asks_once_and_says_so(jobs_dir, answer, code):
+    """The question says what will be lost, what will be killed and when; no means no."""
+    with ranks(WAITS) as ((one,), records):
+        publish(jobs_dir, records)
+        got, shown = on_terminal(["abort", "job", "--kill-after=0.5"], answer)
+        assert got == code, shown
+        assert "lost" in shown and "killed after 0.5 s" in shown and shown.count("[y/N]") == 1
+        assert (one.popen.poll() is None) == (code == 1)
+
+
+def test_the_new_verbs_cost_others_nothing():
+    """What only they need is loaded only by them."""
+    source = """
+    import sys
+    from forgather_control import cli
+    cli.main(["status", "nobody"])
+    print({"rescue", "dump", "roster"} & {name.rpartition(".")[2] for name in sys.modules}, flush=True)
+    """
+    with Process(source) as other:
+        assert other.line() == "set()"
+
+
+def test_a_real_job_shows_its_rank_and_its_stacks():
+    """The real controller, one process: one rank that answers, and its training thread's stack first."""
+    with job_process("real") as job:
+        rows = json.loads(cli("ranks", "real", "--json").stdout)
+        assert [(one["rank"], one["pid"], one["state"]) for one in rows] == [(0, job.pid, "answering")]
+        assert rows[0].keys() >= {"host", "step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes"}
+        done = cli("stacks", "real")
+        assert done.returncode == 0 and "MainThread" in done.stdout.splitlines()[1]
+
+
+def test_a_real_job_that_keeps_the_interpreter_lock(impatient, capsys):
+    """It hangs in C and answers nobody: its stacks say where, and abort --kill-after ends it."""
+    source = """
+    import ctypes
+    from forgather_control import TrainingJob
+    with TrainingJob("held") as job:
+        job.step(1)
+        print("ready", flush=True)
+        ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+    """
+    with Process(source) as job:
+        assert job.line() == "ready"
+        code, out, _ = run(capsys, "stacks", "held", "--timeout=0.1")
+        assert code == 0 and '"<string>", line 7 in <module>' in out
+        code, out, _ = run(capsys, "abort", "held", "--force", "--kill-after=0")
+        assert code == 0 and job.popen.wait(SOON) == -signal.SIGTERM
+
+
+def test_a_real_job_takes_its_ranks_json_away(jobs_dir):
+    """It is there while the job lives, for its owner alone, and goes with it."""
+    with running_loop():
+        path = jobs_dir / "job" / "ranks.json"
+        until(path.exists)
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()

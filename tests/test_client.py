@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import client, errors
+from forgather_control import caller, client, errors
 from forgather_control.endpoint import UnixEndpoint
 from forgather_control.record import parse_record
 
@@ -265,7 +265,7 @@ def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
 
 def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
     """Its process runs, its record stands: it does not answer, which is all that is known."""
-    monkeypatch.setattr(client, "_DYING", 50 * MS)
+    monkeypatch.setattr(caller, "_DYING", 50 * MS)
     mine = {"job_id": "peer", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
     (folder / "peer").mkdir()
     with Peer(folder, lambda file, sock: file.readline()) as peer:
@@ -391,8 +391,8 @@ def test_an_unknown_error_code_is_kept():
 
 def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
     """Without a deadline a silent peer is asked, and given up after the silence; one that answers is not."""
-    monkeypatch.setattr(client, "_ARE_YOU_THERE", 30 * MS)
-    monkeypatch.setattr(client, "_SILENCE", 150 * MS)
+    monkeypatch.setattr(caller, "_ARE_YOU_THERE", 30 * MS)
+    monkeypatch.setattr(caller, "_SILENCE", 150 * MS)
     asked: list[str] = []
 
     def act(file, sock) -> None:

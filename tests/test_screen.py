@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from forgather_control import screen
+from forgather_control import process, screen
 from forgather_control.jobs import Job
 
 #: Text that a terminal would act on, or that would seem to stand elsewhere, and how it is shown.
@@ -241,6 +241,95 @@ def test_speed(speed, wanted):
 def test_outcome(record, wanted):
     """One line says what became of the command, and where the checkpoint is."""
     assert screen.outcome("job", {**RECORD, **record}) == wanted
+
+
+# Ranks...
+
+RANK = {
+    "rank": 0, "host": "node", "pid": 4242, "state": "answering", "step": 120, "seconds_since_step": 0.4,
+    "rss_bytes": 3 << 20, "device": "cuda:0 NVIDIA H200", "device_memory_bytes": 5 << 30,
+}  # fmt: skip
+BARE = {**dict.fromkeys(RANK), "rank": 1, "host": "node", "pid": 4243, "state": "silent"}
+
+
+def test_rank_table():
+    """Columns are aligned, what is unknown is a dash, and the last lines name who is behind, silent and gone."""
+    late = {**RANK, "rank": 2, "step": 117, "seconds_since_step": 65.0, "device": "cpu", "device_memory_bytes": None}
+    gone = {**BARE, "rank": 3, "state": "absent"}
+    assert screen.rank_table([RANK, BARE, late, gone], colour=False).splitlines() == [
+        "RANK  HOST  PID   STATE      STEP  BEHIND  LAST STEP   MEMORY  DEVICE",
+        "0     node  4242  answering  120   -       0.4 s ago   3 MiB   cuda:0 NVIDIA H200, 5120 MiB",
+        "1     node  4243  silent     -     -       -           -       -",
+        "2     node  4242  answering  117   3       1m 05s ago  3 MiB   cpu",
+        "3     node  4243  absent     -     -       -           -       -",
+        "behind, by 3 at most: rank 2",
+        "no answer in time: rank 1",
+        "gone: rank 3",
+    ]
+
+
+def test_rank_table_where_all_is_well():
+    """Nothing is remarked where nothing is remarkable; without ranks there is the head alone."""
+    assert screen.rank_table([RANK, {**RANK, "rank": 1}], colour=False).count("\n") == 2
+    assert screen.rank_table([], colour=True).split()[:2] == ["RANK", "HOST"]
+
+
+def test_many_ranks_are_counted():
+    """A thousand ranks behind make one line, not a thousand numbers."""
+    rows = [{**RANK, "rank": rank, "step": 5 + (rank == 0)} for rank in range(1000)]
+    last = screen.rank_table(rows, colour=False).splitlines()[-1]
+    assert last == "behind, by 1 at most: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
+
+
+@pytest.mark.parametrize("state", ["answering", "silent", "ended", "absent"])
+def test_rank_colour_changes_no_width(state):
+    """Colour is put around the state's cell; a state that nobody knows has none."""
+    rows = [RANK, {**BARE, "state": state}, {**BARE, "rank": 2, "state": "\x1b[31m"}]
+    coloured = screen.rank_table(rows, colour=True)
+    assert coloured.count("\x1b[") == 4
+    for code in (*screen._COLOURS.values(), "0"):
+        coloured = coloured.replace(f"\x1b[{code}m", "")
+    assert coloured == screen.rank_table(rows, colour=False)
+
+
+@tricks
+def test_ranks_are_safe(text, wanted):
+    """Nothing that a rank says of itself gets to the terminal raw."""
+    row = {**dict.fromkeys(RANK, text), "rank": 7}
+    shown = harmless(screen.rank_table([row], colour=False), 2)
+    assert shown.count(wanted) == 5
+    assert screen.fates([{**row, "outcome": "killed"}]).count(wanted) == 2
+
+
+@pytest.mark.parametrize("odd", [True, math.nan, "NaN", [], {}, -1, 10**30, None])
+def test_rank_of_another_version(odd):
+    """Whatever stands where a number should, the table is shown; members may be missing."""
+    rows = [{**dict.fromkeys(RANK, odd), "rank": 0}, {"rank": 1}, RANK]
+    assert screen.rank_table(rows, colour=False).count("\n") >= 3
+
+
+def test_stacks():
+    """Each rank's stacks stand under its name, line by line; a rank without says so."""
+    rows = [{**RANK, "stacks": "Thread 1:\n  File a\n"}, {**BARE, "stacks": None}]
+    assert screen.stacks_text(rows) == (
+        "rank 0, pid 4242 on node, answering\nThread 1:\n  File a\n\nrank 1, pid 4243 on node, silent\n  no stacks"
+    )
+
+
+@tricks
+def test_stacks_are_safe(text, wanted):
+    """A line of source may hold anything; the newlines of the stacks stay, those of names do not."""
+    row = {**RANK, "host": text, "state": text, "stacks": f"Thread\n  {text}\nend"}
+    assert text == "a\nlive  b" or harmless(screen.stacks_text([row]), 4).count(wanted) == 3
+    assert screen.safe_lines("a\n\tb\n") == "a\n\\tb\n"
+
+
+@pytest.mark.parametrize("outcome", ["ended", "killed", "gone", "elsewhere", "refused", "stuck"])
+def test_fates(outcome):
+    """Every outcome that there is has words, which say what was done."""
+    line = screen.fates([{"rank": 3, "host": "node", "pid": 5, "outcome": outcome}])
+    assert line.startswith("rank 3, pid 5 on node: ") and len(line) > 30
+    assert set(screen._FATES) == set(process.Outcome.__args__)
 
 
 # Pieces...

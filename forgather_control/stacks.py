@@ -1,0 +1,102 @@
+"""The Python stacks of all threads of this process, as text.
+
+Floor 0, training side: imports nothing of ours. Runs on any thread; meant for a helper's, while the
+training thread hangs in a collective without the interpreter lock. Where a thread hangs *with* the
+lock no Python runs at all: see ``dump``.
+
+It asks no file system, not even for the lines of the source: what keeps training waiting may be the
+very disk that holds them, and then the helper would hang as well. A line is shown where somebody
+has read it before (``linecache``, filled by earlier tracebacks). No lock is taken for long, and no
+frame is kept: its locals would keep the memory of a device.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import threading
+from types import FrameType
+from typing import Final
+
+#: Longest text, in characters, and the most frames of one thread: the outermost, and the innermost.
+MAX_TEXT: Final = 64 * 1024
+_OUTER, _INNER = 20, 80
+#: Longest file name, function name or source line; of a path the end says more.
+_MAX_WORD: Final = 160
+
+_Frame = tuple[str, int | None, str]
+
+
+def python_stacks(first: int | None = None) -> str:
+    """Each thread's stack, most recent call last, in at most ``MAX_TEXT`` characters.
+
+    Args:
+        first: the identifier of the thread to begin with, the training thread; the main thread comes
+            next, then the others from the oldest to the youngest.
+    """
+    main = threading.main_thread().ident
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = _snapshot()
+    order = [*names, *stacks]  # threads that Python did not start have no name, and come last
+    idents = dict.fromkeys(ident for ident in (first, main, *order) if ident in stacks)
+    text = _fit([_block(ident, names.get(ident), stacks[ident]) for ident in idents if ident is not None])
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a path may hold bytes that are no UTF-8
+
+
+def _snapshot() -> dict[int, list[_Frame]]:
+    frames = sys._current_frames()
+    try:
+        return {ident: _walk(frame) for ident, frame in frames.items()}
+    finally:
+        frames.clear()  # our own frame is among them: a cycle, which would keep all others' locals, too
+
+
+def _walk(innermost: FrameType) -> list[_Frame]:
+    """The frames, outermost first, as plain values."""
+    found: list[_Frame] = []
+    frame: FrameType | None = innermost
+    while frame is not None:
+        code = frame.f_code
+        found.append((code.co_filename, frame.f_lineno, getattr(code, "co_qualname", code.co_name)))
+        frame = frame.f_back
+    found.reverse()
+    return found
+
+
+def _block(ident: int, name: str | None, frames: list[_Frame]) -> str:
+    head = f"Thread {ident:#x} {_cut(name) if name else '(not started by Python)'} (most recent call last):\n"
+    if len(frames) <= _OUTER + _INNER:
+        return head + "".join(map(_line, frames))
+    gap = f"  ... {len(frames) - _OUTER - _INNER} frames left out\n"
+    return head + "".join(map(_line, frames[:_OUTER])) + gap + "".join(map(_line, frames[-_INNER:]))
+
+
+def _line(frame: _Frame) -> str:
+    file, number, function = frame
+    text = f'  File "{_cut(file, end=True)}", line {number}, in {_cut(function)}\n'
+    source = _source(file, number)
+    return f"{text}    {_cut(source)}\n" if source else text
+
+
+def _source(file: str, number: int | None) -> str:
+    """The line of source, where memory has it."""
+    lines = (linecache.cache.get(file) or (0, 0, ()))[2:3]
+    if not lines or number is None or not 0 < number <= len(lines[0]):
+        return ""
+    return lines[0][number - 1].strip()
+
+
+def _cut(text: str, end: bool = False) -> str:
+    if len(text) <= _MAX_WORD:
+        return text
+    return f"...{text[-_MAX_WORD:]}" if end else f"{text[:_MAX_WORD]}..."
+
+
+def _fit(blocks: list[str]) -> str:
+    """The blocks that find room (the first always does), and how many did not."""
+    room = MAX_TEXT - 40
+    for count, block in enumerate(blocks):
+        room -= len(block) + 1
+        if room < 0:
+            return "\n".join(blocks[:count]) + f"\n... {len(blocks) - count} more threads left out\n"
+    return "\n".join(blocks)
