@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from .caller import Client
     from .client import (
-        Client,
         abort,
         cancel_command,
         cleanup,
@@ -36,7 +36,7 @@ _HOME = {
     "LightningControlCallback": "lightning",
     "TrainerControlCallback": "hf",
     "TrainingJob": "plain",
-    "Client": "client",
+    "Client": "caller",
     "abort": "client",
     "cancel_command": "client",
     "cleanup": "client",

@@ -1,6 +1,6 @@
 """What all adapters share: a border around each hook, one controller a training run, the wishes of commands.
 
-Floor 5, training side: imports errors, ranks, record, signals and controller. Runs on the training thread.
+Floor 5, training side: imports errors, offer, ranks, record, signals and controller. Runs on the training thread.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+from . import offer
 from .controller import Controller, check_seconds
 from .errors import ControlError
 from .ranks import check_steps
@@ -81,10 +82,14 @@ class Adapter:
 
     Args:
         job_id: by which the job is found; ``None`` makes one of time, host and pid.
+        port: a TCP port beside the socket: a number, 0 for any free one, ``"auto"`` for the first from 8900.
+        host: the address to bind it to.
         enabled: ``False`` turns everything off.
         poll_steps: have several ranks ask one another at every so many steps; ``None`` for never, where they can.
         signals: commands by the signals that give them, on any rank.
         fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
+        certfile: a PEM file with the certificate that has the port speak TLS.
+        keyfile: a PEM file with its key, if that is not in ``certfile``.
 
     Raises:
         BadJobId, InvalidParams: when it is made, not when training has begun.
@@ -93,16 +98,22 @@ class Adapter:
     def __init__(
         self,
         job_id: str | None = None,
+        *,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
         enabled: bool = True,
         poll_steps: int | None = None,
         signals: Mapping[Any, str] | None = None,
         fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
     ) -> None:
         self._wanted_id = None if job_id is None else check_job_id(job_id)
         self._enabled = enabled
         self._poll_steps = None if poll_steps is None else check_steps(poll_steps)
         self._signals = None if signals is None else Signals(signals)
         self._fresh_seconds = check_seconds(fresh_seconds)
+        self._offer = offer.check(port, host, certfile, keyfile)
         self._controller: Controller | None = None
         self._finalizer: Any = None
         self._wishes = Wishes()
@@ -134,6 +145,7 @@ class Adapter:
             poll_steps=self._poll_steps,
             log_steps=log_steps,
             fresh_seconds=self._fresh_seconds,
+            offer=self._offer,
         )
         try:
             controller.start()

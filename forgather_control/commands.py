@@ -52,7 +52,10 @@ class Loop(Protocol):
 
 
 class Job(Protocol):
-    """What a query may ask of a job. Runs on the server thread; must not block."""
+    """What a query may ask of a job. Runs on the server thread; must not block.
+
+    What takes other ranks to answer may be an ``exchange.Later``: nothing here looks into it.
+    """
 
     def ping(self) -> dict[str, Json]: ...
     def status(self) -> dict[str, Json]: ...
@@ -60,6 +63,8 @@ class Job(Protocol):
     def cancel_command(self, command_id: str) -> CommandRecord: ...
     def list_commands(self) -> list[CommandRecord]: ...
     def list_jobs(self) -> list[dict[str, Json]]: ...
+    def ranks(self, timeout: float) -> Json: ...
+    def stacks(self, timeout: float) -> Json: ...
 
 
 class CommandRecord(NamedTuple):
@@ -143,6 +148,12 @@ def _seconds(value: Json) -> float | None:
     return float(value)
 
 
+def _patience(value: Json) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 600:
+        raise ValueError("a number of seconds from 0 to 600")
+    return float(value)
+
+
 def _command_id(value: Json) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= 128 or not value.isprintable():
         raise ValueError("a string of 1 to 128 printable characters")
@@ -162,11 +173,25 @@ TIMEOUT: Final = Param(
     {"type": ["number", "null"], "minimum": 0, "maximum": 1e9, "default": None},
     "How long to wait, in seconds; null waits as long as the job lives. The command outlives the wait.",
 )
+PATIENCE: Final = Param(
+    "timeout",
+    _patience,
+    {"type": "number", "minimum": 0, "maximum": 600, "default": 5.0},
+    "How long a rank may take to answer, in seconds; one that takes longer is told as silent.",
+    default=5.0,
+)
 NEW_ID: Final = Param(
     "command_id",
     lambda value: None if value is None else _command_id(value),
     {"type": ["string", "null"], "minLength": 1, "maxLength": 128, "default": None},
     "An id of the caller's own: the same id twice is the same command.",
+)
+TOKEN: Final = Param(
+    "token",
+    lambda value: value,  # the gate has judged it, or nobody asked for one
+    {"type": "string"},
+    "The token of the job's endpoint.json.",
+    required=True,
 )
 KNOWN_ID: Final = Param(
     "command_id",
@@ -286,6 +311,15 @@ def ping(job: Job) -> Json:
     return job.ping()
 
 
+@query("authenticate", TOKEN)
+def authenticate(job: Job, token: Json) -> Json:
+    """Show the token, as the first request of a connection over TCP.
+
+    It is answered as ping. Over the socket, where the kernel says who calls, any token will do.
+    """
+    return job.ping()
+
+
 @query("status", verb="status")
 def status(job: Job) -> Json:
     """Tell how far the job is: step, epoch, speed, time left, latest metrics, pending commands."""
@@ -348,6 +382,21 @@ def list_commands(job: Job) -> Json:
 def list_jobs(job: Job) -> Json:
     """List the jobs that this host knows, without their tokens."""
     return job.list_jobs()
+
+
+@query("ranks", PATIENCE, verb="ranks")
+def ranks(job: Job, timeout: float) -> Json:
+    """Show every rank: host, pid, step, last step, memory, device; who is behind, and who is gone."""
+    return job.ranks(timeout)
+
+
+@query("stacks", PATIENCE, verb="stacks")
+def stacks(job: Job, timeout: float) -> Json:
+    """Print the Python stacks of all threads of every rank, also while training hangs.
+
+    The stacks of ranks that do not answer are read from outside, where they run on this host.
+    """
+    return job.stacks(timeout)
 
 
 @query("rpc.discover")

@@ -9,10 +9,17 @@ from __future__ import annotations
 import select
 import socket
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import ssl
 
 #: Where a training script gave SIGPIPE back its default, writing to who hung up would end the process (send(2)).
 _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+#: The first byte of a TLS connection: a record of the handshake (RFC 8446, section 5.1).
+_HANDSHAKE: Final = b"\x16"
+#: Bytes that are read of somebody who does not speak TLS.
+_LOOK: Final = 65536
 
 
 class Connection:
@@ -21,11 +28,17 @@ class Connection:
     Args:
         sock: connected; made non-blocking here.
         max_line: bytes after which a line without an end is handed out as it is, to be refused.
+
+    Attributes:
+        is_stranger: it came over TCP, and has not shown the token yet.
     """
 
     def __init__(self, sock: socket.socket, max_line: int) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.is_stranger = False
+        #: When it came, in ``time.monotonic()`` seconds.
+        self.came_at = time.monotonic()
         #: Lines that were taken and not answered yet.
         self.open = 0
         #: The client has shut down its writing side, or is no longer listened to; it may still read.
@@ -35,7 +48,7 @@ class Connection:
         #: Whether it stands in the server's queue of connections with something to take.
         self.queued = False
         #: When bytes last moved, in ``time.monotonic()`` seconds.
-        self.moved_at = time.monotonic()
+        self.moved_at = self.came_at
         self._max_line = max_line
         self._received = bytearray()
         self._unsent = bytearray()
@@ -55,7 +68,7 @@ class Connection:
         if self.at_end:
             return
         try:
-            data = self.sock.recv(self._max_line)
+            data = self._recv(self._max_line)
         except BlockingIOError:
             return
         except OSError:
@@ -96,7 +109,7 @@ class Connection:
         if not self._unsent or self.broken:
             return
         try:
-            sent = self.sock.send(self._unsent, _NO_SIGNAL)
+            sent = self._send(self._unsent)
         except BlockingIOError:
             return
         except OSError:
@@ -105,8 +118,66 @@ class Connection:
         del self._unsent[:sent]
         self.moved_at = time.monotonic()
 
+    # What TLS does otherwise...
+
+    def _recv(self, size: int) -> bytes:
+        return self.sock.recv(size)
+
+    def _send(self, data: bytes | bytearray) -> int:
+        return self.sock.send(data, _NO_SIGNAL)
+
     def hung_up(self) -> bool:
         """Whether the client closed its socket, as opposed to its writing side only (poll(2), POLLHUP)."""
         poller = select.poll()
         poller.register(self.sock, 0)
         return any(events & (select.POLLHUP | select.POLLERR) for _fd, events in poller.poll(0))
+
+
+class TlsConnection(Connection):
+    """A client that speaks TLS; the handshake is taken up again whenever bytes come.
+
+    Args:
+        refusal: what is sent, in plain text, to a client that does not speak TLS.
+    """
+
+    def __init__(self, sock: socket.socket, max_line: int, context: ssl.SSLContext, refusal: bytes) -> None:
+        sock.setblocking(False)
+        self._context, self._refusal = context, refusal
+        self._tls: ssl.SSLSocket | None = None
+        self._shaken = False
+        super().__init__(sock, max_line)
+
+    def _recv(self, size: int) -> bytes:
+        if not self._shake_hands():
+            raise BlockingIOError
+        data = bytearray(self._patiently(lambda tls: tls.recv(size)))
+        assert self._tls is not None
+        while data and self._tls.pending():  # what is decrypted already wakes no selector
+            data += self._tls.recv(size)
+        return bytes(data)
+
+    def _send(self, data: bytes | bytearray) -> int:
+        return int(self._patiently(lambda tls: tls.send(data))) if self._shake_hands() else 0
+
+    def _shake_hands(self) -> bool:
+        if self._tls is None:
+            if self.sock.recv(1, socket.MSG_PEEK) not in (_HANDSHAKE, b""):
+                self.sock.recv(_LOOK)  # what is unread when a socket is closed takes the last reply with it
+                self.sock.send(self._refusal)
+                raise ConnectionError("no TLS")
+            self._tls = self._context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+            self.sock = self._tls
+        if not self._shaken:
+            self._patiently(lambda tls: tls.do_handshake())
+            self._shaken = True
+        return True
+
+    def _patiently(self, call: Any) -> Any:
+        import ssl
+
+        try:
+            return call(self._tls)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as err:
+            raise BlockingIOError from err
+        except ssl.SSLZeroReturnError:  # it said goodbye
+            return b""

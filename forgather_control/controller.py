@@ -31,10 +31,11 @@ from typing import Any, Final
 from . import commands, directory, jobs, jsonrpc, metrics, ranks, vitals
 from .census import Census
 from .commands import CommandRecord, Loop
-from .errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken
+from .errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken, StartError
 from .exchange import PENDING, Later
 from .ledger import Ledger
 from .mailbox import Mailbox
+from .offer import Offer, Opened
 from .progress import Progress
 from .record import JobRecord, check_job_id, jobs_dir
 from .rounds import Calls
@@ -62,6 +63,7 @@ class Controller:
         poll_steps: have ranks ask one another at every so many steps, rather than never.
         log_steps: how often, where they must ask and ``poll_steps`` does not say.
         fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
+        offer: the TCP port to open beside the socket, if any.
 
     Raises:
         BadJobId: the id cannot be one.
@@ -76,9 +78,11 @@ class Controller:
         poll_steps: int | None = None,
         log_steps: int | None = None,
         fresh_seconds: float = 0.0,
+        offer: Offer | None = None,
     ) -> None:
         self.job_id = None if job_id is None else check_job_id(job_id)
         self._poll_steps, self._log_steps = poll_steps, log_steps
+        self._offer = offer
         #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
         self.phase = "starting"
         self._progress = Progress(step, max_steps)
@@ -131,9 +135,20 @@ class Controller:
         self.job_id = self._directory.job_id
         self._server.start()
 
+    def _open_port(self) -> Opened | None:
+        """The port that was asked for; a job without it can still be controlled from this host."""
+        try:
+            return None if self._offer is None else self._offer.open(self._server)
+        except StartError as err:
+            log.warning("no control over TCP: %s", err)
+            return None
+
     def _claim(self) -> directory.JobDirectory:
+        opened = self._open_port()
         for job_id in self._candidates():
             mine = directory.JobDirectory(job_id, self._server.listen, self._world.size)
+            if opened is not None:
+                mine.offer(*opened)
             try:
                 mine.claim()
                 return mine

@@ -77,6 +77,10 @@ class JobDirectory:
             launch=launch.of_this_process(),
         )
 
+    def offer(self, address: str, port: int, token: str, tls_sha256: str | None) -> None:
+        """Publish a TCP port, too. Before the claim."""
+        self._record = self._record._replace(address=address, port=port, token=token, tls_sha256=tls_sha256)
+
     def claim(self) -> None:
         """Take the job id, listen, and publish: from here on the job can be found.
 

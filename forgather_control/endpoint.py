@@ -1,6 +1,6 @@
-"""An address: print, bind, connect. Unix sockets; TCP and TLS will stand here, too.
+"""An address: parse, print, bind, connect. A Unix socket, a TCP port, a port that speaks TLS.
 
-Floor 1: imports errors and clock only. Runs on whatever thread calls it.
+Floor 1: imports clock, errors and tls. Runs on whatever thread calls it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import struct
 import time
 from typing import Final, NamedTuple
 
+from . import tls
 from .clock import Deadline
-from .errors import FindError, JobDead, JobNotAnswering
+from .errors import FindError, InvalidParams, JobDead, JobNotAnswering, NotAuthenticated
 
 #: Longest path that fits ``sockaddr_un.sun_path`` with its closing NUL: 108 bytes on Linux, 104 elsewhere (unix(7)).
 MAX_PATH: Final = 107 if os.uname().sysname == "Linux" else 103
@@ -62,6 +63,76 @@ class UnixEndpoint(NamedTuple):
         if err.errno in (errno.EACCES, errno.EPERM):
             return FindError(f"{self} belongs to another user", endpoint=str(self))
         return JobDead(f"nobody listens at {self} ({err.strerror or err})", endpoint=str(self))
+
+
+class TcpEndpoint(NamedTuple):
+    """A port of a host, printed as ``tcp://HOST:PORT``, or ``tls://HOST:PORT`` where it speaks TLS.
+
+    Attributes:
+        sha256: of the certificate, in hexadecimal; ``None`` has authorities vouch for the host.
+        cafile: a PEM file with those authorities; ``None`` for the system's.
+    """
+
+    host: str
+    port: int
+    is_tls: bool = False
+    sha256: str | None = None
+    cafile: str | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.is_tls else 'tcp'}://{host}:{self.port}"
+
+    def connect(self, deadline: Deadline) -> socket.socket:
+        """A connected, blocking socket, wrapped in TLS where it is to be.
+
+        Raises:
+            JobDead: nobody listens there.
+            JobNotAnswering: the host does not answer in time, or does not speak TLS.
+            NotAuthenticated: the certificate is not the job's.
+            FindError: there is no such host.
+        """
+        try:
+            sock = socket.create_connection((self.host, self.port), timeout=deadline.left())
+        except TimeoutError as err:
+            raise JobNotAnswering(f"{self} does not answer", endpoint=str(self)) from err
+        except ConnectionRefusedError as err:
+            raise JobDead(f"nobody listens at {self}", endpoint=str(self)) from err
+        except (OSError, ValueError) as err:  # no such host, no way to it; a host that cannot be a name
+            raise FindError(f"{self} cannot be reached ({err})", endpoint=str(self)) from err
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            return tls.wrap_client(sock, self.host, self.sha256, self.cafile) if self.is_tls else sock
+        except PermissionError as err:
+            sock.close()
+            raise NotAuthenticated(str(err), endpoint=str(self)) from err
+        except OSError as err:
+            sock.close()
+            raise JobNotAnswering(f"{self} does not speak TLS as expected ({err})", endpoint=str(self)) from err
+
+
+Endpoint = UnixEndpoint | TcpEndpoint
+
+
+def parse(text: str) -> Endpoint:
+    """The address that ``text`` names: ``unix:PATH``, ``tcp://HOST:PORT`` or ``tls://HOST:PORT``.
+
+    Raises:
+        InvalidParams: it names none.
+    """
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return UnixEndpoint(text.removeprefix("unix:"))
+    kind, _, rest = text.partition("://")
+    host, _, port = rest.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if kind not in ("tcp", "tls") or not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise InvalidParams(f"{ascii(text)[:140]} is no address: unix:PATH, tcp://HOST:PORT or tls://HOST:PORT")
+    return TcpEndpoint(host, int(port), kind == "tls")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody on another host can reach this address."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def fits(path: str) -> bool:

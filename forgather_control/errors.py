@@ -20,12 +20,15 @@ The question each branch answers is *whose fault*::
     │   ├── NoSuchJob               -32021   (also a LookupError)
     │   ├── AmbiguousJob            -32022   (also a LookupError) a prefix of several, or none named
     │   ├── JobDead                 -32023   (also a ConnectionError) nobody is there any more
-    │   └── JobNotAnswering         -32024   (also a TimeoutError) the process lives, its socket is silent
+    │   ├── JobNotAnswering         -32024   (also a TimeoutError) the process lives, its socket is silent
+    │   └── NotAuthenticated        -32025   (also a PermissionError) one side could not prove who it is
     └── StartError                  -32040   a job that cannot be made controllable; it trains on
         ├── BadJobId                -32041   (also a ValueError)
         ├── JobIdTaken              -32042
         ├── JobsDirUnusable         -32043
-        └── Unsupported             -32044
+        ├── Unsupported             -32044
+        ├── PortTaken               -32045
+        └── TlsUnusable             -32046
 
 An error keeps its facts in ``data``, a JSON object that travels with it; ``from_wire`` makes the
 same class again on the other side.
@@ -161,6 +164,12 @@ class JobNotAnswering(FindError, TimeoutError):
     code = -32024
 
 
+class NotAuthenticated(FindError, PermissionError):
+    """The token is not the job's, or the certificate is not."""
+
+    code = -32025
+
+
 class StartError(ControlError):
     """This job cannot be controlled. Adapters turn it into one warning; training goes on."""
 
@@ -189,6 +198,18 @@ class Unsupported(StartError):
     """What was asked for is not in this version."""
 
     code = -32044
+
+
+class PortTaken(StartError):
+    """The TCP port cannot be had; the job is controlled over its socket alone."""
+
+    code = -32045
+
+
+class TlsUnusable(StartError):
+    """Certificate and key cannot be used; the port is not opened, as it would be open without them."""
+
+    code = -32046
 
 
 def _classes(base: type[ControlError]) -> dict[int, type[ControlError]]:

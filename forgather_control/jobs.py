@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
-from .errors import ControlError, JobsDirUnusable
+from .errors import ControlError, JobsDirUnusable, NoSuchJob
 from .launch import Launch
 from .record import JobRecord, check_job_id, is_job_id, read_record
 
@@ -86,6 +86,18 @@ def _names(root: str) -> list[str]:
         return []
     except OSError as err:
         raise JobsDirUnusable(f"the jobs directory {root} cannot be read ({err.strerror})") from err
+
+
+def named(root: str, job: str) -> JobRecord | None:
+    """The record of the job of this id; ``None`` if there is none.
+
+    Raises:
+        NoSuchJob: it cannot be read.
+    """
+    try:
+        return read_record(root, job) if is_job_id(job) else None
+    except ValueError as err:
+        raise NoSuchJob(f"the record of job {job} in {root} cannot be read: {err}", job=job) from err
 
 
 def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:

@@ -60,6 +60,9 @@ class LightningControlCallback(Adapter):
     Args:
         job_id: by which the job is found: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a
             dot or dash. ``None`` makes ``job_{timestamp}_{hostname}_{pid}``.
+        port: a TCP port beside the socket, for other hosts: a number, 0 for any free one, ``"auto"`` for the first
+            free one from 8900; ``None`` for no port. Clients must show the token of ``endpoint.json``.
+        host: the address to bind it to; others than this host reach it at ``"0.0.0.0"`` only.
         enabled: ``False`` turns everything off.
         poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
             ``None``: they need not ask, where the store of torch.distributed can tell them; else ``log_every_n_steps``.
@@ -67,6 +70,8 @@ class LightningControlCallback(Adapter):
             any rank is carried out on all. Earlier handlers are still called, but not Lightning's own for SIGTERM,
             which would end training by an error.
         fresh_seconds: a checkpoint of ours that is at most this old is not saved again when a signal saves and stops.
+        certfile: a PEM file with the certificate that has the port speak TLS.
+        keyfile: a PEM file with its key, if that is not in ``certfile``.
 
     Under DDP every rank has its own callback with the same arguments.
 
@@ -84,12 +89,26 @@ class LightningControlCallback(Adapter):
         self,
         job_id: str | None = None,
         *,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
         enabled: bool = True,
         poll_steps: int | None = None,
         signals: Mapping[Any, str] | None = None,
         fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
     ) -> None:
-        super().__init__(job_id, enabled, poll_steps, signals, fresh_seconds)
+        super().__init__(
+            job_id,
+            port=port,
+            host=host,
+            enabled=enabled,
+            poll_steps=poll_steps,
+            signals=signals,
+            fresh_seconds=fresh_seconds,
+            certfile=certfile,
+            keyfile=keyfile,
+        )
         self._takes_sigterm = any(getattr(key, "name", key) == "SIGTERM" for key in signals or ())
         self._shadows = _Shadows()
         self._begin()

@@ -21,6 +21,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from queue import Empty, SimpleQueue
@@ -32,6 +33,8 @@ log = logging.getLogger("forgather_control")
 _FOREVER: Final = timedelta(days=20)
 #: Seconds that any other call of the store may take before the line counts as broken.
 _SOON: Final = timedelta(seconds=30)
+#: Seconds that the interpreter's end may wait for a line that nobody closed.
+_AT_EXIT: Final = 1.0
 
 
 class Voice:
@@ -86,6 +89,7 @@ class Line:
         self._inbox.set_timeout(_FOREVER)
         self._answers, self._voice = Voice(connect()), Voice(connect())
         self._queue: SimpleQueue[Callable[[Voice], None] | None] = SimpleQueue()
+        self._at_exit: Any = None
         self._next = 1  # the key that the ear waits for, written by it alone
         self._over = False
         self._lock = threading.Lock()  # guards _over against two threads that find the line broken
@@ -96,6 +100,8 @@ class Line:
 
     def start(self) -> None:
         """Begin to hear and to speak."""
+        # Whoever forgot to close, or is closed by a finalizer of his own, made later: those run last made first.
+        self._at_exit = weakref.finalize(self, self.close, _AT_EXIT)
         for thread in self._threads:
             thread.start()
 
@@ -105,6 +111,8 @@ class Line:
 
     def close(self, seconds: float) -> None:
         """Say what is queued, then end both threads; a dead network costs at most ``seconds``."""
+        if self._at_exit is not None:
+            self._at_exit.detach()
         self._queue.put(None)
         end = time.monotonic() + seconds
         for thread in self._threads:

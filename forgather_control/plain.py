@@ -36,12 +36,17 @@ class TrainingJob(Adapter):
         job_id: by which the job is found; ``None`` makes one of time, host and pid.
         max_steps: the step the loop will end at, if known; for progress and time left.
         start_step: the steps that are done already, in a loop that was resumed.
+        port: a TCP port beside the socket, for other hosts: a number, 0 for any free one, ``"auto"`` for the first
+            free one from 8900; ``None`` for no port. Clients must show the token of ``endpoint.json``.
+        host: the address to bind it to; others than this host reach it at ``"0.0.0.0"`` only.
         enabled: ``False`` turns everything off; the flags then stay ``False``.
         poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
             ``None``: they need not ask, where the store of torch.distributed can tell them; else 50.
         signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
             "save_checkpoint"}``: one that reaches any rank is carried out on all. Earlier handlers are still called.
         fresh_seconds: a checkpoint that is at most this old is not saved again when a signal saves and stops.
+        certfile: a PEM file with the certificate that has the port speak TLS.
+        keyfile: a PEM file with its key, if that is not in ``certfile``.
 
     Under ``torchrun`` every rank has its own ``TrainingJob`` with the same arguments, made after
     ``init_process_group``, and calls ``step`` for every step. Where only rank 0 saves, only rank 0 says ``saved``;
@@ -58,12 +63,26 @@ class TrainingJob(Adapter):
         max_steps: int | None = None,
         *,
         start_step: int = 0,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
         enabled: bool = True,
         poll_steps: int | None = None,
         signals: Mapping[Any, str] | None = None,
         fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
     ) -> None:
-        super().__init__(job_id, enabled, poll_steps, signals, fresh_seconds)
+        super().__init__(
+            job_id,
+            port=port,
+            host=host,
+            enabled=enabled,
+            poll_steps=poll_steps,
+            signals=signals,
+            fresh_seconds=fresh_seconds,
+            certfile=certfile,
+            keyfile=keyfile,
+        )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another

@@ -68,7 +68,8 @@ def check_job_id(text: object) -> str:
 class JobRecord(NamedTuple):
     """What a job publishes of itself in ``endpoint.json``. Times are seconds since the epoch.
 
-    ``port`` is null without TCP. ``machine``, ``booted_at`` and ``pid_namespace`` are there so that
+    ``port`` is null without TCP; with it, ``address`` is what it was bound to, ``token`` the secret, and
+    ``tls_sha256`` is there if the port speaks TLS. ``machine``, ``booted_at`` and ``pid_namespace`` are there so that
     nobody judges a process that he cannot see; see :class:`process.Identity`. ``launch`` is null
     where neither SLURM nor torchrun launched it.
     """
@@ -88,6 +89,9 @@ class JobRecord(NamedTuple):
     machine: str | None = None
     booted_at: float | None = None
     pid_namespace: int | None = None
+    address: str | None = None
+    token: str | None = None
+    tls_sha256: str | None = None
     launch: Launch | None = None
 
     @property

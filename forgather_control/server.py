@@ -1,12 +1,13 @@
 """A line server in one thread: bytes from many connections to one ``answer`` function, and back.
 
-Floor 3: imports clock, jsonrpc, endpoint, connection and exchange; knows nothing of training, and
-must not import torch. All but ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread.
+Floor 3: imports clock, errors, jsonrpc, connection, exchange, gate and listener; knows nothing of training,
+and must not import torch. All but ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread.
 
-``socketserver`` gives bind, accept, the check of the peer and closing; ``process_request`` hands a
-connection to a selector in the same thread instead of a thread of its own, and a request that has
+``socketserver``, in ``listener``, gives bind, accept, the check of the peer and closing; a connection goes
+to a selector in the same thread instead of a thread of its own, and a request that has
 to wait is an object to ask again, not a blocked thread. So 1,000 connections cost no thread, and
 closing them all at once makes one thread runnable, not a thousand that fight for the interpreter.
+Who comes over TCP is a stranger until it has passed the ``gate``.
 
 One round::
 
@@ -23,18 +24,22 @@ import resource
 import select
 import selectors
 import socket
-import socketserver
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
-from . import endpoint, jsonrpc
+from . import gate, jsonrpc
 from .clock import Budget
-from .connection import Connection
+from .connection import Connection, TlsConnection
+from .errors import NotAuthenticated
 from .exchange import Answer, Exchanges
+from .listener import Listener, TcpListener, UnixListener, open_port
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger("forgather_control")
 
@@ -51,52 +56,19 @@ MAX_UNSENT: Final = 256 * 1024
 MAX_STALL: Final = 30.0
 #: Most connections; beyond it the one that is idle longest is closed, so that the owner still gets in.
 MAX_CONNECTIONS: Final = 4096
+#: Seconds after which a connection over TCP on which nothing happens is closed: the other host may be gone.
+MAX_IDLE: Final = 3600.0
 #: File descriptors of the process that the server leaves to its training.
 SPARE_FILES: Final = 256
 #: Seconds in which clients may read their last replies when the server closes.
 LAST_WORDS: Final = 0.5
 
 
-class _Listener(socketserver.UnixStreamServer):
-    """The listening socket at one path; who connects is the same user or root."""
-
-    request_queue_size = endpoint.BACKLOG
-
-    def __init__(self, path: str, adopt: Callable[[socket.socket], None]) -> None:
-        self._adopt = adopt
-        super().__init__(path, socketserver.BaseRequestHandler)
-        self.socket.setblocking(False)
-
-    def server_bind(self) -> None:
-        endpoint.bind(self.socket, str(self.server_address))
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        uid = endpoint.peer_uid(request)
-        return uid is None or uid in (0, os.geteuid())
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._adopt(request)
-
-    def accept(self) -> bool:
-        """Take one connection from the backlog; False when there is none.
-
-        Raises:
-            OSError: the process is out of files, or the client was gone already.
-        """
-        try:
-            request, address = self.get_request()
-        except BlockingIOError:
-            return False
-        if self.verify_request(request, address):
-            self.process_request(request, address)
-        else:
-            log.warning("refused a connection from uid %s", endpoint.peer_uid(request))
-            self.shutdown_request(request)
-        return True
+_NO_TLS: Final = jsonrpc.encode(jsonrpc.failure(None, NotAuthenticated("this port speaks TLS: connect to tls://")))
 
 
 class Server:
-    """Serves ``answer`` over a Unix socket, in one daemon thread.
+    """Serves ``answer`` over a Unix socket, and over TCP if that is asked for, in one daemon thread.
 
     Args:
         answer: called on the server thread for each request; see ``exchange.Answer``.
@@ -108,9 +80,11 @@ class Server:
     def __init__(self, answer: Answer, tick: Callable[[], None]) -> None:
         self._exchanges, self._tick = Exchanges(answer), tick
         self._selector = selectors.DefaultSelector()
-        self._listener: _Listener | None = None
+        self._listeners: list[Listener] = []
+        self._gate: gate.Gate | None = None
         self._accept_after: float | None = None  # monotonic; set while the process is out of files
         self._connections: dict[int, Connection] = {}
+        self._punished: list[tuple[float, Connection, bytes]] = []  # when to answer whom, and what
         self._queue: deque[Connection] = deque()  # those with something to take, each once
         self._thread: threading.Thread | None = None
         self._closing = self._closed_from_tick = False
@@ -131,11 +105,30 @@ class Server:
         Raises:
             OSError: the path cannot be bound.
         """
-        listener = _Listener(path, self._adopt)
-        if self._listener is not None:
-            self._drop_listener()
-        self._listener = listener
-        self._selector.register(listener, selectors.EVENT_READ)
+        listener = UnixListener(path, self._adopt)
+        for old in [old for old in self._listeners if isinstance(old, UnixListener)]:
+            self._drop_listener(old)
+        self._add_listener(listener)
+
+    def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> int:
+        """Listen at a port, too, for who shows the token; its number. Before ``start``, on any thread.
+
+        Args:
+            port: a number, 0 for any, ``None`` for the first free one from ``listener.FIRST_PORT``.
+            tls: what it speaks, if it speaks TLS.
+
+        Raises:
+            OSError: it cannot be bound.
+        """
+        self._gate = gate.Gate(token)
+        listener: TcpListener = open_port(host, port, lambda sock: self._adopt_stranger(sock, tls))
+        self._add_listener(listener)
+        return listener.port
+
+    def _add_listener(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+        if self._accept_after is None:
+            self._selector.register(listener, selectors.EVENT_READ)
 
     def start(self) -> None:
         """Begin to answer."""
@@ -179,8 +172,8 @@ class Server:
         """
         for connection in self._connections.values():
             connection.sock.close()
-        if self._listener is not None:
-            self._listener.socket.close()
+        for listener in self._listeners:
+            listener.socket.close()
         self._selector.close()
         self._close_pipe()
 
@@ -201,7 +194,7 @@ class Server:
                 self._round(tick_at, budget)
                 if time.monotonic() >= tick_at:
                     tick_at = time.monotonic() + TICK
-                    self._sweep()
+                    self._sweep(time.monotonic())
                     self._tick()
             except Exception:  # border: a fault of ours ends neither this thread nor the training
                 log.exception("the control server stumbled, and goes on")
@@ -221,6 +214,8 @@ class Server:
         else:
             self._select(0.0 if self._queue else self._seconds_until(tick_at))
             self._answer_some()
+        if self._punished:
+            self._answer_punished(time.monotonic())
         woken, self._woken = self._woken, False
         for connection in self._exchanges.poll(woken):
             self._settle(connection)
@@ -232,7 +227,7 @@ class Server:
             self._drain_wake()
 
     def _seconds_until(self, tick_at: float) -> float:
-        moments = [tick_at, *self._exchanges.deadlines()]
+        moments = [tick_at, *self._exchanges.deadlines(), *(moment for moment, _, _ in self._punished)]
         if self._accept_after is not None:
             moments.append(self._accept_after)
         return max(0.0, min(moments) - time.monotonic())
@@ -240,11 +235,11 @@ class Server:
     def _select(self, timeout: float) -> None:
         if self._accept_after is not None and time.monotonic() >= self._accept_after:
             self._accept_after = None
-            if self._listener is not None:
-                self._selector.register(self._listener, selectors.EVENT_READ)
+            for listener in self._listeners:
+                self._selector.register(listener, selectors.EVENT_READ)
         for key, events in self._selector.select(timeout):
-            if key.fileobj is self._listener:
-                self._accept()
+            if isinstance(key.fileobj, Listener):
+                self._accept(key.fileobj)
             elif key.fd == self._wake_out:
                 self._drain_wake()
             elif key.fd in self._connections:  # an earlier event of this round may have closed it
@@ -259,24 +254,39 @@ class Server:
 
     # ... connections come, send, and go
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self, listener: Listener) -> None:
         try:
             for _ in range(64):  # then it is the others' turn
-                if not self._listener.accept():
+                if not listener.accept():
                     return
         except OSError as err:
             if err.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 return
             # Out of files: a backlog that cannot be taken would wake us for ever. Look again later.
-            self._accept_after = time.monotonic() + TICK
-            self._selector.unregister(self._listener)
+            if self._accept_after is None:
+                self._accept_after = time.monotonic() + TICK
+                for each in self._listeners:
+                    self._selector.unregister(each)
 
     def _adopt(self, sock: socket.socket) -> None:
+        self._admit(Connection(sock, jsonrpc.MAX_LINE))
+
+    def _adopt_stranger(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        strangers = [connection for connection in self._connections.values() if connection.is_stranger]
+        if len(strangers) >= gate.MAX_STRANGERS:
+            self._drop(min(strangers, key=lambda connection: connection.came_at))
+        if tls is None:
+            connection = Connection(sock, jsonrpc.MAX_LINE)
+        else:
+            connection = TlsConnection(sock, jsonrpc.MAX_LINE, tls, _NO_TLS)
+        connection.is_stranger = True
+        self._admit(connection)
+
+    def _admit(self, connection: Connection) -> None:
         if len(self._connections) >= _most_connections():
             self._close_idlest()
-        connection = self._connections[sock.fileno()] = Connection(sock, jsonrpc.MAX_LINE)
-        self._selector.register(sock, selectors.EVENT_READ)
+        self._connections[connection.sock.fileno()] = connection
+        self._selector.register(connection.sock, selectors.EVENT_READ)
         self._serve(connection, selectors.EVENT_READ)  # its request is usually there already
 
     def _serve(self, connection: Connection, events: int) -> None:
@@ -324,11 +334,13 @@ class Server:
         if longest is not None:
             self._drop(longest)
 
-    def _sweep(self) -> None:
-        """Drop who stopped reading, and who hung up without a word while a request of theirs waits."""
+    def _sweep(self, now: float) -> None:
+        """Drop who stopped reading, who hung up while a request of theirs waits, who shows no token, who is silent."""
         for connection in list(self._connections.values()):
-            stalled = connection.unsent and time.monotonic() - connection.moved_at > MAX_STALL
-            if stalled or (connection.at_end and connection.hung_up()):
+            stalled = connection.unsent and now - connection.moved_at > MAX_STALL
+            hides = connection.is_stranger and now - connection.came_at > gate.TIME_TO_AUTHENTICATE
+            silent = connection.sock.family != socket.AF_UNIX and now - connection.moved_at > MAX_IDLE
+            if stalled or hides or (silent and not connection.open) or (connection.at_end and connection.hung_up()):
                 self._drop(connection)
 
     def _answer_some(self) -> None:
@@ -339,11 +351,38 @@ class Server:
             connection.queued = False
             has_room = not connection.broken and connection.unsent <= MAX_UNSENT
             if has_room and (line := connection.take_line()) is not None:
+                if connection.is_stranger and not self._passes(connection, line):
+                    continue
                 self._exchanges.ask(connection, line)
                 connection.queued = True
                 self._queue.append(connection)
             else:
                 self._settle(connection)
+
+    # Strangers...
+
+    def _passes(self, connection: Connection, line: bytes) -> bool:
+        """Whether a stranger's first line lets it in; if not, it is punished, or gone."""
+        assert self._gate is not None
+        verdict, reply = self._gate.judge(line)
+        if verdict == "welcome":
+            connection.is_stranger = False
+            return True
+        if verdict == "wrong":
+            connection.stop_listening()
+            self._watch(connection, 0)
+            self._punished.append((time.monotonic() + gate.PENALTY, connection, reply))
+        else:
+            self._drop(connection)
+        return False
+
+    def _answer_punished(self, now: float) -> None:
+        due = [item for item in self._punished if item[0] <= now]
+        self._punished = [item for item in self._punished if item[0] > now]
+        for _, connection, reply in due:
+            if not connection.broken:
+                connection.send(reply)
+                self._drop(connection)
 
     # The end...
 
@@ -352,16 +391,18 @@ class Server:
         for connection in list(self._connections.values()):
             connection.read()
             while not connection.broken and (line := connection.take_line()) is not None:
-                self._exchanges.ask(connection, line)
+                if not connection.is_stranger or self._passes(connection, line):
+                    self._exchanges.ask(connection, line)
         self._exchanges.give_up()
         self._flush_all(time.monotonic() + LAST_WORDS)
 
     def _take_backlog(self) -> None:
-        try:
-            while self._listener is not None and self._listener.accept():
-                pass
-        except OSError:
-            pass  # out of files: who is not in cannot be told
+        for listener in self._listeners:
+            try:
+                while listener.accept():
+                    pass
+            except OSError:
+                pass  # out of files: who is not in cannot be told
 
     def _flush_all(self, until: float) -> None:
         while late := [c for c in self._connections.values() if c.unsent and not c.broken]:
@@ -378,17 +419,15 @@ class Server:
     def _release(self) -> None:
         for connection in list(self._connections.values()):
             self._drop(connection)
-        if self._listener is not None:
-            self._drop_listener()
+        for listener in list(self._listeners):
+            self._drop_listener(listener)
         self._selector.close()
 
-    def _drop_listener(self) -> None:
-        assert self._listener is not None
+    def _drop_listener(self, listener: Listener) -> None:
         if self._accept_after is None:
-            self._selector.unregister(self._listener)
-        self._accept_after = None
-        self._listener.server_close()
-        self._listener = None
+            self._selector.unregister(listener)
+        self._listeners.remove(listener)
+        listener.server_close()
 
 
 def _most_connections() -> int:

@@ -22,7 +22,8 @@ COMMANDS = {
     "save_and_stop": (["evaluate", "save", "stop"], {"saved", "ended"}, "save-stop"),
     "abort": (["abort"], {"ended"}, "abort"),
 }
-QUERIES = {"ping", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "rpc.discover"}
+QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks", "stacks",
+           "rpc.discover"}  # fmt: skip
 RECORD = CommandRecord("id-1", "abort", "accepted", 12.5)
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
@@ -60,6 +61,12 @@ class FakeJob:
 
     def list_jobs(self):
         return [{"job_id": "job"}]
+
+    def ranks(self, timeout):
+        return [{"rank": 0, "waited": timeout}]
+
+    def stacks(self, timeout):
+        return [{"rank": 0, "waited": timeout}]
 
 
 def refusal(name, given):
@@ -112,6 +119,9 @@ def test_command_asks_the_loop(name):
         ("cancel_command", {"command_id": "c"}, CommandRecord("c", "abort", "cancelled", 1.0).to_json()),
         ("list_commands", [], [RECORD.to_json()]),
         ("list_jobs", [], [{"job_id": "job"}]),
+        ("ranks", [], [{"rank": 0, "waited": 5.0}]),
+        ("ranks", {"timeout": 0}, [{"rank": 0, "waited": 0.0}]),
+        ("stacks", [600], [{"rank": 0, "waited": 600.0}]),
     ],
 )
 def test_query_is_answered_as_json(name, given, answer):
@@ -224,8 +234,25 @@ def test_wrong_value(name, param, value):
     strict(encode(error.message))
 
 
+@pytest.mark.parametrize("name", ["ranks", "stacks"])
+@pytest.mark.parametrize("value", [None, *WRONG["timeout"], 600.1], ids=ascii)
+def test_wrong_patience(name, value):
+    """A query that asks all ranks cannot be told to wait for ever: a slot of the server waits with it."""
+    error = refusal(name, {"timeout": value})
+    assert error.data == {"parameter": "timeout"} and error.message.startswith("timeout must be a number of seconds")
+
+
+def test_a_later_answer_passes_through():
+    """What other ranks still have to say is the exchange's business; the table hands it on as it is."""
+    later, job = object(), FakeJob()
+    job.ranks = job.stacks = lambda timeout: later
+    assert all(TABLE[name].run(job, **TABLE[name].bind([])) is later for name in ("ranks", "stacks"))
+
+
 @pytest.mark.parametrize(
-    "param", [commands.WAIT, commands.TIMEOUT, commands.NEW_ID, commands.KNOWN_ID], ids=lambda p: p.name
+    "param",
+    [commands.WAIT, commands.TIMEOUT, commands.PATIENCE, commands.NEW_ID, commands.KNOWN_ID],
+    ids=lambda p: p.name,
 )
 def test_schema_says_what_is_checked(param):
     """What ``rpc.discover`` promises and what is checked are one rule (but for what prints)."""

@@ -11,10 +11,10 @@ import pytest
 from .world import ROOT
 
 FLOORS = {
-    0: "errors clock version connection progress metrics process rounds line polled launch stacks vitals",
+    0: "errors clock version connection progress metrics process rounds line polled launch tls stacks vitals",
     1: "jsonrpc commands endpoint record dump",
-    2: "roster mailbox jobs exchange signals world",
-    3: "server directory screen ranks census ledger",
+    2: "roster mailbox jobs exchange signals world gate listener",
+    3: "server directory screen ranks census ledger offer caller",
     4: "client controller",
     5: "rescue adapter",
     6: "cli hf plain lightning",
@@ -25,7 +25,7 @@ INSIDE = {"psutil": {"process", "vitals"}}
 #: The client's tower, which never meets the training side.
 TRAINING = {"adapter", "controller", "directory", "exchange", "connection", "hf", "mailbox", "metrics", "plain",
             "progress", "ranks", "server", "signals", "lightning",
-            "world", "rounds", "line", "polled", "census", "ledger", "stacks", "vitals"}  # fmt: skip
+            "world", "rounds", "line", "polled", "census", "ledger", "offer", "gate", "listener", "stacks", "vitals"}  # fmt: skip
 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 SOURCES = {path.stem: path.read_text() for path in (ROOT / "forgather_control").glob("*.py")}

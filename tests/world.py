@@ -37,6 +37,12 @@ def needs(program: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
 
 
+def needs_success(reason: str, command: str) -> pytest.MarkDecorator:
+    """Skip where a shell command, harmless in itself, cannot be carried out; for rights that come with no name."""
+    done = subprocess.run(["sh", "-c", command], capture_output=True)
+    return pytest.mark.skipif(done.returncode != 0, reason=reason)
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and be another user")
 
 
