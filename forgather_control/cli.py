@@ -1,6 +1,6 @@
 """The command line: arguments to one client call each, printing, exit codes. No logic.
 
-Floor 6: imports errors, commands, jobs, jsonrpc, record, client, rescue and screen; never torch. Verbs and
+Floor 6: imports caller, errors, commands, jobs, jsonrpc, record, client, rescue and screen; never torch. Verbs and
 help come from the command table.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from . import client, commands, jobs, jsonrpc, screen
+from .caller import Client
 from .errors import (
     AmbiguousJob,
     ControlError,
@@ -118,6 +119,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     rpc.add_argument("job", metavar="JOB")
     rpc.add_argument("method", metavar="METHOD")
     rpc.add_argument("params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
+    _add_ways(rpc)
     return parser
 
 
@@ -148,8 +150,13 @@ def _add_method(verbs: Any, method: commands.Method) -> None:
     parser = _add(verbs, method.verb, method.doc, _QUERIES.get(method.name, _command))
     parser.set_defaults(method=method.name)
     if method.name == "list_jobs":
+        parser.add_argument(
+            "--remote", metavar="HOST:PORT", help="the jobs of another host, told by the one at this port"
+        )
+        _add_token(parser)
         return
     parser.add_argument("job", metavar="JOB", nargs="?", help="id, unique prefix, or nothing where one job is live")
+    _add_ways(parser)
     if method.name == "abort":
         parser.add_argument("--force", action="store_true", help="do not ask")
     if commands.PATIENCE in method.params:
@@ -162,6 +169,33 @@ def _add_method(verbs: Any, method: commands.Method) -> None:
         )
     if method.is_command:
         _add_waits(parser, method)
+
+
+def _add_ways(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--connect", metavar="ADDRESS", help="tcp://HOST:PORT, tls://HOST:PORT or unix:PATH")
+    _add_token(parser)
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    # Never the token itself: every user of this host sees the arguments of every process.
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=_first_line,
+        dest="token",
+        help="holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's endpoint.json",
+    )
+
+
+def _first_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            token = file.readline().strip()
+    except (OSError, ValueError) as err:
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read ({err})") from err
+    if not token:
+        raise argparse.ArgumentTypeError(f"{path!r} holds no token in its first line")
+    return token
 
 
 def _add_waits(parser: argparse.ArgumentParser, method: commands.Method) -> None:
@@ -195,7 +229,13 @@ def _checked(text: str, param: commands.Param) -> float:
 # Verbs...
 
 
+def _open(args: argparse.Namespace) -> Client:
+    return client.connect(args.job, at=args.connect, token=args.token)
+
+
 def _list(args: argparse.Namespace) -> int:
+    if args.remote is not None:
+        return _list_remote(args)
     found, left_out = jobs.discover(jobs_dir(), client.LIST_TIMEOUT)
     if args.json:
         _print_json([job.to_json() for job in found])
@@ -208,8 +248,20 @@ def _list(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _list_remote(args: argparse.Namespace) -> int:
+    at = args.remote if "://" in args.remote else f"tcp://{args.remote}"
+    with client.connect(at=at, token=args.token) as job:
+        rows = job.call("list_jobs")
+    if args.json:
+        _print_json(rows)
+    else:
+        _print_text(screen.job_table([jobs.Job.from_json(row) for row in rows], _colour()))
+    return DONE
+
+
 def _status(args: argparse.Namespace) -> int:
-    status = client.get_job_status(args.job)
+    with _open(args) as job:
+        status = job.call("status")
     if args.json:
         _print_json(status)
     else:
@@ -218,16 +270,20 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> int:
-    record = client.find(args.job)
     kill_after = getattr(args, "kill_after", None)
+    if kill_after is not None and args.connect is not None:
+        raise _Refused("--kill-after ends processes of this host, so it does not go with --connect", USAGE)
+    record = client.find(args.job) if args.connect is None else None
+    name = args.job or args.connect if record is None else record.job_id
     if args.method == "abort" and not args.force:
         by_force = "" if kill_after is None else f" Its processes on this host are killed after {kill_after:g} s."
-        _confirm(f"abort {record.job_id}? What it learnt since its last checkpoint is lost.{by_force}")
-    if kill_after is not None:
+        _confirm(f"abort {name}? What it learnt since its last checkpoint is lost.{by_force}")
+    if kill_after is not None and record is not None:
         return _abort_or_kill(args, record)
+    args.job = name if record is not None else args.job
     wait = {"wait": "finished", "timeout": args.wait} if hasattr(args, "wait") else {}
-    with client.connect(record.job_id) as job:
-        return _report(args, record.job_id, job.call(args.method, **wait))
+    with _open(args) as job:
+        return _report(args, name, job.call(args.method, **wait))
 
 
 def _report(args: argparse.Namespace, job_id: str, result: dict[str, Any]) -> int:
@@ -285,6 +341,9 @@ def _stacks(args: argparse.Namespace) -> int:
 def _look(args: argparse.Namespace) -> Sight:
     from . import rescue
 
+    if args.connect is not None:
+        with _open(args) as job:
+            return rescue.told(job.call(args.method, timeout=args.timeout))
     sight = rescue.look(client.find(args.job), args.method, args.timeout)
     if sight.problem is not None:
         _complain(f"{sight.problem}; what can be seen from here:", DONE)
@@ -312,7 +371,7 @@ def _rpc(args: argparse.Namespace) -> int:
         raise _Refused(f"PARAMS-JSON: {err}", USAGE) from err
     if not isinstance(params, (dict, list)):
         raise _Refused("PARAMS-JSON must be a JSON object or array", USAGE)
-    with client.connect(args.job) as job:
+    with _open(args) as job:
         _print_json(job.call_raw(args.method, params))
     return DONE
 

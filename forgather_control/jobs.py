@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
-from .errors import ControlError, JobsDirUnusable, NoSuchJob
+from .errors import ControlError, InternalError, JobsDirUnusable, NoSuchJob
 from .launch import Launch
 from .record import JobRecord, check_job_id, is_job_id, read_record
 
@@ -56,6 +56,18 @@ class Job(NamedTuple):
     def global_step(self) -> int | None:
         """The step it has reached; ``None`` if it did not answer."""
         return None if self.status is None else self.status.get("global_step")
+
+    @classmethod
+    def from_json(cls, value: Any) -> Job:
+        """The job that a row of ``list_jobs`` tells of.
+
+        Raises:
+            InternalError: it tells of none.
+        """
+        known = ("job_id", "host", "port", "pid", "started_at", "state")
+        if not isinstance(value, dict) or not set(known) <= value.keys():
+            raise InternalError("the other side sent no list of jobs")
+        return cls(**{name: value[name] for name in (*known, "world_size", "user", "version") if name in value})
 
     def to_json(self) -> dict[str, Any]:
         """The job as ``list --json`` prints it."""

@@ -154,6 +154,7 @@ class Ranks:
         self._saving: list[int] = []  # rounds whose checkpoint this rank has not reported; training thread only
         # Of rank 0...
         self._calls: dict[int, Calls] = {}  # of each decided round, until all is said
+        self._ended = False  # all that this rank did is said
         self._step = 0  # at which this rank applied the last of them
         self._outcomes: dict[int, list[Outcome]] = {}
         self._stored: dict[int, str | None] = {}
@@ -165,8 +166,9 @@ class Ranks:
 
     def start(self) -> None:
         """Take part from now on."""
+        here = rounds.Here(self.rank, self._home.about())  # before there are threads that would have to end
         self._line.start()
-        self._tell_leader(rounds.Here(self.rank, self._home.about()))
+        self._tell_leader(here)
 
     def due(self, step: int) -> bool:
         """Whether a round is on."""
@@ -188,7 +190,9 @@ class Ranks:
     def applied(self, calls: Calls, step: int) -> None:
         """Tell rank 0."""
         number = self._member.number
-        self._step = step
+        with self._lock:
+            self._step = step
+            self._calls.setdefault(number, calls)  # who gave the round up may know them before its leader does
         if _saves(calls):
             self._saving.append(number)
         self._tell_leader(rounds.Did(number, self.rank))
@@ -212,19 +216,20 @@ class Ranks:
 
     def close(self, seconds: float, fault: str | None = None) -> None:
         """See ``World``."""
-        self.kept()
+        self.kept(fault)
         if self._leader is None:
             self._tell_leader(rounds.Gone(self.rank, None if fault is None else f"rank {self.rank}: {fault}"))
         else:
             self._line.say(self._end_round)
             with self._lock:
-                self._lock.wait_for(lambda: self._cut is not None or not self._leader_owes(), seconds)
+                self._lock.wait_for(lambda: self._cut is not None or self._is_settled(), seconds)
             self._line.say(self._dismiss)
         self._line.close(seconds)
         self._name_missing()
 
-    def _leader_owes(self) -> bool:
-        return self._leader is not None and self._leader.owes
+    def _is_settled(self) -> bool:
+        """Whether all that this rank did is said, by it and by the others."""
+        return self._leader is not None and self._ended and not self._leader.owes
 
     # On any thread...
 
@@ -393,9 +398,12 @@ class Ranks:
     def _propose(self, proposal: rounds.Propose, voice: Voice) -> None:
         calls = self._home.take() if proposal.due is not None else []
         mine = [proposal.due, calls] if calls else [None, []]
-        due, agreed = voice.decide(f"go/{proposal.number}", mine)
-        if due is None and calls:
-            self._home.put_back(calls)
+        due, agreed = None, []
+        try:
+            due, agreed = voice.decide(f"go/{proposal.number}", mine)
+        finally:  # where the store is gone, too, they must not be lost
+            if due is None and calls:
+                self._home.put_back(calls)
         with self._leading() as leader:
             self._calls[proposal.number] = agreed
             post = leader.decided(rounds.Go(proposal.number, due, agreed), _saves(agreed), time.monotonic())
@@ -412,6 +420,7 @@ class Ranks:
 
     def _end_round(self, voice: Voice) -> None:
         with self._leading() as leader:
+            self._ended = True
             actions = leader.close()
         for action in actions:
             self._do(action, voice)

@@ -93,6 +93,11 @@ def look(record: JobRecord, method: str, timeout: float) -> Sight:
         return Sight(_judged(_unasked(known), known), known, err)
 
 
+def told(rows: Any) -> Sight:
+    """What a job of another host answered, whose processes cannot be looked at from here."""
+    return Sight(_judged(rows, nobody := Crew([], 0, os.geteuid())), nobody)
+
+
 def _unasked(crew: Crew) -> list[dict[str, Any]]:
     unknown = ("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes", "stacks")
     return [
