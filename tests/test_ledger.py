@@ -1,0 +1,189 @@
+"""The ledger: each applied command ends as its row of the table says, with what was saved for it, once all ranks did."""
+
+from __future__ import annotations
+
+import pytest
+
+from forgather_control.adapter import Wishes
+from forgather_control.commands import TABLE
+from forgather_control.ledger import Ledger
+from forgather_control.mailbox import Mailbox
+
+COMMANDS = [method.name for method in TABLE.values() if method.is_command]
+
+
+class Ranks:
+    """A world of which each side is written down: what this rank said, and what waits for the others."""
+
+    size = 2
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self.said = []
+        self.outcomes = {}
+
+    def applied(self, calls, step):
+        """As ``World``."""
+        self.said.append(("applied", [call[0] for call in calls], step))
+
+    def kept(self, fault=None):
+        """As ``World``."""
+        self.said.append(("kept", fault))
+
+    def settle(self, command_id, outcome):
+        """As ``World``; the test says when the others are done."""
+        self.outcomes[command_id] = outcome
+
+
+@pytest.fixture
+def box():
+    """Where rank 0 has its records."""
+    return Mailbox(lambda: None)
+
+
+@pytest.fixture
+def world():
+    """Rank 0 of two."""
+    return Ranks()
+
+
+def apply(ledger, box, world, *commands, step=1):
+    """Submit each command under its own name, and apply them all at one step."""
+    wishes = Wishes()
+    for command in commands:
+        box.submit(command, command)
+    calls = ledger.take()
+    ledger.apply(calls, wishes, step, world)
+    ledger.confirm(calls, step, None)
+    return wishes
+
+
+def test_a_save_is_over_once_the_others_have_written_theirs(box, world):
+    """Not when rank 0 has; its result is that of rank 0."""
+    ledger = Ledger(box, 0.0)
+    apply(ledger, box, world, "save_checkpoint", step=7)
+    ledger.saved(7, "/c-7", world)
+    assert box.get("save_checkpoint").state == "applied" and world.said[-1] == ("kept", None)
+    world.outcomes["save_checkpoint"](None)
+    record = box.get("save_checkpoint")
+    assert (record.state, record.applied_at_step, record.result["path"]) == ("finished", 7, "/c-7")
+
+
+def test_a_save_that_another_rank_could_not_finish_has_failed(box, world):
+    """With what rank 0 did save, and the other's reason."""
+    ledger = Ledger(box, 0.0)
+    apply(ledger, box, world, "save_checkpoint")
+    ledger.saved(1, "/c-1", world)
+    world.outcomes["save_checkpoint"]("rank 1: disk full")
+    record = box.get("save_checkpoint")
+    assert record.state == "failed" and "disk full" in record.error["message"] and record.result["path"] == "/c-1"
+
+
+@pytest.mark.parametrize("command", ["graceful_stop", "save_and_stop", "abort"])
+def test_a_stop_is_over_when_training_has_ended(box, world, command):
+    """Not before; until then the job is stopping."""
+    ledger = Ledger(box, 0.0)
+    apply(ledger, box, world, command, step=3)
+    if command == "save_and_stop":
+        ledger.saved(3, "/c-3", world)
+    assert ledger.ends and box.get(command).state == "applied" and not world.outcomes
+    ledger.end(3, None, world)
+    world.outcomes[command](None)
+    path = "/c-3" if command == "save_and_stop" else None
+    assert (box.get(command).state, box.get(command).result["path"]) == ("finished", path)
+    assert box.get(command).result["step"] == 3 and not ledger.ends
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_training_that_raised_fails_what_waited_for_it(box, world, command):
+    """Each command that is not over says what ended the run."""
+    ledger = Ledger(box, 0.0)
+    apply(ledger, box, world, command)
+    ledger.fail_saves(world, "training ended by ValueError", "training ended by ValueError")
+    ledger.end(1, "training ended by ValueError", world)
+    record = box.get(command)
+    assert record.state == "failed" and "ValueError" in record.error["message"]
+
+
+def test_an_abort_fails_the_saves_before_it(box, world):
+    """No checkpoint is written after it, so they will not come."""
+    ledger = Ledger(box, 0.0)
+    apply(ledger, box, world, "save_checkpoint", "abort")
+    assert box.get("save_checkpoint").state == "failed" and "abort" in box.get("save_checkpoint").error["message"]
+    assert box.get("abort").state == "applied"
+
+
+def test_a_save_that_fails_takes_no_other_stop_with_it(box, world):
+    """A save-and-stop failed; a stop beside it is finished when training ends."""
+    ledger = Ledger(box, 0.0)
+    apply(ledger, box, world, "save_and_stop", "graceful_stop")
+    ledger.fail_saves(world, "disk full", "disk full")
+    assert world.said[-1] == ("kept", "disk full") and box.get("save_and_stop").state == "failed"
+    ledger.end(1, None, world)
+    world.outcomes["graceful_stop"](None)
+    assert list(world.outcomes) == ["graceful_stop"] and box.get("graceful_stop").state == "finished"
+
+
+def test_another_rank_has_no_records(box):
+    """It runs the same effects and reports its part; the mailbox is rank 0's."""
+    ledger, world, wishes = Ledger(box, 0.0), Ranks(rank=1), Wishes()
+    calls = [["id", "save_checkpoint", False], ["other", "graceful_stop", False]]
+    ledger.apply(calls, wishes, 4, world)
+    assert wishes.save and wishes.stop and world.said == [("applied", ["id", "other"], 4)]
+    ledger.saved(4, "/c-4", world)
+    ledger.saves_nothing(world)
+    ledger.fail_saves(world, "late", "late")
+    ledger.end(4, None, world)
+    assert world.said[1:] == [("kept", None), ("kept", None), ("kept", "late")]
+    assert world.outcomes == {} and box.records() == []
+
+
+def test_what_not_all_ranks_applied_has_failed(box):
+    """The truth is told, though some did."""
+    ledger = Ledger(box, 0.0)
+    box.submit("abort", "abort")
+    ledger.confirm(ledger.take(), 5, "rank 1 did not say that it did its part")
+    assert box.get("abort").state == "failed" and "not all ranks" in box.get("abort").error["message"]
+
+
+def test_what_is_put_back_is_taken_again(box):
+    """A round that was off loses nothing."""
+    ledger = Ledger(box, 0.0)
+    box.submit("abort", "abort")
+    calls = ledger.take()
+    ledger.put_back(calls)
+    assert ledger.take() == calls == [["abort", "abort", False]]
+
+
+def test_only_a_signals_save_and_stop_is_spared(box, world):
+    """And only while a checkpoint is young; its record then names that one."""
+    ledger = Ledger(box, 1e6)
+    ledger.submit("save_and_stop")
+    assert [call[2] for call in ledger.take()] == [False], "there is no checkpoint yet"
+    ledger.saved(2, "/c-2", world)
+    for command, by_signal, spared in (("save_checkpoint", True, False), ("abort", False, False)):
+        ledger.submit(command) if by_signal else box.submit(command, None)
+        assert [call[2] for call in ledger.take()] == [spared]
+
+
+def test_a_spared_stop_names_the_checkpoint_there_is(box, world):
+    """It ends as a stop does, and saves nothing."""
+    ledger, wishes = Ledger(box, 1e6), Wishes()
+    ledger.saved(2, "/c-2", world)
+    ledger.submit("save_and_stop")
+    (call,) = calls = ledger.take()
+    ledger.apply(calls, wishes, 3, world)
+    assert call[2] and wishes.stop and wishes.spare and not wishes.save
+    ledger.end(3, None, world)
+    world.outcomes[call[0]](None)
+    assert box.get(call[0]).result == {"step": 2, "path": "/c-2", "seconds": 0.0}
+
+
+def test_a_signal_that_comes_too_late_is_one_warning(box, caplog):
+    """The mailbox is closed: nothing is raised into the thread that decides."""
+    from forgather_control.errors import JobEnding
+
+    box.close(JobEnding("training ended"))
+    Ledger(box, 0.0).submit("abort")
+    (warning,) = caplog.records
+    assert "in vain" in warning.getMessage()
