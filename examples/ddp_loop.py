@@ -1,6 +1,6 @@
 """The plain loop on several ranks: ``torchrun --standalone --nproc-per-node 2 examples/ddp_loop.py``.
 
-Every rank has its ``TrainingJob`` and steps it; only rank 0 writes the checkpoint. SIGTERM, on any rank, saves and stops.
+Every rank has its ``TrainingJob`` and steps it; only rank 0 writes the checkpoint. SIGTERM on any rank saves and stops.
 """
 
 import tempfile

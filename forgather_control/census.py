@@ -80,7 +80,7 @@ class Census:
             log.warning("%s cannot be written: %s", roster.ROSTER, err.strerror)
 
     def ask(self, world: World, what: str, timeout: float) -> Any:
-        """All ranks' answers in order, now or ``Later``: when all that can answer have, or after ``timeout`` seconds."""
+        """All ranks' answers in order: now, or ``Later``, when all that can have answered, or after ``timeout`` s."""
         inquiry = world.inquire(what)
         deadline = time.monotonic() + timeout
 

@@ -81,7 +81,7 @@ class UnixListener(Listener, socketserver.UnixStreamServer):
 class TcpListener(Listener):
     """A port of one address of this host; whoever connects is a stranger."""
 
-    # Without it the port of a job that has ended stays taken for a minute. Two who listen it does not allow (socket(7)).
+    # Without it the port of a job that has ended stays taken for a minute; two who listen it does not allow (socket(7)).
     allow_reuse_address = True
 
     def __init__(self, host: str, port: int, adopt: Adopt) -> None:

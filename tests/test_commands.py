@@ -22,8 +22,8 @@ COMMANDS = {
     "save_and_stop": (["evaluate", "save", "stop"], {"saved", "ended"}, "save-stop"),
     "abort": (["abort"], {"ended"}, "abort"),
 }
-QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks", "stacks",
-           "rpc.discover"}  # fmt: skip
+QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks",
+           "stacks", "rpc.discover"}  # fmt: skip
 RECORD = CommandRecord("id-1", "abort", "accepted", 12.5)
 
 every_command = pytest.mark.parametrize("name", COMMANDS)

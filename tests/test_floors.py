@@ -25,7 +25,8 @@ INSIDE = {"psutil": {"process", "vitals"}}
 #: The client's tower, which never meets the training side.
 TRAINING = {"adapter", "controller", "directory", "exchange", "connection", "hf", "mailbox", "metrics", "plain",
             "progress", "ranks", "server", "signals", "lightning",
-            "world", "rounds", "line", "polled", "census", "ledger", "offer", "gate", "listener", "stacks", "vitals"}  # fmt: skip
+            "world", "rounds", "line", "polled", "census", "ledger", "offer", "gate", "listener",
+            "stacks", "vitals"}  # fmt: skip
 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 SOURCES = {path.stem: path.read_text() for path in (ROOT / "forgather_control").glob("*.py")}

@@ -1,4 +1,4 @@
-"""The ledger: each applied command ends as its row of the table says, with what was saved for it, once all ranks did."""
+"""The ledger: each applied command ends as its row of the table says, once all ranks did their part."""
 
 from __future__ import annotations
 
