@@ -435,7 +435,7 @@ class Ranks:
     def _name_missing(self) -> None:
         """Whoever has not said that he did his part by now: what he owes is not done."""
         leader = self._leader
-        if leader is None or not leader.owes:
+        if leader is None or not leader.missing:
             return
         fault = f"rank {', '.join(map(str, leader.missing))} did not say before rank 0 ended that it did its part"
         if leader.is_going:

@@ -215,14 +215,19 @@ class Leader:
         #: Why no round can be held any more.
         self.fault: str | None = None
         self.number = 0
+        self._closed = False
         self._phase: Literal["idle", "asking", "deciding", "going"] = "idle"
         self._asked: set[int] = set()
         self._answers: dict[int, int] = {}
         self._deadline = 0.0
         self._pause = PAUSE
         self._waiting: set[int] = set()  # for these to apply the round
+        self._unapplied: str | None = None  # why one of them will not
+        # Rank 0 may learn a decision from the store, and obey it, before its leader has noted that it stands there.
+        self._did: set[int] = set()
+        self._kept: dict[int, str | None] = {}
         self._keeping: dict[int, set[int]] = {}  # by round: for these to write their part of its checkpoint
-        self._faults: dict[int, str] = {}
+        self._faults: dict[int, str] = {}  # why one of those will not
 
     # Events...
 
@@ -236,7 +241,9 @@ class Leader:
         self._gone.add(rank)
         if fault is not None:
             self.fault = self.fault or fault
-            for number in {*self._keeping, *([self.number] if rank in self._waiting else [])}:
+            if rank in self._waiting:
+                self._unapplied = self._unapplied or fault
+            for number in (number for number, waiting in self._keeping.items() if rank in waiting):
                 self._faults.setdefault(number, fault)
         self._asked.discard(rank)
         self._waiting.discard(rank)
@@ -255,14 +262,16 @@ class Leader:
             self._pause = min(2 * self._pause, MAX_PAUSE)
         else:
             self._phase, self._deadline, self._pause = "going", now, PAUSE
-            self._waiting = set(self._asked)
+            self._waiting, self._unapplied = self._asked - self._did, None
             if keeps:
-                self._keeping[go.number] = set(self._asked)
+                self._keeping[go.number] = self._asked - self._kept.keys()
+                self._faults.update((go.number, fault) for fault in self._kept.values() if fault is not None)
         return Post(tuple(sorted(self._asked)), go)
 
     def did(self, number: int, rank: int) -> None:
         """A rank applied the round."""
         if number == self.number:
+            self._did.add(rank)
             self._waiting.discard(rank)
 
     def kept(self, number: int, rank: int, fault: str | None) -> None:
@@ -271,6 +280,8 @@ class Leader:
             self._keeping[number].discard(rank)
             if fault is not None:
                 self._faults.setdefault(number, fault)
+        elif number == self.number:
+            self._kept[rank] = fault
 
     # What follows from them...
 
@@ -290,8 +301,8 @@ class Leader:
 
     @property
     def owes(self) -> bool:
-        """Whether rank 0 did its part of something of which others have not said that they did theirs."""
-        return bool(self.missing)
+        """Whether rank 0 did its part (or may have) of something of which others have not said that they did theirs."""
+        return self._phase == "deciding" or bool(self.missing)
 
     @property
     def missing(self) -> list[int]:
@@ -306,8 +317,8 @@ class Leader:
             actions += self._count(now)
         elif self._phase == "going" and not self._waiting:
             self._phase = "idle"
-            actions.append(Applied(self.number, self._fault_of(self.number)))
-        if self._phase == "idle" and pending and not self._absent and self.fault is None and now >= self._deadline:
+            actions.append(Applied(self.number, self._unapplied))
+        if self._phase == "idle" and pending and self._may_ask and now >= self._deadline:
             actions += self._ask(now)
         return actions + self._stored()
 
@@ -317,9 +328,14 @@ class Leader:
             return max(0.0, self._deadline - now)
         return None
 
+    @property
+    def _may_ask(self) -> bool:
+        return not (self._absent or self._closed) and self.fault is None
+
     def _ask(self, now: float) -> list[Action]:
         self.number += 1
         self._asked, self._answers = set(self._everybody - self._gone), {}
+        self._did, self._kept = set(), {}
         self._phase, self._deadline = "asking", now + self._patience
         return [Post(tuple(sorted(self._asked)), Ask(self.number))]
 
@@ -339,12 +355,10 @@ class Leader:
             del self._keeping[number]
         return [Stored(number, self._faults.pop(number, None)) for number in over]
 
-    def _fault_of(self, number: int) -> str | None:
-        return self._faults.get(number) if number in self._keeping else self._faults.pop(number, None)
-
     def _is_going(self, number: int) -> bool:
         return number == self.number and self._phase == "going"
 
     def close(self) -> list[Action]:
-        """Rank 0 ends: a round that is not decided is off."""
+        """Rank 0 ends: a round that is not decided is off, and no other begins."""
+        self._closed = True
         return self._propose(None) if self._phase == "asking" else []
