@@ -61,12 +61,12 @@ class Ledger:
         world.applied(calls, step)
         for call in calls:
             self._follow(world, *call)
+        if any(command == "abort" for _, command, _ in calls):  # whether the save came before it or behind it
+            self.fail_saves(world, "an abort was applied: no checkpoint is written after it")
 
     def _follow(self, world: World, command_id: str, command: str, spare: bool) -> None:
         now = time.monotonic()
         completes = commands.TABLE[command].completes
-        if command == "abort":
-            self.fail_saves(world, "an abort was applied: no checkpoint is written after it")
         if "ended" in completes:
             self._ending[command_id] = now
         if spare and self._checkpoint is not None:
@@ -97,9 +97,8 @@ class Ledger:
     def fail_saves(self, world: World, reason: str, fault: str | None = None) -> None:
         """The checkpoint that was asked for will not come; ``fault``: for want of this rank's part of it."""
         for command_id in self._saving:
-            if world.rank == 0:
-                self._mailbox.failed(command_id, CommandFailed(reason))
             self._ending.pop(command_id, None)
+            self._fail(command_id, CommandFailed(reason), world)
         self._saving.clear()
         world.kept(fault)
 
@@ -117,6 +116,11 @@ class Ledger:
         """Say that a command is over, once every rank has done its part."""
         if world.rank == 0:
             world.settle(command_id, lambda fault: self._settled(command_id, result, fault))
+
+    def _fail(self, command_id: str, error: ControlError, world: World) -> None:
+        """Say that a command failed; also that only once every rank has applied it."""
+        if world.rank == 0:
+            world.settle(command_id, lambda fault: self._mailbox.failed(command_id, error))
 
     def _settled(self, command_id: str, result: dict[str, Any], fault: str | None) -> None:
         if fault is None:

@@ -68,7 +68,8 @@ class Line:
         hear: called on the ear's thread with each message, and a voice to answer with.
         pause: called on the mouth's thread: seconds after which to call ``idle``; ``None`` for never.
         idle: called on the mouth's thread when nothing was said for that long.
-        cut: called on either thread, once, when the line broke: the store's host has gone, say.
+        cut: called on either thread, once, when the line broke: the store's host has gone, say; with a voice that
+            may still be heard.
 
     Raises:
         RuntimeError: the store cannot be reached (torch's ``DistError`` is one).
@@ -81,7 +82,7 @@ class Line:
         hear: Callable[[list[Any], Voice], None],
         pause: Callable[[], float | None],
         idle: Callable[[Voice], None],
-        cut: Callable[[str], None],
+        cut: Callable[[str, Voice], None],
     ) -> None:
         self._rank = rank
         self._hear, self._pause, self._idle, self._cut = hear, pause, idle, cut
@@ -94,8 +95,8 @@ class Line:
         self._over = False
         self._lock = threading.Lock()  # guards _over against two threads that find the line broken
         self._threads = [
-            threading.Thread(target=self._run, args=(work,), name=f"forgather-{name}", daemon=True)
-            for name, work in (("ear", self._listen), ("mouth", self._talk))
+            threading.Thread(target=self._run, args=(work, voice), name=f"forgather-{name}", daemon=True)
+            for name, work, voice in (("ear", self._listen, self._answers), ("mouth", self._talk, self._voice))
         ]
 
     def start(self) -> None:
@@ -119,7 +120,7 @@ class Line:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], voice: Voice) -> None:
         try:
             work()
         except Exception as err:  # border: whatever a store raises, it must not stop training
@@ -127,7 +128,7 @@ class Line:
                 was_over, self._over = self._over, True
             if not was_over:
                 log.debug("the line between ranks broke", exc_info=True)
-                self._cut(f"{type(err).__name__}: {str(err).partition(chr(10))[0]}")
+                self._cut(f"{type(err).__name__}: {str(err).partition(chr(10))[0]}", voice)
                 self._queue.put(None)
 
     def _listen(self) -> None:

@@ -32,13 +32,16 @@ class Ring:
         self._names = names
         self._device = _device(self._torch)
 
+    def sum(self, numbers: list[int]) -> list[int]:
+        """The sums over all ranks; one all-reduce."""
+        summed = self._torch.tensor(numbers, dtype=self._torch.int64, device=self._device)
+        self._dist.all_reduce(summed)
+        found: list[int] = summed.tolist()
+        return found
+
     def ask(self, size: int, wanted: list[str]) -> tuple[int, list[str]]:
         """The sum of all sizes, and whatever any rank wants; one all-reduce."""
-        asked = self._torch.tensor(
-            [size, *(wanted.count(name) for name in self._names)], dtype=self._torch.int64, device=self._device
-        )
-        self._dist.all_reduce(asked)
-        total, *counts = asked.tolist()
+        total, *counts = self.sum([size, *(wanted.count(name) for name in self._names)])
         return total, [name for name, count in zip(self._names, counts) if count]
 
     def share(self, data: bytes, size: int) -> Any:

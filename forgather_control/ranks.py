@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from . import commands, rounds
@@ -164,8 +164,10 @@ class Ranks:
 
     # On the training thread...
 
-    def start(self) -> None:
-        """Take part from now on."""
+    def start(self, fault: str | None = None) -> None:
+        """Take part from now on. Without rank 0 the others wait for nothing: it never asks."""
+        if fault is not None:
+            return
         here = rounds.Here(self.rank, self._home.about())  # before there are threads that would have to end
         self._line.start()
         self._tell_leader(here)
@@ -176,16 +178,19 @@ class Ranks:
 
     def hear(self, step: int) -> Calls:
         """Hold until the round is decided; its commands, if this is the step."""
+        if not self._wait(1.5 * rounds.PATIENCE):
+            number = self._member.number
+            self._line.say(lambda voice: self._give_up(number, voice))
+            if not self._wait(rounds.PATIENCE):
+                self._lose("the store does not answer")  # training goes before agreement
+                self._line.say(lambda voice: self._part("the store did not answer", voice))
+                self._line.close(0.0)
         with self._lock:
-            if not self._lock.wait_for(self._is_decided, 1.5 * rounds.PATIENCE):
-                number = self._member.number
-                self._line.say(lambda voice: self._give_up(number, voice))
-                if not self._lock.wait_for(self._is_decided, rounds.PATIENCE):
-                    self._member.forget()  # not even the store answers; training goes before agreement
             return self._member.take() or []
 
-    def _is_decided(self) -> bool:
-        return not self._member.undecided
+    def _wait(self, seconds: float) -> bool:
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._member.undecided, seconds)
 
     def applied(self, calls: Calls, step: int) -> None:
         """Tell rank 0."""
@@ -218,7 +223,8 @@ class Ranks:
         """See ``World``."""
         self.kept(fault)
         if self._leader is None:
-            self._tell_leader(rounds.Gone(self.rank, None if fault is None else f"rank {self.rank}: {fault}"))
+            fault = None if fault is None else f"rank {self.rank}: {fault}"
+            self._tell_leader(rounds.Gone(self.rank, self._member.clock, fault))
         else:
             self._line.say(self._end_round)
             with self._lock:
@@ -287,6 +293,8 @@ class Ranks:
 
     def _on_ask(self, voice: Voice, number: int) -> None:
         with self._lock:
+            if self._cut is not None:
+                return
             answer = self._member.ask(number)
         self._deliver(0, _wire(answer), voice)
 
@@ -307,9 +315,9 @@ class Ranks:
         with self._leading() as leader:
             leader.kept(*fields)
 
-    def _on_gone(self, voice: Voice, rank: int, fault: str | None) -> None:
+    def _on_gone(self, voice: Voice, rank: int, clock: int, fault: str | None) -> None:
         with self._leading() as leader:
-            leader.gone(rank, fault)
+            leader.gone(rank, clock, fault)
         if fault is not None:
             self._home.cut_off(fault)
 
@@ -333,22 +341,38 @@ class Ranks:
             self._home.changed()
 
     def _on_over(self, voice: Voice) -> None:
-        """Rank 0 has ended: there is nothing to hear any more."""
+        """Rank 0 has ended. Who is held for its decision reads what stands there, so that all obey the same."""
+        if self._member.undecided:
+            self._give_up(self._member.number, voice)
         with self._lock:
             self._cut = self._cut or "rank 0 has ended"
-            self._member.forget()
-            self._lock.notify_all()
         self._line.close(0.0)
 
-    def _on_cut(self, why: str) -> None:
+    def _on_cut(self, why: str, voice: Voice) -> None:
+        """On the thread that broke, whose own voice may still reach the store: who is held learns the decision."""
+        with suppress(Exception):  # border: or it may not
+            if self._member.undecided:
+                self._give_up(self._member.number, voice)
+        self._lose(why)
+        with suppress(Exception):  # border: as above
+            self._part(why, voice)
+
+    def _lose(self, why: str) -> None:
+        """Take part no more, as this rank cannot be reached."""
         with self._lock:
-            self._cut = why
+            self._cut = self._cut or why
             self._member.forget()
             if self._leader is not None:
-                self._leader.fault = why
+                self._leader.fault = self._leader.fault or why
             self._lock.notify_all()
-        self._tell_leader(rounds.Gone(self.rank, f"rank {self.rank} is cut off: {why}"))  # should it still be heard
         self._home.cut_off(why)
+
+    def _part(self, why: str, voice: Voice) -> None:
+        if self._leader is not None:
+            self._dismiss(voice)
+        else:
+            gone = rounds.Gone(self.rank, self._member.clock, f"rank {self.rank} is cut off: {why}")
+            self._deliver(0, _wire(gone), voice)
 
     # Rounds, on the threads of the line...
 

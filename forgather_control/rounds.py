@@ -100,9 +100,10 @@ class Kept(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """A rank takes part no more; ``fault`` says why, if its training goes on."""
+    """A rank takes part no more after the step ``clock``; ``fault`` says why, if its training goes on."""
 
     rank: int
+    clock: int
     fault: str | None
 
 
@@ -169,14 +170,18 @@ class Member:
         return self.holding
 
     def ask(self, number: int) -> At:
-        """The leader wants to know where this rank is."""
-        self.number, self._decision = number, None
-        self.holding = True  # before the clock is read: see above
+        """The leader wants to know where this rank is. A question that comes after its round is over changes nothing."""
+        if number > self.number:
+            self.number, self._decision = number, None
+            self.holding = True  # before the clock is read: see above
         return At(number, self.rank, self.clock)
 
     def decided(self, go: Go) -> None:
         """The round is decided. What comes late or twice changes nothing."""
-        if go.number == self.number and self.holding and self._decision is None:
+        if go.number > self.number:  # off before its question came, as are all before it
+            self.forget()
+            self.number = go.number
+        elif go.number == self.number and self.undecided:
             self._decision = go
             self.holding = go.due is not None
 
@@ -211,6 +216,7 @@ class Leader:
         self._patience = patience
         self._absent = set(range(size))
         self._gone: set[int] = set()
+        self._passed = 0  # the last step of those that are gone
         self._everybody = frozenset(range(size))
         #: Why no round can be held any more.
         self.fault: str | None = None
@@ -223,9 +229,6 @@ class Leader:
         self._pause = PAUSE
         self._waiting: set[int] = set()  # for these to apply the round
         self._unapplied: str | None = None  # why one of them will not
-        # Rank 0 may learn a decision from the store, and obey it, before its leader has noted that it stands there.
-        self._did: set[int] = set()
-        self._kept: dict[int, str | None] = {}
         self._keeping: dict[int, set[int]] = {}  # by round: for these to write their part of its checkpoint
         self._faults: dict[int, str] = {}  # why one of those will not
 
@@ -235,8 +238,9 @@ class Leader:
         """A rank takes part from now on."""
         self._absent.discard(rank)
 
-    def gone(self, rank: int, fault: str | None) -> None:
-        """A rank takes part no more."""
+    def gone(self, rank: int, clock: int, fault: str | None) -> None:
+        """A rank takes part no more: what it has passed, the others must not apply."""
+        self._passed = max(self._passed, clock)
         self._absent.discard(rank)
         self._gone.add(rank)
         if fault is not None:
@@ -257,21 +261,21 @@ class Leader:
 
     def decided(self, go: Go, keeps: bool, now: float) -> Post:
         """What stands in the store as the round's decision; ``keeps``: whether its commands save."""
-        if go.due is None:
+        if not keeps:
+            del self._keeping[go.number]
+            self._faults.pop(go.number, None)
+        if go.due is None and self._asked and len(self._answers) == len(self._asked):
+            self._phase, self._deadline = "idle", now  # all answered, and what was wanted had been taken back
+        elif go.due is None:
             self._phase, self._deadline = "idle", now + self._pause
             self._pause = min(2 * self._pause, MAX_PAUSE)
         else:
             self._phase, self._deadline, self._pause = "going", now, PAUSE
-            self._waiting, self._unapplied = self._asked - self._did, None
-            if keeps:
-                self._keeping[go.number] = self._asked - self._kept.keys()
-                self._faults.update((go.number, fault) for fault in self._kept.values() if fault is not None)
         return Post(tuple(sorted(self._asked)), go)
 
     def did(self, number: int, rank: int) -> None:
         """A rank applied the round."""
         if number == self.number:
-            self._did.add(rank)
             self._waiting.discard(rank)
 
     def kept(self, number: int, rank: int, fault: str | None) -> None:
@@ -280,8 +284,6 @@ class Leader:
             self._keeping[number].discard(rank)
             if fault is not None:
                 self._faults.setdefault(number, fault)
-        elif number == self.number:
-            self._kept[rank] = fault
 
     # What follows from them...
 
@@ -335,7 +337,6 @@ class Leader:
     def _ask(self, now: float) -> list[Action]:
         self.number += 1
         self._asked, self._answers = set(self._everybody - self._gone), {}
-        self._did, self._kept = set(), {}
         self._phase, self._deadline = "asking", now + self._patience
         return [Post(tuple(sorted(self._asked)), Ask(self.number))]
 
@@ -343,20 +344,22 @@ class Leader:
         answers = [self._answers[rank] for rank in self._asked if rank in self._answers]
         if self.fault is not None or not self._asked or (len(answers) < len(self._asked) and now >= self._deadline):
             return self._propose(None)
-        return self._propose(max(answers) + 1) if len(answers) == len(self._asked) else []
+        return self._propose(max(*answers, self._passed) + 1) if len(answers) == len(self._asked) else []
 
     def _propose(self, due: int | None) -> list[Action]:
-        self._phase = "deciding"
+        # Who gave the round up reads the decision before it is known here, and does his part, or fails to, at once.
+        self._phase, self._unapplied = "deciding", None
+        self._waiting, self._keeping[self.number] = set(self._asked), set(self._asked)
         return [Propose(self.number, due)]
 
     def _stored(self) -> list[Action]:
-        over = [number for number, waiting in self._keeping.items() if not waiting and not self._is_going(number)]
+        over = [number for number, waiting in self._keeping.items() if not waiting and not self._is_on(number)]
         for number in over:
             del self._keeping[number]
         return [Stored(number, self._faults.pop(number, None)) for number in over]
 
-    def _is_going(self, number: int) -> bool:
-        return number == self.number and self._phase == "going"
+    def _is_on(self, number: int) -> bool:
+        return number == self.number and self._phase in ("deciding", "going")
 
     def close(self) -> list[Action]:
         """Rank 0 ends: a round that is not decided is off, and no other begins."""

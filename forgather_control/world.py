@@ -1,6 +1,6 @@
 """What a job sees of its ranks, however they agree; and the two worlds that need no line between them.
 
-Floor 2, training side: imports commands, polled and rounds. A :class:`World` is one rank's view of all of them;
+Floor 2, training side: imports commands, errors, polled and rounds. A :class:`World` is one rank's view of all of them;
 its callers never ask whether anything is distributed:
 
 * :class:`OneProcess`: one rank, for which every agreement holds by itself;
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from . import commands, polled
+from .errors import Unsupported
 from .rounds import Calls
 
 #: How a command's outcome is told: with ``None``, or with why some rank did not do its part.
@@ -74,8 +75,12 @@ class World(Protocol):
     rank: int
     size: int
 
-    def start(self) -> None:
-        """Take part from now on."""
+    def start(self, fault: str | None = None) -> None:
+        """Take part from now on; or, on rank 0, not at all, and why.
+
+        Raises:
+            Unsupported: rank 0 does not.
+        """
 
     def due(self, step: int) -> bool:
         """The end of a step: whether there may be something to hear. Every rank, every step; costs next to nothing."""
@@ -119,7 +124,9 @@ class _Alone:
         self._home = home
         self._called: deque[str] = deque()  # by signal handlers, whose interrupted thread may hold any lock
 
-    def start(self) -> None:
+    def start(self, fault: str | None = None) -> None:
+        if fault is not None:
+            return
         self._about = self._home.about()
         self._home.meet({self.rank: self._about})
 
@@ -173,13 +180,20 @@ class OneProcess(_Alone):
 
 
 class Polled(_Alone):
-    """Several ranks that ask one another every ``steps`` steps."""
+    """Several ranks that ask one another every ``steps`` steps; so many as rank 0 was told."""
 
     def __init__(self, home: Home, rank: int, size: int, steps: int) -> None:
         super().__init__(home, rank, size)
         self._steps, self._count = steps, 0
         names = tuple(method.name for method in commands.TABLE.values() if method.is_command)
         self._ring = polled.Ring(names)
+
+    def start(self, fault: str | None = None) -> None:
+        """Begin together: a rank that asks alone, or in another rhythm, would meet others in a collective of theirs."""
+        faults, self._steps = self._ring.sum([int(fault is not None), self._steps if self.rank == 0 else 0])
+        if faults and fault is None:
+            raise Unsupported("rank 0 could not be made controllable; its log says why")
+        super().start(fault)
 
     def due(self, step: int) -> bool:
         """Whether it is time to ask; the same on all ranks."""

@@ -34,6 +34,11 @@ class Ranks:
         """As ``World``; the test says when the others are done."""
         self.outcomes[command_id] = outcome
 
+    def all_done(self):
+        """The others have done their part of everything."""
+        while self.outcomes:
+            self.outcomes.pop(next(iter(self.outcomes)))(None)
+
 
 @pytest.fixture
 def box():
@@ -100,6 +105,8 @@ def test_training_that_raised_fails_what_waited_for_it(box, world, command):
     ledger = Ledger(box, 0.0)
     apply(ledger, box, world, command)
     ledger.fail_saves(world, "training ended by ValueError", "training ended by ValueError")
+    assert box.get(command).state == "applied", "all ranks applied it: that is told first"
+    world.all_done()
     ledger.end(1, "training ended by ValueError", world)
     record = box.get(command)
     assert record.state == "failed" and "ValueError" in record.error["message"]
@@ -109,6 +116,7 @@ def test_an_abort_fails_the_saves_before_it(box, world):
     """No checkpoint is written after it, so they will not come."""
     ledger = Ledger(box, 0.0)
     apply(ledger, box, world, "save_checkpoint", "abort")
+    world.all_done()
     assert box.get("save_checkpoint").state == "failed" and "abort" in box.get("save_checkpoint").error["message"]
     assert box.get("abort").state == "applied"
 
@@ -118,7 +126,9 @@ def test_a_save_that_fails_takes_no_other_stop_with_it(box, world):
     ledger = Ledger(box, 0.0)
     apply(ledger, box, world, "save_and_stop", "graceful_stop")
     ledger.fail_saves(world, "disk full", "disk full")
-    assert world.said[-1] == ("kept", "disk full") and box.get("save_and_stop").state == "failed"
+    assert world.said[-1] == ("kept", "disk full")
+    world.all_done()
+    assert box.get("save_and_stop").state == "failed"
     ledger.end(1, None, world)
     world.outcomes["graceful_stop"](None)
     assert list(world.outcomes) == ["graceful_stop"] and box.get("graceful_stop").state == "finished"

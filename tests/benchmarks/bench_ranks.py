@@ -1,0 +1,319 @@
+"""What the agreement of ranks costs, and how long a command takes to reach all of them: ``tox -e bench``.
+
+Worlds of 1, 2, 4 and 8 ranks under gloo, forked from this process, which is also the client. In each:
+
+* an idle ``TrainingJob.step`` back to back, beside an empty call, one bare 8-byte broadcast, and two of them with
+  ``.item()``, which is what asking all ranks at every log costs. The first two on one rank at a time, while the
+  others wait, so that ranks which share a core do not count as cost;
+* the time from sending a save to its being applied on all ranks, at steps of some length, by the rounds and by asking
+  every 50 steps. A step here is ``time.sleep`` and one 8-byte all-reduce, which keeps ranks together as gradients do;
+* how much longer the end of a step takes when it has a round, on each rank.
+
+Aims: an idle step at most 2 us over an empty call; applied, at the median, within one step plus 50 ms. The worlds
+take turns, several times; medians count.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import random
+import socket
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ["FORGATHER_JOBS_DIR"] = tempfile.mkdtemp(prefix="bench")
+
+import torch
+import torch.distributed as dist
+
+from forgather_control import ControlError, TrainingJob, connect
+
+SIZES = (1, 2, 4, 8)
+TURNS = 3
+#: In one turn: rounds of the idle variants, and calls in each of them.
+ROUNDS, CALLS, COLLECTIVES = 5, 5_000, 100
+POLL_STEPS = 50
+#: Milliseconds a step: commands in one turn, by rounds and by asking; asking at 100 ms would take 2.5 s a command.
+COMMANDS = {1: (20, 6), 10: (12, 3), 100: (6, 0)}
+AIM_US, AIM_MS = 2.0, 50.0
+
+Figures = defaultdict[Any, list[float]]
+
+
+def empty(step: int) -> None:
+    """What any method costs by being called."""
+
+
+# In each rank...
+
+
+class Rank:
+    """One of a world; what it measured goes through ``report``."""
+
+    def __init__(self, rank: int, size: int, port: int) -> None:
+        torch.set_num_threads(1)
+        store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        self.rank, self.size = rank, size
+        self.figures: Figures = defaultdict(list)
+        self.word = torch.zeros(1, dtype=torch.int64)
+
+    def broadcast(self, step: int) -> None:
+        """One of 8 bytes."""
+        dist.broadcast(self.word, src=0)
+
+    def ask(self, step: int) -> None:
+        """Two of them, and a look at what came."""
+        for _ in range(2):
+            dist.broadcast(self.word, src=0)
+            self.word.item()
+
+    def timed(self, call: Callable[[int], Any], times: int) -> float:
+        """Microseconds a call."""
+        begin = time.perf_counter()
+        for step in range(times):
+            call(step)
+        return (time.perf_counter() - begin) / times * 1e6
+
+    def idle(self) -> None:
+        """The variants in turn: ours on rank 0, which serves, and on the last; collectives on all."""
+        with TrainingJob(f"idle-{self.size}") as job:
+            for _ in range(ROUNDS):
+                for name, call in (("empty", empty), ("step", job.step)):
+                    for turn in {0, self.size - 1}:
+                        dist.barrier()
+                        if turn == self.rank:
+                            self.figures[name].append(self.timed(call, CALLS))
+                for name, collective in (("broadcast", self.broadcast), ("ask", self.ask)):
+                    dist.barrier()
+                    self.figures[name].append(self.timed(collective, COLLECTIVES))
+
+    def train(self, milliseconds: int, poll_steps: int | None) -> None:
+        """Until the client stops it."""
+        key = milliseconds, poll_steps
+        with TrainingJob(name_of(self.size, *key), max_steps=10**6, poll_steps=poll_steps) as job:
+            heard = listen(job)
+            for step in range(1, 10**6):
+                begin = time.perf_counter()
+                time.sleep(milliseconds / 1e3)
+                dist.all_reduce(self.word)
+                trained = time.perf_counter()
+                job.step(step)
+                seconds = time.perf_counter() - trained
+                self.figures[("round", key) if heard else "no round"].append(seconds * 1e6)
+                self.figures["length", key].append((trained - begin) * 1e3)
+                heard.clear()
+                if job.should_save:
+                    job.saved(os.curdir)
+                if job.should_stop:
+                    break
+
+
+def listen(job: Any) -> list[int]:
+    """A list that is filled by a step whose end has something to hear, or to ask."""
+    world, heard = job._controller._world, []
+    hear = world.hear
+
+    def noted(step: int) -> Any:
+        heard.append(step)
+        return hear(step)
+
+    world.hear = noted
+    return heard
+
+
+def name_of(size: int, milliseconds: int, poll_steps: int | None) -> str:
+    """By which the client finds the job."""
+    return f"of-{size}-{milliseconds}-{poll_steps}"
+
+
+def jobs_of(size: int) -> list[tuple[int, int | None, int]]:
+    """Length of a step, steps between two questions, commands: the same for ranks and client."""
+    found: list[tuple[int, int | None, int]] = []
+    for milliseconds, (by_rounds, by_asking) in COMMANDS.items():
+        found.append((milliseconds, None, by_rounds))
+        if by_asking and size > 1:
+            found.append((milliseconds, POLL_STEPS, by_asking))
+    return found
+
+
+def run(rank: int, size: int, port: int, report: Any) -> None:
+    """A rank, in its process."""
+    me = Rank(rank, size, port)
+    me.idle()
+    for milliseconds, poll_steps, _ in jobs_of(size):
+        dist.barrier()
+        me.train(milliseconds, poll_steps)
+    report.send(
+        {key: values if len(values) < 100 else [statistics.median(values)] for key, values in me.figures.items()}
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# The client...
+
+
+def command(size: int, milliseconds: int, poll_steps: int | None, times: int) -> list[float]:
+    """Milliseconds from sending a save to hearing that all ranks applied it, at random moments of a step."""
+    job = name_of(size, milliseconds, poll_steps)
+    found = []
+    with published(job) as client:
+        for _ in range(times):
+            time.sleep(0.02 + random.random() * milliseconds / 1e3)
+            begin = time.perf_counter()
+            client.call("save_checkpoint", wait="applied")
+            found.append((time.perf_counter() - begin) * 1e3)
+        client.call("graceful_stop", wait="finished")
+    return found
+
+
+def published(job: str) -> Any:
+    """A connection, once there is a job."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return connect(job)
+        except ControlError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.005)
+
+
+def turn(size: int, latencies: Figures, figures: list[Figures]) -> None:
+    """One world, from its first rank to its last."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(size)]
+    ranks = [fork.Process(target=run, args=(rank, size, port, pipes[rank][1]), daemon=True) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for milliseconds, poll_steps, times in jobs_of(size):
+        latencies[size, (milliseconds, poll_steps)] += command(size, milliseconds, poll_steps, times)
+    for rank, (receiver, _) in enumerate(pipes):
+        for key, values in receiver.recv().items():
+            figures[rank][key] += values
+    for process in ranks:
+        process.join(60)
+
+
+# The table...
+
+
+def machine() -> str:
+    """On which it ran."""
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    return (
+        f"{models[0] if models else platform.machine()}, {cores} cores, load {load:.1f} before; "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def row(name: str, cells: list[str], aim: str = "") -> None:
+    """A line of it."""
+    print(f"{name:56}" + "".join(f"{cell:>14}" for cell in cells) + f"  {aim}")
+
+
+def of_world(figures: dict[int, list[Figures]], cell: Callable[[int, list[Figures]], str]) -> list[str]:
+    """One cell a world."""
+    return [cell(size, ranks) for size, ranks in figures.items()]
+
+
+def slowest(ranks: list[Figures], key: Any) -> float:
+    """The largest of the ranks' medians, of those ranks that measured it."""
+    return max(statistics.median(rank[key]) for rank in ranks if rank[key])
+
+
+def holding(ranks: list[Figures], key: tuple[int, int | None]) -> str:
+    """The median rank's and the slowest rank's extra microseconds."""
+    extra = [
+        statistics.median(rank["round", key]) - statistics.median(rank["no round"])
+        for rank in ranks
+        if rank["round", key]
+    ]
+    return f"{statistics.median(extra):.0f} / {max(extra):.0f}" if extra else "-"
+
+
+def percentile(values: list[float]) -> str:
+    """The median and the 90th; of nothing, where it would have taken too long."""
+    if not values:
+        return "-"
+    ordered = sorted(values)
+    return f"{statistics.median(ordered):.1f} / {ordered[int(0.9 * (len(ordered) - 1))]:.1f}"
+
+
+def show(figures: dict[int, list[Figures]], latencies: Figures) -> None:
+    """All of it."""
+    cores = len(os.sched_getaffinity(0))
+    print(machine())
+    row("ranks", [f"{size}{'*' if size > cores else ''}" for size in SIZES], "aim")
+    show_idle(figures)
+    for milliseconds in COMMANDS:
+        print(f"-- steps of time.sleep({milliseconds / 1e3:g}) and an 8-byte all-reduce")
+        show_commands(milliseconds, figures, latencies)
+    print(f"* more ranks than the {cores} cores: they wait for their turns, and all their figures show it")
+
+
+def show_idle(figures: dict[int, list[Figures]]) -> None:
+    """What it costs when nobody wants anything."""
+
+    def line(name: str, figure: Callable[[list[Figures]], float], digits: int, aim: str = "") -> None:
+        row(name, of_world(figures, lambda size, ranks: f"{figure(ranks):.{digits}f}"), aim)
+
+    print("-- nothing pending, back to back, us a call; the slower of rank 0 and the last")
+    line("empty call", lambda ranks: slowest(ranks, "empty"), 3)
+    line("TrainingJob.step", lambda ranks: slowest(ranks, "step"), 3)
+    over = "TrainingJob.step over an empty call"
+    line(over, lambda ranks: slowest(ranks, "step") - slowest(ranks, "empty"), 3, f"at most {AIM_US:g}")
+    line("one broadcast of 8 bytes", lambda ranks: slowest(ranks, "broadcast"), 1)
+    line("two broadcasts of 8 bytes, each with .item()", lambda ranks: slowest(ranks, "ask"), 1)
+
+
+def show_commands(milliseconds: int, figures: dict[int, list[Figures]], latencies: Figures) -> None:
+    """How soon a command is applied, and what it costs the training."""
+    rounds, asking = (milliseconds, None), (milliseconds, POLL_STEPS)
+    lengths = {size: slowest(ranks, ("length", rounds)) for size, ranks in figures.items()}
+    row("the step itself, ms", [f"{length:.1f}" for length in lengths.values()])
+    soon = [statistics.median(latencies[size, rounds]) <= length + AIM_MS for size, length in lengths.items()]
+    row(
+        "sent to applied on all ranks, ms: median / p90",
+        of_world(figures, lambda size, ranks: percentile(latencies[size, rounds])),
+        f"median at most step + {AIM_MS:g}: " + ("yes" if all(soon) else "NO"),
+    )
+    row(
+        f"the same by asking every {POLL_STEPS} steps",
+        of_world(figures, lambda size, ranks: percentile(latencies[size, asking])),
+    )
+    row(
+        "step end with a round over one without, us: median / max",
+        of_world(figures, lambda size, ranks: holding(ranks, rounds)),
+    )
+    row(
+        "step end that asks, and hands one out, over one without",
+        of_world(figures, lambda size, ranks: holding(ranks, asking)),
+    )
+
+
+def main() -> None:
+    figures: dict[int, list[Figures]] = {size: [defaultdict(list) for _ in range(size)] for size in SIZES}
+    latencies: Figures = defaultdict(list)
+    for _ in range(TURNS):
+        for size in SIZES:
+            turn(size, latencies, figures[size])
+    show(figures, latencies)
+
+
+if __name__ == "__main__":
+    main()
