@@ -1,32 +1,34 @@
 """The command line: arguments to one client call each, printing, exit codes. No logic.
 
-Floor 6: imports caller, errors, commands, jobs, jsonrpc, record, client, rescue and screen; never torch. Verbs and
-help come from the command table.
+Floor 6: imports arguments, bridge, caller, errors, commands, jobs, jsonrpc, record, client, rescue, screen
+and ssh; never torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from . import client, commands, jobs, jsonrpc, screen
-from .caller import Client
+from . import arguments, client, commands, jobs, jsonrpc, screen
+from .caller import CALL_TIMEOUT, Client
 from .errors import (
     AmbiguousJob,
     ControlError,
     DeadlinePassed,
+    InternalError,
     JobDead,
     JobNotAnswering,
     NoSuchJob,
 )
 from .record import JobRecord, jobs_dir
 
-if TYPE_CHECKING:  # loaded when a verb needs it
-    from .rescue import Sight
+if TYPE_CHECKING:
+    import argparse
+
+    from .rescue import Sight  # loaded when a verb needs it
 
 DONE, REFUSED, USAGE, NO_SUCH_JOB, NO_ANSWER, TOO_LATE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -39,11 +41,6 @@ _EXIT_CODES: Final[tuple[tuple[type[ControlError], int], ...]] = (
     (DeadlinePassed, TOO_LATE),
 )
 
-_EPILOG: Final = """\
-JOB is an id, a prefix that no other id has, or left out where exactly one job is live.
-exit codes: 0 done, 1 the job refused or failed it, 2 usage, 3 no such job,
-4 the job is dead or does not answer, 5 the deadline passed, 130 interrupted"""
-
 
 class _Refused(Exception):
     """The person, or the lack of one, said no; ``args`` are the sentence and the exit code."""
@@ -54,11 +51,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
     words = sys.argv[1:] if argv is None else list(argv)
     if sys.stdout is None:  # closed by who started us (>&-); what is printed goes nowhere, as was asked
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-    # argparse would take the word behind a bare --wait for its value: --wait JOB.
-    args = _parser(prog).parse_args(["--wait=" if word == "--wait" else word for word in words])
+    args = arguments.parse(words, prog)
     try:
-        run: Callable[[argparse.Namespace], int] = args.run
-        return run(args)
+        return _VERBS.get(args.verb, _command)(args)
     except _Refused as err:
         return _complain(*err.args)
     except ControlError as err:
@@ -99,141 +94,21 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
-# Arguments...
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Find, watch, save, stop and abort running training jobs.",
-        epilog=_EPILOG,
-        formatter_class=_formatter,
-    )
-    verbs = parser.add_subparsers(metavar="VERB", required=True, prog=prog)
-    for method in commands.TABLE.values():
-        if method.verb is not None:
-            _add_method(verbs, method)
-    cleanup = _add(verbs, "cleanup", "Remove what dead jobs of this host left; list it and ask first.", _cleanup)
-    cleanup.add_argument("--force", action="store_true", help="do not ask")
-    rpc = _add(verbs, "rpc", "Call any method of the job and print its result.", _rpc)
-    rpc.add_argument("job", metavar="JOB")
-    rpc.add_argument("method", metavar="METHOD")
-    rpc.add_argument("params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
-    _add_ways(rpc)
-    return parser
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """Without a width argparse loads shutil, with all its compressors, at every start, to ask for it."""
-    try:
-        width = os.get_terminal_size().columns
-    except OSError:
-        width = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=max(40, width - 2))
-
-
-def _add(verbs: Any, verb: str, doc: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        verb,
-        help=doc.partition("\n\n")[0].replace("%", "%%"),
-        description=doc.replace("%", "%%"),
-        epilog=_EPILOG,
-        formatter_class=_formatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print what the wire said, one JSON text")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_method(verbs: Any, method: commands.Method) -> None:
-    assert method.verb is not None
-    parser = _add(verbs, method.verb, method.doc, _QUERIES.get(method.name, _command))
-    parser.set_defaults(method=method.name)
-    if method.name == "list_jobs":
-        parser.add_argument(
-            "--remote", metavar="HOST:PORT", help="the jobs of another host, told by the one at this port"
-        )
-        _add_token(parser)
-        return
-    parser.add_argument("job", metavar="JOB", nargs="?", help="id, unique prefix, or nothing where one job is live")
-    _add_ways(parser)
-    if method.name == "abort":
-        parser.add_argument("--force", action="store_true", help="do not ask")
-    if commands.PATIENCE in method.params:
-        parser.add_argument(
-            "--timeout",
-            metavar="SECONDS",
-            type=lambda text: _checked(text, commands.PATIENCE),
-            default=commands.PATIENCE.default,
-            help="how long to wait for each rank (default %(default)g)",
-        )
-    if method.is_command:
-        _add_waits(parser, method)
-
-
-def _add_ways(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--connect", metavar="ADDRESS", help="tcp://HOST:PORT, tls://HOST:PORT or unix:PATH")
-    _add_token(parser)
-
-
-def _add_token(parser: argparse.ArgumentParser) -> None:
-    # Never the token itself: every user of this host sees the arguments of every process.
-    parser.add_argument(
-        "--token-file",
-        metavar="FILE",
-        type=_first_line,
-        dest="token",
-        help="holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's endpoint.json",
-    )
-
-
-def _first_line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            token = file.readline().strip()
-    except (OSError, ValueError) as err:
-        raise argparse.ArgumentTypeError(f"{path!r} cannot be read ({err})") from err
-    if not token:
-        raise argparse.ArgumentTypeError(f"{path!r} holds no token in its first line")
-    return token
-
-
-def _add_waits(parser: argparse.ArgumentParser, method: commands.Method) -> None:
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        nargs="?",
-        # A bare --wait waits as long as the job lives.
-        type=lambda text: _checked(text, commands.TIMEOUT) if text else None,
-        default=argparse.SUPPRESS,
-        help="return when it is over; --wait=SECONDS gives up waiting after that time",
-    )
-    if method.name == "abort":
-        either.add_argument(
-            "--kill-after",
-            metavar="SECONDS",
-            type=lambda text: _checked(text, commands.TIMEOUT),
-            help="wait, and kill those of its processes on this host that have not ended by then",
-        )
-
-
-def _checked(text: str, param: commands.Param) -> float:
-    try:
-        return float(param.check(float(text)))
-    except ValueError as err:
-        most = f"{param.schema['maximum']:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {most}") from err
-
-
 # Verbs...
 
 
 def _open(args: argparse.Namespace) -> Client:
-    return client.connect(args.job, at=args.connect, token=args.token)
+    return client.connect(args.job, at=args.connect, token=args.token, ssh=args.ssh)
+
+
+def _is_told(args: argparse.Namespace) -> bool:
+    """Whether it was said where the job is, so that this host's directory says nothing of it."""
+    return args.connect is not None or args.ssh is not None
 
 
 def _list(args: argparse.Namespace) -> int:
+    if args.ssh is not None:
+        return _list_ssh(args)
     if args.remote is not None:
         return _list_remote(args)
     found, left_out = jobs.discover(jobs_dir(), client.LIST_TIMEOUT)
@@ -249,13 +124,31 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _list_remote(args: argparse.Namespace) -> int:
-    at = args.remote if "://" in args.remote else f"tcp://{args.remote}"
-    with client.connect(at=at, token=args.token) as job:
+    with client.connect(at=args.remote, token=args.token) as job:
         rows = job.call("list_jobs")
+    if not isinstance(rows, list):
+        raise InternalError("the other side sent no list of jobs")
+    found = [jobs.Job.from_json(row) for row in rows]
     if args.json:
         _print_json(rows)
     else:
-        _print_text(screen.job_table([jobs.Job.from_json(row) for row in rows], _colour()))
+        _print_text(screen.job_table(found, _colour()))
+    return DONE
+
+
+def _list_ssh(args: argparse.Namespace) -> int:
+    from . import ssh
+
+    rows, complaints = ssh.list_jobs(args.ssh, CALL_TIMEOUT)
+    if not isinstance(rows, list):
+        raise InternalError("the other side sent no list of jobs")
+    found = [jobs.Job.from_json(row)._replace(status=row.get("status")) for row in rows]
+    if args.json:
+        _print_json(rows)
+    else:
+        _print_text(screen.job_table(found, _colour()) if found else f"no jobs on {args.ssh}")
+    for line in complaints:
+        _complain(line, DONE)
     return DONE
 
 
@@ -273,17 +166,29 @@ def _command(args: argparse.Namespace) -> int:
     kill_after = getattr(args, "kill_after", None)
     if kill_after is not None and args.connect is not None:
         raise _Refused("--kill-after ends processes of this host, so it does not go with --connect", USAGE)
-    record = client.find(args.job) if args.connect is None else None
-    name = args.job or args.connect if record is None else record.job_id
-    if args.method == "abort" and not args.force:
+    must_ask = args.method == "abort" and not args.force
+    record = _settle(args, must_ask)
+    name = args.job or args.connect or f"the job on {args.ssh}"
+    if must_ask:
         by_force = "" if kill_after is None else f" Its processes on this host are killed after {kill_after:g} s."
         _confirm(f"abort {name}? What it learnt since its last checkpoint is lost.{by_force}")
     if kill_after is not None and record is not None:
         return _abort_or_kill(args, record)
-    args.job = name if record is not None else args.job
     wait = {"wait": "finished", "timeout": args.wait} if hasattr(args, "wait") else {}
     with _open(args) as job:
         return _report(args, name, job.call(args.method, **wait))
+
+
+def _settle(args: argparse.Namespace, must_ask: bool) -> JobRecord | None:
+    """Which job is meant from here on, in ``args.job``; its record, if this host's directory is to have it."""
+    if not _is_told(args):
+        record = client.find(args.job)
+        args.job = record.job_id
+        return record
+    if args.ssh is not None and must_ask:
+        with _open(args) as job:  # who says yes says it of this one
+            args.job = str(job.call("ping")["job_id"])
+    return None
 
 
 def _report(args: argparse.Namespace, job_id: str, result: dict[str, Any]) -> int:
@@ -341,7 +246,7 @@ def _stacks(args: argparse.Namespace) -> int:
 def _look(args: argparse.Namespace) -> Sight:
     from . import rescue
 
-    if args.connect is not None:
+    if _is_told(args):
         with _open(args) as job:
             return rescue.told(job.call(args.method, timeout=args.timeout))
     sight = rescue.look(client.find(args.job), args.method, args.timeout)
@@ -376,11 +281,24 @@ def _rpc(args: argparse.Namespace) -> int:
     return DONE
 
 
-_QUERIES: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
-    "list_jobs": _list,
+def _dial(args: argparse.Namespace) -> int:
+    from . import bridge
+
+    job_id, sock = client.dial(args.job)
+    with sock:
+        bridge.copy(job_id, sock, until_input_ends=args.until_input_ends)
+    return DONE
+
+
+#: What is not here is a command.
+_VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
+    "list": _list,
     "status": _status,
     "ranks": _ranks,
     "stacks": _stacks,
+    "cleanup": _cleanup,
+    "rpc": _rpc,
+    "dial-stdio": _dial,
 }
 
 

@@ -6,20 +6,21 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from forgather_control import arguments, commands, record
 from forgather_control import cli as command_line
-from forgather_control import commands, record
 from forgather_control.endpoint import MAX_PATH
 from forgather_control.process import myself
 from forgather_control.roster import RankRecord
 
 from .test_rescue import DEAF, KEEPS, LISTENS, WAITS, answering, impatient, publish, ranks, row
-from .world import ROOT, SOON, Process, cli, job_process, running_loop, serving, until
+from .world import ROOT, SOON, TOKEN, Process, cli, job_process, running_loop, serving, serving_tcp, until
 
 __all__ = ["impatient"]  # a fixture
 
@@ -391,7 +392,7 @@ def test_a_process_out_of_files_says_so_and_nothing_else():
 
 def test_the_help_names_every_exit_code():
     """The epilog and the constants say the same."""
-    said = command_line._EPILOG.partition("exit codes: ")[2].replace("\n", " ")
+    said = arguments.EPILOG.partition("exit codes: ")[2].replace("\n", " ")
     codes = {int(part.split()[0]) for part in said.split(", ")}
     assert codes == {value for name, value in vars(command_line).items() if name.isupper() and isinstance(value, int)}
 
@@ -541,12 +542,12 @@ def test_abort_that_may_kill_asks_once_and_says_so(jobs_dir, answer, code):
 
 
 def test_the_new_verbs_cost_others_nothing():
-    """What only they need is loaded only by them."""
+    """What only they need is loaded only by them; so is what only --ssh needs."""
     source = """
     import sys
     from forgather_control import cli
     cli.main(["status", "nobody"])
-    print({"rescue", "dump", "roster"} & {name.rpartition(".")[2] for name in sys.modules}, flush=True)
+    print({"rescue", "dump", "roster", "ssh", "bridge"} & {name.rpartition(".")[2] for name in sys.modules}, flush=True)
     """
     with Process(source) as other:
         assert other.line() == "set()"
@@ -587,3 +588,153 @@ def test_a_real_job_takes_its_ranks_json_away(jobs_dir):
         until(path.exists)
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
+
+
+# Over TCP...
+
+HERE = "127.0.0.1"
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A job with a port, its address and a file with its token; the jobs directory is then another, empty one."""
+    with running_loop("far", port=0) as run:
+        known = json.loads((Path(os.environ["FORGATHER_JOBS_DIR"]) / "far" / "endpoint.json").read_text())
+        run.token, run.at = known["token"], f"tcp://{HERE}:{known['port']}"
+        (tmp_path / "token").write_text(run.token + "\n")
+        monkeypatch.setenv("FORGATHER_JOBS_DIR", str(tmp_path / "elsewhere"))
+        yield run
+
+
+def test_every_verb_works_over_a_port(remote, tmp_path, capsys):
+    """status, list, save, ranks, stacks, rpc, stop; the token out of a file."""
+    way = ("--connect", remote.at, "--token-file", str(tmp_path / "token"))
+    until(lambda: remote.steps)
+    code, out, err = run(capsys, "status", *way)
+    assert (code, err) == (0, "") and out.startswith("far  training")
+    code, out, err = run(capsys, "save", "far", "--wait=20", *way)
+    assert code == 0 and out.startswith("far: saved at step "), err
+    code, out, _err = run(capsys, "save", "--wait=20", *way)
+    assert code == 0 and out.startswith(f"{remote.at}: saved at step ")
+    assert json.loads(run(capsys, "ranks", "--json", *way)[1])[0]["state"] == "answering"
+    assert "MainThread" in run(capsys, "stacks", *way)[1]
+    assert json.loads(run(capsys, "rpc", "far", "ping", *way)[1])["job_id"] == "far"
+    code, out, _err = run(capsys, "list", "--remote", remote.at.removeprefix("tcp://"), *way[2:])
+    assert code == 0 and out.splitlines()[0].startswith("STATE") and remote.token not in out
+    assert remote.token not in run(capsys, "list", "--json", "--remote", remote.at, *way[2:])[1]
+    code, _out, err = run(capsys, "abort", "far", "--force", "--kill-after=5", *way)
+    assert code == 2 and "--kill-after" in err
+    code, _out, err = run(capsys, "abort", "other", "--force", *way)
+    assert code == 3 and "another job answers" in err
+    code, out, _err = run(capsys, "stop", "--wait=20", *way)
+    assert code == 0 and "ended at step" in out and not remote.job.aborted
+
+
+def test_the_token_may_come_from_the_environment(remote, monkeypatch, capsys):
+    """And a file goes before it."""
+    monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", remote.token)
+    assert run(capsys, "status", "--connect", remote.at)[0] == 0
+    monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "wrong")
+    code, out, err = run(capsys, "status", "--connect", remote.at)
+    assert (code, out) == (1, "") and "not the job's token" in err and remote.token not in err
+    code, out, err = run(capsys, "status", "--json", "--connect", remote.at)
+    assert code == 1 and json.loads(out)["error"]["code"] == -32025
+
+
+def test_without_a_token_it_says_where_one_may_come_from(remote, capsys):
+    """Before anything is connected to."""
+    code, _out, err = run(capsys, "status", "--connect", remote.at)
+    assert code == 1 and "--token-file" in err and "FORGATHER_CONTROL_TOKEN" in err and "endpoint.json" in err
+
+
+@pytest.mark.parametrize("verb", [("status",), ("save", "x"), ("rpc", "x", "ping"), ("list",)])
+def test_who_cannot_be_reached_is_exit_code_four(verb, monkeypatch, capsys):
+    """Nobody listens, and no such host."""
+    monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "any")
+    with socket.create_server((HERE, 0)) as sock:
+        port = sock.getsockname()[1]
+    option = "--remote" if verb == ("list",) else "--connect"
+    for at, said in ((f"tcp://{HERE}:{port}", "nobody listens"), ("tcp://no.such.host.invalid:1", "cannot be reached")):
+        code, out, err = run(capsys, *verb, option, at)
+        assert (code, out) == (4, "") and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "--connect", "nonsense"),
+        ("status", "--connect", "tcp://host"),
+        ("status", "--connect", "tcp://host:99999"),
+        ("status", "--connect", "http://host:1"),
+        ("status", "--connect", "tcp://host:" + "9" * 5000),
+        ("status", "--connect", ""),
+        ("save", "--connect="),
+        ("list", "--remote", "host"),
+        ("list", "--remote", "host:0"),
+        ("list", "--remote", "http://host:1"),
+        ("status", "--token-file", "/no/such/file"),
+        ("status", "--token-file", "/dev/null"),
+        ("status", "--token-file", "/"),
+    ],
+)
+def test_what_cannot_be_meant_is_a_usage_error(words, capsys):
+    """Addresses that are none, files without a token."""
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(list(words))
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == "" and "Traceback" not in said.err and len(said.err) < 2000
+
+
+def test_a_token_file_without_end_is_not_read_whole(capsys):
+    """/dev/zero has no first line."""
+    assert run(capsys, "status", "--connect", f"tcp://{HERE}:1", "--token-file", "/dev/zero")[0] in (1, 4)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        {},
+        "rows",
+        [None],
+        [{}],
+        [[]],
+        [{**RECORD, "state": "live", "started_at": "now"}],
+        [{**RECORD, "state": "live", "started_at": 1e300}],
+        [{**RECORD, "state": "\x1b[2J"}],
+        [{**RECORD, "state": ["live"]}],
+        [{**RECORD, "state": "live", "job_id": "../x"}],
+        [{**RECORD, "state": "live", "port": "\x1b[2J"}],
+        [{**RECORD, "state": "live", "launch": 7}],
+    ],
+)
+def test_a_hostile_list_is_one_sentence(rows, capsys):
+    """Whatever the other side sends, no traceback and nothing raw on the terminal."""
+    with serving_tcp(lambda request: rows if request.method == "list_jobs" else {"job_id": "x"}) as control:
+        at = f"{HERE}:{control.at[1]}"
+        code, out, err = run(capsys, "list", "--remote", at, "--token-file", _token_file())
+    assert (code, out) == (1, "") and err == "the other side sent no list of jobs\n"
+
+
+def _token_file() -> str:
+    path = Path(os.environ["FORGATHER_JOBS_DIR"]).parent / "token"
+    path.write_text(TOKEN)
+    return str(path)
+
+
+def test_a_list_from_elsewhere_is_shown_as_ours(capsys):
+    """The states that a job knows of its neighbours, hostile names made safe."""
+    rows = [{**RECORD, "state": "running"}, {**RECORD, "state": "live", "host": "\x1b[2J", "port": 8900}]
+    with serving_tcp(lambda request: rows if request.method == "list_jobs" else {"job_id": "x"}) as control:
+        at = f"{HERE}:{control.at[1]}"
+        code, out, err = run(capsys, "list", "--remote", at, "--token-file", _token_file())
+        assert (code, err) == (0, "") and "\x1b" not in out
+        assert [line.split()[0] for line in out.splitlines()] == ["STATE", "running", "live"]
+        assert json.loads(run(capsys, "list", "--json", "--remote", at, "--token-file", _token_file())[1]) == rows
+
+
+def test_the_token_is_no_argument():
+    """Nobody reads it in the list of processes, because there is no option to type it."""
+    for verb in ("status", "save", "list", "rpc"):
+        words = cli(verb, "--help").stdout
+        assert "--token-file FILE" in words and "--token " not in words
