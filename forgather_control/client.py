@@ -1,24 +1,36 @@
 """Find a job, connect to it, give it a command. What the CLI and Python programs use.
 
-Floor 4: imports caller, clock, commands, endpoint, errors, jobs, process and record; never torch, and psutil
-only where a silent job is judged. Runs on the caller's thread.
+Floor 4: imports by_file, caller, clock, commands, endpoint, errors, jobs, jsonrpc, process, record and ssh; never
+torch, and psutil only where a silent job is judged. Runs on the caller's thread.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any, Final
 
-from . import caller, endpoint, jobs, process
+from . import by_file, caller, endpoint, jobs, jsonrpc, process
 from .caller import CALL_TIMEOUT, Client
 from .clock import Deadline
 from .commands import CommandRecord
-from .errors import AmbiguousJob, ControlError, JobDead, JobNotAnswering, NoSuchJob, NotAuthenticated
+from .errors import (
+    AmbiguousJob,
+    ControlError,
+    FindError,
+    InvalidParams,
+    JobDead,
+    JobNotAnswering,
+    NoSuchJob,
+    NotAuthenticated,
+)
 from .jobs import Job
 from .record import JobRecord, jobs_dir
 
 #: Seconds for all answers to ``list_jobs`` together.
 LIST_TIMEOUT: Final = 2.0
+#: The addresses that stand for all of a host.
+_ANY: Final = ("0.0.0.0", "::")
 
 
 # Finding...
@@ -89,38 +101,120 @@ def _only(records: list[JobRecord], problem: str) -> JobRecord:
     raise AmbiguousJob(f"{problem}; name one of {shown}", candidates=names)
 
 
+class FileClient(Client):
+    """What :class:`caller.Client` is over a connection, through files.
+
+    Args:
+        record: what the job published.
+        timeout: seconds for each call that waits for nothing.
+
+    Raises:
+        FindError: its directory has gone, or cannot be written.
+    """
+
+    def __init__(self, record: JobRecord, timeout: float = CALL_TIMEOUT) -> None:
+        self._name, self._timeout, self._record = record.job_id, timeout, record
+        self._fate, self._last_id = "", 0
+        self._errand = by_file.Errand(record, self._gone)
+
+    def close(self) -> None:
+        """Nothing is open between calls. A command that was accepted goes on."""
+
+    def _send(self, line: bytes) -> None:
+        self._errand.send(line)
+
+    def _reply(self, id_: int, deadline: Deadline, patient: bool) -> jsonrpc.Reply:
+        return jsonrpc.parse_reply(self._errand.reply(deadline, patient, self._fate))
+
+
 def connect(
-    job: str | None = None, timeout: float = CALL_TIMEOUT, *, at: str | None = None, token: str | None = None
+    job: str | None = None,
+    timeout: float = CALL_TIMEOUT,
+    *,
+    at: str | None = None,
+    token: str | None = None,
+    ssh: str | None = None,
 ) -> Client:
     """A connection to a job, to be closed (``with connect(...) as job``).
 
-    Without ``at`` the way is found: over the socket on its own host, else over TCP where the job offers that.
+    Without ``at`` the way is found: over the socket on its own host, else over TCP where the job offers that,
+    else by file.
 
     Args:
         job: as in :func:`find`; with ``at`` it may be left out.
         timeout: seconds for connecting, and for each call that waits for nothing.
         at: where to connect to: ``unix:PATH``, ``tcp://HOST:PORT`` or ``tls://HOST:PORT``.
         token: to be shown there; ``None`` takes it from $FORGATHER_CONTROL_TOKEN, else from the job's record.
+        ssh: ``[USER@]HOST``, on which the job is looked for and reached, as ssh reaches that host.
 
     Raises:
         NoSuchJob, AmbiguousJob: as in :func:`find`.
         JobDead: its process is gone.
         JobNotAnswering: it lives (or is on another host) and cannot be reached.
         NotAuthenticated: the token or the certificate is not the job's.
-        InvalidParams: ``at`` is no address.
+        InvalidParams: ``at`` is no address, ``ssh`` is no host, or both are given.
     """
+    if ssh is not None:
+        if at is not None or token is not None:
+            raise InvalidParams("ssh goes with neither at nor token")
+        return _OverSsh(ssh, job, timeout)
     if at is not None:
         return _connect_at(endpoint.parse(at), job, timeout, token)
     record = find(job)
+    if not by_file.is_offered(record):
+        return _connect_directly(record, timeout)
+    try:
+        return _connect_directly(record, timeout)
+    except NotAuthenticated:
+        raise
+    except FindError:
+        return FileClient(record, timeout)
+
+
+def _connect_directly(record: JobRecord, timeout: float) -> Client:
+    port = _port(record)
+    if record.socket is None:
+        if port is None:
+            raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
+        return Client(port, record.job_id, timeout, record, record.token)
+    try:
+        return Client(endpoint.UnixEndpoint(record.socket), record.job_id, timeout, record)
+    except JobDead as err:
+        if port is None or jobs.judge(record) == "dead":  # then its port is somebody else's, if anybody's
+            raise _unreachable(record) from err
+        return Client(port, record.job_id, timeout, record, record.token)
+
+
+class _OverSsh(Client):
+    """A connection that may break off though the job goes on."""
+
+    def __init__(self, host: str, job: str | None, timeout: float) -> None:
+        from .ssh import SshEndpoint
+
+        where = SshEndpoint(host, job)
+        super().__init__(where, job or str(where), timeout)  # type: ignore[arg-type]  # it connects, as the others do
+
+    def _gone(self) -> ControlError:
+        from .ssh import Link
+
+        why = self._sock.lost() if isinstance(self._sock, Link) else None
+        if why is None:
+            return super()._gone()
+        return JobNotAnswering(f"{why} before job {self._name} answered{self._fate}", job=self._name)
+
+
+def dial(job: str | None = None) -> tuple[str, socket.socket]:
+    """The id of a job of this host, and a socket connected to it: what the end of an ssh copies from and to.
+
+    Raises:
+        FindError: as in :func:`connect`.
+    """
+    record = find(job)
     if record.socket is None:
         raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
-    where = endpoint.UnixEndpoint(record.socket)
     try:
-        return Client(where, record.job_id, timeout, record)
+        return record.job_id, endpoint.UnixEndpoint(record.socket).connect(Deadline(CALL_TIMEOUT))
     except JobDead as err:
-        port = _port(record)
-        if port is not None:
-            return Client(port, record.job_id, timeout, record, record.token)
         raise _unreachable(record) from err
 
 
@@ -128,32 +222,60 @@ def _port(record: JobRecord) -> endpoint.TcpEndpoint | None:
     """The job's port, if it has one that this host may reach."""
     if record.port is None or record.address is None:
         return None
-    is_here = not process.is_elsewhere(record.owner)
-    if endpoint.is_loopback(record.address) and not is_here:
+    if endpoint.is_loopback(record.address) and process.is_elsewhere(record.owner):
         return None
-    host = record.host if record.address in ("0.0.0.0", "::") and not is_here else record.address
-    return endpoint.TcpEndpoint(host, record.port, record.tls_sha256 is not None, record.tls_sha256)
+    return endpoint.TcpEndpoint(_port_host(record), record.port, record.tls_sha256 is not None, record.tls_sha256)
+
+
+def _port_host(record: JobRecord) -> str:
+    """Where its port is, seen from here."""
+    if record.address is None or (record.address in _ANY and process.is_elsewhere(record.owner)):
+        return record.host
+    return record.address
 
 
 def _connect_at(where: endpoint.Endpoint, job: str | None, timeout: float, token: str | None) -> Client:
     if isinstance(where, endpoint.UnixEndpoint):
-        return Client(where, job or str(where), timeout)
+        return _the(job, Client(where, job or str(where), timeout))
     record = _behind(where, job)
-    if record is not None and where.is_tls:
-        where = where._replace(sha256=record.tls_sha256)
+    if record is not None:
+        # Whichever asks for more: to a port that speaks TLS no token goes in plain text.
+        where = where._replace(is_tls=where.is_tls or record.tls_sha256 is not None, sha256=record.tls_sha256)
+        if job is None:
+            where = where._replace(host=_port_host(record))
     secret = token or os.environ.get("FORGATHER_CONTROL_TOKEN") or (record.token if record is not None else None)
     if not secret:
         raise NotAuthenticated(
             f"{where} wants the job's token: give --token-file, or set FORGATHER_CONTROL_TOKEN; it stands in the "
             "endpoint.json of the job's directory"
         )
-    return Client(where, job or str(where), timeout, None, secret)
+    name = job or str(where)
+    if record is not None:
+        return Client(where, record.job_id, timeout, record, secret)
+    return _the(job, Client(where, name, timeout, None, secret))
+
+
+def _the(job: str | None, found: Client) -> Client:
+    """The connection itself, if the job that was named answers there; an abort must not meet another one."""
+    if job is None:
+        return found
+    try:
+        answer = found.call("ping")
+        job_id = answer.get("job_id") if isinstance(answer, dict) else None
+        if not isinstance(job_id, str) or not job_id.startswith(job):
+            raise NoSuchJob(f"another job answers there, {ascii(job_id)[:140]}, not {ascii(job)[:140]}", job=job)
+        return found
+    except BaseException:
+        found.close()
+        raise
 
 
 def _behind(where: endpoint.TcpEndpoint, job: str | None) -> JobRecord | None:
     """The job that is meant, if its record can be read here: the one that is named, else the one that has this port.
 
-    Its token is shown to whoever listens there; so a port alone is not enough, the host must be the job's.
+    Its token is shown to whoever listens there; so a port alone is not enough, the host must be the job's. And where
+    it is found by its port, the connection goes to the address that it has bound: at another one of the same host, be
+    it ``::1`` or ``127.0.0.2``, another user may listen.
     """
     try:
         if job is not None:
@@ -162,12 +284,16 @@ def _behind(where: endpoint.TcpEndpoint, job: str | None) -> JobRecord | None:
     except ControlError:
         return None
     fits = [record for record in records if record.port == where.port and _is_host(where.host, record)]
+    if len(fits) > 1:  # of those that had the port before, some left their record
+        fits = [record for record in fits if jobs.judge(record) != "dead"]
     return fits[0] if len(fits) == 1 else None
 
 
 def _is_host(host: str, record: JobRecord) -> bool:
-    is_here = not process.is_elsewhere(record.owner)
-    return host in (record.host, record.address) or (is_here and endpoint.is_loopback(host))
+    if host in (record.host, record.address):
+        return True
+    local = record.address in _ANY or (record.address is not None and endpoint.is_loopback(record.address))
+    return local and endpoint.is_loopback(host) and not process.is_elsewhere(record.owner)
 
 
 def _unreachable(record: JobRecord) -> ControlError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 _HANDSHAKE: Final = b"\x16"
 #: Bytes that are read of somebody who does not speak TLS.
 _LOOK: Final = 65536
+#: Bytes that are sent at once: one record. OpenSSL counts a longer write as nothing until all of it is gone.
+_RECORD: Final = 16384
 
 
 class Connection:
@@ -27,15 +30,17 @@ class Connection:
 
     Args:
         sock: connected; made non-blocking here.
-        max_line: bytes after which a line without an end is handed out as it is, to be refused.
+        max_line: bytes after which a line without an end is handed out as it is, to be refused; may be set later.
 
     Attributes:
+        fd: its descriptor, whatever becomes of ``sock``.
         is_stranger: it came over TCP, and has not shown the token yet.
     """
 
     def __init__(self, sock: socket.socket, max_line: int) -> None:
         sock.setblocking(False)
-        self.sock = sock
+        self.sock, self.fd = sock, sock.fileno()
+        self.max_line = max_line
         self.is_stranger = False
         #: When it came, in ``time.monotonic()`` seconds.
         self.came_at = time.monotonic()
@@ -49,7 +54,6 @@ class Connection:
         self.queued = False
         #: When bytes last moved, in ``time.monotonic()`` seconds.
         self.moved_at = self.came_at
-        self._max_line = max_line
         self._received = bytearray()
         self._unsent = bytearray()
 
@@ -63,12 +67,17 @@ class Connection:
         """Whether nothing is under way: no half line, no open request, no unread reply."""
         return not (self._received or self._unsent or self.open)
 
+    @property
+    def half_line(self) -> bytes:
+        """What has arrived and is not taken, or its beginning."""
+        return bytes(self._received[:64])
+
     def read(self) -> None:
         """Take what has arrived, at most one line's limit of it; nothing once it is at its end."""
         if self.at_end:
             return
         try:
-            data = self._recv(self._max_line)
+            data = self._recv(self.max_line)
         except BlockingIOError:
             return
         except OSError:
@@ -88,7 +97,7 @@ class Connection:
             line = bytes(self._received[:end])
             del self._received[: end + 1]
             return line
-        if self._received and (self.at_end or len(self._received) > self._max_line):
+        if self._received and (self.at_end or len(self._received) > self.max_line):
             line = bytes(self._received)
             self._received.clear()
             return line
@@ -103,6 +112,11 @@ class Connection:
         """Send what the socket takes at once and keep the rest."""
         self._unsent += data
         self.flush()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.broken = True
+        self.sock.close()
 
     def flush(self) -> None:
         """Send more of what was kept."""
@@ -148,36 +162,55 @@ class TlsConnection(Connection):
         super().__init__(sock, max_line)
 
     def _recv(self, size: int) -> bytes:
-        if not self._shake_hands():
-            raise BlockingIOError
-        data = bytearray(self._patiently(lambda tls: tls.recv(size)))
-        assert self._tls is not None
-        while data and self._tls.pending():  # what is decrypted already wakes no selector
-            data += self._tls.recv(size)
+        tls = self._shaken_hands()
+        data = bytearray(_patiently(tls.recv, size))
+        while data and tls.pending():  # what is decrypted already wakes no selector
+            data += tls.recv(size)
         return bytes(data)
 
     def _send(self, data: bytes | bytearray) -> int:
-        return int(self._patiently(lambda tls: tls.send(data))) if self._shake_hands() else 0
+        tls, sent = self._shaken_hands(), 0
+        try:
+            while sent < len(data):
+                sent += _patiently(tls.send, data[sent : sent + _RECORD])
+        except BlockingIOError:
+            if not sent:
+                raise
+        return sent
 
-    def _shake_hands(self) -> bool:
+    def close(self) -> None:
+        """Say goodbye, so that nobody takes this for a cut in the line, and hang up."""
+        if self._tls is not None and self._shaken and not self.broken:
+            try:
+                self._tls.unwrap()  # does not wait for the other's
+            except (OSError, ValueError):
+                pass
+        super().close()
+
+    def _shaken_hands(self) -> ssl.SSLSocket:
+        """The socket, once the handshake is done.
+
+        Raises:
+            BlockingIOError: it is not yet.
+            OSError: it never will be; the descriptor may be closed by now.
+        """
         if self._tls is None:
             if self.sock.recv(1, socket.MSG_PEEK) not in (_HANDSHAKE, b""):
                 self.sock.recv(_LOOK)  # what is unread when a socket is closed takes the last reply with it
-                self.sock.send(self._refusal)
+                self.sock.send(self._refusal, _NO_SIGNAL)
                 raise ConnectionError("no TLS")
             self._tls = self._context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
             self.sock = self._tls
         if not self._shaken:
-            self._patiently(lambda tls: tls.do_handshake())
+            _patiently(self._tls.do_handshake)
             self._shaken = True
-        return True
+        return self._tls
 
-    def _patiently(self, call: Any) -> Any:
-        import ssl
 
-        try:
-            return call(self._tls)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as err:
-            raise BlockingIOError from err
-        except ssl.SSLZeroReturnError:  # it said goodbye
-            return b""
+def _patiently(call: Callable[..., Any], *args: Any) -> Any:
+    import ssl
+
+    try:
+        return call(*args)
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as err:
+        raise BlockingIOError from err

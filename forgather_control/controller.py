@@ -33,13 +33,14 @@ from .census import Census
 from .commands import CommandRecord, Loop
 from .errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken, StartError
 from .exchange import PENDING, Later
+from .files import Files
 from .ledger import Ledger
 from .mailbox import Mailbox
 from .offer import Offer, Opened
 from .progress import Progress
 from .record import JobRecord, check_job_id, jobs_dir
 from .rounds import Calls
-from .server import Server
+from .server import LAST_WORDS, Server
 from .version import PROTOCOL, VERSION
 from .world import OneProcess, World
 
@@ -87,13 +88,16 @@ class Controller:
         self.phase = "starting"
         self._progress = Progress(step, max_steps)
         self._metrics: dict[str, Any] = {}
+        self._logged = 0
         self._started_at = time.time()
         self._world: World = OneProcess(self)
         self._census = Census(self._progress, lambda: self._thread.ident)
-        self._server = Server(self._answer, self._tick)
+        self._server = Server(self._answer, self._tick, self._last_look)
         self._mailbox = Mailbox(self._server.wake)
         self._ledger = Ledger(self._mailbox, fresh_seconds)
         self._directory: directory.JobDirectory | None = None
+        self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
+        self._files: Files | None = None
         self._directory_lock = threading.Lock()  # guards _directory against close() during a tick
         self._thread = threading.current_thread()
         self._closed = False
@@ -113,9 +117,7 @@ class Controller:
             self._world = ranks.of_this_job(
                 self, self.job_id or "", self._progress.step, self._poll_steps, self._log_steps
             )
-            if self.is_main:
-                self._publish()
-            self._world.start()
+            self._join()
         except BaseException:
             self._closed = True
             self._census.close()
@@ -123,6 +125,15 @@ class Controller:
             self._server.close(CLOSE_TIMEOUT)
             raise
         _controllers.add(self)
+
+    def _join(self) -> None:
+        try:
+            if self.is_main:
+                self._publish()
+        except Exception as err:
+            self._world.start(str(err))  # the others may be waiting for rank 0
+            raise
+        self._world.start()
 
     @property
     def is_main(self) -> bool:
@@ -133,6 +144,7 @@ class Controller:
         vitals.vitals()  # the first call only sets the mark to measure processor time from
         self._directory = self._claim()
         self.job_id = self._directory.job_id
+        self._files = Files(self._directory.path, self._server.ask, self.status, self._mark)
         self._server.start()
 
     def _open_port(self) -> Opened | None:
@@ -188,6 +200,7 @@ class Controller:
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
         self._metrics = metrics.merge(self._metrics, metrics.hold(logs))
+        self._logged += 1
 
     def saved(self, step: int, path: str) -> None:
         """Note that a checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
@@ -233,6 +246,7 @@ class Controller:
         self._ledger.end(self._progress.step, reason, self._world)
         self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
         self._server.close(CLOSE_TIMEOUT)
+        self._leave()
 
     def orphan(self, reason: str) -> None:
         """End control because whoever drove it is gone. For finalizers, so on any thread.
@@ -250,12 +264,26 @@ class Controller:
         if mine is None or not self._directory_lock.acquire(timeout=CLOSE_TIMEOUT):
             return  # a tick hangs in the file system: what stays is found to be dead, and cleaned up
         try:
-            mine.remove()
+            if self._files is not None and self._files.end() and not self._server.is_this_thread:
+                mine.unlist()
+                self._leaving = mine
+            else:
+                mine.remove()
         except ControlError as err:
             log.warning("the job directory stays behind: %s", err)
         finally:
             self._directory = None
             self._directory_lock.release()
+
+    def _leave(self) -> None:
+        """Take away what was left for those who wait for a reply by file, once they had time to read it."""
+        if self._leaving is None or self._files is None:
+            return
+        self._files.linger(LAST_WORDS)
+        try:
+            self._leaving.remove()
+        except ControlError as err:
+            log.warning("the job directory stays behind: %s", err)
 
     def abandon(self) -> None:
         """In a forked child: this copy controls nothing; its locks may be held by threads that do not exist here."""
@@ -352,6 +380,10 @@ class Controller:
             if self._directory is not None and self._directory.restore():
                 log.warning("the job directory was damaged; it is restored")
                 self._census.write(self._directory.path)
+                if self._files is not None:
+                    self._files.renew()
+            if self._directory is not None and self._files is not None:
+                self._files.tick()
         except ControlError as err:
             if str(err) != self._warned:
                 log.warning("this job cannot be found at present: %s", err)
@@ -360,6 +392,14 @@ class Controller:
                 self._directory = None  # it is the other job's now
         finally:
             self._directory_lock.release()
+
+    def _mark(self) -> object:
+        """What tells that ``status`` has something new to say."""
+        return self._progress.step, self._word(), self._logged, self._mailbox.records()
+
+    def _last_look(self) -> None:
+        if self._leaving is not None and self._files is not None:
+            self._files.look()
 
     # ... as commands.Job
 

@@ -1,6 +1,6 @@
 """A job's own directory: claim it, publish in it, notice that it was damaged, take it away again.
 
-Floor 3: imports errors, clock, endpoint, jsonrpc, launch, process, record and jobs. In the job only: on the
+Floor 3: imports errors, clock, endpoint, jsonrpc, launch, letters, process, record and jobs. In the job only: on the
 training thread at the start and the end, on the server thread in between.
 
 Why a claim is atomic: ``mkdir`` makes the name exist once; whoever finds it existing judges its
@@ -23,15 +23,20 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from . import endpoint, jobs, jsonrpc, launch, process, record
+from . import endpoint, jobs, jsonrpc, launch, letters, process, record
 from .clock import Deadline
 from .errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from .version import PROTOCOL, VERSION
 
 #: Seconds to wait for the lock of the jobs directory; those who hold it do so for milliseconds.
 _PATIENCE: Final = 5.0
-#: What bind(2) says where a file system has no sockets.
-_NO_SOCKETS: Final = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EIO)
+#: What socket(2) and bind(2) say where the system, or a file system, has no sockets.
+_NO_SOCKETS: Final = (
+    errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EIO, errno.EAFNOSUPPORT
+)  # fmt: skip
+
+#: How often a directory is emptied that others may still write into.
+_ATTEMPTS: Final = 5
 
 _FileId = tuple[int, int, int]
 
@@ -134,6 +139,22 @@ class JobDirectory:
         except OSError as err:
             raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
 
+    def unlist(self) -> None:
+        """As :meth:`remove`, but leave the directory to those who wait for a file in it; to be removed soon.
+
+        Raises:
+            JobsDirUnusable: it cannot be done.
+        """
+        try:
+            with jobs.locked(self._root, _PATIENCE):
+                self._forget_short()
+                if self._is_ours():
+                    for name in (record.RECORD, record.SOCKET):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(os.path.join(self.path, name))
+        except OSError as err:
+            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
+
     # With the lock held...
 
     def _take_name(self) -> None:
@@ -179,10 +200,12 @@ class JobDirectory:
         where = self._place_socket(name)
         self._record = self._record._replace(socket=where)
         _write(self.path, record.RECORD, jsonrpc.encode(self._record.to_json()))
-        made = (self.path, os.path.join(self.path, record.RECORD), name, where)
+        sockets = () if where is None else (name, where)
+        made = (self.path, os.path.join(self.path, record.RECORD), *sockets)
         self._files = {path: _file_id(path) for path in made}
 
-    def _place_socket(self, name: str) -> str:
+    def _place_socket(self, name: str) -> str | None:
+        """Where it listens now; ``None`` where nothing can: then it is controlled by file."""
         _unlink_socket(name)
         return self._listen_here(name) or self._listen_elsewhere(name)
 
@@ -197,20 +220,39 @@ class JobDirectory:
             return None
         return name
 
-    def _listen_elsewhere(self, name: str) -> str:
+    def _listen_elsewhere(self, name: str) -> str | None:
         """Too long a path, or a file system without sockets: a short place, and a link to it."""
         self._forget_short()
         self._short = _short_directory()
         where = os.path.join(self._short, "s")
-        self._listen(where)
+        try:
+            self._listen(where)
+        except OSError as err:
+            self._forget_short()
+            if err.errno not in _NO_SOCKETS:
+                raise
+            return None
         os.symlink(where, name)
         return where
 
     def _discard(self) -> None:
         self._forget_short()
-        if self._files.get(self.path) == _maybe_file_id(self.path) and self._holds():
-            jobs.remove_tree(self._root, self.job_id)
+        if self._is_ours():
+            requests = os.path.join(self.path, letters.REQUESTS)
+            with contextlib.suppress(OSError):  # out of the way of whoever goes on writing into it
+                os.rename(requests, os.path.join(self.path, f".{letters.REQUESTS}"))
+        for attempt in range(_ATTEMPTS):
+            try:
+                if self._is_ours():
+                    jobs.remove_tree(self._root, self.job_id)
+                break
+            except JobsDirUnusable:  # somebody has put one more into it at this moment
+                if attempt == _ATTEMPTS - 1:
+                    raise
         self._files.clear()
+
+    def _is_ours(self) -> bool:
+        return self._files.get(self.path) == _maybe_file_id(self.path) and self._holds()
 
     def _holds(self) -> bool:
         """Whether no other job has published here; an inode alone may have been used again."""

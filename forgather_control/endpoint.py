@@ -84,25 +84,27 @@ class TcpEndpoint(NamedTuple):
         return f"{'tls' if self.is_tls else 'tcp'}://{host}:{self.port}"
 
     def connect(self, deadline: Deadline) -> socket.socket:
-        """A connected, blocking socket, wrapped in TLS where it is to be.
+        """A connected, blocking socket without a timeout, wrapped in TLS where it is to be.
 
         Raises:
             JobDead: nobody listens there.
-            JobNotAnswering: the host does not answer in time, or does not speak TLS.
+            JobNotAnswering: there is no such host, or it does not answer in time, or does not speak TLS.
             NotAuthenticated: the certificate is not the job's.
-            FindError: there is no such host.
         """
         try:
             sock = socket.create_connection((self.host, self.port), timeout=deadline.left())
-        except TimeoutError as err:
+        except (TimeoutError, BlockingIOError) as err:
             raise JobNotAnswering(f"{self} does not answer", endpoint=str(self)) from err
         except ConnectionRefusedError as err:
             raise JobDead(f"nobody listens at {self}", endpoint=str(self)) from err
         except (OSError, ValueError) as err:  # no such host, no way to it; a host that cannot be a name
-            raise FindError(f"{self} cannot be reached ({err})", endpoint=str(self)) from err
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raise JobNotAnswering(f"{str(self)!a} cannot be reached ({err})", endpoint=str(self)) from err
         try:
-            return tls.wrap_client(sock, self.host, self.sha256, self.cafile) if self.is_tls else sock
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(deadline.left())
+            sock = tls.wrap_client(sock, self.host, self.sha256, self.cafile) if self.is_tls else sock
+            sock.settimeout(None)
+            return sock
         except PermissionError as err:
             sock.close()
             raise NotAuthenticated(str(err), endpoint=str(self)) from err
@@ -125,14 +127,21 @@ def parse(text: str) -> Endpoint:
     kind, _, rest = text.partition("://")
     host, _, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if kind not in ("tcp", "tls") or not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if kind not in ("tcp", "tls") or not host or not _is_port(port):
         raise InvalidParams(f"{ascii(text)[:140]} is no address: unix:PATH, tcp://HOST:PORT or tls://HOST:PORT")
     return TcpEndpoint(host, int(port), kind == "tls")
 
 
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536
+
+
 def is_loopback(host: str) -> bool:
-    """Whether nobody on another host can reach this address."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether nobody on another host can reach this address. ``127.0.0.1.example.org`` is a name like any other."""
+    try:
+        return host in ("localhost", "::1") or socket.inet_pton(socket.AF_INET, host)[0] == 127
+    except (OSError, ValueError):
+        return False
 
 
 def fits(path: str) -> bool:

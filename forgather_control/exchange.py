@@ -1,6 +1,6 @@
 """From a line to its reply: each line is asked at once, and answered at once, later, or both in a batch.
 
-Floor 2: imports errors, jsonrpc and connection; owns no socket, thread or clock of its own beyond
+Floor 2: imports errors and jsonrpc; owns no socket, thread or clock of its own beyond
 reading the time. Runs on the server thread only.
 """
 
@@ -10,10 +10,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from . import jsonrpc
-from .connection import Connection
 from .errors import ControlError, InternalError, JobEnding, TooManyCommands
 
 log = logging.getLogger("forgather_control")
@@ -39,6 +38,22 @@ class Later:
     deadline: float | None = None
 
 
+class Asker(Protocol):
+    """Who sent a line, and takes its reply: a connection, or a letter.
+
+    Attributes:
+        open: how many lines of it are not answered yet; counted here.
+        broken: nobody takes a reply any more.
+    """
+
+    open: int
+
+    @property
+    def broken(self) -> bool: ...
+    def send(self, data: bytes) -> None: ...
+    def stop_listening(self) -> None: ...
+
+
 #: Answers one request with a JSON value or a :class:`Later`; raises ControlError; must not block.
 Answer = Callable[[jsonrpc.Request], Any]
 
@@ -46,7 +61,7 @@ Answer = Callable[[jsonrpc.Request], Any]
 class _Exchange:
     """One line's way from request to reply: the reply goes out when its last element is answered."""
 
-    def __init__(self, connection: Connection, is_batch: bool) -> None:
+    def __init__(self, connection: Asker, is_batch: bool) -> None:
         self.connection, self._is_batch = connection, is_batch
         self._answers: list[dict[str, Any] | None] = []
         self._open = 1  # itself, until all elements are asked
@@ -100,7 +115,7 @@ class Exchanges:
         self._answer = answer
         self._waiting: list[_Waiting] = []
 
-    def ask(self, connection: Connection, line: bytes) -> None:
+    def ask(self, connection: Asker, line: bytes) -> None:
         """Answer a line, or keep what has to wait. Whatever the line, it never raises."""
         try:
             message = jsonrpc.parse_message(line)
@@ -144,7 +159,7 @@ class Exchanges:
         """When the waiting want to be asked again, in ``time.monotonic()`` seconds."""
         return (item.later.deadline for item in self._waiting if item.later.deadline is not None)
 
-    def poll(self, woken: bool) -> list[Connection]:
+    def poll(self, woken: bool) -> list[Asker]:
         """Ask the waiting again, all of them or those whose deadline came; whose replies went out."""
         now = time.monotonic()
         waiting, self._waiting = self._waiting, []

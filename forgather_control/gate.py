@@ -2,10 +2,10 @@
 
 Floor 2: imports errors and jsonrpc. Runs on the server thread only; the clock is its caller's.
 
-What is no ``authenticate`` request gets no reply at all: a web page's POST, a TLS hello or a port scan
-learns nothing, and nothing of it is ever read as a command. A wrong token is answered, late: each try
-takes ``PENALTY`` seconds and a place of its own, so nobody tries fast; but no address is locked out, as
-the owner may come from the same one. Against 256 random bits guessing is hopeless anyway.
+What is no ``authenticate`` request, or a notification of it, gets no reply at all: a web page's POST, a TLS
+hello or a port scan learns nothing, and nothing of it is ever read as a command. A wrong token is answered,
+late: each try takes ``PENALTY`` seconds and a place of its own, so nobody tries fast; but no address is
+locked out, as the owner may come from the same one. Against 256 random bits guessing is hopeless anyway.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ class Gate:
         #: Connections that were turned away, for whatever reason.
         self.refused = 0
 
+    def is_noise(self, start: bytes) -> bool:
+        """Whether what a stranger has sent so far can never become a first line that opens."""
+        hopeless = start.lstrip(b" \t\r")[:1] not in (b"", b"{")
+        if hopeless:
+            self._count()
+        return hopeless
+
     def judge(self, line: bytes) -> tuple[Verdict, bytes]:
         """Whether the first line of a connection opens it, and what a wrong token is answered."""
         request = _authenticate(line)
@@ -78,7 +85,8 @@ def _authenticate(line: bytes) -> jsonrpc.Request | None:
     item = message.items[0]
     if message.is_batch or not isinstance(item, jsonrpc.Request) or item.method != "authenticate":
         return None
-    return item
+    # A notification: who wants no answer would not learn that it was refused.
+    return None if isinstance(item.id, jsonrpc.NoId) else item
 
 
 def _token(request: jsonrpc.Request) -> bytes:
@@ -89,7 +97,6 @@ def _token(request: jsonrpc.Request) -> bytes:
 
 
 def _refusal(request: jsonrpc.Request) -> bytes:
-    if isinstance(request.id, jsonrpc.NoId):
-        return b""
+    assert not isinstance(request.id, jsonrpc.NoId)
     error = NotAuthenticated("this is not the job's token; it stands in its endpoint.json, for its owner to read")
     return jsonrpc.encode(jsonrpc.failure(request.id, error))

@@ -15,13 +15,13 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
 from .errors import ControlError, InternalError, JobsDirUnusable, NoSuchJob
 from .launch import Launch
-from .record import JobRecord, check_job_id, is_job_id, read_record
+from .record import JobRecord, check_job_id, is_job_id, parse_record, read_record
 
 #: Sockets that are asked at once; each takes a file descriptor.
 _AT_ONCE: Final = 200
@@ -64,10 +64,14 @@ class Job(NamedTuple):
         Raises:
             InternalError: it tells of none.
         """
-        known = ("job_id", "host", "port", "pid", "started_at", "state")
-        if not isinstance(value, dict) or not set(known) <= value.keys():
-            raise InternalError("the other side sent no list of jobs")
-        return cls(**{name: value[name] for name in (*known, "world_size", "user", "version") if name in value})
+        try:
+            record = parse_record(jsonrpc.encode(value), check_job_id(value["job_id"]))
+            if value["state"] not in ("running", *get_args(State)):  # running: as a job says of its neighbours
+                raise ValueError("it has no state")
+            status = value.get("status")
+        except (LookupError, TypeError, ValueError, AttributeError) as err:
+            raise InternalError("the other side sent no list of jobs") from err
+        return cls(**_known(record), state=value["state"], status=status if isinstance(status, dict) else None)
 
     def to_json(self) -> dict[str, Any]:
         """The job as ``list --json`` prints it."""
@@ -124,8 +128,11 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
 
 
 def _found(record: JobRecord, status: dict[str, Any] | None) -> Job:
-    known = {name: getattr(record, name) for name in Job._fields if name in JobRecord._fields}
-    return Job(**known, state="live" if status is not None else judge(record), status=status)
+    return Job(**_known(record), state="live" if status is not None else judge(record), status=status)
+
+
+def _known(record: JobRecord) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in Job._fields if name in JobRecord._fields}
 
 
 def judge(record: JobRecord) -> State:

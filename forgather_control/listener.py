@@ -8,6 +8,7 @@ connection over instead of serving it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -81,7 +82,8 @@ class UnixListener(Listener, socketserver.UnixStreamServer):
 class TcpListener(Listener):
     """A port of one address of this host; whoever connects is a stranger."""
 
-    # Without it the port of a job that has ended stays taken for a minute; two who listen it does not allow (socket(7)).
+    # Without it the port of a job that has ended stays taken for a minute.
+    # Two who listen it does not allow (socket(7)).
     allow_reuse_address = True
 
     def __init__(self, host: str, port: int, adopt: Adopt) -> None:
@@ -89,9 +91,9 @@ class TcpListener(Listener):
         super().__init__((host, port), adopt)
 
     @property
-    def port(self) -> int:
-        """The port it has, whatever was asked for."""
-        return int(self.server_address[1])
+    def bound(self) -> tuple[str, int]:
+        """The address and the port that it has, in numbers, whatever was asked for."""
+        return str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Replies are lines: sent at once; a peer that has vanished is found out in the end."""
@@ -121,6 +123,4 @@ def open_port(host: str, port: int | None, adopt: Adopt) -> TcpListener:
 
 
 def _is_taken(err: OSError) -> bool:
-    import errno
-
     return err.errno in (errno.EADDRINUSE, errno.EACCES)

@@ -21,11 +21,11 @@ log = logging.getLogger("forgather_control")
 class Listens(Protocol):
     """The server, as far as it matters here."""
 
-    def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> int: ...
+    def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]: ...
 
 
 class Opened(NamedTuple):
-    """An open port, as the job's record tells of it."""
+    """An open port, as the job's record tells of it; ``address`` is a number, so that no name leads elsewhere."""
 
     address: str
     port: int
@@ -58,18 +58,19 @@ class Offer(NamedTuple):
         context, sha256 = self._tls()
         token = gate.new_token()
         try:
-            port = server.listen_tcp(self.host, None if self.port == "auto" else self.port, token, context)
-        except OSError as err:  # no such address, too
-            wanted = f"{self.host} port {self.port}"
-            raise PortTaken(f"{wanted} cannot be had ({err.strerror or err})", port=self.port, host=self.host) from err
-        if context is None and not is_loopback(self.host):
+            address, port = server.listen_tcp(self.host, None if self.port == "auto" else self.port, token, context)
+        except (OSError, ValueError, TypeError) as err:  # no such address, too, and what can be no host name
+            wanted = f"{ascii(self.host)[1:-1][:140]} port {self.port}"
+            why = getattr(err, "strerror", None) or err
+            raise PortTaken(f"{wanted} cannot be had ({why})", port=self.port, host=self.host) from err
+        if context is None and not is_loopback(address):
             log.warning(
                 "port %d of %s is open to the network without TLS: whoever sees the traffic sees the token, "
                 "and can then save, stop and abort this job; give certfile=, or use ssh",
                 port,
-                self.host,
+                address,
             )
-        return Opened(self.host, port, token, sha256)
+        return Opened(address, port, token, sha256)
 
     def _tls(self) -> tuple[ssl.SSLContext | None, str | None]:
         if self.certfile is None:

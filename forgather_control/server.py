@@ -23,6 +23,7 @@ import os
 import resource
 import select
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -35,7 +36,7 @@ from . import gate, jsonrpc
 from .clock import Budget
 from .connection import Connection, TlsConnection
 from .errors import NotAuthenticated
-from .exchange import Answer, Exchanges
+from .exchange import Answer, Asker, Exchanges
 from .listener import Listener, TcpListener, UnixListener, open_port
 
 if TYPE_CHECKING:
@@ -73,12 +74,13 @@ class Server:
     Args:
         answer: called on the server thread for each request; see ``exchange.Answer``.
         tick: called on the server thread every ``TICK`` seconds.
+        last: called on the server thread once, before who still waits is told that the job is ending.
 
     The order of life: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
     """
 
-    def __init__(self, answer: Answer, tick: Callable[[], None]) -> None:
-        self._exchanges, self._tick = Exchanges(answer), tick
+    def __init__(self, answer: Answer, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
+        self._exchanges, self._tick, self._last = Exchanges(answer), tick, last
         self._selector = selectors.DefaultSelector()
         self._listeners: list[Listener] = []
         self._gate: gate.Gate | None = None
@@ -110,20 +112,20 @@ class Server:
             self._drop_listener(old)
         self._add_listener(listener)
 
-    def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> int:
-        """Listen at a port, too, for who shows the token; its number. Before ``start``, on any thread.
+    def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]:
+        """Listen at a port, too, for who shows the token; the address and port it has. Before ``start``, on any thread.
 
         Args:
             port: a number, 0 for any, ``None`` for the first free one from ``listener.FIRST_PORT``.
             tls: what it speaks, if it speaks TLS.
 
         Raises:
-            OSError: it cannot be bound.
+            OSError, ValueError, TypeError: it cannot be bound.
         """
         self._gate = gate.Gate(token)
         listener: TcpListener = open_port(host, port, lambda sock: self._adopt_stranger(sock, tls))
         self._add_listener(listener)
-        return listener.port
+        return listener.bound
 
     def _add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
@@ -184,9 +186,22 @@ class Server:
             if end >= 0:
                 os.close(end)
 
+    # For who is called on the server thread...
+
+    def ask(self, asker: Asker, line: bytes) -> None:
+        """Have a line answered that came in another way."""
+        self._exchanges.ask(asker, line)
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether this is the server thread."""
+        return self._thread is threading.current_thread()
+
     # The server thread, round by round...
 
     def _run(self) -> None:
+        # OpenSSL cannot be told MSG_NOSIGNAL; see ``connection``.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         budget = Budget(SHARE, BURST)
         tick_at = time.monotonic() + TICK
         while not self._closing:
@@ -217,8 +232,9 @@ class Server:
         if self._punished:
             self._answer_punished(time.monotonic())
         woken, self._woken = self._woken, False
-        for connection in self._exchanges.poll(woken):
-            self._settle(connection)
+        for asker in self._exchanges.poll(woken):
+            if isinstance(asker, Connection):
+                self._settle(asker)
 
     def _nap(self, seconds: float) -> None:
         poller = select.poll()
@@ -276,17 +292,17 @@ class Server:
         if len(strangers) >= gate.MAX_STRANGERS:
             self._drop(min(strangers, key=lambda connection: connection.came_at))
         if tls is None:
-            connection = Connection(sock, jsonrpc.MAX_LINE)
+            connection = Connection(sock, gate.MAX_FIRST_LINE)
         else:
-            connection = TlsConnection(sock, jsonrpc.MAX_LINE, tls, _NO_TLS)
+            connection = TlsConnection(sock, gate.MAX_FIRST_LINE, tls, _NO_TLS)
         connection.is_stranger = True
         self._admit(connection)
 
     def _admit(self, connection: Connection) -> None:
         if len(self._connections) >= _most_connections():
             self._close_idlest()
-        self._connections[connection.sock.fileno()] = connection
-        self._selector.register(connection.sock, selectors.EVENT_READ)
+        self._connections[connection.fd] = connection
+        self._selector.register(connection.fd, selectors.EVENT_READ)
         self._serve(connection, selectors.EVENT_READ)  # its request is usually there already
 
     def _serve(self, connection: Connection, events: int) -> None:
@@ -297,6 +313,9 @@ class Server:
             return
         if events & selectors.EVENT_READ:
             connection.read()
+        if connection.broken:  # at once: its descriptor may be free, and the next one's
+            self._drop(connection)
+            return
         connection.queued = True  # after a flush, too: lines that came in earlier may have waited for room
         self._queue.append(connection)
 
@@ -312,27 +331,30 @@ class Server:
         )
 
     def _watch(self, connection: Connection, events: int) -> None:
-        key = self._selector.get_map().get(connection.sock)
+        key = self._selector.get_map().get(connection.fd)
         if key is None:
             if events:
-                self._selector.register(connection.sock, events)
+                self._selector.register(connection.fd, events)
         elif not events:
-            self._selector.unregister(connection.sock)
+            self._selector.unregister(connection.fd)
         elif key.events != events:
-            self._selector.modify(connection.sock, events)
+            self._selector.modify(connection.fd, events)
 
     def _drop(self, connection: Connection) -> None:
-        if self._connections.pop(connection.sock.fileno(), None) is not None:
-            connection.broken = True
+        if self._connections.get(connection.fd) is connection:
+            del self._connections[connection.fd]
             self._watch(connection, 0)
-            connection.sock.close()
+            connection.close()
 
     def _close_idlest(self) -> None:
-        """Who is silent longest; only then who waits for a reply or reads one. Half a line is no claim to a place."""
+        """A stranger; else who is silent longest; only then who waits for a reply or reads one.
+
+        Half a line is no claim to a place.
+        """
         everybody = self._connections.values()
-        longest = min(everybody, key=lambda c: (c.open > 0 or c.unsent > 0, c.moved_at), default=None)
-        if longest is not None:
-            self._drop(longest)
+        least = min(everybody, key=lambda c: (not c.is_stranger, c.open > 0 or c.unsent > 0, c.moved_at), default=None)
+        if least is not None:
+            self._drop(least)
 
     def _sweep(self, now: float) -> None:
         """Drop who stopped reading, who hung up while a request of theirs waits, who shows no token, who is silent."""
@@ -356,10 +378,16 @@ class Server:
                 self._exchanges.ask(connection, line)
                 connection.queued = True
                 self._queue.append(connection)
+            elif connection.is_stranger and self._is_noise(connection):
+                self._drop(connection)
             else:
                 self._settle(connection)
 
     # Strangers...
+
+    def _is_noise(self, connection: Connection) -> bool:
+        assert self._gate is not None
+        return self._gate.is_noise(connection.half_line)
 
     def _passes(self, connection: Connection, line: bytes) -> bool:
         """Whether a stranger's first line lets it in; if not, it is punished, or gone."""
@@ -367,6 +395,7 @@ class Server:
         verdict, reply = self._gate.judge(line)
         if verdict == "welcome":
             connection.is_stranger = False
+            connection.max_line = jsonrpc.MAX_LINE
             return True
         if verdict == "wrong":
             connection.stop_listening()
@@ -393,6 +422,7 @@ class Server:
             while not connection.broken and (line := connection.take_line()) is not None:
                 if not connection.is_stranger or self._passes(connection, line):
                     self._exchanges.ask(connection, line)
+        self._last()
         self._exchanges.give_up()
         self._flush_all(time.monotonic() + LAST_WORDS)
 

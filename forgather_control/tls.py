@@ -36,6 +36,7 @@ def server_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
             pass  # ssl says that there is no such file, but not which
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # it costs the other side little, and us a signature each
     try:
         context.load_cert_chain(certfile, keyfile, password=_no_password)
     except ssl.SSLError as err:
@@ -48,13 +49,21 @@ def _no_password() -> str:
 
 
 def fingerprint(certfile: str) -> str:
-    """The SHA-256 of the first certificate of a PEM file, in hexadecimal, as ``openssl x509 -fingerprint`` has it."""
+    """The SHA-256 of the first certificate of a PEM file, in hexadecimal, as ``openssl x509 -fingerprint`` has it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds none.
+    """
     import ssl
 
     with open(certfile, encoding="ascii", errors="replace") as file:
         text = file.read()
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    pem = begin + text.partition(begin)[2].partition(end)[0] + end
+    body = text.partition(begin)[2].partition(end)[0]
+    if not body:  # one that OpenSSL reads all the same: TRUSTED CERTIFICATE, as openssl x509 -trustout writes it
+        raise ValueError(f"{certfile} holds no {begin}")
+    pem = begin + body + end
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
 

@@ -162,7 +162,7 @@ def test_two_at_the_same_instant_one_wins(jobs_dir):
 def test_a_dead_owners_directory_is_taken_over(jobs_dir, make):
     """After kill -9 the next job of this id begins with a clean directory."""
     with job_process() as other:
-        (jobs_dir / "job" / "requests").mkdir()
+        (jobs_dir / "job" / "requests").mkdir(exist_ok=True)
         other.kill()
     make().claim()
     assert published(jobs_dir).pid == os.getpid() and names(jobs_dir / "job") == ["control.sock", "endpoint.json"]

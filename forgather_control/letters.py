@@ -1,0 +1,130 @@
+"""Letters: small files in a job's directory that one side writes whole and the other takes.
+
+Floor 2: imports record only. Used by both halves of control by file, on the server thread in the job and
+on the caller's thread in the client.
+
+Nothing read here is trusted. Directories are opened without following links and named by descriptors
+from there on; a letter is a regular file of one name, of the directory's owner, of this user or of root.
+Opening a directory makes NFS ask its server what is new in it, where a ``stat`` may answer from a cache
+for half a minute (nfs(5), "close-to-open cache consistency").
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from .record import is_job_id
+
+REQUESTS: Final = "requests"
+REPLIES: Final = "replies"
+STATUS: Final = "status.json"
+#: What a letter's name ends in.
+SUFFIX: Final = ".json"
+
+#: What open(2) says of what is not for us to read: a link, a socket, another user's.
+_NO_LETTER: Final = (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
+
+#: Device and inode: which directory it is, whatever its name is by now.
+Place = tuple[int, int]
+
+
+def is_name(name: str) -> bool:
+    """Whether a letter may be called so: as a job; a leading dot hides what is not finished yet."""
+    return is_job_id(name)
+
+
+def place(path: str) -> Place:
+    """Which directory has this path at present."""
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def opened(path: str, box: str, known: Place, *, make: bool = False) -> Iterator[int]:
+    """A descriptor of ``box`` in the job's directory at ``path``; of the directory itself where ``box`` is ".".
+
+    Args:
+        known: the directory that it must be; another job's may have its path by now.
+        make: make the box, if it is not there.
+
+    Raises:
+        FileNotFoundError: the directory, or the box, is gone.
+        OSError: whatever else the file system has to say.
+    """
+    how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    home = os.open(path, how)
+    try:
+        if (os.fstat(home).st_dev, os.fstat(home).st_ino) != known:
+            raise FileNotFoundError(2, "it is another directory by now", path)
+        if make:
+            with suppress(FileExistsError):
+                os.mkdir(box, 0o700, dir_fd=home)
+        found = os.open(box, how, dir_fd=home)
+        owners = (0, os.geteuid(), os.fstat(home).st_uid)
+    finally:
+        os.close(home)
+    try:
+        if os.fstat(found).st_uid not in owners:
+            raise PermissionError(13, "it belongs to another user", box)
+        yield found
+    finally:
+        os.close(found)
+
+
+def write(box: int, name: str, data: bytes) -> None:
+    """Write a letter that others see whole or not at all, and that only its owner can read.
+
+    It is not forced to the disk: after a crash of the host nobody waits for it.
+    """
+    hidden = f".{name}.{os.getpid()}"
+    file = os.open(
+        hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=box
+    )
+    try:
+        with open(file, "wb") as out:
+            out.write(data)
+        os.rename(hidden, name, src_dir_fd=box, dst_dir_fd=box)
+    except OSError:
+        remove(box, hidden)
+        raise
+
+
+def read(box: int, name: str, limit: int) -> tuple[bytes, os.stat_result] | None:
+    """At most ``limit`` bytes of a letter, and its facts; ``None`` if what has this name is none.
+
+    Raises:
+        FileNotFoundError: nothing has this name.
+        OSError: nothing can be read at present.
+    """
+    # Not blocking, should somebody have put a FIFO there; a link is ELOOP, a socket ENXIO.
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=box)
+    except OSError as err:
+        if err.errno in _NO_LETTER:
+            return None
+        raise
+    try:
+        facts = os.fstat(file)
+        return (os.read(file, limit), facts) if is_letter(facts, box) else None
+    finally:
+        os.close(file)
+
+
+def is_letter(facts: os.stat_result, box: int) -> bool:
+    """Whether it is a regular file of the right user, and of no other name: a second name can be a stranger's gift."""
+    owners = (0, os.geteuid(), os.fstat(box).st_uid)
+    return stat.S_ISREG(facts.st_mode) and facts.st_uid in owners and facts.st_nlink == 1
+
+
+def remove(box: int, name: str) -> bool:
+    """Remove a letter; whether it was still there."""
+    try:
+        os.unlink(name, dir_fd=box)
+    except FileNotFoundError:
+        return False
+    return True
