@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -25,6 +27,39 @@ def jobs_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("NO_COLOR", raising=False)
     yield path / "jobs"
     shutil.rmtree(path, ignore_errors=True)
+
+
+class Certificates(NamedTuple):
+    """PEM files that openssl made; ``sha256`` is of ``cert``, for localhost and 127.0.0.1."""
+
+    cert: str
+    key: str
+    both: str  # in one file
+    locked: str  # the key, with a password
+    other_cert: str
+    other_key: str
+    sha256: str
+
+
+@pytest.fixture(scope="session")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Two certificates with their keys. Tests that want them are marked ``needs("openssl")``."""
+    folder = tmp_path_factory.mktemp("pem")
+
+    def openssl(*words: str) -> str:
+        return subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    for name in ("", "other-"):
+        openssl(
+            *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"),
+            *("-subj", f"/CN={name}job", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-keyout", f"{name}key.pem", "-out", f"{name}cert.pem"),
+        )
+    openssl("ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "locked.pem")
+    (folder / "both.pem").write_text((folder / "key.pem").read_text() + (folder / "cert.pem").read_text())
+    shown = openssl("x509", "-in", "cert.pem", "-noout", "-fingerprint", "-sha256").strip().partition("=")[2]
+    names = ("cert", "key", "both", "locked", "other-cert", "other-key")
+    return Certificates(*(str(folder / f"{name}.pem") for name in names), sha256=shown)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -336,6 +337,42 @@ def test_fresh_seconds_are_checked_when_the_adapter_is_made(seconds):
     """An age is a number of seconds."""
     with pytest.raises(InvalidParams, match="fresh_seconds must be"):
         Adapter(JOB, fresh_seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"port": 65536}, {"port": True}, {"port": "8900"}, {"port": 0, "host": ""}, {"keyfile": "k"}, {"certfile": 1}],
+)
+def test_the_port_is_checked_when_the_adapter_is_made(given):
+    """What cannot be one, and what cannot belong to it, even where it is turned off; the files are looked at later."""
+    for enabled in (True, False):
+        with pytest.raises(InvalidParams):
+            Adapter(JOB, **{"port": 0, **given}, enabled=enabled)
+    Adapter(JOB, port="auto", certfile="/no/file")
+
+
+def test_a_disabled_adapter_opens_no_port(caplog):
+    """Not even to find that it is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        hooks = Hooks(JOB, enabled=False, port=taken.getsockname()[1])
+        hooks.begin()
+        hooks.end()
+    assert warnings(caplog) == []
+
+
+def test_each_run_has_a_port_and_a_token_of_its_own(jobs_dir):
+    """The same number again, where one was given; and after the run it is free."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    hooks, tokens = Hooks(JOB, port=port), set()
+    for _ in range(2):
+        hooks.begin()
+        assert find(JOB).port == port
+        tokens.add(find(JOB).token)
+        hooks.end()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+    assert len(tokens) == 2
 
 
 @pytest.mark.parametrize("signals", [{"SIGKILL": "abort"}, {"SIGTERM": "status"}, ["SIGTERM"]])

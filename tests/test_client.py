@@ -13,36 +13,12 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import caller, client, errors
-from forgather_control.endpoint import UnixEndpoint
+from forgather_control import client, errors
+from forgather_control.endpoint import TcpEndpoint
 from forgather_control.record import parse_record
 
-from .world import MS, SOON, cli, job_process, running_loop, until
-
-
-class Peer:
-    """A server of the test's own: accepts one connection and does what ``act(file, socket)`` does."""
-
-    def __init__(self, folder: Path, act) -> None:
-        self.path = str(folder / "peer.sock")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen(1)
-        self._thread = threading.Thread(target=self._serve, args=(act,))
-        self._thread.start()
-
-    def _serve(self, act) -> None:
-        sock, _ = self._listener.accept()
-        with sock, sock.makefile("rb") as file:
-            act(file, sock)
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.join(SOON)
-        self._listener.close()
-        assert not self._thread.is_alive()
+from .test_caller import Peer
+from .world import MS, SOON, Wire, cli, job_process, running_loop, until
 
 
 @pytest.fixture
@@ -263,20 +239,6 @@ def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
             assert client.get_job_status("phoenix")["pid"] == new.pid
 
 
-def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
-    """Its process runs, its record stands: it does not answer, which is all that is known."""
-    monkeypatch.setattr(caller, "_DYING", 50 * MS)
-    mine = {"job_id": "peer", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
-    (folder / "peer").mkdir()
-    with Peer(folder, lambda file, sock: file.readline()) as peer:
-        (folder / "peer" / "endpoint.json").write_text(json.dumps({**mine, "socket": peer.path}))
-        with forgather_control.connect("peer") as job:
-            with pytest.raises(
-                errors.JobNotAnswering, match=f"hung up .* though pid {os.getpid()} .* still runs; whether"
-            ):
-                job.call("save_checkpoint")
-
-
 def test_a_job_that_ends_while_a_connection_is_open_says_so(folder):
     """Its directory went with it; its process may run on."""
     with running_loop("brief"):
@@ -367,76 +329,10 @@ def test_a_job_that_has_just_ended_is_no_such_job(folder):
     assert isinstance(client._unreachable(gone), errors.NoSuchJob)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'{"jsonrpc":"2.0","id":1}\n', b"null\n"],
-)
-def test_a_peer_that_is_none_of_us_is_named(folder, answer):
-    """Garbage instead of a reply is an error of ours, not a traceback of json's."""
-
-    def act(file, sock) -> None:
-        file.readline()
-        sock.sendall(answer)
-
-    with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
-        with pytest.raises(errors.InternalError):
-            job.call("ping")
-
-
 def test_an_unknown_error_code_is_kept():
     """A newer job's error arrives as a ControlError with its code and data."""
     error = errors.from_wire(-32077, "new", {"fact": 1})
     assert type(error) is errors.ControlError and error.data == {"code": -32077, "fact": 1}
-
-
-def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
-    """Without a deadline a silent peer is asked, and given up after the silence; one that answers is not."""
-    monkeypatch.setattr(caller, "_ARE_YOU_THERE", 30 * MS)
-    monkeypatch.setattr(caller, "_SILENCE", 150 * MS)
-    asked: list[str] = []
-
-    def act(file, sock) -> None:
-        for line in file:
-            message = json.loads(line)
-            asked.append(message["method"])
-            if message["method"] == "ping" and len(asked) < 12:
-                sock.sendall(b'{"jsonrpc":"2.0","id":null,"result":{}}\n')
-
-    with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
-        with pytest.raises(errors.JobNotAnswering):
-            job.call("save_checkpoint", wait="finished")
-    assert asked[0] == "save_checkpoint" and len(asked) >= 12
-
-
-def test_replies_of_earlier_calls_are_not_taken_for_later_ones(folder):
-    """A reply with another id is passed over."""
-
-    def act(file, sock) -> None:
-        file.readline()
-        sock.sendall(b'{"jsonrpc":"2.0","id":99,"result":"old"}\n{"jsonrpc":"2.0","id":1,"result":"new"}\n')
-
-    with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
-        assert job.call("ping") == "new"
-
-
-def test_a_reply_without_a_record_is_named(folder):
-    """A peer that answers a command with something else is an error of ours."""
-
-    def act(file, sock) -> None:
-        file.readline()
-        sock.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"state":"finished"}}\n')
-
-    with Peer(folder, act) as peer, client.Client(UnixEndpoint(peer.path), "peer") as job:
-        with pytest.raises(errors.InternalError, match="no command record"):
-            job.command("abort")
-
-
-def test_only_commands_are_waited_for_without_a_deadline(folder):
-    """A query whose first parameter, by position, is no wait keeps its deadline."""
-    with Peer(folder, lambda file, sock: file.readline() and file.readline()) as peer:
-        with client.Client(UnixEndpoint(peer.path), "peer", timeout=100 * MS) as job:
-            with pytest.raises(errors.JobNotAnswering):
-                job.call_raw("get_command", ["some-id"])
 
 
 def test_cleanup_removes_what_was_agreed_to_and_judges_it_again():
@@ -448,3 +344,149 @@ def test_cleanup_removes_what_was_agreed_to_and_judges_it_again():
     with running_loop("two"):
         assert client.cleanup(shown) == ["one"]
         assert [job.job_id for job in forgather_control.list_jobs()] == ["two"]
+
+
+# Over TCP...
+
+HERE = "127.0.0.1"
+
+
+def published(jobs_dir: Path, job_id: str = "job") -> dict:
+    return json.loads((jobs_dir / job_id / "endpoint.json").read_text())
+
+
+def put(folder: Path, name: str, **changes) -> None:
+    """A record of a process that is gone."""
+    dead = {"job_id": name, "host": socket.gethostname(), "pid": 2**22 + 1, "started_at": 1.0}
+    (folder / name).mkdir()
+    (folder / name / "endpoint.json").write_text(json.dumps({**dead, "token": "secret", "address": HERE, **changes}))
+
+
+def test_a_job_is_reached_at_its_port():
+    """By address, by name, by the record alone where the socket is gone."""
+    with running_loop(port=0) as run:
+        port = client.find("job").port
+        for at in (f"tcp://{HERE}:{port}", f"tcp://localhost:{port}", f"tcp://{socket.gethostname()}:{port}"):
+            with forgather_control.connect(at=at) as job:
+                assert job.call("status")["job_id"] == "job" and job._sock.family == socket.AF_INET
+        os.unlink(client.find("job").socket)
+        assert forgather_control.save_checkpoint("job", wait="finished", timeout=SOON).state == "finished" and run.saves
+        with forgather_control.connect("job") as job:
+            assert job._sock.family == socket.AF_INET
+            assert job.call_raw("ping", {})["job_id"] == "job"
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1.example.org", "localhost.example.org", "192.0.2.1", "example.org", "::2", "[::2]", "127.1"]
+)
+def test_the_token_is_for_the_jobs_host_alone(host):
+    """The same port of another host is somebody else's: nothing is connected to, nothing shown."""
+    with running_loop(port=0):
+        port = client.find("job").port
+        with pytest.raises(errors.NotAuthenticated, match="wants the job's token") as caught:
+            forgather_control.connect(at=f"tcp://{host}:{port}")
+        assert client.find("job").token not in str(caught.value)
+
+
+def test_the_token_goes_to_the_address_that_the_job_has_bound():
+    """Another user may listen at the same port of another loopback address."""
+    with running_loop(port=0):
+        port, seen = client.find("job").port, []
+        with Peer(None, lambda file, sock: seen.append(file.readline()), host="127.0.0.2", port=port) as peer:
+            with forgather_control.connect(at=f"tcp://127.0.0.2:{port}") as job:
+                assert job.call("ping")["job_id"] == "job"
+            peer.leave()
+        assert seen == []
+
+
+def test_the_token_of_the_dead_is_shown_to_nobody(folder):
+    """Its port is somebody else's by now; the sentence says that the job is dead."""
+    seen = []
+    with Peer(None, lambda file, sock: seen.append(file.readline())) as peer:
+        put(folder, "gone", port=peer.at[1], socket=str(folder / "gone" / "s"))
+        with pytest.raises(errors.JobDead, match="job gone is dead"):
+            forgather_control.connect("gone")
+        peer.leave()
+    assert seen == []
+
+
+def test_what_dead_jobs_left_does_not_hide_who_has_the_port_now(folder):
+    """ "auto" gives the same number again and again."""
+    with running_loop(port=0):
+        for name in ("gone", "lost"):
+            put(folder, name, port=client.find("job").port)
+        with forgather_control.connect(at=f"tcp://{HERE}:{client.find('job').port}") as job:
+            assert job.call("ping")["job_id"] == "job"
+
+
+def test_a_port_that_asks_for_no_tls_gets_no_token_of_who_typed_it(folder):
+    """tls:// is never silently weaker than typed."""
+    with running_loop(port=0), pytest.raises((errors.JobNotAnswering, errors.NotAuthenticated)):
+        forgather_control.connect(at=f"tls://{HERE}:{client.find('job').port}")
+
+
+def test_the_token_comes_from_the_caller_else_the_environment_else_the_record(monkeypatch):
+    """In this order; an empty variable is none."""
+    with running_loop(port=0):
+        record = client.find("job")
+        at = f"tcp://{HERE}:{record.port}"
+        monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "wrong")
+        with pytest.raises(errors.NotAuthenticated, match="not the job's token") as caught:
+            forgather_control.connect(at=at)
+        assert record.token not in str(caught.value)
+        forgather_control.connect(at=at, token=record.token).close()
+        for given in (record.token, ""):
+            monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", given)
+            forgather_control.connect(at=at).close()
+
+
+def test_another_job_than_the_named_one_is_not_called(monkeypatch, folder):
+    """Neither with its record here, nor without, nor over a socket: an abort must not meet the wrong one."""
+    with running_loop("one", port=0) as one, running_loop("two", port=0):
+        record = client.find("one")
+        for at in (f"tcp://{HERE}:{record.port}", f"unix:{record.socket}"):
+            with forgather_control.connect("one", at=at, token=record.token) as job:
+                assert job.call("ping")["job_id"] == "one"
+            with pytest.raises(errors.ControlError, match="another job answers"):
+                forgather_control.connect("two", at=at, token=record.token)
+        monkeypatch.setenv("FORGATHER_JOBS_DIR", str(folder / "elsewhere"))
+        with pytest.raises(errors.NoSuchJob, match="another job answers there, 'one'"):
+            forgather_control.connect("two", at=f"tcp://{HERE}:{record.port}", token=record.token)
+        forgather_control.connect("on", at=f"tcp://{HERE}:{record.port}", token=record.token).close()
+        assert not one.job.should_stop
+
+
+def test_a_named_job_may_be_reached_through_a_tunnel(jobs_dir):
+    """Any port that leads to it will do, with its token and its fingerprint."""
+
+    def tunnel(file, sock) -> None:
+        with Wire((HERE, published(jobs_dir)["port"])) as wire:
+            for line in file:
+                wire.send(line)
+                sock.sendall(wire.line())
+
+    with running_loop(port=0), Peer(None, tunnel) as peer:
+        with forgather_control.connect("job", at=f"tcp://{HERE}:{peer.at[1]}") as job:
+            assert job.call("ping")["job_id"] == "job"
+
+
+@pytest.mark.parametrize(
+    ("address", "here", "expected"),
+    [
+        (HERE, True, HERE),
+        (HERE, False, None),
+        ("::1", False, None),
+        ("0.0.0.0", False, "elsewhere"),
+        ("0.0.0.0", True, "0.0.0.0"),
+        ("10.1.2.3", False, "10.1.2.3"),
+        (None, False, None),
+    ],
+)
+def test_where_a_port_is_seen_from_here(address, here, expected):
+    """Loopback is this host's alone; all addresses are, from elsewhere, the host's name."""
+    known = {"job_id": "x", "host": socket.gethostname() if here else "elsewhere", "port": 8900, "pid": 1}
+    record = parse_record(
+        json.dumps({**known, "started_at": 1.0, "address": address, "tls_sha256": "ab"}).encode(), "x"
+    )
+    found = client._port(record)
+    assert found == (expected and TcpEndpoint(expected, 8900, True, "ab"))

@@ -9,9 +9,10 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from forgather_control.connection import Connection
+from forgather_control.connection import Connection, TlsConnection
+from forgather_control.tls import server_context
 
-from .world import SOON, until
+from .world import SOON, needs, until
 
 MAX = 64
 KINDS = [socket.AF_UNIX, socket.AF_INET]
@@ -213,3 +214,66 @@ def test_socket_never_blocks():
     """Whatever the socket was, it is non-blocking once it is served."""
     with pair() as (connection, _client):
         assert connection.sock.gettimeout() == 0.0
+
+
+def test_the_limit_of_a_line_may_grow():
+    """A stranger's is short; what comes after the token is as long as any."""
+    with pair(max_line=8) as (connection, client):
+        client.sendall(b"12345678\n" + b"x" * 32)
+        while connection.take_line() is None:
+            arrived(connection).read()
+        connection.max_line = MAX
+        client.sendall(b"\n")
+        until(lambda: connection.read() or connection.half_line.endswith(b"\n"))
+        assert connection.half_line == b"x" * 32 + b"\n" and lines(connection) == [b"x" * 32]
+
+
+def test_half_a_line_is_shown_in_part():
+    """Enough to judge it, no more."""
+    with pair() as (connection, client):
+        client.sendall(b"y" * 65)
+        until(lambda: connection.read() or len(connection.half_line) == 64)
+        assert connection.half_line == b"y" * 64
+
+
+# TLS, as far as bytes are concerned; the rest is in test_tls...
+
+
+@needs("openssl")
+def test_who_does_not_speak_tls_is_told_once(pem):
+    """Whatever the first byte is, if it is not that of a handshake."""
+    with pair(socket.AF_INET) as (plain, client):
+        connection = TlsConnection(plain.sock, MAX, server_context(pem.cert, pem.key), b"no\n")
+        connection.read()
+        assert not connection.broken  # nothing came yet
+        client.sendall(b"{}\n")
+        arrived(connection).read()
+        assert connection.broken and client.recv(100) == b"no\n"
+
+
+@needs("openssl")
+@pytest.mark.parametrize("data", [b"\x16", b"\x16\x03\x01\x00\x05hello"])
+def test_a_reset_before_the_handshake_is_broken_not_raised(pem, data):
+    """ssl closes the socket then; its number is known all the same."""
+    with pair(socket.AF_INET) as (plain, client):
+        connection = TlsConnection(plain.sock, MAX, server_context(pem.cert, pem.key), b"no\n")
+        fd = connection.fd
+        client.sendall(data)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        connection.read()
+        assert connection.broken and connection.fd == fd
+        connection.close()
+        connection.close()
+
+
+@needs("openssl")
+def test_closed_in_the_middle_of_a_handshake(pem):
+    """No goodbye is said to whom nothing was said before; closing does not raise."""
+    with pair(socket.AF_INET) as (plain, client):
+        connection = TlsConnection(plain.sock, MAX, server_context(pem.cert, pem.key), b"no\n")
+        client.sendall(b"\x16\x03\x01\x02\x00")
+        arrived(connection).read()
+        assert not connection.broken
+        connection.close()
+        assert client.recv(100) == b""

@@ -12,8 +12,8 @@ import pytest
 
 from forgather_control import endpoint
 from forgather_control.clock import Deadline
-from forgather_control.endpoint import UnixEndpoint, bind, fits, peer_uid
-from forgather_control.errors import JobDead, JobNotAnswering
+from forgather_control.endpoint import TcpEndpoint, UnixEndpoint, bind, fits, is_loopback, parse, peer_uid
+from forgather_control.errors import InvalidParams, JobDead, JobNotAnswering
 
 from .world import SOON, Process, descriptors, needs_root
 
@@ -182,3 +182,75 @@ def test_a_system_without_peer_credentials_says_nothing(monkeypatch):
         assert peer_uid(one) == os.geteuid()
         monkeypatch.delattr(socket, "SO_PEERCRED")
         assert peer_uid(one) is None
+
+
+# TCP...
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("unix:/run/s", UnixEndpoint("/run/s")),
+        ("unix:tcp://h:1", UnixEndpoint("tcp://h:1")),
+        ("tcp://host:8900", TcpEndpoint("host", 8900)),
+        ("tls://10.0.0.1:65535", TcpEndpoint("10.0.0.1", 65535, True)),
+        ("tcp://[::1]:1", TcpEndpoint("::1", 1)),
+    ],
+)
+def test_an_address_is_read_as_it_is_printed(text, expected):
+    """There and back."""
+    assert parse(text) == expected and str(expected) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "unix:", "host:1", "tcp://host", "tcp://host:", "tcp://:1", "tcp://host:0", "tcp://host:65536", "tcp://host:-1",
+     "tcp://host:1/x", "tcp://host: 1", "tcp://host:1_0", "tcp://host:\u0661", "http://host:1", "TCP://host:1",
+     "tcp:host:1", "tcp://host:" + "9" * 5000, "\x1b[2J://host:1"],
+)  # fmt: skip
+def test_what_is_no_address(text):
+    """The error repeats the beginning of it, prints on one line, and says what an address is."""
+    with pytest.raises(InvalidParams, match="is no address") as caught:
+        parse(text)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.255.0.9", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("127.0.0.1.example.org", False), ("127.evil", False), ("", False), ("x\0", False)],
+)  # fmt: skip
+def test_loopback(host, expected):
+    """A name that begins like an address is a name."""
+    assert is_loopback(host) is expected
+
+
+def test_nobody_at_a_port_is_dead_and_a_silent_host_is_not_answering():
+    """Refused at once; a host that is none, in a sentence; a full backlog, by the deadline."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    before = descriptors()
+    with pytest.raises(JobDead, match=f"nobody listens at tcp://127.0.0.1:{port}"):
+        TcpEndpoint("127.0.0.1", port).connect(Deadline(SOON))
+    for host in ("no.such.host.invalid", "a" * 64 + ".x", "x..y", "300.1.1.1", "\x1b[2J"):
+        with pytest.raises(JobNotAnswering, match="cannot be reached") as caught:
+            TcpEndpoint(host, port).connect(Deadline(SOON))
+        assert str(caught.value).isprintable()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        filled = [socket.socket() for _ in range(3)]
+        for sock in filled:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        for seconds in (0.0, 0.2):
+            with pytest.raises(JobNotAnswering, match="does not answer"):
+                TcpEndpoint(*full.getsockname()).connect(Deadline(seconds))
+        for sock in filled:
+            sock.close()
+    assert descriptors() == before
+
+
+def test_a_connection_over_tcp_blocks_and_sends_at_once():
+    """An ordinary socket without a timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with TcpEndpoint(*server.getsockname()).connect(Deadline(SOON)) as sock:
+            assert sock.gettimeout() is None and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -117,18 +118,28 @@ def test_the_sweep_keeps_the_best_run():
 
 def wire_lines() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)\n```", (EXAMPLES / "wire.md").read_text(), re.DOTALL)
-    return [block for block in blocks if block.startswith("echo")]
+    return [block for block in blocks if block.startswith(("echo", "printf"))]
+
+
+def test_all_lines_of_the_wire_page_are_run():
+    """All but those that only set a variable."""
+    lines = wire_lines()
+    assert len(lines) == 9 and (EXAMPLES / "wire.md").read_text().count("```sh") == len(lines) + 2
 
 
 @needs("socat")
 @needs("nc")
+@needs("openssl")
 @pytest.mark.parametrize("line", wire_lines())
-def test_the_lines_of_the_wire_page_work(line, jobs_dir):
+def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem):
     """Each one-liner answers strict JSON without an error, or, as a notification, acts."""
-    with running_loop("my_experiment") as run:
-        sock = jobs_dir / "my_experiment" / "control.sock"
+    tls = {"certfile": pem.cert, "keyfile": pem.key} if "CERT" in line else {}
+    with running_loop("my_experiment", port=0, **tls) as run:
+        folder = jobs_dir / "my_experiment"
+        known = json.loads((folder / "endpoint.json").read_text())
+        places = {"SOCK": str(folder / "control.sock"), "PORT": str(known["port"]), "TOKEN": known["token"]}
         done = subprocess.run(
-            line, shell=True, capture_output=True, timeout=SOON, env={**os.environ, "SOCK": str(sock)}
+            line, shell=True, capture_output=True, timeout=SOON, env={**os.environ, **places, "CERT": pem.cert}
         )
         assert done.returncode == 0, done.stderr
         if '"id"' not in line:
@@ -136,7 +147,9 @@ def test_the_lines_of_the_wire_page_work(line, jobs_dir):
             run.thread.join(SOON)
             assert run.job.should_stop
             return
-        reply = strict(done.stdout)
+        *first, last = done.stdout.splitlines(keepends=True)
+        assert [strict(answer)["result"]["job_id"] for answer in first] == ["my_experiment"] * ("TOKEN" in line)
+        reply = strict(last)
         for answer in reply if isinstance(reply, list) else [reply]:
             assert "result" in answer, answer
         if "finished" in line:

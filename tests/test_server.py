@@ -23,7 +23,21 @@ from forgather_control.errors import InvalidParams, NotCancellable
 from forgather_control.exchange import PENDING, Later
 from forgather_control.server import Server
 
-from .world import MS, SOON, Process, Wire, descriptors, job_process, needs, needs_root, serving, strict, until
+from .world import (
+    MS,
+    SOON,
+    TOKEN,
+    Process,
+    Wire,
+    descriptors,
+    job_process,
+    needs,
+    needs_root,
+    serving,
+    serving_tcp,
+    strict,
+    until,
+)
 
 
 class Answers:
@@ -782,3 +796,138 @@ def test_a_running_job_counts_as_a_whole(jobs_dir):
             wire.still_answers()
             shutil.rmtree(jobs_dir)
             wire.still_answers()
+
+
+# Over TCP; who gets in is in test_gate...
+
+
+def _let_in(control):
+    wire = Wire(control.at)
+    wire.authenticate()
+    return wire
+
+
+def test_ten_thousand_pipelined_requests_over_tcp_come_back_in_order(answers, unbounded):
+    """Written without reading first: the server stops listening, memory is bounded, and no reply is lost."""
+    lines = b"".join(_line("big", 100, id=number) for number in range(10_000))
+    with serving_tcp(answers) as control, _let_in(control) as other, _let_in(control) as wire:
+        before, sent = _rss(), 0
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        wire.sock.setblocking(False)
+        while sent < len(lines) and select.select([], [wire.sock], [], 200 * MS)[1]:
+            sent += wire.sock.send(lines[sent : sent + 65536])
+        other.still_answers()
+        assert _rss() - before < 10 << 20
+        wire.sock.settimeout(SOON)
+        rest = threading.Thread(target=wire.send, args=(lines[sent:],))
+        rest.start()
+        assert [wire.reply()["id"] for _ in range(10_000)] == list(range(10_000))
+        rest.join(SOON)
+        wire.still_answers()
+
+
+def test_who_sends_and_never_reads_over_tcp_is_not_listened_to_and_then_dropped(answers, monkeypatch, unbounded):
+    """Beyond MAX_UNSENT its requests wait; after MAX_STALL without progress it is gone; others notice nothing."""
+    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(server, "MAX_STALL", 300 * MS)
+    with serving_tcp(answers) as control, _let_in(control) as other, _let_in(control) as deaf:
+        before = descriptors()
+        deaf.send(_line("big", 32 << 20) + _line("echo", "never asked"))
+        until(lambda: "big" in answers.asked)
+        other.still_answers()
+        until(lambda: descriptors() == before - 1)  # over TCP the end, too, waits for the one who does not read
+        other.still_answers()
+        assert "echo" not in answers.asked
+
+
+def test_who_is_silent_for_long_over_tcp_is_let_go(answers, monkeypatch, path):
+    """The other host may be gone without a word; who waits for an answer stays, and so does the socket's client."""
+    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(server, "MAX_IDLE", 300 * MS)
+    with serving_tcp(answers, path=path) as control, Wire(path) as local, _let_in(control) as waiting:
+        local.still_answers()
+        waiting.send(_line("later", "x"))
+        with _let_in(control) as silent:
+            assert silent.is_closed()
+        answers.given["x"] = 1
+        control.wake()
+        assert waiting.reply()["result"] == 1
+        local.still_answers()
+
+
+def test_at_the_end_who_shows_the_token_is_answered_and_strangers_are_not(answers):
+    """Also from the backlog; a wrong token and half a line are simply closed, without delay."""
+    with serving_tcp(answers) as control, _let_in(control) as holding:
+        holding.send(_line("hold", id="held"))
+        assert answers.held.wait(SOON)
+        with Wire(control.at) as owner, Wire(control.at) as wrong, Wire(control.at) as half:
+            owner.send(_line("authenticate", TOKEN, id="auth") + _line("echo", "in time", id="echo"))
+            wrong.send(_line("authenticate", "guess") + _line("echo", "no"))
+            half.send(b'{"jsonrpc"')
+            closing = threading.Thread(target=control.close, args=(SOON,))
+            closing.start()
+            until(lambda: control._closing)
+            answers.release.set()
+            closing.join(SOON)
+            assert holding.reply()["id"] == "held"
+            # "authenticate" is unknown to these answers, but the gate has let it pass.
+            assert [owner.reply()["id"] for _ in range(2)] == ["auth", "echo"]
+            assert wrong.is_closed() and half.is_closed()
+    assert answers.asked.count("echo") == 1
+
+
+def test_connections_over_tcp_cost_no_thread_and_leave_nothing(answers, many_files):
+    """A hundred that were let in, at once; and back to where it was."""
+    with serving_tcp(answers) as control:
+        threads, files = threading.active_count(), descriptors()
+        wires = [_let_in(control) for _ in range(100)]
+        assert threading.active_count() == threads and descriptors() == files + 200
+        for wire in wires:
+            wire.still_answers()
+            wire.close()
+        until(lambda: descriptors() == files)
+
+
+#: Serves a port, and forks; the child says how many sockets it has left.
+FORKS_TCP = """
+import os, sys
+from forgather_control.server import Server
+server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
+print(server.listen_tcp("127.0.0.1", 0, sys.argv[1], None)[1], flush=True)
+server.start()
+sys.stdin.readline()
+child = os.fork()
+if child == 0:
+    names = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError:
+            pass
+    os.write(1, b"%d\\n" % sum(name.startswith("socket:") for name in names))
+    sys.stdin.readline()
+    os._exit(0)
+print(child, flush=True)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_child_keeps_neither_port_nor_connections():
+    """A DataLoader's worker; when the parent is killed, its port refuses, and who was connected is told."""
+    with Process(FORKS_TCP, TOKEN) as process:
+        at = ("127.0.0.1", int(process.line()))
+        with Wire(at) as wire, Wire(at) as stranger:
+            assert wire.authenticate()["result"]["pid"] == process.pid
+            stranger.send(b" ")
+            process.say("")
+            said = {process.line(), process.line()}
+            assert "0" in said, said
+            (child,) = said - {"0"}
+            wire.still_answers()
+            process.kill()
+            try:
+                assert wire.is_closed() and stranger.is_closed()
+                with pytest.raises(ConnectionRefusedError):
+                    Wire(at)
+            finally:
+                os.kill(int(child), signal.SIGKILL)

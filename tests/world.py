@@ -70,18 +70,29 @@ def strict(line: bytes) -> Any:
     return json.loads(line.decode("ascii"), parse_constant=refuse)
 
 
-class Wire:
-    """A raw client: bytes in, lines out."""
+#: The token of the servers that ``serving_tcp`` starts.
+TOKEN = "0123456789abcdef" * 2
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(SOON)
-        try:
-            self.sock.connect(os.fspath(path))
-        except OSError:
-            self.sock.close()
-            raise
+
+class Wire:
+    """A raw client: bytes in, lines out. To a path, to host and port, or over a socket that is connected already."""
+
+    def __init__(self, where: str | os.PathLike[str] | tuple[str, int] | socket.socket) -> None:
+        self.sock = where if isinstance(where, socket.socket) else self._connected(where)
         self.file = self.sock.makefile("rb")
+
+    @staticmethod
+    def _connected(where: str | os.PathLike[str] | tuple[str, int]) -> socket.socket:
+        if isinstance(where, tuple):
+            return socket.create_connection(where, SOON)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(SOON)
+        try:
+            sock.connect(os.fspath(where))
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def __enter__(self) -> Wire:
         return self
@@ -111,6 +122,17 @@ class Wire:
             message["params"] = params
         self.send(json.dumps(message).encode() + b"\n")
         return self.reply()
+
+    def authenticate(self, token: str = TOKEN) -> Any:
+        """Show the token; the response object."""
+        return self.call("authenticate", {"token": token}, id="auth")
+
+    def is_closed(self) -> bool:
+        """Whether nothing comes any more: the other side closed, with or without a word to TCP."""
+        try:
+            return self.line() == b""
+        except ConnectionResetError:
+            return True
 
     def still_answers(self) -> None:
         """Assert that the connection serves a valid request, whatever replies came before it."""
@@ -157,8 +179,8 @@ def running_loop(
                 if job.should_save:
                     path = folder / f"checkpoint-{step}"
                     path.mkdir(parents=True, exist_ok=True)
+                    run.saves.append(str(path))  # first: who waits for the checkpoint may look at once
                     job.saved(path)
-                    run.saves.append(str(path))
                 if job.should_stop or stop.is_set():
                     break
 
@@ -182,6 +204,24 @@ def serving(
 
     server = Server(answer, tick)
     server.listen(os.fspath(path))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close(SOON)
+
+
+@contextmanager
+def serving_tcp(
+    answer: Callable[[Any], Any], tls: Any = None, path: str | os.PathLike[str] | None = None
+) -> Iterator[Any]:
+    """A real ``Server`` at a port of this host, its address in ``at``, its secret ``TOKEN``; at ``path``, too."""
+    from forgather_control.server import Server
+
+    server = Server(answer, lambda: None)
+    if path is not None:
+        server.listen(os.fspath(path))
+    server.at = server.listen_tcp("127.0.0.1", 0, TOKEN, tls)  # type: ignore[attr-defined]
     server.start()
     try:
         yield server
