@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from . import commands, polled
 from .errors import Unsupported
@@ -21,6 +21,8 @@ from .rounds import Calls
 
 #: How a command's outcome is told: with ``None``, or with why some rank did not do its part.
 Outcome = Callable[["str | None"], None]
+#: What ranks that ask one another say, beside commands, when a save of theirs has failed.
+_FAULT: Final = "fault"
 
 
 class Home(Protocol):
@@ -185,8 +187,10 @@ class Polled(_Alone):
     def __init__(self, home: Home, rank: int, size: int, steps: int) -> None:
         super().__init__(home, rank, size)
         self._steps, self._count = steps, 0
+        self._outcomes: list[Outcome] = []
+        self._closed = False
         names = tuple(method.name for method in commands.TABLE.values() if method.is_command)
-        self._ring = polled.Ring(names)
+        self._ring = polled.Ring((*names, _FAULT))
 
     def start(self, fault: str | None = None) -> None:
         """Begin together: a rank that asks alone, or in another rhythm, would meet others in a collective of theirs."""
@@ -205,11 +209,37 @@ class Polled(_Alone):
         calls = self._home.take() if self.rank == 0 else []
         data = json.dumps(calls).encode() if calls else b""
         size, wanted = self._ring.ask(len(data), self._take_called())
+        # Whoever asks has taken the step after the last commands, so his part of a checkpoint is written, or failed.
+        self._tell(
+            f"some rank could not write its part of the checkpoint (of {self.size})" if _FAULT in wanted else None
+        )
         if self.rank == 0:
             for command in wanted:
-                self._home.submit(command)
+                if command != _FAULT:
+                    self._home.submit(command)
         shared: Calls = self._ring.share(data, size) if size else []
         return shared
+
+    def kept(self, fault: str | None = None) -> None:
+        """That it is on disk is known at the next question; that it is not has to be said there."""
+        if fault is not None:
+            self._called.append(_FAULT)
+
+    def settle(self, command_id: str, outcome: Outcome) -> None:
+        """At the next question; at the end, when there is none, on the word of rank 0."""
+        self._outcomes.append(outcome)
+        if self._closed:
+            self._tell(None)
+
+    def close(self, seconds: float, fault: str | None = None) -> None:
+        """See ``World``."""
+        self._closed = True
+        self._tell(None)
+
+    def _tell(self, fault: str | None) -> None:
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome in outcomes:
+            outcome(fault)
 
     def applied(self, calls: Calls, step: int) -> None:
         """All ranks have them, and apply them at this step."""

@@ -565,6 +565,8 @@ class World:
         for action in actions:
             if isinstance(action, rounds.Post):
                 assert state.ranks[0].trains or ("end",) in state.says, "a round begins though rank 0 has ended"
+                heard = [me for me in state.ranks[1:] if me.mode == "off" and not me.mouth]
+                assert not heard, "a round begins though a rank trains on without control"
                 todo.append(("post", *action))
             elif isinstance(action, rounds.Propose):
                 todo.append(("propose", *action))
