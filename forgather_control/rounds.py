@@ -170,7 +170,7 @@ class Member:
         return self.holding
 
     def ask(self, number: int) -> At:
-        """The leader wants to know where this rank is. A question that comes after its round is over changes nothing."""
+        """The leader wants to know where this rank is. A question that comes after its round's end changes nothing."""
         if number > self.number:
             self.number, self._decision = number, None
             self.holding = True  # before the clock is read: see above

@@ -153,7 +153,9 @@ def test_one_decision_stands(connect):
         told: queue.Queue[Any] = queue.Queue()
         for round_number in range(20):
             for rank, one in enumerate(made):
-                one.line.say(lambda voice, key=f"go/{round_number}", rank=rank: told.put(voice.decide(key, [rank, None])))
+                one.line.say(
+                    lambda voice, key=f"go/{round_number}", rank=rank: told.put(voice.decide(key, [rank, None]))
+                )
             first = told.get(timeout=SOON)
             assert [told.get(timeout=SOON) for _ in range(4)] == [first] * 4 and first[0] in range(5)
 
@@ -185,7 +187,9 @@ def test_speaking_in_a_signal_handler(connect):
         before = signal.signal(signal.SIGALRM, handle)
         signal.setitimer(signal.ITIMER_REAL, 0.5 * MS, 0.5 * MS)
         try:
-            until(lambda: [one.send(0, "loop") for _ in range(20)] and said.__setitem__(1, said[1] + 20) or said[0] > 30)
+            until(
+                lambda: ([one.send(0, "loop") for _ in range(20)] and said.__setitem__(1, said[1] + 20)) or said[0] > 30
+            )
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -279,7 +283,8 @@ def cuts(why, *voice):
     print("cut", threading.current_thread().name, flush=True)
     cut.set()
 
-line = Line(lambda: dist.PrefixStore(how, store.clone()), 0, lambda *_: print("heard", flush=True), lambda: None, print, cuts)
+connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
+line = Line(connect, 0, hear, lambda: None, print, cuts)
 line.start()
 line.say(lambda voice: voice.send([0], ["hello"]))
 if how == "speak":
@@ -351,7 +356,8 @@ def become(number):
     else:
         store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False)
     heard = threading.Event()
-    line = Line(lambda: dist.PrefixStore(str(number), store.clone()), 0, lambda *_: heard.set(), lambda: None, print, print)
+    connect = lambda: dist.PrefixStore(str(number), store.clone())
+    line = Line(connect, 0, lambda *_: heard.set(), lambda: None, print, print)
     line.start()
     line.say(lambda voice: voice.send([0], ["hello"]))
     heard.wait()

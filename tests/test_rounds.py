@@ -21,7 +21,9 @@ import pytest
 from forgather_control import rounds
 from forgather_control.rounds import Ask, At, Did, Go, Gone, Here, Kept, Leader, Member
 
-IN_SUITE = 500
+#: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
+LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
+IN_SUITE = 25 if LIGHT else 500
 #: Seeded random orders of eight ranks; 100,000 take half an hour.
 RUNS = int(os.environ.get("ROUNDS_RUNS", IN_SUITE))
 SEED = int(os.environ.get("ROUNDS_SEED", "1"))
@@ -301,7 +303,10 @@ class World:
         elif me.mode == "held":
             yield from self._hold(state, rank, me)
         elif me.mode == "closing" and self._may_dismiss(state):
-            yield f"{rank} dismisses", state._replace(says=(*state.says, ("dismiss",), ("stop",))).rank(rank, mode="over")
+            yield (
+                f"{rank} dismisses",
+                state._replace(says=(*state.says, ("dismiss",), ("stop",))).rank(rank, mode="over"),
+            )
         elif me.mode == "over" and me.lost and not state.ear and not state.mouth:
             yield f"{rank} is over", self._name_missing(state).rank(rank, mode="ended")
         if me.trains and state.faults and "dies" in self.faults:
@@ -630,7 +635,9 @@ class World:
         if not self.leaders.ask(state.leader, owes):
             return state
         assert self.leaders.ask(state.leader, missing)
-        assert any(other.mode == "dead" for other in state.ranks), "rank 0 ended before the others could say what they did"
+        assert any(other.mode == "dead" for other in state.ranks), (
+            "rank 0 ended before the others could say what they did"
+        )
         going, keeping = self.leaders.ask(state.leader, overdue)
         said = [rounds.Applied(self.leaders.ask(state.leader, number_of), "missing")] if going else []
         return state._replace(log=(*state.log, *said, *(rounds.Stored(number, "missing") for number in keeping)))
@@ -720,6 +727,8 @@ LONG: dict[str, Callable[[], World]] = {
 }
 if RUNS > IN_SUITE:
     WORLDS.update(LONG)
+elif LIGHT:
+    WORLDS = {name: WORLDS[name] for name in ("three ranks",)}
 
 
 @pytest.mark.timeout(7200)
@@ -804,7 +813,7 @@ def test_random_orders_of_eight_ranks():
             if decision is not None:
                 by = sum(rank.did(number) for rank in state.ranks)
                 became["off" if decision[0] is None else "by all" if by == 8 else "by some" if by else "by none"] += 1
-    assert min(became.values()) >= 5 and len(became) == 8, became
+    assert LIGHT or (min(became.values()) >= 5 and len(became) == 8), became
 
 
 # One thing at a time...
