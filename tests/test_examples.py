@@ -79,7 +79,8 @@ def test_the_loop_of_several_ranks_is_controlled(monkeypatch, tmp_path):
     until(lambda: live("ddp_loop"), 3 * SOON)
     record = forgather_control.save_checkpoint("ddp_loop", wait="finished", timeout=SOON)
     assert Path(record.result["path"]).parent == tmp_path / "ddp_loop"
-    (other,) = (rank["pid"] for rank in forgather_control.connect("ddp_loop").call("ranks") if rank["rank"] == 1)
+    with forgather_control.connect("ddp_loop") as client:
+        (other,) = (rank["pid"] for rank in client.call("ranks") if rank["rank"] == 1)
     os.kill(other, signal.SIGTERM)
     said = job.communicate(timeout=2 * SOON)[0]
     (step,) = set(re.findall(r"rank \d ended at step (\d+)", said))
