@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,27 @@ CI = os.environ.get("CI") == "true"
 #: The torch-free half, on a Python without torch: there, and only there, its tests may be skipped.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
 
+#: On which Python the full half has run, in tox's own directory: there the light one has nothing to add.
+_FULL = Path(os.environ.get("TOX_WORK_DIR", os.devnull)) / "full-half-ran-on"
+_PYTHON = "{}.{}".format(*sys.version_info)
+
 _torch_tests_passed = 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The light half ends at once on the Python on which the full one has just passed."""
+    if os.environ.get("TOX_ENV_NAME") == "full":
+        _FULL.unlink(missing_ok=True)
+    elif LIGHT and config.args_source.name != "ARGS" and _FULL.is_file() and _FULL.read_text() == _PYTHON:
+        pytest.exit(f"the full half has passed on Python {_PYTHON}", returncode=0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long, and not because of Python's version, runs in the full half only."""
+    if LIGHT:
+        slow = [item for item in items if item.get_closest_marker("once")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(autouse=True)
@@ -78,5 +99,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Under CI a full run in which no torch test ran has not tested what it says."""
+    if os.environ.get("TOX_ENV_NAME") == "full" and exitstatus == pytest.ExitCode.OK:
+        _FULL.write_text(_PYTHON)
     if CI and not LIGHT and exitstatus == pytest.ExitCode.OK and not _torch_tests_passed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

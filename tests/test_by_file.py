@@ -153,6 +153,7 @@ def test_a_job_that_dies_meanwhile(jobs_dir, monkeypatch):
         timer.join(SOON)
 
 
+@pytest.mark.once
 def test_a_job_that_shows_no_life_is_given_up(jobs_dir, monkeypatch):
     """A wait without a deadline ends where status.json is no longer written; while it is, it goes on."""
     monkeypatch.setattr(by_file, "_SILENCE", 0.5)
@@ -282,6 +283,7 @@ def test_connect_finds_it_last(quick, jobs_dir, monkeypatch):
 needs_hosts = needs_success("no other host can be simulated here", "unshare --uts --mount true")
 
 
+@pytest.mark.once
 @needs_root
 @needs_hosts
 def test_from_another_host(jobs_dir):

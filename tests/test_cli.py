@@ -239,6 +239,7 @@ def test_cleanup_shows_what_it_would_remove_and_asks(jobs_dir):
         assert sorted(path.name for path in jobs_dir.iterdir()) == [".lock", "alive", "broken", "far"]
 
 
+@pytest.mark.once
 def test_the_list_says_every_state_in_words(jobs_dir):
     """live, silent, dead and foreign; broken records are named on stderr and do not end the list."""
     put(jobs_dir, "far")

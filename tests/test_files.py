@@ -519,6 +519,7 @@ def test_slow_status_is_written_seldom(desk):
 # A real job...
 
 
+@pytest.mark.once
 def test_touch_from_a_shell(jobs_dir):
     """A person with nothing but a shell, a job of its own process, at its real pace."""
     with job_process("job") as process:
@@ -536,6 +537,7 @@ def test_touch_from_a_shell(jobs_dir):
         assert not home.exists()
 
 
+@pytest.mark.once
 def test_a_stopped_job_refuses_what_it_slept_through(jobs_dir):
     """What lay there from before is refused once the job goes on; it trains on."""
     with job_process("job") as process:
@@ -562,6 +564,7 @@ def test_waits_for_the_checkpoint(jobs_dir, quick):
         assert record["state"] == "finished" and record["result"]["path"] in run.saves
 
 
+@pytest.mark.once
 def test_ten_thousand_files_at_once(jobs_dir):
     """They are worked off in bounded pieces; over the socket the owner is answered meanwhile; training goes on."""
     with job_process("job") as process:

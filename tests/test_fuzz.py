@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from .world import Wire, running_loop
 
-LINES = int(os.environ.get("FUZZ_LINES", "100000"))
+#: A tenth of them on each further Python.
+LINES = int(os.environ.get("FUZZ_LINES", "10000" if os.environ.get("FORGATHER_TEST_LIGHT") == "1" else "100000"))
 SEED = int(os.environ.get("FUZZ_SEED", "20261122"))
 
 METHODS = [

@@ -184,6 +184,7 @@ def test_a_reused_pid_reads_dead(jobs_dir):
         assert other.popen.poll() is None
 
 
+@pytest.mark.once
 def test_a_thousand_dead_cost_no_deadline_each(jobs_dir, dead):
     """Dead jobs, with the socket files that kill -9 leaves, refuse at once."""
     for number in range(1000):
@@ -393,6 +394,7 @@ for number in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.once
 def test_list_and_cleanup_while_jobs_start_and_stop(jobs_dir):
     """48 jobs come and go, half of them by kill -9, the list is read 200 times: nothing raises, no live job is hurt."""
     parents = [Process(JOBS, f"job{number}", "16") for number in range(3)]

@@ -21,7 +21,7 @@ from .world import ROOT, SOON, needs, needs_root, until
 
 __all__ = ["hosts"]  # a fixture
 
-pytestmark = [needs_root, needs("ip"), needs("unshare"), needs("openssl"), needs_namespaces]
+pytestmark = [pytest.mark.once, needs_root, needs("ip"), needs("unshare"), needs("openssl"), needs_namespaces]
 
 #: Of the job's host; the certificate is for 127.0.0.1, so it is known by its fingerprint or not at all.
 JOB = """

@@ -267,6 +267,7 @@ def test_any_line_is_answered_or_closed(control, path, unbounded):
 # Many, slow, and greedy clients...
 
 
+@pytest.mark.once
 def test_ten_thousand_requests_before_the_first_reply_is_read(control, path, unbounded):
     """Who only writes is not read after a while: others are served, memory is bounded, and no reply is lost."""
     lines = b"".join(_line("big", 100, id=number) for number in range(10_000))

@@ -34,7 +34,7 @@ from forgather_control.errors import (
 
 from .world import ROOT, SOON, Process, cli, descriptors, job_process, needs, running_loop, until
 
-pytestmark = [needs("sshd"), needs("ssh"), needs("ssh-keygen")]
+pytestmark = [pytest.mark.once, needs("sshd"), needs("ssh"), needs("ssh-keygen")]
 
 SSHD = """
 ListenAddress 127.0.0.1
