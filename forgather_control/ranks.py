@@ -204,8 +204,9 @@ class Ranks:
 
     def kept(self, fault: str | None = None) -> None:
         """Tell rank 0, of all rounds that wait for it."""
+        why = None if fault is None else f"rank {self.rank}: {fault}"
         for number in self._saving:
-            self._tell_leader(rounds.Kept(number, self.rank, fault))
+            self._tell_leader(rounds.Kept(number, self.rank, why))
         self._saving.clear()
 
     def settle(self, command_id: str, outcome: Outcome) -> None:
@@ -366,6 +367,7 @@ class Ranks:
                 self._leader.fault = self._leader.fault or why
             self._lock.notify_all()
         self._home.cut_off(why)
+        self._blame(f"no rank can be asked any more: {why}")
 
     def _part(self, why: str, voice: Voice) -> None:
         if self._leader is not None:
@@ -458,10 +460,15 @@ class Ranks:
 
     def _name_missing(self) -> None:
         """Whoever has not said that he did his part by now: what he owes is not done."""
+        missing = self._leader.missing if self._leader is not None else []
+        if missing:
+            self._blame(f"rank {', '.join(map(str, missing))} did not say before rank 0 ended that it did its part")
+
+    def _blame(self, fault: str) -> None:
+        """What is not known to be done by all has failed."""
         leader = self._leader
-        if leader is None or not leader.missing:
+        if leader is None:
             return
-        fault = f"rank {', '.join(map(str, leader.missing))} did not say before rank 0 ended that it did its part"
         if leader.is_going:
             self._home.confirm(self._calls.get(leader.number, []), self._step, fault)
         for number in leader.keeping:

@@ -295,7 +295,7 @@ elif how == "close":
     input()
     begun = time.monotonic()
     line.close(0.3)
-    print("closed", 0.2 < time.monotonic() - begun < 10, flush=True)
+    print("closed", time.monotonic() - begun < 10, flush=True)
     sys.exit(3)
 else:
     cut.wait()
@@ -356,8 +356,14 @@ def become(number):
     else:
         store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False)
     heard = threading.Event()
+
+    def hear(message, voice):
+        heard.set()
+        if number % 3:  # it is not idle when the end comes
+            voice.send([0], ["again"])
+
     connect = lambda: dist.PrefixStore(str(number), store.clone())
-    line = Line(connect, 0, lambda *_: heard.set(), lambda: None, print, print)
+    line = Line(connect, 0, hear, lambda: None, print, print)
     line.start()
     line.say(lambda voice: voice.send([0], ["hello"]))
     heard.wait()
@@ -418,4 +424,4 @@ def test_both_threads_sleep_while_nothing_is_said(connect):
         before = switches(one.threads)
         one.send(0, "hello")
         one.next()
-        assert len(before) == 2 and all(now > then for now, then in zip(switches(one.threads), before))
+        until(lambda: all(now > then for now, then in zip(switches(one.threads), before)))

@@ -449,7 +449,7 @@ def suppressed(call: Callable[..., Any], *args: Any) -> None:
 def test_a_shard_that_is_not_written(store):
     """A rank says that its part of the checkpoint is not on disk: so the save has failed, and the others train on."""
     with training(store, 3, begin=False) as made:
-        made[2].keep = lambda step: "rank 2: the disk is full"
+        made[2].keep = lambda step: "the disk is full"
         for rank in made:
             rank.begin()
         name = made[0].order("save_checkpoint")
@@ -727,6 +727,32 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
         goes_on(*made)
 
 
+@needs_torch
+def test_the_line_breaks_with_a_list_on_its_way(store, patient):
+    """Rank 0 has applied it and cannot hear any more who else did: whoever waits is told at once, not at the end."""
+    at_step, broken, real = threading.Event(), threading.Event(), store()
+
+    def get(key: str) -> bytes:
+        data = real.get(key)
+        return data if not broken.is_set() else refused()
+
+    with training(store, 2, begin=False) as made:
+        torn(made[0], lambda: Torn(store(), get=get))
+        made[1].pace = lambda step: at_step.wait(SOON) and time.sleep(0.3 * MS)
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].applied)
+        broken.set()
+        made[1].world.call("graceful_stop")
+        until(lambda: made[0].mailbox.get(name).is_final)
+        assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
+        at_step.set()
+        until(lambda: made[1].applied)
+        goes_on(*made)
+    same(made)
+
+
 # Signals and questions...
 
 
@@ -886,6 +912,9 @@ def train(job_id, *, together=True, breaks_at=0, **options):
             if job.should_save:
                 where = folder / f"{job_id}-{step}"
                 where.mkdir(exist_ok=True)
+                time.sleep(0.1 * rank)
+                if job_id == "torn" and rank == 1:
+                    raise ArithmeticError(job_id)
                 (where / str(rank)).touch()
                 job.saved(where)
             if job.should_stop:
@@ -899,7 +928,7 @@ for job_id in sys.argv[2:]:
     try:
         train(
             job_id,
-            together=job_id != "breaks",
+            together=job_id not in ("breaks", "torn"),
             breaks_at=20 if job_id == "breaks" else 0,
             poll_steps=5 if job_id == "polled" else None,
         )
@@ -954,8 +983,8 @@ def is_whole(path: str, size: int) -> bool:
 
 @needs_torch
 def test_two_real_ranks(tmp_path):
-    """One start, many jobs: by the line, polled, by a file; saved, stopped, aborted, and one whose rank 1 raises."""
-    with torchrun(tmp_path, 2, "line", "abort", "polled", "breaks", "file") as run:
+    """One start, many jobs: by the line, polled, by a file; saved, stopped, aborted; and two whose rank 1 raises."""
+    with torchrun(tmp_path, 2, "line", "abort", "polled", "breaks", "torn", "file") as run:
         with job(run, "line"):
             saved = cli("save", "line", "--wait", "--json")
             assert saved.returncode == 0, saved.stderr
@@ -983,6 +1012,16 @@ def test_two_real_ranks(tmp_path):
             client.call("graceful_stop", wait="applied", timeout=SOON)
         run.until(lambda: said(run, "over", "breaks", 0))
 
+        with job(run, "torn") as client:
+            record = client.call("save_checkpoint", wait="finished", timeout=SOON)
+            assert (record["state"], record["error"]["message"]) == (
+                "failed",
+                "rank 1: training ended by ArithmeticError",
+            )
+            assert os.listdir(record["result"]["path"]) == ["0"]
+            client.call("graceful_stop", wait="applied", timeout=SOON)
+        run.until(lambda: said(run, "over", "torn", 0))
+
         with job(run, "file") as client:
             record = client.call("save_checkpoint", wait="finished")
             assert record["applied_at_step"] % 50 == 0 and is_whole(record["result"]["path"], 2)
@@ -999,6 +1038,7 @@ def test_two_real_ranks(tmp_path):
         over_the_store,
         over_the_store,
         "ranks ask one another for commands at every 5 steps: poll_steps=5 was given",
+        over_the_store,
         over_the_store,
         "ranks ask one another for commands at every 50 steps: a FileStore cannot wake who waits",
     ]
