@@ -201,6 +201,7 @@ def test_end_asks_first_and_then_kills(choose, pidfd):
     with Process(WHO) as good, Process(DEAF) as deaf, Process(WHO) as stopped, Process(WHO) as dead:
         all_of_them = [who(one) for one in (good, deaf, stopped, dead)]
         os.kill(stopped.pid, signal.SIGSTOP)
+        until(lambda: psutil.Process(stopped.pid).status() == psutil.STATUS_STOPPED)  # else SIGTERM may come first
         dead.kill()
         far = all_of_them[0]._replace(host="another.example.org")
         got = end([*all_of_them, far], 1500 * MS)
