@@ -54,8 +54,8 @@ _SHARE: Final = 0.01
 _YOUNG: Final = 2.0
 #: Seconds between two looks whether the last replies were taken.
 _LOOK: Final = 0.01
-#: What a request is called while it is taken; hidden, so that nobody takes it again.
-_TAKEN: Final = ".taken"
+#: What a request is called while it is taken, before a few letters of who takes it: hidden, and nobody else's.
+_TAKEN: Final = ".taken-"
 
 
 class Letter:
@@ -110,6 +110,7 @@ class Files:
     ) -> None:
         self._path, self._ask, self._status, self._mark = path, ask, status, mark
         self._born = time.monotonic()
+        self._taken = _TAKEN + os.urandom(8).hex()
         self._home: letters.Place = (0, 0)
         self._stamps: tuple[object, object] = (None, None)  # of requests/, at the last two looks
         self._again = False  # something is left there for the next tick
@@ -226,13 +227,13 @@ class Files:
     def _take(self, box: int, name: str, now: float) -> int:
         """How many requests that was: one, unless it is gone."""
         try:
-            os.rename(name, _TAKEN, src_dir_fd=box, dst_dir_fd=box)
-            found = letters.read(box, _TAKEN, jsonrpc.MAX_LINE + 2)
+            os.rename(name, self._taken, src_dir_fd=box, dst_dir_fd=box)
+            found = letters.read(box, self._taken, jsonrpc.MAX_LINE + 2)
         except FileNotFoundError:  # its writer took it back
             return 0
         finally:
             self._growing.pop(name, None)
-        letters.remove(box, _TAKEN)  # should that fail, it raises, and nothing is carried out
+        letters.remove(box, self._taken)  # should that fail, it raises, and nothing is carried out
         if found is not None:
             data, facts = found
             self._answer(name, data, now - facts.st_mtime)
