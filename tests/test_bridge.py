@@ -19,6 +19,8 @@ from forgather_control import bridge
 
 from .world import SOON, Process, cli, job_process, running_loop
 
+pytestmark = pytest.mark.once
+
 
 @contextmanager
 def bridged() -> Iterator[Any]:

@@ -19,6 +19,8 @@ from forgather_control.client import FileClient, find
 from .test_files import needs_mount, small_disk
 from .world import MS, SOON, Process, cli, descriptors, job_process, needs_root, needs_success, running_loop, until
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def quick(monkeypatch):

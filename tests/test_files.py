@@ -24,6 +24,8 @@ from forgather_control.files import Files
 
 from .world import MS, SOON, Process, Wire, cli, job_process, needs_root, needs_success, running_loop, strict, until
 
+pytestmark = pytest.mark.once
+
 
 class Desk:
     """The files of one job with real exchanges behind them, whose ticks the test makes."""

@@ -23,7 +23,7 @@ from forgather_control.rounds import Ask, At, Did, Go, Gone, Here, Kept, Leader,
 
 #: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
-IN_SUITE = 25 if LIGHT else 500
+IN_SUITE = 25 if LIGHT else 200
 #: Seeded random orders of eight ranks; 100,000 take half an hour.
 RUNS = int(os.environ.get("ROUNDS_RUNS", IN_SUITE))
 SEED = int(os.environ.get("ROUNDS_SEED", "1"))

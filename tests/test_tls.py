@@ -21,7 +21,7 @@ from forgather_control.endpoint import TcpEndpoint
 
 from .world import MS, ROOT, SOON, TOKEN, Process, Wire, descriptors, needs, running_loop, serving_tcp, strict, until
 
-pytestmark = [needs("openssl")]
+pytestmark = [pytest.mark.once, needs("openssl")]
 
 HERE = "127.0.0.1"
 AUTH = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "authenticate", "params": {"token": TOKEN}}).encode() + b"\n"
