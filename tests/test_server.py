@@ -894,7 +894,7 @@ FORKS_TCP = """
 import os, sys
 from forgather_control.server import Server
 server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
-print(server.listen_tcp("127.0.0.1", 0, sys.argv[1], None)[1], flush=True)
+os.write(1, (str(server.listen_tcp("127.0.0.1", 0, sys.argv[1], None)[1]) + "\\n").encode())
 server.start()
 sys.stdin.readline()
 child = os.fork()
@@ -908,7 +908,7 @@ if child == 0:
     os.write(1, b"%d\\n" % sum(name.startswith("socket:") for name in names))
     sys.stdin.readline()
     os._exit(0)
-print(child, flush=True)
+os.write(1, (str(child) + "\\n").encode())
 os.waitpid(child, 0)
 """
 
