@@ -1,7 +1,38 @@
-"""``python -m forgather_control VERB ...``, the same as ``forgather control VERB ...``."""
+"""The command line as a process of its own: ``python -m forgather_control VERB ...``, and the two words that pip installs.
 
+Once all is printed, the process ends at once: taking a whole interpreter down in good order takes longer
+than most verbs' work, and a client has nothing that wants it.
+"""
+
+import os
 import sys
+from typing import NoReturn
 
-from .cli import main
+from . import cli
 
-sys.exit(main())
+
+def control() -> NoReturn:
+    """``forgather-control VERB ...``."""
+    _end(cli.main())
+
+
+def forgather() -> NoReturn:
+    """``forgather control VERB ...``; what the real Forgather does, ends as it wants."""
+    code = cli.forgather()
+    if sys.argv[1:2] == ["control"]:
+        _end(code)
+    sys.exit(code)
+
+
+def _end(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            pass  # nobody reads it
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    control()

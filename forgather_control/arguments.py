@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Final
 
 from . import commands, endpoint
@@ -43,7 +44,8 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     Raises:
         SystemExit: they are wrong (2), or were a question for help (0).
     """
-    parser = _parser(prog)
+    first = words[0] if words else None
+    parser = _parser(prog, first if first in _VERBS else None)
     # argparse would take the word behind a bare --wait for its value: --wait JOB.
     args = parser.parse_args(["--wait=" if word == "--wait" else word for word in words])
     if args.ssh is not None:
@@ -57,7 +59,8 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     return args
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str, verb: str | None = None) -> argparse.ArgumentParser:
+    """With all verbs, or with one: making the others' would take longer than anything else at a start."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Find, watch, save, stop and abort running training jobs.",
@@ -67,29 +70,55 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_ssh(parser, None)
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog=prog, dest="verb")
     for method in commands.TABLE.values():
-        if method.verb is not None:
+        if method.verb is not None and verb in (None, method.verb):
             _add_method(verbs, method)
+    for name, add in _MORE.items():
+        if verb in (None, name):
+            add(verbs)
+    return parser
+
+
+def _add_cleanup(verbs: Any) -> None:
     cleanup = _add(verbs, "cleanup", "Remove what dead jobs of this host left; list it and ask first.")
     cleanup.add_argument("--force", action="store_true", help="do not ask")
     _add_ssh(cleanup, argparse.SUPPRESS, is_listed=False)
+
+
+def _add_rpc(verbs: Any) -> None:
     rpc = _add(verbs, "rpc", "Call any method of the job and print its result.")
     rpc.add_argument("job", metavar="JOB")
     rpc.add_argument("method", metavar="METHOD")
     rpc.add_argument("params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
     _add_ways(rpc)
+
+
+def _add_dial(verbs: Any) -> None:
     dial = _add(verbs, "dial-stdio", _DIAL, is_listed=False)
     dial.add_argument("job", metavar="JOB", nargs="?")
     dial.add_argument("--until-input-ends", action="store_true", help="do not wait for replies then")
-    return parser
+
+
+#: The verbs that stand for no method.
+_MORE: Final[dict[str, Callable[[Any], None]]] = {
+    "cleanup": _add_cleanup,
+    "rpc": _add_rpc,
+    "dial-stdio": _add_dial,
+}
+_VERBS: Final = {*_MORE, *(method.verb for method in commands.TABLE.values() if method.verb)}
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    """Without a width argparse loads shutil, with all its compressors, at every start, to ask for it."""
+    return argparse.RawDescriptionHelpFormatter(prog, width=_width())
+
+
+@cache
+def _width() -> int:
+    """Columns for the help. argparse would load shutil, with all its compressors, and ask anew for each argument."""
     try:
         width = os.get_terminal_size().columns
     except OSError:
         width = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=max(40, width - 2))
+    return max(40, width - 2)
 
 
 def _add(verbs: Any, verb: str, doc: str, is_listed: bool = True) -> argparse.ArgumentParser:

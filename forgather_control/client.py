@@ -10,7 +10,7 @@ import os
 import socket
 from typing import Any, Final
 
-from . import by_file, caller, endpoint, jobs, jsonrpc, process
+from . import caller, endpoint, jobs, jsonrpc, process
 from .caller import CALL_TIMEOUT, Client
 from .clock import Deadline
 from .commands import CommandRecord
@@ -114,6 +114,8 @@ class FileClient(Client):
 
     def __init__(self, record: JobRecord, timeout: float = CALL_TIMEOUT) -> None:
         self._name, self._timeout, self._record = record.job_id, timeout, record
+        from . import by_file
+
         self._fate, self._last_id = "", 0
         self._errand = by_file.Errand(record, self._gone)
 
@@ -161,13 +163,15 @@ def connect(
     if at is not None:
         return _connect_at(endpoint.parse(at), job, timeout, token)
     record = find(job)
-    if not by_file.is_offered(record):
-        return _connect_directly(record, timeout)
     try:
         return _connect_directly(record, timeout)
     except NotAuthenticated:
         raise
     except FindError:
+        from . import by_file  # what is seldom needed is not loaded at every start of the command line
+
+        if not by_file.is_offered(record):
+            raise
         return FileClient(record, timeout)
 
 

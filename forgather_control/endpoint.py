@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
+import sys
 import time
 from typing import Final, NamedTuple
 
@@ -38,7 +38,7 @@ class UnixEndpoint(NamedTuple):
         Raises:
             JobDead: nobody listens there.
             JobNotAnswering: the backlog stayed full until the deadline.
-            FindError: the socket belongs to another user.
+            FindError: the socket belongs to another user, or whoever listens does.
         """
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -46,6 +46,7 @@ class UnixEndpoint(NamedTuple):
                 sock.setblocking(False)
                 sock.connect(self.path)
                 sock.setblocking(True)
+                self._check_peer(sock)
                 return sock
             except BlockingIOError as err:
                 sock.close()
@@ -58,6 +59,13 @@ class UnixEndpoint(NamedTuple):
             except ValueError as err:  # a NUL byte, out of a file that anybody may have written
                 sock.close()
                 raise JobDead(f"{str(self)!a} cannot be an address") from err
+
+    @staticmethod
+    def _check_peer(sock: socket.socket) -> None:
+        """What another user bound in the place of a socket that is gone is no job of ours; root talks to anybody's."""
+        me = os.geteuid()
+        if me != 0 and peer_uid(sock) not in (None, 0, me):
+            raise PermissionError(errno.EACCES, "another user listens there")
 
     def _explain(self, err: OSError) -> FindError:
         if err.errno in (errno.EACCES, errno.EPERM):
@@ -126,8 +134,9 @@ def parse(text: str) -> Endpoint:
         return UnixEndpoint(text.removeprefix("unix:"))
     kind, _, rest = text.partition("://")
     host, _, port = rest.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if kind not in ("tcp", "tls") or not host or not _is_port(port):
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if kind not in ("tcp", "tls") or not host or "[" in host or "]" in host or not _is_port(port):
         raise InvalidParams(f"{ascii(text)[:140]} is no address: unix:PATH, tcp://HOST:PORT or tls://HOST:PORT")
     return TcpEndpoint(host, int(port), kind == "tls")
 
@@ -170,6 +179,5 @@ def peer_uid(sock: socket.socket) -> int | None:
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return None
-    size = struct.calcsize("3i")
-    _pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return int(uid)
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(credentials[4:8], sys.byteorder)  # struct ucred: pid, uid, gid, of 32 bits each

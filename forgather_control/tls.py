@@ -1,7 +1,7 @@
 """TLS for the TCP port: what a job shows, and how a client makes sure that it is the job.
 
-Floor 0: imports nothing of ours. Runs on whatever thread calls it. ``ssl`` is imported when TLS is used, as
-that costs a client more than all the rest.
+Floor 0: imports nothing of ours. Runs on whatever thread calls it. ``ssl`` and what hashes are imported when TLS
+is used, as they cost a client more than all the rest.
 
 A job's certificate is mostly its own work, so a client knows it by its SHA-256, which stands in
 ``endpoint.json``; or by a certificate authority, as https does.
@@ -9,8 +9,6 @@ A job's certificate is mostly its own work, so a client knows it by its SHA-256,
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import socket
 from typing import TYPE_CHECKING
 
@@ -55,6 +53,7 @@ def fingerprint(certfile: str) -> str:
         OSError: it cannot be read.
         ValueError: it holds none.
     """
+    import hashlib
     import ssl
 
     with open(certfile, encoding="ascii", errors="replace") as file:
@@ -78,6 +77,8 @@ def wrap_client(sock: socket.socket, host: str, sha256: str | None, cafile: str 
         PermissionError: it is another.
         OSError: it does not speak TLS, or not in time.
     """
+    import hashlib
+    import hmac
     import ssl
 
     try:

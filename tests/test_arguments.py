@@ -103,3 +103,18 @@ def test_a_narrow_terminal_gets_its_help():
     with Process(source) as process:
         while (line := process.line()) != "helped":
             assert process.popen.poll() is None or line, process.errors
+
+
+def test_one_verb_is_parsed_as_among_all(capsys):
+    """Only the verb that comes first is made ready; its help, and what is said of a wrong one, are the same."""
+    for verb in arguments._VERBS:
+        alone, among = arguments._parser("x", verb), arguments._parser("x")
+        assert alone.format_usage() == among.format_usage()
+        for parser in (alone, among):
+            with pytest.raises(SystemExit):
+                parser.parse_args([verb, "--help"])
+        told = capsys.readouterr().out
+        assert told[: len(told) // 2] == told[len(told) // 2 :]
+    with pytest.raises(SystemExit):
+        parse("nosuch", "status")
+    assert "save-stop" in capsys.readouterr().err

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from forgather_control import arguments, commands, record
+from forgather_control import arguments, commands, connect, record
 from forgather_control import cli as command_line
 from forgather_control.endpoint import MAX_PATH
+from forgather_control.errors import JobNotAnswering
 from forgather_control.process import myself
 from forgather_control.roster import RankRecord
 
@@ -574,8 +575,17 @@ def test_a_real_job_that_keeps_the_interpreter_lock(impatient, capsys):
         print("ready", flush=True)
         ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
     """
+
+    def hangs():
+        try:
+            with connect("held", timeout=0.2) as one:
+                one.call("ping")
+        except JobNotAnswering:
+            return True
+
     with Process(source) as job:
         assert job.line() == "ready"
+        until(hangs)
         code, out, _ = run(capsys, "stacks", "held", "--timeout=0.1")
         assert code == 0 and '"<string>", line 7 in <module>' in out
         code, out, _ = run(capsys, "abort", "held", "--force", "--kill-after=0")
