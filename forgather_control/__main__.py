@@ -1,4 +1,4 @@
-"""The command line as a process of its own: ``python -m forgather_control VERB ...``, and the two words that pip installs.
+"""The command line as a process: ``python -m forgather_control VERB ...``, and the two words that pip installs.
 
 Once all is printed, the process ends at once: taking a whole interpreter down in good order takes longer
 than most verbs' work, and a client has nothing that wants it.

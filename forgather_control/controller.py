@@ -41,6 +41,7 @@ from .progress import Progress
 from .record import JobRecord, check_job_id, jobs_dir
 from .rounds import Calls
 from .server import LAST_WORDS, Server
+from .snapshot import Snapshot
 from .version import PROTOCOL, VERSION
 from .world import OneProcess, World
 
@@ -91,6 +92,7 @@ class Controller:
         self._logged = 0
         self._started_at = time.time()
         self._world: World = OneProcess(self)
+        self._snapshot = Snapshot(self._tell, self._mark, vitals.vitals)
         self._census = Census(self._progress, lambda: self._thread.ident)
         self._server = Server(self._answer, self._tick, self._last_look)
         self._mailbox = Mailbox(self._server.wake)
@@ -395,7 +397,7 @@ class Controller:
 
     def _mark(self) -> object:
         """What tells that ``status`` has something new to say."""
-        return self._progress.step, self._word(), self._logged, self._mailbox.records()
+        return self._progress.step, self._word(), self._logged, self._mailbox.changes
 
     def _last_look(self) -> None:
         if self._leaving is not None and self._files is not None:
@@ -407,8 +409,12 @@ class Controller:
         """Who is there."""
         return {"job_id": self.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
 
-    def status(self) -> dict[str, Any]:
-        """How far it is. Logged names stand in ``metrics``, where they cannot overwrite ours."""
+    def status(self) -> jsonrpc.Encoded:
+        """How far it is."""
+        return self._snapshot.text()
+
+    def _tell(self) -> dict[str, Any]:
+        """Logged names stand in ``metrics``, where they cannot overwrite ours."""
         return {
             "job_id": self.job_id,
             "status": self._word(),
@@ -417,7 +423,6 @@ class Controller:
             "world_size": self._world.size,
             "started_at": self._started_at,
             "commands": [command.to_json() for command in self._recent()],
-            **{name: value for name, value in vitals.vitals().items() if value is not None},
         }
 
     def _word(self) -> str:

@@ -63,18 +63,18 @@ class _Exchange:
 
     def __init__(self, connection: Asker, is_batch: bool) -> None:
         self.connection, self._is_batch = connection, is_batch
-        self._answers: list[dict[str, Any] | None] = []
+        self._answers: list[bytes] = []
         self._open = 1  # itself, until all elements are asked
         connection.open += 1
 
     def expect(self) -> int:
         """The place of one more element."""
-        self._answers.append(None)
+        self._answers.append(b"")
         self._open += 1
         return len(self._answers) - 1
 
-    def settle(self, place: int, response: dict[str, Any] | None) -> None:
-        """The response of one element; ``None`` for a notification."""
+    def settle(self, place: int, response: bytes) -> None:
+        """The response line of one element; none for a notification."""
         self._answers[place] = response
         self.done()
 
@@ -83,15 +83,7 @@ class _Exchange:
         self._open -= 1
         if self._open == 0:
             self.connection.open -= 1
-            self.connection.send(self._reply([answer for answer in self._answers if answer is not None]))
-
-    def _reply(self, given: list[dict[str, Any]]) -> bytes:
-        try:
-            return jsonrpc.replies(given, self._is_batch)
-        except Exception:  # border: an answer that is no JSON must not cost the others theirs
-            log.exception("an answer could not be written as JSON")
-            error = InternalError("internal error; the job's log says more")
-            return jsonrpc.replies((jsonrpc.failure(answer["id"], error) for answer in given), self._is_batch)
+            self.connection.send(jsonrpc.replies([answer for answer in self._answers if answer], self._is_batch))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +112,7 @@ class Exchanges:
         try:
             message = jsonrpc.parse_message(line)
         except ControlError as err:
-            connection.send(jsonrpc.encode(jsonrpc.failure(None, err)))
+            connection.send(jsonrpc.response(None, err))
             if len(line) > jsonrpc.MAX_LINE:
                 connection.stop_listening()
             return
@@ -132,18 +124,18 @@ class Exchanges:
     def _ask_one(self, exchange: _Exchange, item: jsonrpc.Request | jsonrpc.Refusal) -> None:
         place = exchange.expect()
         if isinstance(item, jsonrpc.Refusal):
-            exchange.settle(place, jsonrpc.failure(item.id, item.error))
+            exchange.settle(place, jsonrpc.response(item.id, item.error))
             return
         value = self._outcome(lambda: self._answer(item))
         if isinstance(item.id, jsonrpc.NoId):
-            exchange.settle(place, None)
+            exchange.settle(place, b"")
         elif not isinstance(value, Later):
             exchange.settle(place, _response(item.id, value))
         elif len(self._waiting) < MAX_WAITING:
             self._waiting.append(_Waiting(value, exchange, place, item.id))
         else:
             error = TooManyCommands(f"{MAX_WAITING} requests are waiting already", limit=MAX_WAITING)
-            exchange.settle(place, jsonrpc.failure(item.id, error))
+            exchange.settle(place, jsonrpc.response(item.id, error))
 
     def _outcome(self, ask: Callable[[], Any]) -> Any:
         """The value, or the error as a value: from here on both are answers."""
@@ -180,9 +172,13 @@ class Exchanges:
         """Tell who still waits that the job is ending."""
         self.poll(woken=True)
         for item in self._waiting:
-            item.exchange.settle(item.place, jsonrpc.failure(item.id, JobEnding("the job is ending")))
+            item.exchange.settle(item.place, jsonrpc.response(item.id, JobEnding("the job is ending")))
         self._waiting.clear()
 
 
-def _response(id_: Any, value: Any) -> dict[str, Any]:
-    return jsonrpc.failure(id_, value) if isinstance(value, ControlError) else jsonrpc.result(id_, value)
+def _response(id_: Any, value: Any) -> bytes:
+    try:
+        return jsonrpc.response(id_, value)
+    except Exception:  # border: an answer that is no JSON must not cost the others theirs
+        log.exception("an answer could not be written as JSON")
+        return jsonrpc.response(id_, InternalError("internal error; the job's log says more"))

@@ -32,8 +32,9 @@ log = logging.getLogger("forgather_control")
 MAX_TAKEN: Final = 64
 SLICE: Final = 0.02
 PATIENCE: Final = 0.1
-#: Most names that one tick looks at.
+#: Most requests that one tick looks at, and most names that it reads to find them.
 MAX_SEEN: Final = 1000
+MAX_NAMES: Final = 20_000
 #: Most requests by file that may wait for their reply at once.
 MAX_OPEN: Final = 256
 #: Most replies that lie there, their bytes together, and seconds until one that nobody takes goes.
@@ -105,7 +106,7 @@ class Files:
         self,
         path: str,
         ask: Callable[[Asker, bytes], None],
-        status: Callable[[], dict[str, Any]],
+        status: Callable[[], Any],
         mark: Callable[[], object],
     ) -> None:
         self._path, self._ask, self._status, self._mark = path, ask, status, mark
@@ -167,6 +168,8 @@ class Files:
     # Requests...
 
     def _take_some(self) -> None:
+        if self._is_quiet():
+            return
         until, worked = time.monotonic() + PATIENCE, time.thread_time() + SLICE
         with letters.opened(self._path, REQUESTS, self._home, make=True) as box:
             found = self._look_into(box)
@@ -183,20 +186,28 @@ class Files:
                 except OSError as err:  # this one's; the others have their turn all the same
                     self._warn(err)
 
-    def _look_into(self, box: int) -> list[str]:
-        """The requests that lie there, oldest first; nothing where nothing was added since the last two looks.
+    def _is_quiet(self) -> bool:
+        """Whether nothing was added since the last two looks, told by one call.
 
         Two, as what is added right after a look may have the same time of change.
         """
+        if self._again or self._stamps[0] != self._stamps[1]:
+            return False
+        try:
+            return _stamp(os.lstat(os.path.join(self._path, REQUESTS))) == self._stamps[0]
+        except FileNotFoundError:
+            return False  # it is made anew
+
+    def _look_into(self, box: int) -> list[str]:
+        """The requests that lie there, oldest first."""
         facts = os.fstat(box)
-        stamp = (facts.st_ino, facts.st_mtime_ns)
-        if self._stamps == (stamp, stamp) and not self._again:
-            return []
         if facts.st_mode & 0o077:
             os.fchmod(box, 0o700)  # others may not even look
-        self._stamps, self._again = (self._stamps[1], stamp), False
+        self._stamps, self._again = (self._stamps[1], _stamp(facts)), False
         with os.scandir(box) as entries:
-            found = [_aged(entry, box) for entry in islice(entries, MAX_SEEN) if _is_request(entry.name)]
+            # What is left lying there half written, a thousand times over, must not hide what is asked.
+            asked = (entry for entry in islice(entries, MAX_NAMES) if _is_request(entry.name))
+            found = [_aged(entry, box) for entry in islice(asked, MAX_SEEN)]
         names = [name for _, name in sorted(item for item in found if item is not None)]
         self._growing = {name: self._growing[name] for name in names if name in self._growing}
         return names
@@ -246,7 +257,7 @@ class Files:
         self._open = [other for other in self._open if other.open]
         error = self._objection(name, data, age)
         if error is not None:
-            letter.send(jsonrpc.encode(jsonrpc.failure(None, error)))
+            letter.send(jsonrpc.response(None, error))
             return
         line = data.removesuffix(b"\n") if name.endswith(SUFFIX) else jsonrpc.request(name, {}, name)
         self._ask(letter, line)
@@ -272,7 +283,7 @@ class Files:
     def _post(self, name: str, data: bytes) -> None:
         if len(data) > MAX_REPLY:
             text = f"it was carried out, but the reply is longer than {MAX_REPLY} bytes; ask for less at once"
-            data = jsonrpc.encode(jsonrpc.failure(None, InvalidRequest(text, limit=MAX_REPLY)))
+            data = jsonrpc.response(None, InvalidRequest(text, limit=MAX_REPLY))
         self._unsent.pop(name, None)
         self._unsent[name] = data
         try:
@@ -362,6 +373,10 @@ class Files:
         limit = time.monotonic() - _YOUNG
         young = [name for name, kept in list(self._kept.items()) if kept.awaited and kept.at > limit]
         return [name for name in young if os.path.lexists(os.path.join(self._path, REPLIES, name))]
+
+
+def _stamp(facts: os.stat_result) -> object:
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_mode
 
 
 def _is_request(name: str) -> bool:

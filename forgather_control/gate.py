@@ -99,4 +99,4 @@ def _token(request: jsonrpc.Request) -> bytes:
 def _refusal(request: jsonrpc.Request) -> bytes:
     assert not isinstance(request.id, jsonrpc.NoId)
     error = NotAuthenticated("this is not the job's token; it stands in its endpoint.json, for its owner to read")
-    return jsonrpc.encode(jsonrpc.failure(request.id, error))
+    return jsonrpc.response(request.id, error)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -29,10 +29,16 @@ from .errors import ControlError, InternalError, InvalidRequest, ParseError, fro
 MAX_LINE: Final = 64 * 1024
 #: Deepest nesting of arrays and objects; far from where CPython's parser raises RecursionError.
 MAX_DEPTH: Final = 32
+#: Deepest nesting of a reply, of which ours reach a fraction; what walks through it can do so without a check.
+MAX_REPLY_DEPTH: Final = 2 * MAX_DEPTH
 #: Most requests in one batch; without it a line of "1,1,1" costs us fifty times its length in errors.
 MAX_BATCH: Final = 100
 
 Json = Any
+
+
+class Encoded(bytes):
+    """A value that is JSON text already, without a newline: it is sent as it is, however often it is asked for."""
 
 
 class NoId(Enum):
@@ -134,11 +140,9 @@ def parse_json(line: bytes) -> Json:
         text = line.decode("utf-8")
     except UnicodeDecodeError as err:
         raise ParseError(f"not UTF-8 at byte {err.start}") from err
-    _check_depth(text)
+    _check_depth(text, MAX_DEPTH)
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
-        )
+        value = _DECODER.decode(text)
     except (ValueError, RecursionError) as err:
         raise ParseError(f"not JSON: {ascii(str(err))[1:-1]}") from err
     if "\\u" in text:
@@ -146,15 +150,15 @@ def parse_json(line: bytes) -> Json:
     return value
 
 
-def _check_depth(text: str) -> None:
-    if text.count("[") + text.count("{") <= MAX_DEPTH:  # the ordinary line, at the cost of two C loops
+def _check_depth(text: str, limit: int) -> None:
+    if text.count("[") + text.count("{") <= limit:  # the ordinary line, at the cost of two C loops
         return
     depth = 0
     # The closing quote is optional so that an unfinished string is read once, not once from each of its quotes.
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
-        if depth > MAX_DEPTH:
-            raise InvalidRequest(f"nested deeper than {MAX_DEPTH}", limit=MAX_DEPTH)
+        if depth > limit:
+            raise InvalidRequest(f"nested deeper than {limit}", limit=limit)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -179,6 +183,13 @@ def _finite(text: str) -> float:
 def _whole(text: str) -> int:
     _finite(text)  # 309 digits are no double either: others read infinity, and answer another id
     return int(text)
+
+
+#: Made once: json.loads with hooks makes a new one at each call, and json.dumps with options an encoder.
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+)
+_ENCODER: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def _check_surrogates(value: Json) -> None:
@@ -214,13 +225,18 @@ def error_object(error: ControlError) -> dict[str, Json]:
 
 def encode(value: Json) -> bytes:
     """One line of strict ASCII JSON with its newline, whatever floats or broken strings ``value`` holds."""
+    return (value if isinstance(value, Encoded) else encoded(value)) + b"\n"
+
+
+def encoded(value: Json) -> Encoded:
+    """The same without the newline, for a value that is sent more than once."""
     try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        text = _ENCODER.encode(value)
     except ValueError:
-        text = json.dumps(_without_nan(value), allow_nan=False, separators=(",", ":"))
+        text = _ENCODER.encode(_without_nan(value))
     if "\\ud" in text:
-        text = json.dumps(_without_surrogates(json.loads(text)), allow_nan=False, separators=(",", ":"))
-    return text.encode("ascii") + b"\n"
+        text = _ENCODER.encode(_without_surrogates(json.loads(text)))
+    return Encoded(text, "ascii")
 
 
 def _without_nan(value: Json) -> Json:
@@ -253,9 +269,11 @@ def parse_reply(line: bytes) -> Reply:
         InternalError: the line is no JSON-RPC 2.0 response; whoever sent it is not one of us.
     """
     try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise InternalError("the other side sent a line that is no JSON") from err
+        text = line.decode("utf-8")
+        _check_depth(text, MAX_REPLY_DEPTH)
+        value = json.loads(text)
+    except (ValueError, RecursionError, InvalidRequest) as err:
+        raise InternalError("the other side sent a line that is no JSON, or nested too deeply") from err
     if not isinstance(value, dict) or value.get("jsonrpc") != "2.0" or ("result" in value) == ("error" in value):
         raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
     if "error" not in value:
@@ -265,9 +283,17 @@ def parse_reply(line: bytes) -> Reply:
     return Reply(value.get("id"), None, from_wire(facts.get("code"), facts.get("message"), facts.get("data")))
 
 
-def replies(answers: Iterable[dict[str, Json]], is_batch: bool) -> bytes:
-    """The reply line of a message, empty where nobody waits for one (JSON-RPC 2.0, section 6)."""
-    found = list(answers)
-    if not found:
+def response(id: Id, value: Json | ControlError) -> bytes:
+    """The response line of a value or an error."""
+    if isinstance(value, ControlError):
+        return encode(failure(id, value))
+    if isinstance(value, Encoded):
+        return b'{"jsonrpc":"2.0","id":%b,"result":%b}\n' % (encoded(id), value)
+    return encode(result(id, value))
+
+
+def replies(responses: Sequence[bytes], is_batch: bool) -> bytes:
+    """The reply line of a message, out of its response lines; empty where nobody waits for one (section 6)."""
+    if not responses:
         return b""
-    return encode(found if is_batch else found[0])
+    return b"[" + b",".join(line[:-1] for line in responses) + b"]\n" if is_batch else responses[0]

@@ -29,6 +29,9 @@ SUFFIX: Final = ".json"
 #: What open(2) says of what is not for us to read: a link, a socket, another user's.
 _NO_LETTER: Final = (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
 
+#: How a directory is opened: not through a link.
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 #: Device and inode: which directory it is, whatever its name is by now.
 Place = tuple[int, int]
 
@@ -56,24 +59,35 @@ def opened(path: str, box: str, known: Place, *, make: bool = False) -> Iterator
         FileNotFoundError: the directory, or the box, is gone.
         OSError: whatever else the file system has to say.
     """
-    how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    home = os.open(path, how)
+    # As few calls as it takes: beside a loop of pure Python each one waits for the interpreter lock.
+    home = os.open(path, _DIRECTORY)
     try:
-        if (os.fstat(home).st_dev, os.fstat(home).st_ino) != known:
+        facts = os.fstat(home)
+        if (facts.st_dev, facts.st_ino) != known:
             raise FileNotFoundError(2, "it is another directory by now", path)
-        if make:
-            with suppress(FileExistsError):
-                os.mkdir(box, 0o700, dir_fd=home)
-        found = os.open(box, how, dir_fd=home)
-        owners = (0, os.geteuid(), os.fstat(home).st_uid)
-    finally:
+        found = home if box == "." else _open_box(home, box, make)
+    except BaseException:
+        os.close(home)
+        raise
+    if found != home:
         os.close(home)
     try:
-        if os.fstat(found).st_uid not in owners:
+        if found != home and os.fstat(found).st_uid not in (0, os.geteuid(), facts.st_uid):
             raise PermissionError(13, "it belongs to another user", box)
         yield found
     finally:
         os.close(found)
+
+
+def _open_box(home: int, box: str, make: bool) -> int:
+    try:
+        return os.open(box, _DIRECTORY, dir_fd=home)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with suppress(FileExistsError):
+        os.mkdir(box, 0o700, dir_fd=home)
+    return os.open(box, _DIRECTORY, dir_fd=home)
 
 
 def write(box: int, name: str, data: bytes) -> None:

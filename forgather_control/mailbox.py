@@ -57,6 +57,8 @@ class Mailbox:
         self._closed: ControlError | None = None
         #: Whether something waits to be applied. Read by the training thread without the lock.
         self.pending = False
+        #: Counts the changes of records. Read without the lock.
+        self.changes = 0
 
     # On the server thread...
 
@@ -79,6 +81,7 @@ class Mailbox:
                 raise TooManyCommands(f"{MAX_PENDING} commands {command} are not over yet", limit=MAX_PENDING)
             record = CommandRecord(command_id or uuid.uuid4().hex, command, "accepted", time.time())
             self._records[record.command_id] = record
+            self.changes += 1
             self._forget()
             self._pending.append(record.command_id)
             self.pending = True
@@ -195,6 +198,7 @@ class Mailbox:
     def _put(self, record: CommandRecord, **changes: Any) -> CommandRecord:
         assert self._lock.locked()
         changed = self._records[record.command_id] = record._replace(**changes)
+        self.changes += 1
         return changed
 
     def _change(self, command_id: str, **changes: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from functools import cache
 from typing import Any
 
@@ -22,12 +23,12 @@ def vitals() -> dict[str, Any]:
 
     ``cpu_percent`` is that since the last call, 0.0 at the first. Each is ``None`` where it is unknown.
     """
-    process = _process(os.getpid())
+    pid = os.getpid()
     return {
         "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "rss_bytes": process.memory_info().rss,
-        "cpu_percent": process.cpu_percent(),
+        "pid": pid,
+        "rss_bytes": _process(pid).memory_info().rss,
+        "cpu_percent": _meter(pid).percent(),
         **device(),
     }
 
@@ -52,10 +53,31 @@ def _of_torch(torch: Any) -> tuple[str, int | None, int | None]:
 
 @cache
 def _process(pid: int) -> Any:
-    """The same object each time, as it remembers when its processor time was last read; a new one after a fork."""
+    """A new one after a fork."""
     import psutil
 
     return psutil.Process(pid)
+
+
+@cache
+def _meter(pid: int) -> _Meter:
+    """The same each time, as it remembers the last reading; a new one after a fork."""
+    return _Meter()
+
+
+class _Meter:
+    """This process's processor time by its own clock: psutil reads two files for it, and waits for each."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float] | None = None  # assigned whole
+
+    def percent(self) -> float:
+        """Of one core, since the last call; 0.0 at the first."""
+        now, last = (time.monotonic(), time.process_time()), self._last
+        self._last = now
+        if last is None or now[0] <= last[0]:
+            return 0.0
+        return round(100 * (now[1] - last[1]) / (now[0] - last[0]), 1)
 
 
 def _cuda(torch: Any, used: dict[int, int]) -> str:

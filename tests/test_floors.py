@@ -13,7 +13,7 @@ from .world import ROOT
 FLOORS = {
     0: "errors clock version connection progress metrics process rounds line polled launch tls stacks vitals bridge",
     1: "jsonrpc commands endpoint record dump",
-    2: "roster mailbox jobs exchange signals world gate listener ssh letters",
+    2: "roster mailbox jobs exchange signals snapshot world gate listener ssh letters",
     3: "server directory screen ranks census ledger offer caller arguments files by_file",
     4: "client controller",
     5: "rescue adapter",
@@ -26,7 +26,7 @@ INSIDE = {"psutil": {"process", "vitals"}}
 TRAINING = {"adapter", "controller", "directory", "exchange", "connection", "hf", "mailbox", "metrics", "plain",
             "progress", "ranks", "server", "signals", "lightning",
             "world", "rounds", "line", "polled", "census", "ledger", "offer", "gate", "listener",
-            "stacks", "vitals", "files"}  # fmt: skip
+            "stacks", "vitals", "files", "snapshot"}  # fmt: skip
 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 SOURCES = {path.stem: path.read_text() for path in (ROOT / "forgather_control").glob("*.py")}

@@ -424,16 +424,27 @@ def test_requests_round_trip(method, params, id):
     line = jsonrpc.request(method, params, id)
     strict(line)
     assert jsonrpc.parse_message(line[:-1]) == Message((Request(method, params, id),), is_batch=False)
-    reply = jsonrpc.parse_reply(jsonrpc.replies([jsonrpc.result(id, params)], is_batch=False))
+    reply = jsonrpc.parse_reply(jsonrpc.replies([jsonrpc.response(id, params)], is_batch=False))
     assert (reply.id, reply.result, reply.error) == (id, params, None)
 
 
 def test_replies_of_a_batch():
     """One reply is a list in a batch and an object outside; none at all is no line (section 6)."""
-    one = jsonrpc.result(1, None)
-    assert strict(jsonrpc.replies([one], is_batch=True)) == [one]
-    assert strict(jsonrpc.replies(iter([one]), is_batch=False)) == one
+    one, two = jsonrpc.result(1, None), jsonrpc.failure("b", InvalidParams("no"))
+    lines = [jsonrpc.response(1, None), jsonrpc.response("b", InvalidParams("no"))]
+    assert strict(jsonrpc.replies(lines[:1], is_batch=True)) == [one]
+    assert strict(jsonrpc.replies(lines, is_batch=True)) == [one, two]
+    assert strict(jsonrpc.replies(lines[:1], is_batch=False)) == one
     assert jsonrpc.replies([], is_batch=True) == jsonrpc.replies([], is_batch=False) == b""
+
+
+@given(json_values, st.none() | st.integers(-(2**60), 2**60) | st.text(string.printable))
+def test_what_is_encoded_already_is_sent_as_it_is(value, id):
+    """The same bytes as if it were encoded for this answer."""
+    assert (
+        jsonrpc.response(id, jsonrpc.encoded(value)) == jsonrpc.response(id, value) == encode(jsonrpc.result(id, value))
+    )
+    assert encode(jsonrpc.encoded(value)) == encode(value)
 
 
 def test_error_object():
@@ -456,6 +467,15 @@ def test_line_that_is_no_reply(line):
     """Whoever answers like this is no job of ours; the client says so in one error."""
     with pytest.raises(InternalError):
         jsonrpc.parse_reply(line)
+
+
+def test_deepest_reply():
+    """What is nested deeper than ours ever is never reaches the code that walks through it."""
+    deepest = jsonrpc.MAX_REPLY_DEPTH - 1
+    line = encode(success("@", 1)).replace(b'"@"', b"[" * deepest + b"NaN" + b"]" * deepest)
+    assert encode(jsonrpc.parse_reply(line).result).count(b"[") == deepest
+    with pytest.raises(InternalError):
+        jsonrpc.parse_reply(line.replace(b"NaN", b"[NaN]"))
 
 
 @pytest.mark.parametrize("result", [None, False, 0, "", [], {}, {"error": 1}])
