@@ -58,7 +58,7 @@ class Job(Protocol):
     """
 
     def ping(self) -> dict[str, Json]: ...
-    def status(self) -> dict[str, Json]: ...
+    def status(self) -> Json: ...
     def get_command(self, command_id: str) -> CommandRecord: ...
     def cancel_command(self, command_id: str) -> CommandRecord: ...
     def list_commands(self) -> list[CommandRecord]: ...
@@ -96,7 +96,7 @@ class CommandRecord(NamedTuple):
         """What became of it if it will never be finished, in one sentence; ``None`` otherwise."""
         if self.state not in ("failed", "cancelled"):
             return None
-        return f"{self.command} {self.state}: {self.error['message'] if self.error else 'somebody took it back'}"
+        return f"{self.command} {self.state}: {self.error.get('message') if self.error else 'somebody took it back'}"
 
     def to_json(self) -> dict[str, Json]:
         """The record as it stands on the wire."""
@@ -109,7 +109,10 @@ class CommandRecord(NamedTuple):
         Raises:
             InternalError: it holds none.
         """
-        if not isinstance(value, dict) or not set(cls._fields[:4]) <= value.keys():
+        if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in cls._fields[:3]):
+            raise InternalError("the other side sent no command record")
+        objects = [value.get(name) for name in ("result", "error")]
+        if "requested_at" not in value or not all(item is None or isinstance(item, dict) for item in objects):
             raise InternalError("the other side sent no command record")
         return cls(**{name: item for name, item in value.items() if name in cls._fields})
 

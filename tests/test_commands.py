@@ -11,7 +11,7 @@ import pytest
 
 from forgather_control import commands
 from forgather_control.commands import FINAL, STATES, TABLE, CommandRecord, lookup
-from forgather_control.errors import InvalidParams, MethodNotFound
+from forgather_control.errors import InternalError, InvalidParams, MethodNotFound
 from forgather_control.jsonrpc import encode
 
 from .world import strict
@@ -286,6 +286,22 @@ def test_record_crosses_the_wire():
     assert list(record.to_json()) == (
         ["command_id", "command", "state", "requested_at", "applied_at_step", "finished_at", "result", "error"]
     )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 5, "x", [], {}, {**RECORD.to_json(), "state": []}, {**RECORD.to_json(), "command": None},
+     {**RECORD.to_json(), "error": "no"}, {**RECORD.to_json(), "result": [1]}],
+)  # fmt: skip
+def test_what_is_no_record(value):
+    """Whoever answers like this is no job of ours; the client says so in one error."""
+    with pytest.raises(InternalError, match="no command record"):
+        CommandRecord.from_json(value)
+
+
+def test_an_error_without_a_message_is_told():
+    """What became of a command is said, though the other side does not say why."""
+    assert CommandRecord.from_json({**RECORD.to_json(), "state": "failed", "error": {"code": 1}}).trouble
 
 
 def test_record_is_frozen():
