@@ -65,7 +65,7 @@ SPARE_FILES: Final = 256
 LAST_WORDS: Final = 0.5
 
 
-_NO_TLS: Final = jsonrpc.encode(jsonrpc.failure(None, NotAuthenticated("this port speaks TLS: connect to tls://")))
+_NO_TLS: Final = jsonrpc.response(None, NotAuthenticated("this port speaks TLS: connect to tls://"))
 
 
 class Server:
@@ -109,6 +109,7 @@ class Server:
         """
         listener = UnixListener(path, self._adopt)
         for old in [old for old in self._listeners if isinstance(old, UnixListener)]:
+            self._take_backlog(old)  # who has connected there has sent a request, too
             self._drop_listener(old)
         self._add_listener(listener)
 
@@ -416,7 +417,8 @@ class Server:
     # The end...
 
     def _last_round(self) -> None:
-        self._take_backlog()
+        for listener in self._listeners:
+            self._take_backlog(listener)
         for connection in list(self._connections.values()):
             connection.read()
             while not connection.broken and (line := connection.take_line()) is not None:
@@ -426,13 +428,12 @@ class Server:
         self._exchanges.give_up()
         self._flush_all(time.monotonic() + LAST_WORDS)
 
-    def _take_backlog(self) -> None:
-        for listener in self._listeners:
-            try:
-                while listener.accept():
-                    pass
-            except OSError:
-                pass  # out of files: who is not in cannot be told
+    def _take_backlog(self, listener: Listener) -> None:
+        try:
+            while listener.accept():
+                pass
+        except OSError:
+            pass  # out of files: who is not in cannot be told
 
     def _flush_all(self, until: float) -> None:
         while late := [c for c in self._connections.values() if c.unsent and not c.broken]:
