@@ -168,6 +168,7 @@ class JobDirectory:
     def _evict(self) -> None:
         if not _is_directory(self.path):
             raise JobsDirUnusable(f"{self.path} is no directory of this user; remove it, or choose another job id")
+        known = _file_id(self.path)
         holder = self._holder()
         if holder is not None and not (jobs.is_dead(holder) or self._follows(holder)):
             raise _taken(holder)
@@ -175,7 +176,7 @@ class JobDirectory:
             raise JobIdTaken(
                 f"job id {self.job_id} belongs to a job whose record was deleted, and which will restore it"
             )
-        jobs.remove_tree(self._root, self.job_id)
+        jobs.remove_tree(self._root, self.job_id, known[:2])
 
     def _follows(self, holder: record.JobRecord) -> bool:
         """Whether a launcher ended ``holder``, which this host cannot judge, and began its run anew as us.
@@ -244,7 +245,7 @@ class JobDirectory:
         for attempt in range(_ATTEMPTS):
             try:
                 if self._is_ours():
-                    jobs.remove_tree(self._root, self.job_id)
+                    jobs.remove_tree(self._root, self.job_id, self._files[self.path][:2])
                 break
             except JobsDirUnusable:  # somebody has put one more into it at this moment
                 if attempt == _ATTEMPTS - 1:
@@ -252,7 +253,7 @@ class JobDirectory:
         self._files.clear()
 
     def _is_ours(self) -> bool:
-        return self._files.get(self.path) == _maybe_file_id(self.path) and self._holds()
+        return self.path in self._files and self._files[self.path] == _maybe_file_id(self.path) and self._holds()
 
     def _holds(self) -> bool:
         """Whether no other job has published here; an inode alone may have been used again."""
@@ -291,14 +292,20 @@ def _somebody_listens(path: str) -> bool:
 
 def _make_root(root: str) -> None:
     _make_private(root)
-    found = os.stat(root)
+    found, me = os.stat(root), os.geteuid()
     if not stat.S_ISDIR(found.st_mode):
         raise JobsDirUnusable(f"the jobs directory {root} is no directory")
-    me = os.geteuid()
-    if found.st_uid not in (0, me) and me != 0:
-        raise JobsDirUnusable(f"the jobs directory {root} belongs to another user (uid {found.st_uid})")
-    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+    for owner in (found.st_uid, os.lstat(root).st_uid):  # who made a link may have it point elsewhere tomorrow
+        if owner not in (0, me) and me != 0:
+            raise JobsDirUnusable(f"the jobs directory {root} belongs to another user (uid {owner})")
+    # A group may: with a umask of 002 it is the user's own, and a record that another wrote is believed by nobody.
+    if _may_rename(found, stat.S_IWOTH):
         raise JobsDirUnusable(f"anybody may rename what is in the jobs directory {root}; chmod o-w it")
+
+
+def _may_rename(found: os.stat_result, who: int) -> bool:
+    """Whether they, who write by these bits, may put something else in the place of what is in a directory."""
+    return bool(found.st_mode & who) and not found.st_mode & stat.S_ISVTX
 
 
 def _make_private(path: str) -> None:
@@ -332,7 +339,7 @@ def _unlink_socket(path: str) -> None:
 def _write(directory: str, name: str, data: bytes) -> None:
     """Write a file that others see whole or not at all, and that only its owner can read."""
     path = os.path.join(directory, f".{name}.{os.getpid()}")
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with open(file, "wb") as out:
             out.write(data)
@@ -347,9 +354,22 @@ def _write(directory: str, name: str, data: bytes) -> None:
 def _short_directory() -> str:
     """A new private (0700) directory with a short path."""
     for place in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()):
-        if place and os.access(place, os.W_OK) and endpoint.fits(os.path.join(place, "forgather-12345678", "s")):
+        if place and _is_safe(place) and endpoint.fits(os.path.join(place, "forgather-12345678", "s")):
             return tempfile.mkdtemp(prefix="forgather-", dir=place)
     return tempfile.mkdtemp(prefix="forgather-", dir="/tmp")
+
+
+def _is_safe(place: str) -> bool:
+    """Whether a directory made there stays ours: under ``su`` $XDG_RUNTIME_DIR may be another user's."""
+    try:
+        found = os.stat(place)
+    except OSError:
+        return False
+    return (
+        os.access(place, os.W_OK)
+        and found.st_uid in (0, os.geteuid())
+        and not _may_rename(found, stat.S_IWGRP | stat.S_IWOTH)
+    )
 
 
 def _file_id(path: str) -> _FileId:

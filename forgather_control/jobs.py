@@ -14,19 +14,24 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Final, Literal, NamedTuple, get_args
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
 from .errors import ControlError, InternalError, JobsDirUnusable, NoSuchJob
-from .launch import Launch
-from .record import JobRecord, check_job_id, is_job_id, parse_record, read_record
+from .record import JobRecord, check_job_id, is_job_id, open_directory, parse_record, read_record, record_in
+
+if TYPE_CHECKING:
+    from .launch import Launch
 
 #: Sockets that are asked at once; each takes a file descriptor.
 _AT_ONCE: Final = 200
 #: Seconds in which a job's full backlog has to move on before it counts as silent.
 _CONNECT: Final = 0.2
+
+#: How to open a directory that only names are looked up in: it need not be readable (open(2)).
+_PLACE: Final = getattr(os, "O_PATH", os.O_RDONLY)
 
 #: ``live``: the job answered. ``silent``: its process lives, its socket does not answer. ``dead``:
 #: its process is gone. ``foreign``: on another host, unknown.
@@ -250,21 +255,35 @@ def _flock(file: int, how: int, deadline: Deadline, root: str) -> bool:
 def remove_dead(root: str, job_id: str) -> bool:
     """Remove what a dead job of this host left; False if it is not there, not dead or not readable.
 
-    It is judged again under the lock, so a job that starts meanwhile is safe. Only this one
-    directory is removed, no link is followed (``shutil.rmtree`` works on descriptors).
+    It is judged again under the lock, so a job that starts meanwhile is safe. Only this one directory is
+    removed, no link is followed; and it is emptied through the descriptor that its record was read from,
+    because its owner, where root cleans up, may put something else in its place while it is judged.
 
     Raises:
         JobsDirUnusable: the directory cannot be written or removed.
     """
-    with locked(root, seconds=5.0):
+    with locked(root, seconds=5.0), _opened(root) as above:
         try:
-            record = read_record(root, check_job_id(job_id))
+            directory = open_directory(check_job_id(job_id), above)
         except ValueError:
             return False
-        if record is None or not is_dead(record):
+        if directory is None:
             return False
-        remove_tree(root, job_id)
-        return True
+        try:
+            record = _record_in(directory, job_id)
+            if record is None or not is_dead(record):
+                return False
+            _remove(root, above, job_id, directory)
+            return True
+        finally:
+            os.close(directory)
+
+
+def _record_in(directory: int, job_id: str) -> JobRecord | None:
+    try:
+        return record_in(directory, job_id)
+    except ValueError:
+        return None
 
 
 def is_dead(record: JobRecord) -> bool:
@@ -272,14 +291,63 @@ def is_dead(record: JobRecord) -> bool:
     return judge(record) == "dead" and not ask([record], "ping", Deadline(1.0))
 
 
-def remove_tree(root: str, job_id: str) -> None:
-    """Remove one job's directory, whose owner was judged before. Call it ``locked``."""
-    import shutil
+def remove_tree(root: str, job_id: str, known: tuple[int, int] | None = None) -> None:
+    """Remove one job's directory, whose owner was judged before. Call it ``locked``.
 
-    path = os.path.join(root, job_id)
+    Args:
+        known: device and inode of the one that was judged; another one is left alone.
+    """
+    with _opened(root) as above:
+        try:
+            directory = open_directory(job_id, above)
+        except (OSError, ValueError) as err:
+            raise JobsDirUnusable(f"{os.path.join(root, job_id)}: {err}") from err
+        if directory is None:
+            return
+        try:
+            facts = os.fstat(directory)
+            if known in (None, (facts.st_dev, facts.st_ino)):
+                _remove(root, above, job_id, directory)
+        finally:
+            os.close(directory)
+
+
+@contextmanager
+def _opened(root: str) -> Iterator[int]:
+    """A descriptor of the jobs directory, whatever becomes of its path."""
     try:
-        shutil.rmtree(path)
+        above = os.open(root, _PLACE | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as err:
+        raise JobsDirUnusable(f"the jobs directory {root} cannot be opened ({err.strerror})") from err
+    try:
+        yield above
+    finally:
+        os.close(above)
+
+
+def _remove(root: str, above: int, job_id: str, directory: int) -> None:
+    try:
+        _empty(directory)
+        os.rmdir(job_id, dir_fd=above)
     except FileNotFoundError:
         pass
-    except OSError as err:
-        raise JobsDirUnusable(f"{path} cannot be removed ({err.strerror})") from err
+    except (OSError, RecursionError) as err:
+        why = getattr(err, "strerror", None) or "it is nested too deeply"
+        raise JobsDirUnusable(f"{os.path.join(root, job_id)} cannot be removed ({why})") from err
+
+
+def _empty(directory: int) -> None:
+    """Remove all that is in a directory, by descriptors alone: no link is followed, whoever puts one there."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        with suppress(FileNotFoundError):  # its reader took it meanwhile
+            if not is_directory:
+                os.unlink(name, dir_fd=directory)
+                continue
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                _empty(inner)
+            finally:
+                os.close(inner)
+            os.rmdir(name, dir_fd=directory)

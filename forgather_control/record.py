@@ -6,7 +6,8 @@ Values of the client's half are ``NamedTuple``, not dataclasses: the import of `
 costs half as much as that of argparse, json and socket together, at every start of the command line.
 
 Nothing read here is trusted: a file may be half written, hostile, or another host's. A job id is
-checked before it becomes a path, and links are not followed.
+checked before it becomes a path, links are not followed, and what another user wrote, or may write, is no
+record: in a jobs directory that several share, he would answer in the name of our jobs.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import os
 import re
 import stat
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import process
 from .errors import BadJobId
-from .launch import Launch
+
+if TYPE_CHECKING:
+    from .launch import Launch
 
 RECORD: Final = "endpoint.json"
 SOCKET: Final = "control.sock"
@@ -112,17 +115,25 @@ class JobRecord(NamedTuple):
         return {**self._asdict(), "launch": self.launch and self.launch.to_json()}
 
 
-#: The kinds of each member, as its annotation says them (a ``NamedTuple`` keeps them as forward references).
-_MEMBERS: Final = {
-    name: str(getattr(kind, "__forward_arg__", kind))
-    for name, kind in JobRecord.__annotations__.items()
-    if name != "launch"  # an object, which checks itself
-}
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "str": (str,),
     "int": (int,),
     "float": (int, float),
     "None": (type(None),),
+}
+
+
+def _words(name: str) -> str:
+    """The kinds of a member as its annotation says them (a ``NamedTuple`` keeps it as a forward reference)."""
+    kind = JobRecord.__annotations__[name]
+    return str(getattr(kind, "__forward_arg__", kind))
+
+
+#: The types of each member as JSON has them: of bool, which is no number here, none.
+_MEMBERS: Final = {
+    name: frozenset(kind for word in _words(name).split(" | ") for kind in _KINDS[word])
+    for name in JobRecord._fields
+    if name != "launch"  # an object, which checks itself
 }
 
 
@@ -140,11 +151,10 @@ def parse_record(data: bytes, name: str) -> JobRecord:
         raise ValueError("it is no JSON object")
     if value.get("job_id") != name:
         raise ValueError(f"it names another job, {ascii(value.get('job_id'))[:140]}")
-    given = {}
-    for member, kinds in _MEMBERS.items():
-        if member in value:
-            given[member] = _checked(member, kinds, value[member])
+    given = {member: _checked(member, value[member]) for member in _MEMBERS if member in value}
     if value.get("launch") is not None:
+        from .launch import Launch  # few jobs have one, and every client would pay for it
+
         given["launch"] = Launch.from_json(value["launch"])
     try:
         return JobRecord(**given)
@@ -152,13 +162,15 @@ def parse_record(data: bytes, name: str) -> JobRecord:
         raise ValueError("a member is missing") from err
 
 
-def _checked(name: str, kinds: str, value: Any) -> Any:
-    allowed = tuple(kind for word in kinds.split(" | ") for kind in _KINDS[word])
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise ValueError(f"{name} must be {kinds}, not {ascii(value)[:80]}")
+def _checked(name: str, value: Any) -> Any:
+    kinds = _MEMBERS[name]
+    if type(value) not in kinds:
+        raise ValueError(f"{name} must be {_words(name)}, not {ascii(value)[:80]}")
     if name == "pid" and value not in range(1, 1 << 31):
-        raise ValueError(f"pid {value} is no process id")
-    if "float" in kinds and isinstance(value, (int, float)) and not abs(value) < _END_OF_TIME:  # not: for NaN
+        raise ValueError(f"pid {ascii(value)[:80]} is no process id")
+    if name == "port" and value is not None and value not in range(1, 65536):
+        raise ValueError(f"port {ascii(value)[:80]} is none")  # the socket module would raise OverflowError
+    if float in kinds and value is not None and not abs(value) < _END_OF_TIME:  # not: for NaN
         raise ValueError(f"{name} {ascii(value)[:80]} is no time")
     return value
 
@@ -170,18 +182,50 @@ def read_record(root: str, name: str) -> JobRecord | None:
         ValueError: what is there is no record of this job, and why.
         OSError: this process is out of files, so nothing can be said of the job.
     """
-    path = os.path.join(root, name)
+    directory = open_directory(os.path.join(root, name))
+    if directory is None:
+        return None
     try:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        return record_in(directory, name)
+    finally:
+        os.close(directory)
+
+
+def open_directory(path: str, above: int | None = None) -> int | None:
+    """A descriptor of a job's directory; ``None`` if there is none, or a link.
+
+    Args:
+        above: a descriptor of the jobs directory; then ``path`` is the job's id.
+
+    Raises:
+        ValueError, OSError: as :func:`read_record`.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     except OSError as err:
         if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
         raise _fault(err, f"it cannot be opened ({err.strerror})") from None
-    try:
-        data = _read_small(directory)
-    finally:
-        os.close(directory)
+
+
+def record_in(directory: int, name: str) -> JobRecord | None:
+    """The record in a directory that is open, as :func:`read_record` has it."""
+    _check_hands(os.fstat(directory), "it")
+    data = _read_small(directory)
     return None if data is None else parse_record(data, name)
+
+
+def _check_hands(facts: os.stat_result, what: str) -> None:
+    """Make sure that nobody but this user and root can have written it; root looks at what is anybody's.
+
+    Raises:
+        ValueError: somebody else can.
+    """
+    me = os.geteuid()
+    if me != 0 and facts.st_uid not in (0, me):
+        raise ValueError(f"{what} belongs to another user (uid {facts.st_uid})")
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"{what} can be written by other users; chmod go-w")
 
 
 def _read_small(directory: int) -> bytes | None:
@@ -193,8 +237,10 @@ def _read_small(directory: int) -> bytes | None:
     except OSError as err:
         raise _fault(err, f"{RECORD} cannot be opened ({err.strerror})") from None
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{RECORD} is no regular file")
+        _check_hands(facts, RECORD)
         data = os.read(file, MAX_RECORD + 1)
     except OSError as err:
         raise ValueError(f"{RECORD} cannot be read ({err.strerror})") from err

@@ -68,7 +68,7 @@ def write(directory: str, ranks: list[RankRecord]) -> None:
         OSError: it cannot be written; what was there stays.
     """
     path = os.path.join(directory, f".{ROSTER}.{os.getpid()}")
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with open(file, "wb") as out:
             out.write(json.dumps([rank._asdict() for rank in ranks]).encode("ascii"))

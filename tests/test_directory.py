@@ -594,6 +594,7 @@ def test_a_read_only_file_system(jobs_dir, make):
         (65534, 0o777, "anybody may rename what is in the jobs directory"),
         (None, 0o755, "Permission denied"),
         (65534, 0o755, None),
+        (65534, 0o775, None),  # umask 002
         (0, 0o1777, None),
     ],
 )

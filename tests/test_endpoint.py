@@ -206,7 +206,7 @@ def test_an_address_is_read_as_it_is_printed(text, expected):
     "text",
     ["", "unix:", "host:1", "tcp://host", "tcp://host:", "tcp://:1", "tcp://host:0", "tcp://host:65536", "tcp://host:-1",
      "tcp://host:1/x", "tcp://host: 1", "tcp://host:1_0", "tcp://host:\u0661", "http://host:1", "TCP://host:1",
-     "tcp:host:1", "tcp://host:" + "9" * 5000, "\x1b[2J://host:1"],
+     "tcp://[::1:1", "tcp://::1]:1", "tcp://[[h]]:1", "tcp://[]:1", "tcp:host:1", "tcp://host:" + "9" * 5000, "\x1b[2J://host:1"],
 )  # fmt: skip
 def test_what_is_no_address(text):
     """The error repeats the beginning of it, prints on one line, and says what an address is."""

@@ -14,7 +14,7 @@ from forgather_control.errors import BadJobId, StartError
 from forgather_control.launch import Launch
 from forgather_control.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
 
-from .world import Process, descriptors, needs_root
+from .world import Process, descriptors, needs_root, until
 
 GOOD = JobRecord(job_id="job", host="node", port=None, pid=123, started_at=1700000000.5, socket="/tmp/s", user="ä\n")
 
@@ -128,7 +128,12 @@ BROKEN = {
     "host null": (_data(host=None), "host must be str"),
     "a list as host": (_data(host=["node"] * 5000), "host must be str"),
     "an object as socket": (_data(socket={"path": "/tmp/s"}), "socket must be str"),
+    "pid of 400 digits": (_data(pid=10**400), "no process id"),
     "port as text": (_data(port="8900"), "port must be int"),
+    "port 0": (_data(port=0), "port 0 is none"),
+    "port -1": (_data(port=-1), "port -1 is none"),
+    "port 65536": (_data(port=65536), "port 65536 is none"),
+    "port of 400 digits": (_data(port=10**400), "port 1000.* is none"),
     "world_size as bool": (_data(world_size=True), "world_size must be int"),
     "a list as launch": (_data(launch=["slurm"]), "launch must be an object or null"),
     "launch as bool": (_data(launch=False), "launch must be an object or null"),
@@ -262,7 +267,7 @@ def test_a_record_is_never_seen_half_written(place):
     """While it is rewritten over and over, every reader gets one whole record or the other."""
     root = str(place.parent.parent)
     one, two = GOOD._replace(user="1" * 3000), GOOD._replace(user="2" * 30)
-    done = threading.Event()
+    done, seen = threading.Event(), set()
 
     def write():
         while not done.is_set():
@@ -273,7 +278,7 @@ def test_a_record_is_never_seen_half_written(place):
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        seen = {read_record(root, "job") for _ in range(1000)}
+        until(lambda: seen.update(read_record(root, "job") for _ in range(1000)) or len(seen) > 1)
     finally:
         done.set()
         writer.join()
