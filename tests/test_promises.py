@@ -101,7 +101,7 @@ def test_saving_on_demand_changes_nothing(tmp_path):
 def test_random_lines_half_lines_and_idle_clients(tmp_path, jobs_dir):
     """200 connections that say nothing, one that says half a line and sleeps, and 100,000 random lines."""
     path = jobs_dir / "victim" / "control.sock"
-    with victim(tmp_path, env={"SHARE": "1"}):  # within its budget of 5 % it would take them for minutes
+    with victim(tmp_path, env={"SHARE": "1"}):  # within its budget it would take them for minutes
         idle = [Wire(path) for _ in range(200)]
         idle[0].send(b'{"jsonrpc":"2.0","id":1,"met')
         assert attack(path, seed=1, lines=100_000) == 100_000
