@@ -351,6 +351,8 @@ class Controller:
         params = method.bind(request.params)
         if not method.is_command:
             return method.run(self, **params)
+        if params["wait"] != "accepted" and not isinstance(request.id, jsonrpc.NoId):
+            self._server.check_room()  # who is told that there is none must not be carried out all the same
         record = self._mailbox.submit(method.name, params["command_id"])
         self._world.wanted()
         return self._wait(record, params["wait"], params["timeout"])

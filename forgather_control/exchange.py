@@ -17,8 +17,12 @@ from .errors import ControlError, InternalError, JobEnding, TooManyCommands
 
 log = logging.getLogger("forgather_control")
 
-#: Most requests that may wait at once, over all connections.
+#: Most requests that may wait at once, over all connections, and bytes of replies that may wait with them in batches.
 MAX_WAITING: Final = 1024
+MAX_HELD: Final = 16 << 20
+#: Bytes of replies after which the rest of a batch is refused: a hundred of the longest would be far too much to keep,
+#: and to make while training waits for the interpreter.
+MAX_REPLY: Final = 1 << 20
 
 #: What ``Later.poll`` answers while there is no answer.
 PENDING: Final = object()
@@ -59,13 +63,24 @@ Answer = Callable[[jsonrpc.Request], Any]
 
 
 class _Exchange:
-    """One line's way from request to reply: the reply goes out when its last element is answered."""
+    """One line's way from request to reply: the reply goes out when its last element is answered.
 
-    def __init__(self, connection: Asker, is_batch: bool) -> None:
-        self.connection, self._is_batch = connection, is_batch
+    Args:
+        room: bytes of replies after which a batch has had its share.
+    """
+
+    def __init__(self, connection: Asker, is_batch: bool, room: int) -> None:
+        self.connection, self._is_batch, self.room = connection, is_batch, room
+        #: Bytes of the replies so far.
+        self.size = 0
         self._answers: list[bytes] = []
         self._open = 1  # itself, until all elements are asked
         connection.open += 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a batch has had its share."""
+        return self._is_batch and self.size >= self.room
 
     def expect(self) -> int:
         """The place of one more element."""
@@ -76,6 +91,7 @@ class _Exchange:
     def settle(self, place: int, response: bytes) -> None:
         """The response line of one element; none for a notification."""
         self._answers[place] = response
+        self.size += len(response)
         self.done()
 
     def done(self) -> None:
@@ -116,7 +132,7 @@ class Exchanges:
             if len(line) > jsonrpc.MAX_LINE:
                 connection.stop_listening()
             return
-        exchange = _Exchange(connection, message.is_batch)
+        exchange = _Exchange(connection, message.is_batch, self._room() if message.is_batch else 0)
         for item in message.items:
             self._ask_one(exchange, item)
         exchange.done()
@@ -126,16 +142,36 @@ class Exchanges:
         if isinstance(item, jsonrpc.Refusal):
             exchange.settle(place, jsonrpc.response(item.id, item.error))
             return
+        if exchange.is_full and not isinstance(item.id, jsonrpc.NoId):
+            exchange.settle(place, jsonrpc.response(item.id, _too_long(exchange.room)))
+            return
         value = self._outcome(lambda: self._answer(item))
         if isinstance(item.id, jsonrpc.NoId):
             exchange.settle(place, b"")
         elif not isinstance(value, Later):
             exchange.settle(place, _response(item.id, value))
-        elif len(self._waiting) < MAX_WAITING:
-            self._waiting.append(_Waiting(value, exchange, place, item.id))
         else:
-            error = TooManyCommands(f"{MAX_WAITING} requests are waiting already", limit=MAX_WAITING)
-            exchange.settle(place, jsonrpc.response(item.id, error))
+            self._keep(_Waiting(value, exchange, place, item.id))
+
+    def _keep(self, item: _Waiting) -> None:
+        try:
+            self.check_room()
+        except TooManyCommands as err:
+            item.exchange.settle(item.place, jsonrpc.response(item.id, err))
+        else:
+            self._waiting.append(item)
+
+    def check_room(self) -> None:
+        """For who will have to wait: before what they ask for has any effect.
+
+        Raises:
+            TooManyCommands: ``MAX_WAITING`` wait already.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            raise TooManyCommands(f"{MAX_WAITING} requests are waiting already", limit=MAX_WAITING)
+
+    def _room(self) -> int:
+        return min(MAX_REPLY, MAX_HELD - sum(exchange.size for exchange in {item.exchange for item in self._waiting}))
 
     def _outcome(self, ask: Callable[[], Any]) -> Any:
         """The value, or the error as a value: from here on both are answers."""
@@ -174,6 +210,11 @@ class Exchanges:
         for item in self._waiting:
             item.exchange.settle(item.place, jsonrpc.response(item.id, JobEnding("the job is ending")))
         self._waiting.clear()
+
+
+def _too_long(room: int) -> TooManyCommands:
+    text = "not carried out: the replies to batches are too long already; ask for less at once"
+    return TooManyCommands(text, limit=max(0, room))
 
 
 def _response(id_: Any, value: Any) -> bytes:

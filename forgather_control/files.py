@@ -187,16 +187,17 @@ class Files:
                     self._warn(err)
 
     def _is_quiet(self) -> bool:
-        """Whether nothing was added since the last two looks, told by one call.
+        """Whether nothing was added since the last two looks, told by as few calls as it takes.
 
         Two, as what is added right after a look may have the same time of change.
         """
         if self._again or self._stamps[0] != self._stamps[1]:
             return False
         try:
-            return _stamp(os.lstat(os.path.join(self._path, REQUESTS))) == self._stamps[0]
-        except FileNotFoundError:
-            return False  # it is made anew
+            with letters.fresh(os.path.join(self._path, REQUESTS)) as box:
+                return _stamp(os.fstat(box)) == self._stamps[0]
+        except OSError:
+            return False  # gone, and made anew; or what it is, is found out
 
     def _look_into(self, box: int) -> list[str]:
         """The requests that lie there, oldest first."""

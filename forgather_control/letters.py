@@ -79,6 +79,16 @@ def opened(path: str, box: str, known: Place, *, make: bool = False) -> Iterator
         os.close(found)
 
 
+@contextmanager
+def fresh(path: str) -> Iterator[int]:
+    """A descriptor of the directory that has this path now, whoever's it is: to see what is new, not to act."""
+    found = os.open(path, _DIRECTORY)
+    try:
+        yield found
+    finally:
+        os.close(found)
+
+
 def _open_box(home: int, box: str, make: bool) -> int:
     try:
         return os.open(box, _DIRECTORY, dir_fd=home)

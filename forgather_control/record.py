@@ -31,6 +31,8 @@ SOCKET: Final = "control.sock"
 MAX_RECORD: Final = 64 * 1024
 #: The year 10000: beyond it no calendar goes, and an integer of 400 digits is no float at all.
 _END_OF_TIME: Final = 253402300800.0
+#: No number of a record is larger; one of 400 digits would be no number to who reads ``list --json``.
+_MOST: Final = 1 << 63
 
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
@@ -172,6 +174,8 @@ def _checked(name: str, value: Any) -> Any:
         raise ValueError(f"port {ascii(value)[:80]} is none")  # the socket module would raise OverflowError
     if float in kinds and value is not None and not abs(value) < _END_OF_TIME:  # not: for NaN
         raise ValueError(f"{name} {ascii(value)[:80]} is no time")
+    if isinstance(value, int) and abs(value) > _MOST:
+        raise ValueError(f"{name} {ascii(value)[:80]} is too large")
     return value
 
 

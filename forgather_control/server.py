@@ -194,6 +194,10 @@ class Server:
         """Have a line answered that came in another way."""
         self._exchanges.ask(asker, line)
 
+    def check_room(self) -> None:
+        """Raise TooManyCommands where an answer that has to wait could not."""
+        self._exchanges.check_room()
+
     @property
     def is_this_thread(self) -> bool:
         """Whether this is the server thread."""

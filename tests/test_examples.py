@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,8 +12,21 @@ from pathlib import Path
 import pytest
 
 import forgather_control
+from forgather_control import server
 
-from .world import ROOT, SOON, cli, needs, needs_lightning, needs_torch, needs_transformers, running_loop, strict, until
+from .world import (
+    MS,
+    ROOT,
+    SOON,
+    cli,
+    needs,
+    needs_lightning,
+    needs_torch,
+    needs_transformers,
+    running_loop,
+    strict,
+    until,
+)
 
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "trainer_control" / "trainer_control_demo.py"
@@ -117,33 +129,35 @@ def test_the_sweep_keeps_the_best_run():
     assert "sweep-10: loss inf, abort finished" in done.stdout and done.stdout.endswith("best: sweep-0.01\n")
 
 
-def wire_lines() -> list[str]:
+def wire_lines() -> tuple[list[str], list[str]]:
+    """What prepares the shell, and the lines that ask."""
     blocks = re.findall(r"```sh\n(.*?)\n```", (EXAMPLES / "wire.md").read_text(), re.DOTALL)
-    return [block for block in blocks if block.startswith(("echo", "printf"))]
+    asks = [block for block in blocks if not block.startswith(("cd ", "PORT="))]
+    return [block for block in blocks if block not in asks], asks
 
 
 def test_all_lines_of_the_wire_page_are_run():
-    """All but those that only set a variable."""
-    lines = wire_lines()
-    assert len(lines) == 9 and (EXAMPLES / "wire.md").read_text().count("```sh") == len(lines) + 2
+    """Those that prepare the shell, too, before each of the others."""
+    prepare, asks = wire_lines()
+    assert (len(prepare), len(asks)) == (2, 11)
+    assert (EXAMPLES / "wire.md").read_text().count("```") == 2 * (2 + 11)
 
 
 @needs("socat")
 @needs("nc")
 @needs("openssl")
-@pytest.mark.parametrize("line", wire_lines())
-def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem):
+@pytest.mark.parametrize("line", wire_lines()[1])
+def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem, monkeypatch):
     """Each one-liner answers strict JSON without an error, or, as a notification, acts."""
+    monkeypatch.setattr(server, "TICK", 20 * MS)  # it looks into requests/ at once
     tls = {"certfile": pem.cert, "keyfile": pem.key} if "CERT" in line else {}
     with running_loop("my_experiment", port=0, **tls) as run:
-        folder = jobs_dir / "my_experiment"
-        known = json.loads((folder / "endpoint.json").read_text())
-        places = {"SOCK": str(folder / "control.sock"), "PORT": str(known["port"]), "TOKEN": known["token"]}
+        script = "\n".join([*wire_lines()[0], line]).replace("~/.config/forgather/jobs", str(jobs_dir))
         done = subprocess.run(
-            line, shell=True, capture_output=True, timeout=SOON, env={**os.environ, **places, "CERT": pem.cert}
+            script, shell=True, capture_output=True, timeout=SOON, env={**os.environ, "CERT": pem.cert}
         )
         assert done.returncode == 0, done.stderr
-        if '"id"' not in line:
+        if '"method"' in line and '"id"' not in line:
             assert done.stdout == b""
             run.thread.join(SOON)
             assert run.job.should_stop

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forgather_control
-from forgather_control import commands
+import pytest
 
-from .world import ROOT, SOON, job_process, needs, running_loop, strict, until
+import forgather_control
+from forgather_control import commands, server
+
+from .world import MS, ROOT, SOON, job_process, needs, running_loop, strict, until
 
 README = (ROOT / "README.md").read_text()
 
@@ -75,6 +77,35 @@ def test_the_socat_line_prints_the_record_with_the_path(jobs_dir):
         assert Path(record["result"]["path"]).is_dir() and record["state"] == "finished"
         shown = json.loads(re.search(r"```json\n(.*?)\n```", README, re.DOTALL)[1])
         assert shown["result"].keys() == record.keys() and shown["result"]["result"].keys() == record["result"].keys()
+
+
+def by_hand() -> list[str]:
+    """Each line that asks, behind those that prepare it."""
+    lines = [*block("by hand").splitlines(), *block("by hand over tcp").splitlines()]
+    prepare = [line for line in lines if re.match(r"\w+=", line)]
+    return ["\n".join([*prepare, line]) for line in lines if line not in prepare]
+
+
+@needs("socat")
+@needs("nc")
+@needs("openssl")
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "lines", by_hand(), ids=lambda lines: re.search(r"(socat - \w+|nc -N \S+|touch|openssl)", lines)[0]
+)
+def test_the_lines_by_hand_say_how_far_it_is(lines, jobs_dir, pem, monkeypatch):
+    """In the job's directory, with this job's port; each prints the status, and what it says before is the welcome."""
+    monkeypatch.setattr(server, "TICK", 20 * MS)
+    tls = {"certfile": pem.cert, "keyfile": pem.key} if "cert.pem" in lines else {}
+    with running_loop("my_experiment", port=0, **tls):
+        port = json.loads((jobs_dir / "my_experiment" / "endpoint.json").read_text())["port"]
+        lines = lines.replace("8900", str(port)).replace("cert.pem", pem.cert)
+        lines = lines.replace("sleep 3", "until [ -e replies/status.json ]; do sleep 0.1; done")
+        done = subprocess.run(["bash", "-c", lines], cwd=jobs_dir / "my_experiment", capture_output=True, timeout=SOON)
+        *welcome, status = map(strict, done.stdout.splitlines(keepends=True))
+        assert done.returncode == 0 and status["result"]["job_id"] == "my_experiment", done.stderr
+        assert [reply["result"]["job_id"] for reply in welcome] == ["my_experiment"] * (f"{port}" in lines)
+        assert "global_step" in status["result"]
 
 
 def test_the_python_lines_run(capsys):

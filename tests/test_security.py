@@ -1,10 +1,9 @@
-"""SECURITY.md says nothing that no test holds: each statement names its tests, each number its constant."""
+"""SECURITY.md says nothing that no test holds: each statement names its tests."""
 
 from __future__ import annotations
 
 import ast
 import functools
-import importlib
 import re
 
 import pytest
@@ -19,18 +18,11 @@ SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", TEXT, re.MULTILINE))
 #: Here an item may say why there is nothing to test, instead.
 OPEN = "What is not protected"
 REFERENCE = re.compile(r"`(tests/test_\w+\.py)::(test_\w+)`")
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "s": 1, "%": 0.01}
 
 
 def items(section: str) -> list[str]:
     """The statements of a section, each in one line."""
     return [" ".join(item.split()) for item in re.split(r"^\* ", SECTIONS[section], flags=re.MULTILINE)[1:]]
-
-
-def rows() -> list[list[str]]:
-    """The table of limits: what, number, constant, beyond it."""
-    lines = [line for line in SECTIONS["Limits"].splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 ITEMS = [(section, item) for section in SECTIONS for item in items(section)]
@@ -47,8 +39,8 @@ def test_it_has_its_sections():
     """All ways to a job, the limits, what is not protected, and how to report a problem."""
     ways = ["Over a TCP port", "Over ssh", "By files", "By signals"]
     assert list(SECTIONS) == ["Who can do what", *ways, "Limits", OPEN, "How to report a problem"]
-    assert [section for section in SECTIONS if not items(section)] == ["Limits", "How to report a problem"]
-    assert len(ITEMS) > 30 and len(rows()) > 15
+    assert [section for section in SECTIONS if not items(section)] == ["How to report a problem"]
+    assert len(ITEMS) > 30
 
 
 @pytest.mark.parametrize(("section", "item"), ITEMS, ids=[item[:40] for _, item in ITEMS])
@@ -60,19 +52,8 @@ def test_each_statement_names_its_tests(section, item):
 def test_every_test_that_is_named_exists():
     """Under that name, in that file; and what looks like a reference is written as one."""
     named = REFERENCE.findall(TEXT)
-    assert len(named) > 60 and len(named) == TEXT.count("::test_")
+    assert len(named) > 50 and len(named) == TEXT.count("::test_")
     assert [f"{path}::{name}" for path, name in named if name not in names_in(path)] == []
-
-
-@pytest.mark.parametrize("row", rows(), ids=[row[0] for row in rows()])
-def test_each_limit_is_the_codes_own(row):
-    """The number is the constant's, and a test stands beside it."""
-    _, number, constant, beyond = row
-    value, unit = re.fullmatch(r"(\d+) ?(KiB|MiB|s|%|)", number).groups()
-    module, name = re.fullmatch(r"`(\w+)\.([A-Z_]+)`", constant).groups()
-    found = getattr(importlib.import_module(f"forgather_control.{module}"), name)
-    assert found == pytest.approx(int(value) * UNITS[unit])
-    assert REFERENCE.search(beyond)
 
 
 def test_the_version_to_report_is_where_it_says():

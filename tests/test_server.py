@@ -449,7 +449,7 @@ while True:
 
 
 def test_a_flood_is_held_to_its_share(path):
-    """20 connections that never stop share a few hundredths of a core; an ordinary caller has its answer within a second."""
+    """20 connections that never stop share little of a core; an ordinary caller has its answer within a second."""
     with Process(STARVED, str(path), "1024") as job:
         assert job.line() == "ready"
         with Process(FLOOD, str(path)) as flood:
