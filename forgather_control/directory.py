@@ -120,8 +120,8 @@ class JobDirectory:
                 if not _is_directory(self.path):
                     os.mkdir(self.path, 0o700)
                     self._files[self.path] = _file_id(self.path)
-                elif (holder := self._holder()) is not None and holder.owner != self._record.owner:
-                    raise _taken(holder)
+                else:
+                    self._give_way()
                 self._publish()
         except OSError as err:
             raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
@@ -156,6 +156,22 @@ class JobDirectory:
             raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
 
     # With the lock held...
+
+    def _give_way(self) -> None:
+        """See whether another job has published here meanwhile, and lives.
+
+        Raises:
+            JobIdTaken: it has.
+            JobsDirUnusable: whose directory this is by now cannot be said.
+        """
+        try:
+            holder = self._holder()
+        except JobsDirUnusable:
+            if self._files.get(self.path) != _maybe_file_id(self.path):
+                raise
+            return  # it is ours, and its record was spoiled: a job would have made a directory of its own
+        if holder is not None and holder.owner != self._record.owner and not jobs.is_dead(holder):
+            raise _taken(holder)
 
     def _take_name(self) -> None:
         try:

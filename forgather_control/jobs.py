@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 from . import endpoint, jsonrpc, process
 from .clock import Deadline
 from .errors import ControlError, InternalError, JobsDirUnusable, NoSuchJob
-from .record import JobRecord, check_job_id, is_job_id, open_directory, parse_record, read_record, record_in
+from .record import SOCKET, JobRecord, check_job_id, is_job_id, open_directory, parse_record, read_record, record_in
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -272,6 +272,9 @@ def remove_dead(root: str, job_id: str) -> bool:
         try:
             record = _record_in(directory, job_id)
             if record is None or not is_dead(record):
+                return False
+            # The record may be a dead job's, put in the place of a live one's; the socket is not.
+            if not is_dead(record._replace(socket=os.path.join(root, job_id, SOCKET))):
                 return False
             _remove(root, above, job_id, directory)
             return True

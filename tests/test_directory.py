@@ -401,10 +401,10 @@ def test_generated_ids_are_ids_and_get_suffixes(jobs_dir, monkeypatch):
 # Restore...
 
 
-@pytest.mark.parametrize("what", ["control.sock", "endpoint.json", "", "both", "replaced"])
+@pytest.mark.parametrize("what", ["control.sock", "endpoint.json", "", "both", "replaced", "spoiled", "a dead job's"])
 @pytest.mark.parametrize("job_id", ["job", "x" * 100], ids=["in place", "linked"])
 def test_what_was_deleted_is_restored(jobs_dir, make, job_id, what):
-    """Socket, link, record, all of the directory, or the record replaced by an older copy: each is put right, once."""
+    """Socket, link, record, all of it, or the record replaced, cut off or made a dead job's: each is put right, once."""
     job = make(job_id)
     job.claim()
     assert not job.restore()
@@ -413,6 +413,15 @@ def test_what_was_deleted_is_restored(jobs_dir, make, job_id, what):
         shutil.rmtree(jobs_dir)
     elif what == "replaced":
         shutil.copy(place / "endpoint.json", place / "copy")
+        os.replace(place / "copy", place / "endpoint.json")
+    elif what == "spoiled":
+        (place / "copy").write_bytes((place / "endpoint.json").read_bytes()[:100])
+        (place / "copy").chmod(0o600)
+        os.replace(place / "copy", place / "endpoint.json")
+    elif what == "a dead job's":
+        record = {**json.loads((place / "endpoint.json").read_text()), "boot_id": "before", "socket": None}
+        (place / "copy").write_text(json.dumps(record))
+        (place / "copy").chmod(0o600)
         os.replace(place / "copy", place / "endpoint.json")
     else:
         for name in ("control.sock", "endpoint.json") if what == "both" else (what,):

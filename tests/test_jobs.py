@@ -288,6 +288,14 @@ def test_who_answers_is_not_removed(jobs_dir, dead):
     assert jobs.remove_dead(str(jobs_dir), "job")
 
 
+def test_a_dead_jobs_record_costs_no_live_job_its_directory(jobs_dir, dead):
+    """Somebody copied it there: who answers at the socket beside it is not asked by what the record says."""
+    record = publish(jobs_dir, "job", dead, socket=None)
+    with serving(jobs_dir / "job" / "control.sock", lambda request: {"job_id": "job"}):
+        assert jobs.is_dead(record) and not jobs.remove_dead(str(jobs_dir), "job")
+    assert jobs.remove_dead(str(jobs_dir), "job")
+
+
 @pytest.mark.parametrize("job_id", ["", ".", "..", "../victim", "/abs", "nobody", "link", "file", "mismatch", ".lock"])
 def test_only_a_job_directory_is_removed(jobs_dir, dead, job_id):
     """No path, no link, no file, and no directory whose record names another leads to a removal."""

@@ -698,6 +698,27 @@ def test_listening_again_keeps_who_is_connected(path, answers):
             Wire(path)
 
 
+def test_listening_again_loses_nobody_who_has_connected(path, answers):
+    """Who stands in the backlog of the old socket, with a request, is answered over it."""
+    entered, go = threading.Event(), threading.Event()
+
+    def answer(request):
+        if request.method == "move":
+            entered.set()
+            assert go.wait(SOON)
+            os.unlink(path)
+            control.listen(str(path))
+        return answers(request)
+
+    with serving(path, answer) as control, Wire(path) as one:
+        one.send(b'{"jsonrpc":"2.0","id":1,"method":"move"}\n')
+        assert entered.wait(SOON)
+        with Wire(path) as other:
+            other.send(b'{"jsonrpc":"2.0","id":2,"method":"ping"}\n')
+            go.set()
+            assert other.reply()["id"] == 2 and one.reply()["id"] == 1
+
+
 def test_at_the_end_everybody_is_answered(path, answers):
     """Who waits, whose value is there, who is in the backlog, who was not read yet: each hears, then the end."""
     with serving(path, answers) as control, Wire(path) as waiting, Wire(path) as holding:
