@@ -158,7 +158,7 @@ def _status(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(status)
     else:
-        _print_text(screen.status_screen(status, unicode=(sys.stdout.encoding or "").lower().startswith("utf")))
+        _print_text(_shown(screen.status_screen, status, (sys.stdout.encoding or "").lower().startswith("utf")))
     return DONE
 
 
@@ -198,7 +198,7 @@ def _report(args: argparse.Namespace, job_id: str, result: dict[str, Any]) -> in
     if trouble is not None:
         return _complain(f"{job_id}: {trouble}", REFUSED)
     if not args.json:
-        _print_text(screen.outcome(job_id, result))
+        _print_text(_shown(screen.outcome, job_id, result))
     return DONE
 
 
@@ -226,7 +226,7 @@ def _ranks(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(sight.rows)
     else:
-        _print_text(screen.rank_table(sight.rows, _colour()))
+        _print_text(_shown(screen.rank_table, sight.rows, _colour()))
     return DONE if sight.problem is None else NO_ANSWER
 
 
@@ -237,7 +237,7 @@ def _stacks(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(rows)
     else:
-        _print_text(screen.stacks_text(rows))
+        _print_text(_shown(screen.stacks_text, rows))
     for rank, why in missing.items():
         _complain(f"rank {rank}: {why}", DONE)
     return DONE if any(row.get("stacks") for row in rows) else NO_ANSWER
@@ -340,6 +340,18 @@ def _print_text(text: str) -> None:
         _mute()
         why = f"what was to be printed is lost ({err.strerror}); what was asked for is done"
         raise _Refused(why, REFUSED) from err
+
+
+def _shown(show: Callable[..., str], *args: Any) -> str:
+    """What a person reads of an answer.
+
+    Raises:
+        InternalError: it is none that this version knows.
+    """
+    try:
+        return show(*args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        raise InternalError("the other side sent an answer that cannot be shown; --json prints it") from err
 
 
 def _print_json(value: Any) -> None:

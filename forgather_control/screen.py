@@ -99,7 +99,7 @@ def _progress_line(status: dict[str, Any], unicode: bool) -> str:
     if end is None or progress is None:
         return f"step {safe(step)}"
     full, empty = ("█", "░") if unicode else ("#", ".")
-    done = int(progress * _BAR)
+    done = max(0, min(_BAR, int(progress * _BAR)))
     return f"[{full * done}{empty * (_BAR - done)}] {100 * progress:5.1f} %  step {safe(step)} of {safe(end)}"
 
 

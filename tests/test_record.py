@@ -134,6 +134,7 @@ BROKEN = {
     "port -1": (_data(port=-1), "port -1 is none"),
     "port 65536": (_data(port=65536), "port 65536 is none"),
     "port of 400 digits": (_data(port=10**400), "port 1000.* is none"),
+    "world_size of 400 digits": (_data(world_size=-(10**400)), "world_size -1000.* is too large"),
     "world_size as bool": (_data(world_size=True), "world_size must be int"),
     "a list as launch": (_data(launch=["slurm"]), "launch must be an object or null"),
     "launch as bool": (_data(launch=False), "launch must be an object or null"),
