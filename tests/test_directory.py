@@ -404,7 +404,7 @@ def test_generated_ids_are_ids_and_get_suffixes(jobs_dir, monkeypatch):
 @pytest.mark.parametrize("what", ["control.sock", "endpoint.json", "", "both", "replaced", "spoiled", "a dead job's"])
 @pytest.mark.parametrize("job_id", ["job", "x" * 100], ids=["in place", "linked"])
 def test_what_was_deleted_is_restored(jobs_dir, make, job_id, what):
-    """Socket, link, record, all of it, or the record replaced, cut off or made a dead job's: each is put right, once."""
+    """Socket, link, record, all of it; the record replaced, cut off, or a dead job's: each is put right, once."""
     job = make(job_id)
     job.claim()
     assert not job.restore()
