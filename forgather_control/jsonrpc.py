@@ -181,7 +181,8 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    _finite(text)  # 309 digits are no double either: others read infinity, and answer another id
+    if len(text) > 300:
+        _finite(text)  # 309 digits are no double either: others read infinity, and answer another id
     return int(text)
 
 

@@ -374,7 +374,7 @@ class Server:
     def _answer_some(self) -> None:
         """One line of each connection in turn, for at most a slice of processor time."""
         until = time.thread_time() + SLICE
-        while self._queue and time.thread_time() < until:
+        while self._queue:
             connection = self._queue.popleft()
             connection.queued = False
             has_room = not connection.broken and connection.unsent <= MAX_UNSENT
@@ -384,6 +384,8 @@ class Server:
                 self._exchanges.ask(connection, line)
                 connection.queued = True
                 self._queue.append(connection)
+                if time.thread_time() >= until:
+                    return
             elif connection.is_stranger and self._is_noise(connection):
                 self._drop(connection)
             else:
