@@ -278,9 +278,7 @@ class Server:
 
     def _accept(self, listener: Listener) -> None:
         try:
-            for _ in range(64):  # then it is the others' turn
-                if not listener.accept():
-                    return
+            listener.accept()  # one, as most come alone, and to look in vain for another costs as much as a round
         except OSError as err:
             if err.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 return
