@@ -1,0 +1,75 @@
+"""What control by file costs the server thread: an idle tick beside one without it, and full ones.
+
+The ticks are made here, on a controller that has none of its own; its directory lies where temporary files do. As a
+share of a core each stands for one tick every ``server.TICK`` seconds, which is all there is while nobody asks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rows import Aim, Rounds, Table, each_of
+
+from forgather_control import server
+from forgather_control.controller import Controller
+
+ROUNDS, CALLS = 40, 50
+#: Of one core, in per cent, while nobody asks: all of the housekeeping together.
+AIM = Aim(0.01)
+WAITING = (1, 10_000)
+
+
+def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
+    """Ticks of several kinds."""
+    files, mine = controller._files, controller._directory
+    assert files is not None and mine is not None
+
+    def step() -> None:
+        controller._progress.beat(controller.last_step + 1, None)
+        files._status_due = 0.0
+        files.tick()
+
+    return {
+        "idle tick without control by file": mine.restore,
+        "... with it, nothing new": lambda: (mine.restore(), files.tick()),
+        "... and a new status.json": lambda: (mine.restore(), step()),
+    }
+
+
+def fill(boxes: str, count: int) -> None:
+    """Have so many requests lie there."""
+    for number in range(count):
+        with open(os.path.join(boxes, f"{number}.json"), "w") as out:
+            out.write('{"jsonrpc": "2.0", "id": 1, "method": "ping"}')
+
+
+def measure() -> Iterator[Table]:
+    """One table."""
+    tick, server.TICK = server.TICK, 3600.0
+    table = Table("files")
+    controller = Controller("job", max_steps=1000)
+    controller.start()
+    ways, found = variants(controller), Rounds()
+    for _ in range(ROUNDS):
+        for name, call in ways.items():
+            found[name].add([each_of(call, CALLS) * 1e6])
+    for name, samples in found.items():
+        table.samples(name, samples, "us")
+        table.figure(f"{name}: every {tick:g} s", samples.median / tick / 1e4, "% of a core", AIM)
+    full(table, controller)
+    controller.close()
+    yield table
+
+
+def full(table: Table, controller: Controller) -> None:
+    """Ticks that find requests."""
+    files, mine = controller._files, controller._directory
+    assert files is not None and mine is not None
+    box = os.path.join(mine.path, "requests")
+    for count in WAITING:
+        fill(box, count)
+        before = len(os.listdir(box))
+        took = each_of(files.tick, 1) * 1e6
+        table.figure(f"a tick that finds {count:,} requests, takes {before - len(os.listdir(box))}", took, "us")

@@ -1,0 +1,170 @@
+"""How soon the command line is there, and how ``list`` grows with the jobs directory.
+
+Beside ``python -c pass``, the import of what any such program needs, and the bare reading of the same files. The jobs
+are a live one; dead ones, as ``kill -9`` leaves them, each with its record and a socket at which nobody listens; and
+live ones, for which a single process answers at as many sockets. Bytecode is there, as an installation leaves it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import answer
+from host import Host
+from rows import Aim, Rounds, Table, in_turns, seconds
+
+from forgather_control import list_jobs
+
+PASS, BASE = "python -c pass", "python -c 'import argparse, json, socket'"
+STATUS, LIST = "forgather control status JOB", "forgather control list"
+#: Runs of each command.
+RUNS = 25
+#: Job directories, and runs of each variant: of dead jobs, and of live ones.
+DEAD = {1: 15, 100: 15, 1_000: 9, 10_000: 5}
+LIVE = {1: 15, 100: 15, 1_000: 5}
+#: The bare limit: find the records and parse them.
+SCAN = """
+import json, os, sys
+for entry in os.scandir(sys.argv[1]):
+    if entry.is_dir():
+        with open(os.path.join(entry.path, "endpoint.json")) as file:
+            json.load(file)
+"""
+#: Above every pid that Linux gives (PID_MAX_LIMIT of 64 bits, 2**22): surely nobody's.
+NOBODY = 1 << 23
+
+
+def control(*words: str) -> list[str]:
+    """The installed script; where it is missing, the module."""
+    script = Path(sys.executable).with_name("forgather")
+    return [str(script), "control", *words] if script.exists() else [sys.executable, "-m", "forgather_control", *words]
+
+
+def run(command: list[str]) -> None:
+    """Away from the working tree, which ``python -m`` and ``-c`` would look into first."""
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+
+def start_up(table: Table) -> None:
+    """With one live job; runs take turns."""
+    commands = {
+        PASS: [sys.executable, "-c", "pass"],
+        BASE: [sys.executable, "-c", "import argparse, json, socket"],
+        STATUS: control("status", "bench"),
+        LIST: control("list"),
+    }
+    with Host("idle", "ours"):
+        ways = {name: partial(run, words) for name, words in commands.items()}
+        found = in_turns(ways, RUNS, 1, unit=1e3)
+    table.group("start-up of the command line, one live job")
+    for name, samples in found.items():
+        table.samples(name, samples, "ms")
+    table.compare(STATUS, BASE, Aim(1.5))
+    table.compare(LIST, BASE)
+
+
+# Many jobs...
+
+
+def record() -> dict[str, Any]:
+    """What a job of this host publishes."""
+    with Host("idle", "ours") as host:
+        found: dict[str, Any] = json.loads(Path(host.jobs_dir, "bench", "endpoint.json").read_text())
+    return found
+
+
+def fill(root: Path, count: int, like: dict[str, Any], **changes: Any) -> list[str]:
+    """Have so many job directories there; the paths of the sockets that are missing now."""
+    missing = []
+    for number in range(len(os.listdir(root)), count):
+        name = f"job_{number:05}"
+        (root / name).mkdir(mode=0o700)
+        path = str(root / name / "control.sock")
+        facts = {**like, "job_id": name, "socket": path, "pid": NOBODY + number, "started_at": 1.8e9 + number}
+        (root / name / "endpoint.json").write_text(json.dumps({**facts, **changes}))
+        missing.append(path)
+    return missing
+
+
+def bind(paths: list[str]) -> None:
+    """Sockets as the dead leave them."""
+    for path in paths:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path)
+
+
+@contextmanager
+def answering(root: Path) -> Iterator[None]:
+    """One process that answers for all the jobs there."""
+    command = [sys.executable, answer.__file__, str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
+def lists(table: Table, root: Path, count: int, kind: str, runs: int) -> None:
+    """Within a Python program, and as a whole command."""
+    assert {job.state for job in list_jobs()} == {kind}
+    ways: dict[str, Callable[[], Any]] = {
+        "scandir and json.load": lambda: scan(root),
+        "list_jobs()": list_jobs,
+        "python -c 'scandir and json.load'": lambda: run([sys.executable, "-c", SCAN, str(root)]),
+        LIST: lambda: run(control("list")),
+    }
+    found = Rounds()
+    for number in range(runs + 1):
+        for name, call in ways.items():
+            value = seconds(call) * 1e3
+            if number:
+                found[name].add([value])
+    aim = Aim(2.0) if count == 10_000 else None
+    table.group(f"list, {count:,} {kind}")
+    for name, samples in found.items():
+        table.samples(name, samples, "ms")
+    table.compare("list_jobs()", "scandir and json.load", aim)
+    table.compare(LIST, "python -c 'scandir and json.load'", aim)
+
+
+def scan(root: Path) -> None:
+    """The same as ``SCAN``, here."""
+    for entry in os.scandir(root):
+        if entry.is_dir():
+            with open(os.path.join(entry.path, "endpoint.json")) as file:
+                json.load(file)
+
+
+def many(table: Table) -> None:
+    """Dead ones, then live ones."""
+    like = record()
+    with tempfile.TemporaryDirectory(prefix="bench") as home:
+        root = Path(home)
+        os.environ["FORGATHER_JOBS_DIR"] = home
+        for count, runs in DEAD.items():
+            bind(fill(root, count, like))
+            lists(table, root, count, "dead", runs)
+    for count, runs in LIVE.items():
+        with tempfile.TemporaryDirectory(prefix="bench") as home:
+            os.environ["FORGATHER_JOBS_DIR"] = home
+            fill(Path(home), count, like)
+            with answering(Path(home)):
+                lists(table, Path(home), count, "live", runs)
+
+
+def measure() -> Iterator[Table]:
+    """One table."""
+    table = Table("start")
+    start_up(table)
+    many(table)
+    yield table
