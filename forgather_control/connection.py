@@ -1,4 +1,4 @@
-"""One client's bytes on a non-blocking socket: whole lines out of it, replies into it, bounded both ways.
+"""One client's bytes on a socket: whole lines out of it, replies into it, bounded both ways, waiting for neither.
 
 Floor 0: imports nothing of ours. Runs on the server thread only. A broken socket is a state
 (``broken``), not an error: whoever hung up needs no telling.
@@ -29,7 +29,8 @@ class Connection:
     """One client: what it sent, what it has not read yet, how many answers it still waits for.
 
     Args:
-        sock: connected; made non-blocking here.
+        sock: connected; nothing here waits for it, though it is a blocking one: to change that is one more system call,
+            and beside a loop of pure Python each may cost a wait for the interpreter lock.
         max_line: bytes after which a line without an end is handed out as it is, to be refused; may be set later.
 
     Attributes:
@@ -38,7 +39,6 @@ class Connection:
     """
 
     def __init__(self, sock: socket.socket, max_line: int) -> None:
-        sock.setblocking(False)
         self.sock, self.fd = sock, sock.fileno()
         self.max_line = max_line
         self.is_stranger = False
@@ -135,10 +135,10 @@ class Connection:
     # What TLS does otherwise...
 
     def _recv(self, size: int) -> bytes:
-        return self.sock.recv(size)
+        return self.sock.recv(size, socket.MSG_DONTWAIT)
 
     def _send(self, data: bytes | bytearray) -> int:
-        return self.sock.send(data, _NO_SIGNAL)
+        return self.sock.send(data, _NO_SIGNAL | socket.MSG_DONTWAIT)
 
     def hung_up(self) -> bool:
         """Whether the client closed its socket, as opposed to its writing side only (poll(2), POLLHUP)."""

@@ -306,8 +306,7 @@ class Server:
         if len(self._connections) >= _most_connections():
             self._close_idlest()
         self._connections[connection.fd] = connection
-        self._selector.register(connection.fd, selectors.EVENT_READ)
-        self._serve(connection, selectors.EVENT_READ)  # its request is usually there already
+        self._serve(connection, selectors.EVENT_READ)  # mostly its request is there; watched when that is answered
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & selectors.EVENT_WRITE:

@@ -210,10 +210,13 @@ def test_moved_at_is_progress_only():
         assert connection.moved_at == 0.0
 
 
-def test_socket_never_blocks():
-    """Whatever the socket was, it is non-blocking once it is served."""
+def test_nothing_waits_for_the_socket():
+    """Though it is a blocking one: with nothing to read, and with a client that takes nothing, each call returns."""
     with pair() as (connection, _client):
-        assert connection.sock.gettimeout() == 0.0
+        assert connection.sock.gettimeout() is None
+        connection.read()
+        connection.send(b"x" * 2**24)
+        assert connection.unsent > 0 and not connection.broken and connection.take_line() is None
 
 
 def test_the_limit_of_a_line_may_grow():
