@@ -83,6 +83,10 @@ class Job(NamedTuple):
         return {**self._asdict(), "launch": self.launch and self.launch.to_json(), "global_step": self.global_step}
 
 
+#: What a job and its record have in common.
+_SHARED: Final = tuple(name for name in Job._fields if name in JobRecord._fields)
+
+
 def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
     """All records in the jobs directory, newest first, and why each unreadable one was left out."""
     records: list[JobRecord] = []
@@ -125,10 +129,10 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
     """All jobs, newest first, each asked for its status; and why each unreadable one was left out.
 
     Args:
-        seconds: to wait for all answers together; the dead refuse at once and cost none of it.
+        seconds: to wait for all answers together; the dead cost none of it.
     """
     records, left_out = scan(root)
-    answers = ask(records, "status", Deadline(seconds))
+    answers = ask([record for record in records if not process.is_gone(record.owner)], "status", Deadline(seconds))
     return [_found(record, answers.get(record.job_id)) for record in records], left_out
 
 
@@ -137,7 +141,7 @@ def _found(record: JobRecord, status: dict[str, Any] | None) -> Job:
 
 
 def _known(record: JobRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in Job._fields if name in JobRecord._fields}
+    return {name: getattr(record, name) for name in _SHARED}
 
 
 def judge(record: JobRecord) -> State:

@@ -86,7 +86,28 @@ def judge(other: Identity) -> Verdict:
         return "gone"
     if _differ(other.pid_namespace, _pid_namespace()):
         return "elsewhere"
-    return "running" if _runs(other) else "gone"
+    return "running" if _exists(other.pid) and _runs(other) else "gone"
+
+
+def is_gone(other: Identity) -> bool:
+    """Whether it is proven at next to no cost that the process is gone; False proves nothing.
+
+    The same host, boot and namespace, and nobody has its pid.
+    """
+    here = (_boot_id(), _pid_namespace())
+    there = (other.boot_id, other.pid_namespace)
+    return None not in here and here == there and not is_elsewhere(other) and not _exists(other.pid)
+
+
+def _exists(pid: int) -> bool:
+    """Whether somebody has this pid (kill(2)), asked without psutil, which costs fifty times that."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass  # another user's; or no pid at all, which psutil knows how to say
+    return True
 
 
 def _differ(one: object, two: object) -> bool:

@@ -29,11 +29,6 @@ RECORD: Final = "endpoint.json"
 SOCKET: Final = "control.sock"
 #: A record is a few hundred bytes; what is longer is not ours.
 MAX_RECORD: Final = 64 * 1024
-#: The year 10000: beyond it no calendar goes, and an integer of 400 digits is no float at all.
-_END_OF_TIME: Final = 253402300800.0
-#: No number of a record is larger; one of 400 digits would be no number to who reads ``list --json``.
-_MOST: Final = 1 << 63
-
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -139,6 +134,24 @@ _MEMBERS: Final = {
 }
 
 
+#: The year 10000: beyond it no calendar goes, and an integer of 400 digits is no float at all.
+_END_OF_TIME: Final = 253402300800.0
+_TIME: Final = (-_END_OF_TIME, _END_OF_TIME, "no time")
+#: What is no number to who reads ``list --json``, 400 digits say, would be none to us either.
+_COUNT: Final = (-(1 << 63), 1 << 63, "too large")
+#: Least and most of each number, and what it is beyond them. A port of 65536 has the socket module raise OverflowError.
+_RANGES: Final[dict[str, tuple[float, float, str]]] = {
+    "port": (1, 65535, "none"),
+    "pid": (1, (1 << 31) - 1, "no process id"),
+    "started_at": _TIME,
+    "process_started_at": _TIME,
+    "booted_at": _TIME,
+    "world_size": _COUNT,
+    "protocol": _COUNT,
+    "pid_namespace": _COUNT,
+}
+
+
 def parse_record(data: bytes, name: str) -> JobRecord:
     """The record in ``data``, which was read from the directory ``name``.
 
@@ -153,7 +166,12 @@ def parse_record(data: bytes, name: str) -> JobRecord:
         raise ValueError("it is no JSON object")
     if value.get("job_id") != name:
         raise ValueError(f"it names another job, {ascii(value.get('job_id'))[:140]}")
-    given = {member: _checked(member, value[member]) for member in _MEMBERS if member in value}
+    given = {member: value[member] for member in _MEMBERS if member in value}
+    for member, item in given.items():
+        if type(item) not in _MEMBERS[member]:
+            raise ValueError(f"{member} must be {_words(member)}, not {ascii(item)[:80]}")
+    for member in _RANGES:
+        _check_range(member, given.get(member))
     if value.get("launch") is not None:
         from .launch import Launch  # few jobs have one, and every client would pay for it
 
@@ -164,19 +182,10 @@ def parse_record(data: bytes, name: str) -> JobRecord:
         raise ValueError("a member is missing") from err
 
 
-def _checked(name: str, value: Any) -> Any:
-    kinds = _MEMBERS[name]
-    if type(value) not in kinds:
-        raise ValueError(f"{name} must be {_words(name)}, not {ascii(value)[:80]}")
-    if name == "pid" and value not in range(1, 1 << 31):
-        raise ValueError(f"pid {ascii(value)[:80]} is no process id")
-    if name == "port" and value is not None and value not in range(1, 65536):
-        raise ValueError(f"port {ascii(value)[:80]} is none")  # the socket module would raise OverflowError
-    if float in kinds and value is not None and not abs(value) < _END_OF_TIME:  # not: for NaN
-        raise ValueError(f"{name} {ascii(value)[:80]} is no time")
-    if isinstance(value, int) and abs(value) > _MOST:
-        raise ValueError(f"{name} {ascii(value)[:80]} is too large")
-    return value
+def _check_range(name: str, value: float | None) -> None:
+    low, high, what = _RANGES[name]
+    if value is not None and not low <= value <= high:  # not: for NaN
+        raise ValueError(f"{name} {ascii(value)[:80]} is {what}")
 
 
 def read_record(root: str, name: str) -> JobRecord | None:

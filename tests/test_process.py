@@ -145,6 +145,18 @@ def test_what_this_system_does_not_tell_is_not_held_against_anybody(monkeypatch,
 
 @needs_root
 @needs("unshare")
+def test_what_is_surely_gone_is_gone(child):
+    """Only of this host, boot and namespace, and only without anybody of its pid; all else is left to ``judge``."""
+    other, who = child
+    assert not process.is_gone(who) and not process.is_gone(who._replace(started_at=1.0))
+    other.kill()
+    until(lambda: process.is_gone(who))
+    unsure = [{"boot_id": None}, {"boot_id": "x"}, {"pid_namespace": None}, {"pid_namespace": 1}, {"host": "x"}]
+    for changes in unsure:
+        assert not process.is_gone(who._replace(**changes))
+    assert not process.is_gone(who._replace(pid=1)) and judge(who) == "gone"
+
+
 def test_a_real_pid_namespace_is_elsewhere():
     """In a container, pid 1 is the job; here it is init: nobody judges it by that."""
     inside = _in_namespace("--pid", "--fork", "--mount-proc")
