@@ -49,8 +49,9 @@ STALE: Final = 300.0
 _ROUNDED: Final = 2.0
 #: Seconds after which ``status.json`` is written though nothing has changed: so its age tells whether the job is there.
 REFRESH: Final = 30.0
-#: The share of the time that writing it may take.
+#: The share of the time that writing it may take, and of one core while nobody reads it.
 _SHARE: Final = 0.01
+_CORE_SHARE: Final = 0.00008
 #: A reply as young as this may still be waited for when training ends.
 _YOUNG: Final = 2.0
 #: Seconds between two looks whether the last replies were taken.
@@ -121,7 +122,8 @@ class Files:
         self._kept: dict[str, _Kept] = {}  # those that were, oldest first
         self._touched: set[str] = set()  # replies to empty files: a person reads them some day, or does not
         self._told: object = None  # the mark of what status.json says
-        self._status_due, self._status_stale = 0.0, 0.0  # monotonic: not before, not after
+        # In monotonic seconds: not before, not before while nobody reads it, not after.
+        self._status_due, self._status_unread_due, self._status_stale = 0.0, 0.0, 0.0
         self._warned = self._failed = self._ending = False
         self.renew()
 
@@ -337,8 +339,8 @@ class Files:
     # Status...
 
     def _tell_status(self) -> None:
-        begin = time.monotonic()
-        if begin < self._status_due:
+        begin, worked = time.monotonic(), time.thread_time()
+        if begin < self._status_due or (begin < self._status_unread_due and not self._is_read()):
             return
         mark = self._mark()
         if mark == self._told and begin < self._status_stale:
@@ -349,8 +351,17 @@ class Files:
                 letters.write(home, STATUS, data)
             self._told = mark
         finally:
-            end = time.monotonic()
-            self._status_due, self._status_stale = end + (end - begin) / _SHARE, end + REFRESH
+            end, worked = time.monotonic(), time.thread_time() - worked
+            self._status_due, self._status_unread_due = end + (end - begin) / _SHARE, end + worked / _CORE_SHARE
+            self._status_stale = end + REFRESH
+
+    def _is_read(self) -> bool:
+        """Whether somebody has read it since it was written, where the file system notes that (relatime, mount(8))."""
+        try:
+            facts = os.stat(os.path.join(self._path, STATUS), follow_symlinks=False)
+        except OSError:
+            return True  # deleted: it is missed
+        return facts.st_atime_ns > facts.st_mtime_ns
 
     # The end, on the training thread...
 

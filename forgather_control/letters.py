@@ -110,8 +110,11 @@ def write(box: int, name: str, data: bytes) -> None:
         hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=box
     )
     try:
-        with open(file, "wb") as out:
-            out.write(data)
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+        finally:
+            os.close(file)
         os.rename(hidden, name, src_dir_fd=box, dst_dir_fd=box)
     except OSError:
         remove(box, hidden)

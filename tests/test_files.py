@@ -483,6 +483,7 @@ def test_a_read_only_disk_is_one_warning(tmp_path, caplog):
 def test_status_is_written_when_it_changes(desk, monkeypatch):
     """At first, then only for something new, or so that its age shows that the job lives."""
     monkeypatch.setattr(module, "_SHARE", float("inf"))
+    monkeypatch.setattr(module, "_CORE_SHARE", float("inf"))
     path = desk.path / "status.json"
     stamp = lambda: (path.stat().st_ino, path.stat().st_mtime_ns)  # noqa: E731
     desk.tick()
@@ -502,10 +503,15 @@ def test_status_is_written_when_it_changes(desk, monkeypatch):
     assert stamp() != last
 
 
-def test_slow_status_is_written_seldom(desk):
-    """Writing takes at most its share of the time, however slow the file system is."""
+@pytest.mark.parametrize("busy", [False, True], ids=["the file system is", "the processor is"])
+def test_slow_status_is_written_seldom(desk, monkeypatch, busy):
+    """Writing takes at most its share of the time, and of a core, whatever is slow."""
+    monkeypatch.setattr(module, "_SHARE" if busy else "_CORE_SHARE", float("inf"))
 
     def slow():
+        until = time.thread_time() + MS
+        while busy and time.thread_time() < until:
+            pass
         time.sleep(20 * MS)
         desk.asked.append("status")
         return {}
@@ -516,6 +522,23 @@ def test_slow_status_is_written_seldom(desk):
         desk.tick()
         time.sleep(MS)
     assert desk.asked == ["status"]
+
+
+def test_status_that_is_read_is_written_often(desk, monkeypatch):
+    """While nobody reads it, writing it is spared; who has read it, or deleted it, finds it new."""
+    monkeypatch.setattr(module, "_SHARE", float("inf"))
+    path = desk.path / "status.json"
+    for _ in range(5):
+        desk.tick()
+        facts = path.stat()
+        os.utime(path, ns=(facts.st_mtime_ns + 1, facts.st_mtime_ns))  # as reading it does, where that is noted
+        desk.progress += 1
+        desk.tick()
+        assert strict(path.read_bytes()) == {"step": desk.progress}
+        desk.progress += 1
+    path.unlink()
+    desk.tick()
+    assert strict(path.read_bytes()) == {"step": desk.progress}
 
 
 # A real job...

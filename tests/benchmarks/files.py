@@ -28,7 +28,7 @@ def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
 
     def step() -> None:
         controller._progress.beat(controller.last_step + 1, None)
-        files._status_due = 0.0
+        files._status_due = files._status_unread_due = 0.0
         files.tick()
 
     return {
