@@ -27,7 +27,7 @@ from .letters import REPLIES, REQUESTS, STATUS, SUFFIX
 
 log = logging.getLogger("forgather_control")
 
-#: Most requests that one tick takes; processor seconds after which it takes no more, a fifth of what the server's
+#: Most requests that one tick takes; processor seconds after which it takes no more, a sixth of what the server's
 #: budget brings in that time; and seconds, for a slow file system.
 MAX_TAKEN: Final = 64
 SLICE: Final = 0.02

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("forgather_control")
 
 #: Seconds between two calls of ``tick``: the thread's only wake-ups while nobody asks.
-TICK: Final = 2.0
+TICK: Final = 3.0
 #: The share of one core that answering may take, and the processor seconds that may be saved up for a burst: with
 #: it, and the last slice, no six seconds see more than 5 %.
 SHARE: Final = 0.04
@@ -65,6 +65,9 @@ SPARE_FILES: Final = 256
 #: Seconds in which clients may read their last replies when the server closes.
 LAST_WORDS: Final = 0.5
 
+
+#: Most connections taken in one round.
+_AT_ONCE: Final = 64
 
 _NO_TLS: Final = jsonrpc.response(None, NotAuthenticated("this port speaks TLS: connect to tls://"))
 
@@ -278,7 +281,11 @@ class Server:
 
     def _accept(self, listener: Listener) -> None:
         try:
-            listener.accept()  # one, as most come alone, and to look in vain for another costs as much as a round
+            # Most come alone, and to look in vain for another costs as much as a round. But where others are being
+            # answered, who comes must soon stand among them: the listen queue knows no turns.
+            for _ in range(_AT_ONCE if self._queue else 1):
+                if not listener.accept():
+                    return
         except OSError as err:
             if err.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 return

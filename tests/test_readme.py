@@ -100,7 +100,7 @@ def test_the_lines_by_hand_say_how_far_it_is(lines, jobs_dir, pem, monkeypatch):
     with running_loop("my_experiment", port=0, **tls):
         port = json.loads((jobs_dir / "my_experiment" / "endpoint.json").read_text())["port"]
         lines = lines.replace("8900", str(port)).replace("cert.pem", pem.cert)
-        lines = lines.replace("sleep 3", "until [ -e replies/status.json ]; do sleep 0.1; done")
+        lines = lines.replace("sleep 4", "until [ -e replies/status.json ]; do sleep 0.1; done")
         done = subprocess.run(["bash", "-c", lines], cwd=jobs_dir / "my_experiment", capture_output=True, timeout=SOON)
         *welcome, status = map(strict, done.stdout.splitlines(keepends=True))
         assert done.returncode == 0 and status["result"]["job_id"] == "my_experiment", done.stderr

@@ -19,6 +19,7 @@ from typing import Any
 
 import flood
 from host import CLIENT_CPU, SERVER_CPU, Host, pinned, rate
+from round_trip import HTTP, MINIMAL, PING, PLAIN, everything, variants
 from rows import Aim, Samples, Table
 
 from forgather_control import connect, get_job_status, server
@@ -26,6 +27,8 @@ from forgather_control import connect, get_job_status, server
 LOADS = ("python", "torch")
 #: Seconds that nobody asks.
 UNASKED = 20.0
+#: Seconds of each way of asking ten times a second.
+BESIDE = 5.0
 #: Name, calls a second (0: none, ``None``: one after the other), seconds of one half of a pair, pairs.
 PACES = (("nothing", 0, 0.5, 7), ("1 Hz", 1, 1.0, 4), ("10 Hz", 10, 1.0, 4), ("100 Hz", 100, 0.5, 7))
 FLAT_OUT = ("flat out, 1 client", None, 1.0, 3)
@@ -65,6 +68,20 @@ def unasked(table: Table) -> None:
 
 
 # Polled...
+
+
+def beside(table: Table) -> None:
+    """At 10 Hz, what the whole of an idle process spends, more than unasked: by ours, and by those that do less."""
+    spent = {}
+    with pinned(CLIENT_CPU), everything("idle") as host, variants(host) as ways:
+        calls = {"nothing": lambda: None, **{name: ways[name] for name in (PING, MINIMAL, HTTP, PLAIN)}}
+        for name, call in calls.items():
+            before = host.cpu_seconds()
+            poll(call, 10, BESIDE)
+            spent[name] = (host.cpu_seconds() - before) / BESIDE * 100
+    table.group("10 Hz, main thread idle: the process, over what it spends unasked")
+    for name in (PING, MINIMAL, HTTP, PLAIN):
+        table.figure(f"{name}: processor time", spent[name] - spent["nothing"], CORE)
 
 
 def poll(call: Callable[[], Any], hz: float | None, seconds: float) -> int:
@@ -219,6 +236,7 @@ def measure() -> Iterator[Table]:
     table, floods = Table("training"), Table("training, flooded")
     with pinned(CLIENT_CPU):
         unasked(table)
+    beside(table)
     for load in LOADS:
         with pinned(CLIENT_CPU), Host(load, "ours", cpu=SERVER_CPU) as host:
             polled(table, host, load)
