@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from forgather_control import commands, get_command, get_job_status, save_and_stop, save_checkpoint
+from forgather_control import commands, get_command, get_job_status, save_and_stop, save_checkpoint, server
 from forgather_control.adapter import Adapter, Wishes, hook
 from forgather_control.client import find
 from forgather_control.errors import BadJobId, InvalidParams, JobsDirUnusable, NoSuchJob
 
-from .world import Process, Wire, running_loop, until
+from .world import MS, Process, Wire, running_loop, until
 
 JOB = "job"
 
@@ -263,8 +263,9 @@ def test_an_adapter_that_is_gone(waiting, jobs_dir):
         assert record["state"] == "failed" and record["error"]["message"] == "training ended by an exception"
 
 
-def test_an_adapter_that_is_gone_on_another_thread(waiting, jobs_dir):
+def test_an_adapter_that_is_gone_on_another_thread(waiting, jobs_dir, monkeypatch):
     """Collected on a thread that may hold our locks, such as the server's: its next tick ends the job."""
+    monkeypatch.setattr(server, "TICK", 100 * MS)
     kept = [Hooks(JOB)]
     kept[0].begin()
     wire = waiting("save_checkpoint")
@@ -275,8 +276,9 @@ def test_an_adapter_that_is_gone_on_another_thread(waiting, jobs_dir):
     until(lambda: not (jobs_dir / JOB).exists())
 
 
-def test_a_training_thread_that_is_gone(waiting):
+def test_a_training_thread_that_is_gone(waiting, monkeypatch):
     """A thread that trained and ended without an end of the run: the job ends too."""
+    monkeypatch.setattr(server, "TICK", 100 * MS)
     hooks = Hooks(JOB)
     thread = threading.Thread(target=hooks.begin)
     thread.start()

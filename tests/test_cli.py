@@ -141,6 +141,7 @@ def test_exit_codes_without_any_job(words, code):
     assert done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.once
 def test_exit_codes_with_jobs_that_resist(jobs_dir):
     """Refused is 1, ambiguous 2, dead and silent 4, too late 5."""
     with job_process("slow-one", step_seconds=SOON) as slow, job_process("slow-two", step_seconds=SOON):
@@ -641,6 +642,7 @@ def test_every_verb_works_over_a_port(remote, tmp_path, capsys):
     assert code == 0 and "ended at step" in out and not remote.job.aborted
 
 
+@pytest.mark.once
 def test_the_token_may_come_from_the_environment(remote, monkeypatch, capsys):
     """And a file goes before it."""
     monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", remote.token)

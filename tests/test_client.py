@@ -176,6 +176,7 @@ def _all_stopped(pid: int) -> bool:
     )
 
 
+@pytest.mark.once
 def test_a_stopped_process_is_silent_and_never_cleaned_up():
     """SIGSTOP: the job lives and does not answer; the client says so by its deadline, cleanup leaves it alone."""
     with job_process("frozen") as process:

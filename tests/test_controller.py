@@ -158,6 +158,7 @@ def test_an_idle_client_does_not_delay_the_end(job, jobs_dir):
         client.close()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("victim", ["control.sock", "endpoint.json", "."])
 def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
     """The socket, the record, or the whole directory: restored within seconds, and found again."""
@@ -174,6 +175,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
     ]
 
 
+@pytest.mark.once
 def test_an_id_that_was_taken_over_is_left_to_the_other(jobs_dir, caplog):
     """Deleted here, claimed there: the first job says so once, and takes nothing away at its end."""
     with running_loop():

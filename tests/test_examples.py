@@ -28,6 +28,8 @@ from .world import (
     until,
 )
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "trainer_control" / "trainer_control_demo.py"
 

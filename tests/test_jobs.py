@@ -198,6 +198,7 @@ def test_a_thousand_dead_cost_no_deadline_each(jobs_dir, dead):
     assert descriptors() == before
 
 
+@pytest.mark.once
 def test_many_silent_ones_share_one_deadline(jobs_dir):
     """Fifty jobs that never answer take as long as one, and the live one beside them is seen."""
     listeners = [listening(publish(jobs_dir, f"mute{n}", process.myself()).socket) for n in range(50)]
@@ -231,6 +232,7 @@ def test_more_jobs_than_are_asked_at_once(jobs_dir):
     assert found == dict.fromkeys(names, "live")
 
 
+@pytest.mark.once
 def test_a_stopped_job_is_silent_and_comes_back(jobs_dir):
     """SIGSTOP makes a job silent within the deadline; no cleanup touches it; SIGCONT makes it live."""
     with job_process() as job:

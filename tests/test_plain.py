@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import TrainingJob, errors, plain
+from forgather_control import TrainingJob, errors, plain, server
 
-from .world import SOON, Process, Wire, running_loop, until
+from .world import MS, SOON, Process, Wire, running_loop, until
 
 
 def give(job: TrainingJob, name: str, **params) -> forgather_control.CommandRecord:
@@ -263,8 +263,9 @@ def test_the_interpreter_ends_with_a_job_open():
         assert not (jobs / "job").exists()
 
 
-def test_a_training_thread_that_vanishes_ends_the_job(jobs_dir):
+def test_a_training_thread_that_vanishes_ends_the_job(jobs_dir, monkeypatch):
     """A loop whose thread ends without saying so is noticed, and its clients are told."""
+    monkeypatch.setattr(server, "TICK", 100 * MS)
     job = TrainingJob("job")
     opened = threading.Thread(target=job.__enter__)
     opened.start()

@@ -204,6 +204,7 @@ def who(other):
     return Identity(**json.loads(other.line()))
 
 
+@pytest.mark.once
 @both_ways
 def test_end_asks_first_and_then_kills(choose, pidfd):
     """SIGTERM to all at once, SIGKILL after the grace to the deaf and the stopped; each is told as it went."""

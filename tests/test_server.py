@@ -240,6 +240,7 @@ def test_the_longest_line_and_one_more(control, path):
                 assert reply["error"]["code"] == -32600 and wire.line() == b""
 
 
+@pytest.mark.once
 def test_any_line_is_answered_or_closed(control, path, unbounded):
     """3,000 seeded lines, half of them a valid request broken somewhere, in random pieces: the server answers on."""
     rng = random.Random(20)
@@ -402,6 +403,7 @@ print(threading.active_count(), flush=True)
 """
 
 
+@pytest.mark.once
 def test_without_descriptors_the_server_waits_and_recovers(path):
     """While the process can open no file, who comes waits at no cost; when it can again, they are answered."""
     with Process(STARVED, str(path), "64") as job:
@@ -448,6 +450,7 @@ while True:
 """
 
 
+@pytest.mark.once
 def test_a_flood_is_held_to_its_share(path):
     """20 connections that never stop share little of a core; an ordinary caller has its answer within a second."""
     with Process(STARVED, str(path), "1024") as job:
@@ -941,6 +944,7 @@ def test_a_forked_child_keeps_neither_port_nor_connections():
         with Wire(at) as wire, Wire(at) as stranger:
             assert wire.authenticate()["result"]["pid"] == process.pid
             stranger.send(b" ")
+            wire.still_answers()  # so the stranger is in, and no longer on its way
             process.say("")
             said = {process.line(), process.line()}
             assert "0" in said, said
