@@ -43,7 +43,7 @@ from .test_fuzz import mutated, request
 from .torchrun import START, Torchrun
 from .world import JOB, ROOT, SOON, Process, Wire, cli, needs_torch, until
 
-SECONDS = float(os.environ.get("FORGATHER_CHAOS_SECONDS", "15"))
+SECONDS = float(os.environ.get("FORGATHER_CHAOS_SECONDS", "10"))
 SEED = int(os.environ.get("FORGATHER_CHAOS_SEED", "20261125"))
 #: Threads that do harm, beside the one that cleans up.
 IMPS = 3
