@@ -72,7 +72,8 @@ class Gate:
     def _count(self) -> None:
         self.refused += 1
         if str(self.refused).strip("0") == "1":  # 1, 10, 100, ...: a scan must not fill the log
-            log.warning("%d connections came over TCP without the token", self.refused)
+            plural = "" if self.refused == 1 else "s"
+            log.warning("%d connection%s came over TCP without the token", self.refused, plural)
 
 
 def _authenticate(line: bytes) -> jsonrpc.Request | None:
