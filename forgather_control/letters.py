@@ -32,6 +32,9 @@ _NO_LETTER: Final = (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP, errno.EACCES, e
 #: How a directory is opened: not through a link.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
+#: How a file is made: never one that is there already, whose other name may be anywhere.
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
 #: Device and inode: which directory it is, whatever its name is by now.
 Place = tuple[int, int]
 
@@ -106,9 +109,7 @@ def write(box: int, name: str, data: bytes) -> None:
     It is not forced to the disk: after a crash of the host nobody waits for it.
     """
     hidden = f".{name}.{os.getpid()}"
-    file = os.open(
-        hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=box
-    )
+    file = os.open(hidden, _NEW, 0o600, dir_fd=box)
     try:
         try:
             while data:

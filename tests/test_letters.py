@@ -47,6 +47,16 @@ def test_what_cannot_be_written_leaves_nothing(home, box):
     assert os.listdir(home / "box") == ["a.json"]
 
 
+def test_writing_touches_no_file_that_lies_there(home, box):
+    """What has the name that is used before the rename may be a second name of a file elsewhere."""
+    precious = home / "precious"
+    precious.write_text("precious")
+    os.link(precious, home / "box" / f".a.json.{os.getpid()}")
+    with pytest.raises(FileExistsError):
+        letters.write(box, "a.json", b"abc")
+    assert precious.read_text() == "precious" and not (home / "box" / "a.json").exists()
+
+
 def test_writing_follows_no_link(home, box):
     """A link where the hidden file would be is not written through."""
     (home / "box" / f".a.json.{os.getpid()}").symlink_to(home / "victim")
