@@ -278,7 +278,8 @@ def remove_dead(root: str, job_id: str) -> bool:
             if record is None or not is_dead(record):
                 return False
             # The record may be a dead job's, put in the place of a live one's; the socket is not.
-            if not is_dead(record._replace(socket=os.path.join(root, job_id, SOCKET))):
+            beside = os.path.join(root, job_id, SOCKET)
+            if record.socket != beside and _answers(record._replace(socket=beside)):
                 return False
             _remove(root, above, job_id, directory)
             return True
@@ -295,7 +296,11 @@ def _record_in(directory: int, job_id: str) -> JobRecord | None:
 
 def is_dead(record: JobRecord) -> bool:
     """Whether the job's process is proven to be gone and nobody answers in its name."""
-    return judge(record) == "dead" and not ask([record], "ping", Deadline(1.0))
+    return judge(record) == "dead" and not _answers(record)
+
+
+def _answers(record: JobRecord) -> bool:
+    return bool(ask([record], "ping", Deadline(1.0)))
 
 
 def remove_tree(root: str, job_id: str, known: tuple[int, int] | None = None) -> None:
