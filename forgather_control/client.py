@@ -113,9 +113,9 @@ class FileClient(Client):
     """
 
     def __init__(self, record: JobRecord, timeout: float = CALL_TIMEOUT) -> None:
-        self._name, self._timeout, self._record = record.job_id, timeout, record
         from . import by_file
 
+        self._name, self._timeout, self._record = record.job_id, timeout, record
         self._fate, self._last_id = "", 0
         self._errand = by_file.Errand(record, self._gone)
 

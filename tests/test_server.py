@@ -25,6 +25,7 @@ from forgather_control.server import Server
 
 from .world import (
     MS,
+    ROOT,
     SOON,
     TOKEN,
     Process,
@@ -468,6 +469,12 @@ def test_a_flood_is_held_to_its_share(path):
             share = (float(job.line()) - used) / (time.monotonic() - start)
             assert flood.popen.poll() is None, flood.errors
         assert 0.02 < share < 0.15 and slowest < 1.5
+
+
+def test_the_burst_stays_within_what_is_promised():
+    """The README's "at most 5 % of one core" holds over any six seconds, with all that may be saved up in them."""
+    assert 6 * server.SHARE + server.BURST + server.SLICE <= 6 * 0.05
+    assert "at most 5 % of one core" in " ".join((ROOT / "README.md").read_text().split())
 
 
 # Forks and other users...
