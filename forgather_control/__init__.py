@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .caller import Client
-    from .client import (
+    from .client.api import (
         abort,
         cancel_command,
         cleanup,
@@ -25,31 +24,32 @@ if TYPE_CHECKING:
         save_and_stop,
         save_checkpoint,
     )
-    from .commands import CommandRecord
+    from .client.connection import Client
     from .errors import ControlError
-    from .hf import TrainerControlCallback
-    from .jobs import Job
-    from .lightning import LightningControlCallback
-    from .plain import TrainingJob
+    from .integrations.huggingface import TrainerControlCallback
+    from .integrations.lightning import LightningControlCallback
+    from .integrations.loop import TrainingJob
+    from .jobs.registry import Job
+    from .wire.methods import CommandRecord
 
 _HOME = {
-    "LightningControlCallback": "lightning",
-    "TrainerControlCallback": "hf",
-    "TrainingJob": "plain",
-    "Client": "caller",
-    "abort": "client",
-    "cancel_command": "client",
-    "cleanup": "client",
-    "connect": "client",
-    "get_command": "client",
-    "get_job_status": "client",
-    "graceful_stop": "client",
-    "list_jobs": "client",
-    "save_and_stop": "client",
-    "save_checkpoint": "client",
-    "CommandRecord": "commands",
+    "LightningControlCallback": "integrations.lightning",
+    "TrainerControlCallback": "integrations.huggingface",
+    "TrainingJob": "integrations.loop",
+    "Client": "client.connection",
+    "abort": "client.api",
+    "cancel_command": "client.api",
+    "cleanup": "client.api",
+    "connect": "client.api",
+    "get_command": "client.api",
+    "get_job_status": "client.api",
+    "graceful_stop": "client.api",
+    "list_jobs": "client.api",
+    "save_and_stop": "client.api",
+    "save_checkpoint": "client.api",
+    "CommandRecord": "wire.methods",
     "ControlError": "errors",
-    "Job": "jobs",
+    "Job": "jobs.registry",
 }
 
 __all__ = [

@@ -27,7 +27,7 @@ def forgather() -> NoReturn:
 def _cli() -> ModuleType:
     """Loaded without looking for garbage meanwhile: there is none, and to look takes a thirtieth of a start."""
     gc.disable()
-    from . import cli
+    from .cli import main as cli
 
     gc.enable()
     return cli

@@ -36,23 +36,12 @@ def _instrumented() -> Any:
 
 
 with _instrumented():
-    from forgather_control import (
-        arguments,
-        client,
-        commands,
-        connection,
-        endpoint,
-        exchange,
-        files,
-        gate,
-        jobs,
-        jsonrpc,
-        record,
-        rescue,
-        roster,
-        screen,
-    )
+    from forgather_control.cli import output, parser
+    from forgather_control.client import api, recovery
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
+    from forgather_control.jobs import rank_processes, record, registry
+    from forgather_control.server import auth, connection, dispatcher, file_requests
+    from forgather_control.wire import addresses, jsonrpc, methods
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 TOKEN = "0123456789abcdef" * 2
@@ -201,7 +190,7 @@ def echo_refuses(method: str) -> bool:
 def answered(line: bytes) -> bytes:
     """What a line is answered by ``echo``."""
     sink = Sink()
-    exchange.Exchanges(echo).ask(sink, line)
+    dispatcher.Exchanges(echo).ask(sink, line)
     assert sink.open == 0 and sink.listens == (len(line) <= jsonrpc.MAX_LINE)
     return sink.data
 
@@ -270,18 +259,18 @@ def _framed(pieces: list[bytes]) -> list[bytes]:
 def target_gate(data: bytes) -> None:
     """A stranger's first line: in with the token alone, an answer for a wrong one, silence for all else."""
     line = data.partition(b"\n")[0]
-    verdict, reply = gate.Gate(TOKEN).judge(line)
+    verdict, reply = auth.Gate(TOKEN).judge(line)
     assert verdict == _verdict(line), verdict
     assert (reply != b"") == (verdict == "wrong")
     if reply:
         agrees(reply, Expected([(reference(line)["id"], True)]))
     if verdict == "welcome":
-        assert not any(gate.Gate(TOKEN).is_noise(line[:end][:LIMIT]) for end in range(len(line) + 1))
+        assert not any(auth.Gate(TOKEN).is_noise(line[:end][:LIMIT]) for end in range(len(line) + 1))
 
 
 def _verdict(line: bytes) -> str:
     want = expected(line, lambda method: method != "authenticate")
-    if len(line) > gate.MAX_FIRST_LINE or want.is_batch or want.replies is None or want.replies[0][1]:
+    if len(line) > auth.MAX_FIRST_LINE or want.is_batch or want.replies is None or want.replies[0][1]:
         return "noise"
     params = reference(line).get("params", {})
     shown = params.get("token") if isinstance(params, dict) else params[0] if len(params) == 1 else None
@@ -297,25 +286,25 @@ def target_record(data: bytes) -> None:
         return
     assert record.parse_record(json.dumps(found.to_json()).encode(), "job") == found
     if len(data) % 16 == 0:  # asking the system takes longer than all the rest
-        assert jobs.judge(found) in ("silent", "dead", "foreign")
-    if (port := client._port(found)) is not None:
+        assert registry.judge(found) in ("silent", "dead", "foreign")
+    if (port := api._port(found)) is not None:
         assert 0 < port.port < 65536 and isinstance(str(port), str)
-    job = jobs.Job(**jobs._known(found), state="dead")
-    assert len(screen.job_table([job], colour=False).splitlines()) == 2
+    job = registry.Job(**registry._known(found), state="dead")
+    assert len(output.job_table([job], colour=False).splitlines()) == 2
     strict(jsonrpc.encode(job.to_json()))
 
 
 def target_roster(data: bytes) -> None:
     """A ranks.json: a ValueError in one short line, or ranks in order that can be judged."""
     try:
-        ranks = roster.parse(data)
+        ranks = rank_processes.parse(data)
     except ValueError as err:
         _is_short(err)
         return
     assert [rank.rank for rank in ranks] == sorted({rank.rank for rank in ranks})
-    assert roster.parse(json.dumps([rank._asdict() for rank in ranks]).encode()) == ranks
+    assert rank_processes.parse(json.dumps([rank._asdict() for rank in ranks]).encode()) == ranks
     for rank in ranks[:3] if len(data) % 16 == 0 else ():
-        assert jobs.process.judge(rank.identity) in ("running", "gone", "elsewhere")
+        assert registry.process.judge(rank.identity) in ("running", "gone", "elsewhere")
 
 
 def _is_short(err: ValueError) -> None:
@@ -329,18 +318,20 @@ def target_reply(data: bytes) -> None:
     except InternalError:
         return
     if reply.error is not None:
-        assert isinstance(reply.error, ControlError) and isinstance(screen.safe(reply.error), str)
+        assert isinstance(reply.error, ControlError) and isinstance(output.safe(reply.error), str)
         jsonrpc.encode(jsonrpc.error_object(reply.error))
         return
     strict_enough(jsonrpc.encode(reply.result))
     with contextlib.suppress(InternalError):
-        assert isinstance(commands.CommandRecord.from_json(reply.result).trouble, (str, type(None)))
+        assert isinstance(methods.CommandRecord.from_json(reply.result).trouble, (str, type(None)))
     with contextlib.suppress(InternalError):
-        rows = [jobs.Job.from_json(row) for row in (reply.result if isinstance(reply.result, list) else [reply.result])]
-        screen.job_table(rows, colour=False)
+        rows = [
+            registry.Job.from_json(row) for row in (reply.result if isinstance(reply.result, list) else [reply.result])
+        ]
+        output.job_table(rows, colour=False)
     with contextlib.suppress(InternalError):
-        screen.rank_table(rescue.told(reply.result).rows, colour=False)
-        screen.stacks_text(rescue.told(reply.result).rows)
+        output.rank_table(recovery.told(reply.result).rows, colour=False)
+        output.stacks_text(recovery.told(reply.result).rows)
 
 
 def strict_enough(line: bytes) -> None:
@@ -352,14 +343,14 @@ def target_address(data: bytes) -> None:
     """An address: what is printed is read as the same; else InvalidParams."""
     text = data.decode("utf-8", "surrogateescape")
     try:
-        found = endpoint.parse(text)
+        found = addresses.parse(text)
     except InvalidParams as err:
         assert len(str(err)) < 300 and str(err).isprintable()
         return
-    assert endpoint.parse(str(found)) == found
-    if isinstance(found, endpoint.TcpEndpoint):
+    assert addresses.parse(str(found)) == found
+    if isinstance(found, addresses.TcpEndpoint):
         assert 0 < found.port < 65536 and found.host
-        endpoint.is_loopback(found.host)
+        addresses.is_loopback(found.host)
 
 
 def target_words(data: bytes) -> None:
@@ -368,28 +359,28 @@ def target_words(data: bytes) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            args = arguments.parse(words, "forgather-control")
+            args = parser.parse(words, "forgather-control")
         except SystemExit as ended:
             assert ended.code in (0, 2) and said.getvalue(), words
             return
-    assert args.verb in ("cleanup", "rpc", "dial-stdio") or args.method in commands.TABLE
+    assert args.verb in ("cleanup", "rpc", "dial-stdio") or args.method in methods.TABLE
 
 
-_boxes: list[tuple[Path, files.Files, list[bytes]]] = []
+_boxes: list[tuple[Path, file_requests.Files, list[bytes]]] = []
 
 
-def _desk() -> tuple[Path, files.Files, list[bytes]]:
+def _desk() -> tuple[Path, file_requests.Files, list[bytes]]:
     """A job's directory, made once a process; what was asked is noted."""
     if not _boxes:
         home = Path(tempfile.mkdtemp(prefix="fuzz"))
         asked: list[bytes] = []
-        exchanges = exchange.Exchanges(echo)
+        exchanges = dispatcher.Exchanges(echo)
 
-        def ask(asker: exchange.Asker, line: bytes) -> None:
+        def ask(asker: dispatcher.Asker, line: bytes) -> None:
             asked.append(line)
             exchanges.ask(asker, line)
 
-        _boxes.append((home, files.Files(str(home), ask, dict, lambda: 0), asked))
+        _boxes.append((home, file_requests.Files(str(home), ask, dict, lambda: 0), asked))
     return _boxes[0]
 
 
@@ -429,7 +420,7 @@ def _letters(home: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _is_wanted(name: str) -> bool:
     is_name = re.fullmatch(r"(?a:\w)[A-Za-z0-9._-]{0,127}", name) is not None
-    return is_name and (name.endswith(".json") or name in commands.TABLE)
+    return is_name and (name.endswith(".json") or name in methods.TABLE)
 
 
 def _is_touch(name: str, content: bytes) -> bool:
@@ -510,7 +501,7 @@ TARGETS = {
     "roster": Fuzzed(
         target_roster,
         [json.dumps([_RANK, {**_RANK, "rank": 1}]).encode(), json.dumps([_RANK, _RANK]).encode()],
-        (*_JSON_WORDS, *map(json.dumps, roster.RankRecord._fields)),
+        (*_JSON_WORDS, *map(json.dumps, rank_processes.RankRecord._fields)),
     ),
     "reply": Fuzzed(
         target_reply,
@@ -528,7 +519,7 @@ TARGETS = {
     "letters": Fuzzed(
         target_letters,
         [b"\0\0".join(b"%d.json\0%b" % pair for pair in enumerate(_LINES[:4])), b"ping\0\0\0status.json\0[", b"-\0x"],
-        (*_WIRE_WORDS, ".json", *commands.TABLE),
+        (*_WIRE_WORDS, ".json", *methods.TABLE),
     ),
     "address": Fuzzed(
         target_address,
@@ -545,7 +536,7 @@ TARGETS = {
             b"list\0--remote\0h:1",
             b"ranks\0--timeout=1e9\0--help",
         ],
-        (*(method.verb for method in commands.TABLE.values() if method.verb), *("rpc", "cleanup", "dial-stdio"))
+        (*(method.verb for method in methods.TABLE.values() if method.verb), *("rpc", "cleanup", "dial-stdio"))
         + ("--wait", "--json", "--connect", "--token-file", "--ssh", "--timeout", "--kill-after", "--", "=", "tcp://"),
     ),
 }

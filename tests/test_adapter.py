@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from forgather_control import commands, get_command, get_job_status, save_and_stop, save_checkpoint, server
-from forgather_control.adapter import Adapter, Wishes, hook
-from forgather_control.client import find
+from forgather_control import get_command, get_job_status, save_and_stop, save_checkpoint
+from forgather_control.client.api import find
 from forgather_control.errors import BadJobId, InvalidParams, JobsDirUnusable, NoSuchJob
+from forgather_control.server import server
+from forgather_control.training.adapter import Adapter, Wishes, hook
+from forgather_control.wire import methods
 
 from .world import MS, Process, Wire, running_loop, until
 
@@ -155,7 +157,7 @@ def test_wishes_of_the_commands(command, wanted):
     """Each command sets its flags and no others; an evaluation alone is nothing to do."""
     wishes = Wishes()
     assert not wishes.any
-    commands.TABLE[command].run(wishes)
+    methods.TABLE[command].run(wishes)
     assert {name for name in ("stop", "save", "evaluate", "abort") if getattr(wishes, name)} == wanted
     assert wishes.any
 

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from forgather_control import client, jobs, process, rescue
+from forgather_control.client import api, recovery
 from forgather_control.errors import NotAuthenticated
-from forgather_control.record import JobRecord
+from forgather_control.jobs import registry
+from forgather_control.jobs.record import JobRecord
+from forgather_control.processes import liveness
 
 from .world import Process, Wire, needs_root, until
 
@@ -39,8 +41,19 @@ import forgather_control
 for module in pkgutil.iter_modules(forgather_control.__path__):
     if module.name != "__main__":
         importlib.import_module("forgather_control." + module.name)
-from forgather_control import by_file, cli, client, directory, dump, endpoint, gate, jobs, letters, process, record
-from forgather_control import rescue, roster
+from forgather_control.client import file_transport as by_file
+from forgather_control.cli import main as cli
+from forgather_control.client import api as client
+from forgather_control.jobs import directory
+from forgather_control.processes import stack_dump as dump
+from forgather_control.wire import addresses as endpoint
+from forgather_control.server import auth as gate
+from forgather_control.jobs import registry as jobs
+from forgather_control.jobs import spool as letters
+from forgather_control.processes import liveness as process
+from forgather_control.jobs import record
+from forgather_control.client import recovery as rescue
+from forgather_control.jobs import rank_processes as roster
 from forgather_control import TrainingJob
 
 process.myself(), directory._user()
@@ -186,8 +199,8 @@ def folder(uid: int, mode: int) -> Iterator[Path]:
 class Victim(NamedTuple):
     """The job under attack, and what it published."""
 
-    process: Process
-    jobs: Path
+    liveness: Process
+    registry: Path
     home: Path
     known: dict[str, Any]
 
@@ -598,7 +611,7 @@ flipper.start()
 os.environ["FORGATHER_JOBS_DIR"] = root
 it = []
 for _ in range(30):
-    server = forgather_control.server.Server(lambda request: None, lambda: None)
+    server = forgather_control.server.server.Server(lambda request: None, lambda: None)
     mine = directory.JobDirectory("exp", server.listen, 1)
     try:
         mine.claim()
@@ -720,8 +733,8 @@ def test_root_cleans_up_nothing_else(stranger, strangers, monkeypatch, code):
     monkeypatch.setenv("FORGATHER_JOBS_DIR", str(strangers))
     with precious("victim") as place:
         stranger.does(code, root=strangers, target=place, gone=2**31 - 1)
-        assert client.cleanup() in ([], ["exp"])
-        assert client.cleanup() == []
+        assert api.cleanup() in ([], ["exp"])
+        assert api.cleanup() == []
 
 
 @pytest.mark.parametrize(
@@ -751,8 +764,8 @@ threading.Thread(target=serve, daemon=True).start()
     with precious("victim") as place:
         stranger.does(code, root=strangers, target=place, swap=swap)
         try:
-            jobs.remove_dead(str(strangers), "victim")
-        except jobs.JobsDirUnusable:
+            registry.remove_dead(str(strangers), "victim")
+        except registry.JobsDirUnusable:
             pass  # what was judged is empty by now, and its name another's: that stays
         assert stranger.does("it = swapped.wait(5)")
 
@@ -764,14 +777,14 @@ def test_root_spares_processes_that_a_stranger_names(stranger, strangers, unmove
     named.update(job_id="exp", socket=None, token=None, port=None, address=None)
     rank = {
         "rank": 0,
-        "host": process.myself().host,
+        "host": liveness.myself().host,
         "pid": unmoved.known["pid"],
         "started_at": named["process_started_at"],
     }
     code = "plant(root, 'exp', **named); open(root + '/exp/ranks.json', 'w').write(json.dumps([rank]))"
     stranger.does(code, root=strangers, named=named, rank=rank)
-    known = client.find("exp")
-    assert [fate["outcome"] for fate in rescue.abort(known, 0.0).fates] == ["refused"]
+    known = api.find("exp")
+    assert [fate["outcome"] for fate in recovery.abort(known, 0.0).fates] == ["refused"]
 
 
 def test_the_very_deep_is_a_sentence(stranger, strangers):
@@ -787,8 +800,8 @@ os.chdir("/")
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
-        with pytest.raises(jobs.JobsDirUnusable, match="cannot be removed"):
-            jobs.remove_dead(str(strangers), "exp")
+        with pytest.raises(registry.JobsDirUnusable, match="cannot be removed"):
+            registry.remove_dead(str(strangers), "exp")
     finally:
         sys.setrecursionlimit(usual)
 

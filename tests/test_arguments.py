@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control import arguments, commands
-from forgather_control.client import connect
+from forgather_control.cli import parser
+from forgather_control.client.api import connect
 from forgather_control.errors import InvalidParams
+from forgather_control.wire import methods
 
 from .world import Process
 
 
 def parse(*words: str):
-    return arguments.parse(words, "forgather control")
+    return parser.parse(words, "forgather control")
 
 
 def test_every_verb_of_the_table_is_there():
     """Each with its method, and those that the table does not know beside them."""
-    for method in commands.TABLE.values():
+    for method in methods.TABLE.values():
         if method.verb is not None:
             args = parse(method.verb)
             assert (args.verb, args.method, args.json, args.ssh) == (method.verb, method.name, False, None)
@@ -92,7 +93,8 @@ def test_a_narrow_terminal_gets_its_help():
     source = """
     import os
     os.get_terminal_size = lambda *_: os.terminal_size((20, 20))
-    from forgather_control import arguments, commands
+    from forgather_control.cli import parser as arguments
+    from forgather_control.wire import methods as commands
     for verb in [method.verb for method in commands.TABLE.values() if method.verb] + ["cleanup", "rpc", "dial-stdio"]:
         try:
             arguments.parse([verb, "--help"], "forgather control")
@@ -107,12 +109,12 @@ def test_a_narrow_terminal_gets_its_help():
 
 def test_one_verb_is_parsed_as_among_all(capsys):
     """Only the verb that comes first is made ready; its help, and what is said of a wrong one, are the same."""
-    for verb in arguments._VERBS:
-        alone, among = arguments._parser("x", verb), arguments._parser("x")
+    for verb in parser._VERBS:
+        alone, among = parser._parser("x", verb), parser._parser("x")
         assert alone.format_usage() == among.format_usage()
-        for parser in (alone, among):
+        for each in (alone, among):
             with pytest.raises(SystemExit):
-                parser.parse_args([verb, "--help"])
+                each.parse_args([verb, "--help"])
         told = capsys.readouterr().out
         assert told[: len(told) // 2] == told[len(told) // 2 :]
     with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from forgather_control import bridge
+from forgather_control.client import stdio_proxy
 
 from .world import SOON, Process, cli, job_process, running_loop
 
@@ -51,10 +51,10 @@ def bridged() -> Iterator[Any]:
     ends = Ends()
     ends.open_ends = {ends.says[0], ends.asks[1]}
     ends.job.settimeout(SOON)
-    ends.thread = threading.Thread(target=bridge.copy, args=("job", ends.far, ends.asks[0], ends.says[1]))
+    ends.thread = threading.Thread(target=stdio_proxy.copy, args=("job", ends.far, ends.asks[0], ends.says[1]))
     ends.thread.start()
     try:
-        mark = f"{bridge.MARK}job\n".encode()
+        mark = f"{stdio_proxy.MARK}job\n".encode()
         assert ends.read(len(mark)) == mark
         yield ends
     finally:
@@ -145,7 +145,7 @@ def test_waiting_takes_no_time():
     """While nothing comes, or its reader takes nothing from a job that has gone, it sleeps."""
     source = """
     import os, socket, threading, time
-    from forgather_control import bridge
+    from forgather_control.client import stdio_proxy as bridge
     job, far = socket.socketpair()
     says, asks = os.pipe(), os.pipe()
     thread = threading.Thread(target=bridge.copy, args=("job", far, asks[0], says[1]))
@@ -169,7 +169,7 @@ def test_it_ends_with_its_input_where_it_shall():
     with job_process("job", step_seconds=SOON):
         line = '{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"finished"}}'
         done = cli("dial-stdio", "--until-input-ends", stdin=line + "\n")
-        assert (done.returncode, done.stdout) == (0, f"{bridge.MARK}job\n")
+        assert (done.returncode, done.stdout) == (0, f"{stdio_proxy.MARK}job\n")
 
 
 def test_the_verb_reaches_a_job():
@@ -178,7 +178,7 @@ def test_the_verb_reaches_a_job():
         for words in (["job"], []):
             done = cli("dial-stdio", *words, stdin='{"jsonrpc":"2.0","id":1,"method":"ping"}')
             mark, reply = done.stdout.splitlines()
-            assert (done.returncode, done.stderr, mark) == (0, "", f"{bridge.MARK}job")
+            assert (done.returncode, done.stderr, mark) == (0, "", f"{stdio_proxy.MARK}job")
             assert json.loads(reply)["result"]["job_id"] == "job"
 
 

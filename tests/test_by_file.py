@@ -13,8 +13,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from forgather_control import by_file, client, errors, letters, server
-from forgather_control.client import FileClient, find
+from forgather_control import errors
+from forgather_control.client import api, file_transport
+from forgather_control.client.api import FileClient, find
+from forgather_control.jobs import spool
+from forgather_control.server import server
 
 from .test_files import needs_mount, small_disk
 from .world import MS, SOON, Process, cli, descriptors, job_process, needs_root, needs_success, running_loop, until
@@ -134,7 +137,7 @@ def test_what_was_taken_and_not_answered_is_unknown(jobs_dir):
 def test_interrupted_it_is_taken_back(jobs_dir):
     """Ctrl-C while it waits: the request does not lie there to be carried out later."""
     with job_process("job") as job:
-        source = "from forgather_control.client import *; FileClient(find('job')).call('abort')"
+        source = "from forgather_control.client.api import *; FileClient(find('job')).call('abort')"
         with stopped(job), Process(source) as asking:
             until(lambda: [name for name in lying(jobs_dir, "requests") if not name.startswith(".")])
             asking.popen.send_signal(signal.SIGINT)
@@ -144,7 +147,7 @@ def test_interrupted_it_is_taken_back(jobs_dir):
 
 def test_a_job_that_dies_meanwhile(jobs_dir, monkeypatch):
     """Killed on this host: that is found out, long before the deadline."""
-    monkeypatch.setattr(by_file, "_ARE_YOU_THERE", 0.1)
+    monkeypatch.setattr(file_transport, "_ARE_YOU_THERE", 0.1)
     with job_process("job") as process:
         asked = FileClient(find("job"), timeout=SOON * 10)
         os.kill(process.pid, signal.SIGSTOP)
@@ -158,7 +161,7 @@ def test_a_job_that_dies_meanwhile(jobs_dir, monkeypatch):
 @pytest.mark.once
 def test_a_job_that_shows_no_life_is_given_up(jobs_dir, monkeypatch):
     """A wait without a deadline ends where status.json is no longer written; while it is, it goes on."""
-    monkeypatch.setattr(by_file, "_SILENCE", 0.5)
+    monkeypatch.setattr(file_transport, "_SILENCE", 0.5)
     with job_process("job") as process:
         until(lambda: (jobs_dir / "job" / "status.json").exists())
         asked = FileClient(find("job"))
@@ -202,7 +205,8 @@ def test_another_user_is_refused(job, jobs_dir):
         path.chmod(0o755)
     source = """
         import os
-        from forgather_control import by_file, record
+        from forgather_control.client import file_transport as by_file
+        from forgather_control.jobs import record
         os.setgid(65534); os.setuid(65534)
         me = record.JobRecord("job", "h", None, 1, 1.0)
         try:
@@ -218,7 +222,7 @@ def test_another_user_is_refused(job, jobs_dir):
 def test_a_directory_that_is_not_there(job):
     """Nothing to write into: the job has gone, in the words of whoever asks."""
     with pytest.raises(errors.JobDead, match="gone"):
-        by_file.Errand(find("job")._replace(job_id="another"), lambda: errors.JobDead("gone"))
+        file_transport.Errand(find("job")._replace(job_id="another"), lambda: errors.JobDead("gone"))
 
 
 @needs_root
@@ -244,11 +248,11 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch, quick):
 def test_only_where_it_is_needed(job, jobs_dir):
     """A job of this host is asked over its socket, however broken that is; another host's by file, if it has a box."""
     mine = find("job")
-    assert not by_file.is_offered(mine)
-    assert by_file.is_offered(mine._replace(socket=None))
+    assert not file_transport.is_offered(mine)
+    assert file_transport.is_offered(mine._replace(socket=None))
     far = mine._replace(host="elsewhere")
-    assert by_file.is_offered(far)
-    assert not by_file.is_offered(far._replace(job_id="without"))
+    assert file_transport.is_offered(far)
+    assert not file_transport.is_offered(far._replace(job_id="without"))
 
 
 def publish_far(jobs_dir, **members):
@@ -256,29 +260,29 @@ def publish_far(jobs_dir, **members):
     record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
     record |= {"host": "elsewhere", "socket": "/nowhere/control.sock", **members}
     letter = jobs_dir / "job" / "endpoint.json"
-    with letters.opened(str(letter.parent), ".", letters.place(str(letter.parent))) as home:
-        letters.write(home, letter.name, json.dumps(record).encode())
+    with spool.opened(str(letter.parent), ".", spool.place(str(letter.parent))) as home:
+        spool.write(home, letter.name, json.dumps(record).encode())
 
 
 def test_connect_finds_it_last(quick, jobs_dir, monkeypatch):
     """Socket, then TCP, then files; what TCP says of a wrong certificate is not gone round."""
-    monkeypatch.setattr("forgather_control.directory.JobDirectory.restore", lambda self: False)
+    monkeypatch.setattr("forgather_control.jobs.directory.JobDirectory.restore", lambda self: False)
     with running_loop("job", port=0) as run:
-        with client.connect("job") as way:
+        with api.connect("job") as way:
             assert not isinstance(way, FileClient)
         port = find("job").port
         publish_far(jobs_dir, address="127.0.0.1")
-        with client.connect("job") as way:  # another host's loopback is out of reach
+        with api.connect("job") as way:  # another host's loopback is out of reach
             assert isinstance(way, FileClient) and way.call("ping")["pid"] == os.getpid()
         publish_far(jobs_dir, host="127.0.0.1", address="0.0.0.0")
-        with client.connect("job") as way:
+        with api.connect("job") as way:
             assert not isinstance(way, FileClient) and way.call("ping")["pid"] == os.getpid()
         publish_far(jobs_dir, host="127.0.0.1", address="0.0.0.0", port=1)
-        with client.connect("job") as way:
+        with api.connect("job") as way:
             assert isinstance(way, FileClient)
         publish_far(jobs_dir, host="127.0.0.1", address="0.0.0.0", port=port, token="wrong")
         with pytest.raises(errors.NotAuthenticated):
-            client.connect("job")
+            api.connect("job")
         assert run.steps
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from forgather_control import caller, connect, errors
-from forgather_control.caller import Client
-from forgather_control.endpoint import TcpEndpoint, UnixEndpoint
-from forgather_control.record import parse_record
+from forgather_control import connect, errors
+from forgather_control.client import connection
+from forgather_control.client.connection import Client
+from forgather_control.jobs.record import parse_record
+from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint
 
 from .world import MS, SOON, TOKEN, descriptors
 
@@ -66,7 +67,7 @@ def folder(jobs_dir: Path) -> Path:
 
 def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
     """Its process runs, its record stands: it does not answer, which is all that is known."""
-    monkeypatch.setattr(caller, "_DYING", 50 * MS)
+    monkeypatch.setattr(connection, "_DYING", 50 * MS)
     mine = {"job_id": "peer", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
     (folder / "peer").mkdir()
     with Peer(folder, lambda file, sock: file.readline()) as peer:
@@ -96,8 +97,8 @@ def test_a_peer_that_is_none_of_us_is_named(folder, answer):
 
 def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
     """Without a deadline a silent peer is asked, and given up after the silence; one that answers is not."""
-    monkeypatch.setattr(caller, "_ARE_YOU_THERE", 30 * MS)
-    monkeypatch.setattr(caller, "_SILENCE", 150 * MS)
+    monkeypatch.setattr(connection, "_ARE_YOU_THERE", 30 * MS)
+    monkeypatch.setattr(connection, "_SILENCE", 150 * MS)
     asked: list[str] = []
 
     def act(file, sock) -> None:

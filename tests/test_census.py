@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from forgather_control import roster
-from forgather_control.census import Census
-from forgather_control.exchange import PENDING, Later
-from forgather_control.process import myself
-from forgather_control.progress import Progress
-from forgather_control.world import Inquiry
+from forgather_control.jobs import rank_processes
+from forgather_control.processes.liveness import myself
+from forgather_control.ranks.group import Inquiry
+from forgather_control.server.dispatcher import PENDING, Later
+from forgather_control.training.progress import Progress
+from forgather_control.training.rank_report import Census
 
 from .world import MS, SOON, running_loop, until
 
@@ -92,7 +92,7 @@ def test_the_stacks_begin_with_the_thread_that_trains(census):
 
 def test_stacks_of_many_ranks_fit_into_one_reply(census, monkeypatch):
     """Each has its share of the room."""
-    monkeypatch.setattr("forgather_control.census._MAX_STACKS", 1000)
+    monkeypatch.setattr("forgather_control.training.rank_report._MAX_STACKS", 1000)
     world = Ranks(census, *["silent"] * 10)
     later = census.ask(world, "stacks", SOON)
     world.inquiry.answers.update({rank: {"stacks": "x" * 5000} for rank in range(1, 10)})
@@ -101,7 +101,7 @@ def test_stacks_of_many_ranks_fit_into_one_reply(census, monkeypatch):
 
 def test_a_rank_that_cannot_tell_says_nothing(census, monkeypatch, caplog):
     """An exception there would cut the line between the ranks."""
-    monkeypatch.setattr("forgather_control.vitals.vitals", lambda: 1 / 0)
+    monkeypatch.setattr("forgather_control.processes.usage.vitals", lambda: 1 / 0)
     assert census.tell("ranks") == {} and "ZeroDivisionError" in caplog.text
 
 
@@ -111,8 +111,8 @@ def test_the_roster_names_all_who_are_there(census, tmp_path):
     census.meet({1: {**me, "pid": 4711}, 0: me})
     census.write(str(tmp_path))
     (tmp_path / "jobs").mkdir()
-    os.rename(tmp_path / roster.ROSTER, tmp_path / "jobs" / roster.ROSTER)
-    ranks = roster.read(str(tmp_path), "jobs")
+    os.rename(tmp_path / rank_processes.ROSTER, tmp_path / "jobs" / rank_processes.ROSTER)
+    ranks = rank_processes.read(str(tmp_path), "jobs")
     assert [(rank.rank, rank.pid, rank.stack_fd) for rank in ranks] == [(0, os.getpid(), 7), (1, 4711, 7)]
     assert ranks[0].identity == myself()
 
@@ -122,13 +122,13 @@ def test_a_roster_that_cannot_be_written_is_one_warning(census, tmp_path, caplog
     census.meet({0: myself()._asdict()})
     census.write(str(tmp_path / "nowhere"))
     (warning,) = caplog.records
-    assert roster.ROSTER in warning.getMessage()
+    assert rank_processes.ROSTER in warning.getMessage()
 
 
 def test_a_running_job_leaves_its_roster_and_takes_it_away(jobs_dir):
     """As soon as it can be found, and whenever its directory is restored."""
     with running_loop("job"):
-        path = jobs_dir / "job" / roster.ROSTER
+        path = jobs_dir / "job" / rank_processes.ROSTER
         until(path.exists)
-        assert roster.read(str(jobs_dir), "job")[0].pid == os.getpid() and path.stat().st_mode & 0o777 == 0o600
+        assert rank_processes.read(str(jobs_dir), "job")[0].pid == os.getpid() and path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()

@@ -35,9 +35,10 @@ from typing import Any
 
 import pytest
 
-from forgather_control import ControlError, connect, letters
-from forgather_control.commands import FINAL, STATES, CommandRecord
+from forgather_control import ControlError, connect
 from forgather_control.errors import DeadlinePassed
+from forgather_control.jobs import spool
+from forgather_control.wire.methods import FINAL, STATES, CommandRecord
 
 from .test_fuzz import mutated, request
 from .torchrun import START, Torchrun
@@ -237,8 +238,8 @@ class Commander:
         name, command_id = f"{self.dice.getrandbits(64):x}", f"{self.victim.name}-file-{self.dice.getrandbits(64):x}"
         age = self.dice.choice([0, 0, 0, 86400, -86400])
         line = {"jsonrpc": "2.0", "id": 1, "method": "save_checkpoint", "params": {"command_id": command_id}}
-        with letters.opened(str(self.victim.path), letters.REQUESTS, letters.place(str(self.victim.path))) as box:
-            letters.write(box, f".{name}", json.dumps(line).encode())
+        with spool.opened(str(self.victim.path), spool.REQUESTS, spool.place(str(self.victim.path))) as box:
+            spool.write(box, f".{name}", json.dumps(line).encode())
             if age:
                 os.utime(f".{name}", (time.time() - age,) * 2, dir_fd=box)
             os.rename(f".{name}", f"{name}.json", src_dir_fd=box, dst_dir_fd=box)
@@ -248,19 +249,19 @@ class Commander:
 
     def by_touch(self) -> None:
         """As a person with nothing but a shell does."""
-        with letters.opened(str(self.victim.path), letters.REQUESTS, letters.place(str(self.victim.path))) as box:
+        with spool.opened(str(self.victim.path), spool.REQUESTS, spool.place(str(self.victim.path))) as box:
             os.close(os.open("save_checkpoint", os.O_CREAT | os.O_NOFOLLOW | os.O_WRONLY, 0o600, dir_fd=box))
 
     def read_replies(self) -> None:
         """Take those that have come; others went with their directory, or never will come."""
         with contextlib.suppress(OSError):
             path = str(self.victim.path)
-            with letters.opened(path, letters.REPLIES, letters.place(path)) as box:
+            with spool.opened(path, spool.REPLIES, spool.place(path)) as box:
                 for name, command_id in self.letters[-20:]:
                     with contextlib.suppress(FileNotFoundError):
-                        found = letters.read(box, name, 1 << 20)
+                        found = spool.read(box, name, 1 << 20)
                         if found is not None:
-                            letters.remove(box, name)
+                            spool.remove(box, name)
                             self.is_told(command_id, json.loads(found[0]))
 
     def is_told(self, command_id: str, reply: dict[str, Any]) -> None:
@@ -455,11 +456,11 @@ class Chaos:
     def writes_garbage_into_a_job(self, dice: random.Random, victim: Victim) -> None:
         """Among its requests, replies and files."""
         box, name = (
-            dice.choice([letters.REQUESTS, letters.REQUESTS, letters.REPLIES, "."]),
+            dice.choice([spool.REQUESTS, spool.REQUESTS, spool.REPLIES, "."]),
             f"{dice.randrange(50)}.json",
         )
         with victim.hands, contextlib.suppress(OSError):
-            with letters.opened(str(victim.path), box, letters.place(str(victim.path))) as place:
+            with spool.opened(str(victim.path), box, spool.place(str(victim.path))) as place:
                 match dice.randrange(6):
                     case 0:
                         os.symlink(self.sentinel / "box" / "save.json", name, dir_fd=place)
@@ -468,9 +469,9 @@ class Chaos:
                     case 2:
                         os.mkdir(name, dir_fd=place)
                     case 3:
-                        letters.write(place, name, dice.randbytes(dice.choice([0, 10, 100_000])))
+                        spool.write(place, name, dice.randbytes(dice.choice([0, 10, 100_000])))
                     case 4:
-                        letters.write(place, name, mutated(dice, request(dice)))
+                        spool.write(place, name, mutated(dice, request(dice)))
                     case 5:
                         os.symlink(self.sentinel, dice.choice(["abort", "save_checkpoint", "x"]), dir_fd=place)
 

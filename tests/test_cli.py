@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from forgather_control import arguments, commands, connect, record
-from forgather_control import cli as command_line
-from forgather_control.endpoint import MAX_PATH
+from forgather_control import connect
+from forgather_control.cli import main as command_line
+from forgather_control.cli import parser
 from forgather_control.errors import JobNotAnswering
-from forgather_control.process import myself
-from forgather_control.roster import RankRecord
+from forgather_control.jobs import record
+from forgather_control.jobs.rank_processes import RankRecord
+from forgather_control.processes.liveness import myself
+from forgather_control.wire import methods
+from forgather_control.wire.addresses import MAX_PATH
 
 from .test_rescue import DEAF, KEEPS, LISTENS, WAITS, answering, impatient, publish, ranks, row
 from .world import ROOT, SOON, TOKEN, Process, cli, job_process, running_loop, serving, serving_tcp, until
@@ -59,7 +62,7 @@ def test_every_verb_is_the_same_by_module_and_by_script():
     """``python -m`` and both scripts show the same verbs."""
     by_module = cli("--help")
     assert by_module.returncode == 0
-    for method in commands.TABLE.values():
+    for method in methods.TABLE.values():
         if method.verb:
             assert method.verb in by_module.stdout and method.summary.split()[0] in by_module.stdout
     script = Path(sys.executable).parent / "forgather-control"
@@ -395,7 +398,7 @@ def test_a_process_out_of_files_says_so_and_nothing_else():
 
 def test_the_help_names_every_exit_code():
     """The epilog and the constants say the same."""
-    said = arguments.EPILOG.partition("exit codes: ")[2].replace("\n", " ")
+    said = parser.EPILOG.partition("exit codes: ")[2].replace("\n", " ")
     codes = {int(part.split()[0]) for part in said.split(", ")}
     assert codes == {value for name, value in vars(command_line).items() if name.isupper() and isinstance(value, int)}
 
@@ -548,7 +551,7 @@ def test_the_new_verbs_cost_others_nothing():
     """What only they need is loaded only by them; so is what only --ssh needs."""
     source = """
     import sys
-    from forgather_control import cli
+    from forgather_control.cli import main as cli
     cli.main(["status", "nobody"])
     print({"rescue", "dump", "roster", "ssh", "bridge"} & {name.rpartition(".")[2] for name in sys.modules}, flush=True)
     """

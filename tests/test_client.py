@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import client, errors
-from forgather_control.endpoint import TcpEndpoint
-from forgather_control.record import parse_record
+from forgather_control import errors
+from forgather_control.client import api
+from forgather_control.jobs.record import parse_record
+from forgather_control.wire.addresses import TcpEndpoint
 
 from .test_caller import Peer
 from .world import MS, SOON, Wire, cli, job_process, running_loop, until
@@ -41,12 +42,12 @@ def test_list_names_what_a_person_needs():
 def test_a_job_is_found_by_id_prefix_and_silence():
     """An id, a unique prefix, or nothing where one job is live; an exact id wins over a prefix."""
     with running_loop("alpha"):
-        assert client.find().job_id == client.find("al").job_id == client.find("alpha").job_id == "alpha"
+        assert api.find().job_id == api.find("al").job_id == api.find("alpha").job_id == "alpha"
         with running_loop("alphabet"):
-            assert client.find("alpha").job_id == "alpha"
+            assert api.find("alpha").job_id == "alpha"
             for name in ("al", None):
                 with pytest.raises(errors.AmbiguousJob) as caught:
-                    client.find(name)
+                    api.find(name)
                 assert sorted(caught.value.data["candidates"]) == ["alpha", "alphabet"]
 
 
@@ -54,14 +55,14 @@ def test_a_job_is_found_by_id_prefix_and_silence():
 def test_a_name_that_fits_nothing_is_no_such_job(name):
     """No name is ever taken for a path, and the error prints safely."""
     with running_loop("alpha"), pytest.raises(errors.NoSuchJob) as caught:
-        client.find(name)
+        api.find(name)
     assert str(caught.value).isprintable()
 
 
 def test_no_live_job_is_no_such_job():
     """Without a name and without a job there is nothing to choose from."""
     with pytest.raises(errors.NoSuchJob):
-        client.find()
+        api.find()
 
 
 def test_every_wait_returns_at_its_own_moment():
@@ -195,7 +196,7 @@ def test_a_stopped_process_is_silent_and_never_cleaned_up():
 
 def _waits(job_id: str) -> bool:
     """Whether the job has a command that is not over."""
-    return any(command["state"] == "accepted" for command in client.get_job_status(job_id)["commands"])
+    return any(command["state"] == "accepted" for command in api.get_job_status(job_id)["commands"])
 
 
 def test_a_job_that_dies_while_somebody_waits_says_so():
@@ -228,7 +229,7 @@ def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with job_process("phoenix") as old, forgather_control.connect("phoenix") as job:
         job.call("ping")
-        stale = client.find("phoenix")
+        stale = api.find("phoenix")
         old.kill()
         monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
         with job_process("phoenix") as new:
@@ -236,8 +237,8 @@ def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
             with pytest.raises(errors.JobDead, match=words) as caught:
                 job.call("abort")
             assert caught.value.data["pid"] == new.pid
-            assert "ask again" in str(client._unreachable(stale))
-            assert client.get_job_status("phoenix")["pid"] == new.pid
+            assert "ask again" in str(api._unreachable(stale))
+            assert api.get_job_status("phoenix")["pid"] == new.pid
 
 
 def test_a_job_that_ends_while_a_connection_is_open_says_so(folder):
@@ -262,17 +263,17 @@ def test_a_job_is_found_by_what_its_launcher_calls_it(monkeypatch):
     _launched(monkeypatch, **array, TORCHELASTIC_RUN_ID="my run")
     with running_loop("alpha"):
         for name in ("1200_3", "1204", "1200", "my run"):
-            assert client.find(name).job_id == "alpha"
-        assert client.get_job_status("1200_3")["job_id"] == "alpha"
+            assert api.find(name).job_id == "alpha"
+        assert api.get_job_status("1200_3")["job_id"] == "alpha"
         assert forgather_control.save_checkpoint("1204", wait="finished", timeout=SOON).state == "finished"
         for name in ("12", "1200_", "my", "3", "none"):
             with pytest.raises(errors.NoSuchJob):
-                client.find(name)
+                api.find(name)
         _launched(monkeypatch, **{**array, "SLURM_JOB_ID": "1205", "SLURM_ARRAY_TASK_ID": "4"})
         with running_loop("beta"):
-            assert [client.find(name).job_id for name in ("1200_3", "1200_4")] == ["alpha", "beta"]
+            assert [api.find(name).job_id for name in ("1200_3", "1200_4")] == ["alpha", "beta"]
             with pytest.raises(errors.AmbiguousJob) as caught:
-                client.find("1200")
+                api.find("1200")
             assert sorted(caught.value.data["candidates"]) == ["alpha", "beta"]
 
 
@@ -280,16 +281,16 @@ def test_an_id_goes_before_a_launchers_name_and_a_prefix_beside_it(monkeypatch):
     """An exact id wins; what is one job's run and the beginning of another's id is ambiguous, of its own id is not."""
     _launched(monkeypatch, SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="exp")
     with running_loop("exp-1"):
-        assert client.find("exp").job_id == "exp-1"
+        assert api.find("exp").job_id == "exp-1"
         _launched(monkeypatch)
         with running_loop("exp-2"):
             with pytest.raises(errors.AmbiguousJob):
-                client.find("exp")
+                api.find("exp")
             with running_loop("exp"):
-                assert client.find("exp").job_id == "exp"
+                assert api.find("exp").job_id == "exp"
             with running_loop("7"):
-                assert client.find("7").job_id == "7"
-            assert client.find("7").job_id == "exp-1"
+                assert api.find("7").job_id == "7"
+            assert api.find("7").job_id == "exp-1"
 
 
 def test_what_an_earlier_turn_left_does_not_hide_the_run(monkeypatch):
@@ -297,16 +298,16 @@ def test_what_an_earlier_turn_left_does_not_hide_the_run(monkeypatch):
     _launched(monkeypatch, SLURM_JOB_ID="7")
     with job_process("first") as first:
         first.kill()
-    assert client.find("7").job_id == "first"
+    assert api.find("7").job_id == "first"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with job_process("second") as second:
-        assert client.find("7").job_id == "second"
+        assert api.find("7").job_id == "second"
         second.kill()
-    assert client.find("7").job_id == "second"
+    assert api.find("7").job_id == "second"
     with job_process("third") as third:
         third.kill()
     with pytest.raises(errors.AmbiguousJob) as caught:
-        client.find("7")
+        api.find("7")
     assert sorted(caught.value.data["candidates"]) == ["second", "third"]
 
 
@@ -327,7 +328,7 @@ def test_a_job_that_has_just_ended_is_no_such_job(folder):
     """The record was read, then the job went: that is an ended job, not a dead one."""
     record = {"job_id": "brief", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
     gone = parse_record(json.dumps({**record, "socket": str(folder / "s")}).encode(), "brief")
-    assert isinstance(client._unreachable(gone), errors.NoSuchJob)
+    assert isinstance(api._unreachable(gone), errors.NoSuchJob)
 
 
 def test_an_unknown_error_code_is_kept():
@@ -341,9 +342,9 @@ def test_cleanup_removes_what_was_agreed_to_and_judges_it_again():
     with job_process("one") as one, job_process("two") as two:
         one.kill()
         two.kill()
-        shown = client.dead_jobs()
+        shown = api.dead_jobs()
     with running_loop("two"):
-        assert client.cleanup(shown) == ["one"]
+        assert api.cleanup(shown) == ["one"]
         assert [job.job_id for job in forgather_control.list_jobs()] == ["two"]
 
 
@@ -366,11 +367,11 @@ def put(folder: Path, name: str, **changes) -> None:
 def test_a_job_is_reached_at_its_port():
     """By address, by name, by the record alone where the socket is gone."""
     with running_loop(port=0) as run:
-        port = client.find("job").port
+        port = api.find("job").port
         for at in (f"tcp://{HERE}:{port}", f"tcp://localhost:{port}", f"tcp://{socket.gethostname()}:{port}"):
             with forgather_control.connect(at=at) as job:
                 assert job.call("status")["job_id"] == "job" and job._sock.family == socket.AF_INET
-        os.unlink(client.find("job").socket)
+        os.unlink(api.find("job").socket)
         assert forgather_control.save_checkpoint("job", wait="finished", timeout=SOON).state == "finished" and run.saves
         with forgather_control.connect("job") as job:
             assert job._sock.family == socket.AF_INET
@@ -383,16 +384,16 @@ def test_a_job_is_reached_at_its_port():
 def test_the_token_is_for_the_jobs_host_alone(host):
     """The same port of another host is somebody else's: nothing is connected to, nothing shown."""
     with running_loop(port=0):
-        port = client.find("job").port
+        port = api.find("job").port
         with pytest.raises(errors.NotAuthenticated, match="wants the job's token") as caught:
             forgather_control.connect(at=f"tcp://{host}:{port}")
-        assert client.find("job").token not in str(caught.value)
+        assert api.find("job").token not in str(caught.value)
 
 
 def test_the_token_goes_to_the_address_that_the_job_has_bound():
     """Another user may listen at the same port of another loopback address."""
     with running_loop(port=0):
-        port, seen = client.find("job").port, []
+        port, seen = api.find("job").port, []
         with Peer(None, lambda file, sock: seen.append(file.readline()), host="127.0.0.2", port=port) as peer:
             with forgather_control.connect(at=f"tcp://127.0.0.2:{port}") as job:
                 assert job.call("ping")["job_id"] == "job"
@@ -415,21 +416,21 @@ def test_what_dead_jobs_left_does_not_hide_who_has_the_port_now(folder):
     """ "auto" gives the same number again and again."""
     with running_loop(port=0):
         for name in ("gone", "lost"):
-            put(folder, name, port=client.find("job").port)
-        with forgather_control.connect(at=f"tcp://{HERE}:{client.find('job').port}") as job:
+            put(folder, name, port=api.find("job").port)
+        with forgather_control.connect(at=f"tcp://{HERE}:{api.find('job').port}") as job:
             assert job.call("ping")["job_id"] == "job"
 
 
 def test_a_port_that_asks_for_no_tls_gets_no_token_of_who_typed_it(folder):
     """tls:// is never silently weaker than typed."""
     with running_loop(port=0), pytest.raises((errors.JobNotAnswering, errors.NotAuthenticated)):
-        forgather_control.connect(at=f"tls://{HERE}:{client.find('job').port}")
+        forgather_control.connect(at=f"tls://{HERE}:{api.find('job').port}")
 
 
 def test_the_token_comes_from_the_caller_else_the_environment_else_the_record(monkeypatch):
     """In this order; an empty variable is none."""
     with running_loop(port=0):
-        record = client.find("job")
+        record = api.find("job")
         at = f"tcp://{HERE}:{record.port}"
         monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "wrong")
         with pytest.raises(errors.NotAuthenticated, match="not the job's token") as caught:
@@ -444,7 +445,7 @@ def test_the_token_comes_from_the_caller_else_the_environment_else_the_record(mo
 def test_another_job_than_the_named_one_is_not_called(monkeypatch, folder):
     """Neither with its record here, nor without, nor over a socket: an abort must not meet the wrong one."""
     with running_loop("one", port=0) as one, running_loop("two", port=0):
-        record = client.find("one")
+        record = api.find("one")
         for at in (f"tcp://{HERE}:{record.port}", f"unix:{record.socket}"):
             with forgather_control.connect("one", at=at, token=record.token) as job:
                 assert job.call("ping")["job_id"] == "one"
@@ -489,5 +490,5 @@ def test_where_a_port_is_seen_from_here(address, here, expected):
     record = parse_record(
         json.dumps({**known, "started_at": 1.0, "address": address, "tls_sha256": "ab"}).encode(), "x"
     )
-    found = client._port(record)
+    found = api._port(record)
     assert found == (expected and TcpEndpoint(expected, 8900, True, "ab"))

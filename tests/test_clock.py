@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from forgather_control import clock
-from forgather_control.clock import Budget, Deadline
+from forgather_control import deadline as module
+from forgather_control.deadline import Budget, Deadline
 
 from .world import MS, SOON
 
@@ -19,7 +19,7 @@ def now(monkeypatch):
     """A clock in the test's hands: the wall's time and the thread's processor time."""
     hands = SimpleNamespace(wall=1000.0, used=5.0)
     fake = SimpleNamespace(monotonic=lambda: hands.wall, thread_time=lambda: hands.used)
-    monkeypatch.setattr(clock, "time", fake)
+    monkeypatch.setattr(module, "time", fake)
     return hands
 
 

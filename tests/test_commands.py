@@ -9,10 +9,10 @@ import math
 
 import pytest
 
-from forgather_control import commands
-from forgather_control.commands import FINAL, STATES, TABLE, CommandRecord, lookup
 from forgather_control.errors import InternalError, InvalidParams, MethodNotFound
-from forgather_control.jsonrpc import encode
+from forgather_control.wire import methods
+from forgather_control.wire.jsonrpc import encode
+from forgather_control.wire.methods import FINAL, STATES, TABLE, CommandRecord, lookup
 
 from .world import strict
 
@@ -37,7 +37,7 @@ class RecordingLoop:
         self.asked = []
 
     def __getattr__(self, name):
-        assert hasattr(commands.Loop, name), f"{name} is not in the port"
+        assert hasattr(methods.Loop, name), f"{name} is not in the port"
         return lambda: self.asked.append(name.removeprefix("request_"))
 
 
@@ -139,7 +139,7 @@ def test_help_is_there(name):
 
 
 @pytest.mark.parametrize(
-    "declare", [lambda: commands.query("ping"), lambda: commands.command("abort", "ended", verb="x")]
+    "declare", [lambda: methods.query("ping"), lambda: methods.command("abort", "ended", verb="x")]
 )
 def test_second_declaration_raises(declare):
     """A method declared twice is a mistake of ours, found at import; the first stays."""
@@ -151,7 +151,7 @@ def test_second_declaration_raises(declare):
 
 def test_effects_have_no_io():
     """The module imports nothing that could do I/O, tell the time or know ranks."""
-    tree = ast.parse(inspect.getsource(commands))
+    tree = ast.parse(inspect.getsource(methods))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported <= {"inspect", "math"}
 
@@ -220,7 +220,7 @@ WRONG = {
     "timeout": [-1, -1e-300, 1e9 + 1, 10**400, True, False, "1", "NaN", [], {}, math.nan, math.inf, -math.inf],
     "command_id": ["", "x" * 129, 5, 1.5, True, [], {}, "a\nb", "\x1b[2J", "\0", "\ud800", "\u202e", "\u2028", "\x7f"],
 }
-RIGHT = {"wait": list(commands.STATES[:3]), "timeout": [None, 0, -0.0, 1e9, 10**9], "command_id": ["a", " ", "é" * 128]}
+RIGHT = {"wait": list(methods.STATES[:3]), "timeout": [None, 0, -0.0, 1e9, 10**9], "command_id": ["a", " ", "é" * 128]}
 
 
 @every_command
@@ -251,7 +251,7 @@ def test_a_later_answer_passes_through():
 
 @pytest.mark.parametrize(
     "param",
-    [commands.WAIT, commands.TIMEOUT, commands.PATIENCE, commands.NEW_ID, commands.KNOWN_ID],
+    [methods.WAIT, methods.TIMEOUT, methods.PATIENCE, methods.NEW_ID, methods.KNOWN_ID],
     ids=lambda p: p.name,
 )
 def test_schema_says_what_is_checked(param):

@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from forgather_control.connection import Connection, TlsConnection
-from forgather_control.tls import server_context
+from forgather_control.server.connection import Connection, TlsConnection
+from forgather_control.wire.tls import server_context
 
 from .world import SOON, needs, until
 

@@ -16,11 +16,12 @@ import psutil
 import pytest
 
 import forgather_control
-import forgather_control.commands
-from forgather_control import controller as module
-from forgather_control import errors, server
-from forgather_control.adapter import Wishes
-from forgather_control.controller import Controller
+import forgather_control.wire.methods
+from forgather_control import errors
+from forgather_control.server import server
+from forgather_control.training import controller as module
+from forgather_control.training.adapter import Wishes
+from forgather_control.training.controller import Controller
 
 from .world import MS, SOON, Process, Wire, needs_torch, running_loop, until
 

@@ -16,21 +16,23 @@ from contextlib import contextmanager
 
 import pytest
 
-from forgather_control import controller, directory, jobs, server
-from forgather_control.directory import JobDirectory, generate_job_id
 from forgather_control.errors import JobIdTaken, JobsDirUnusable, StartError
-from forgather_control.record import is_job_id, read_record
-from forgather_control.server import Server
+from forgather_control.jobs import directory, registry
+from forgather_control.jobs.directory import JobDirectory, generate_job_id
+from forgather_control.jobs.record import is_job_id, read_record
+from forgather_control.server import server
+from forgather_control.server.server import Server
+from forgather_control.training import controller
 
 from .world import MS, Process, Wire, job_process, needs, needs_root, running_loop, until
 
 #: Claims the job ids on its standard input, one a line, and prints what became of it; "end" removes the last.
 CLAIMER = """
 import os, sys, time
-from forgather_control import process
-from forgather_control.directory import JobDirectory
+from forgather_control.processes import liveness as process
+from forgather_control.jobs.directory import JobDirectory
 from forgather_control.errors import StartError
-from forgather_control.server import Server
+from forgather_control.server.server import Server
 
 def claim(job_id):
     server = Server(lambda request: {"job_id": job_id, "pid": os.getpid()}, lambda: None)
@@ -119,7 +121,7 @@ def test_a_claim_publishes_and_remove_leaves_nothing(jobs_dir, make):
     job.claim()
     record = published(jobs_dir)
     assert (record.pid, record.port, record.protocol, record.world_size) == (os.getpid(), None, 1, 1)
-    assert record.socket == str(jobs_dir / "job" / "control.sock") and jobs.judge(record) == "silent"
+    assert record.socket == str(jobs_dir / "job" / "control.sock") and registry.judge(record) == "silent"
     assert names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
     job.remove()
     job.remove()
@@ -259,7 +261,7 @@ def test_who_listens_on_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
     with job_process():
         place = jobs_dir / "job" / "endpoint.json"
         place.write_text(json.dumps({**json.loads(place.read_text()), "pid_namespace": 1}))
-        assert jobs.judge(read_record(str(jobs_dir), "job")) == "foreign"
+        assert registry.judge(read_record(str(jobs_dir), "job")) == "foreign"
         _again(monkeypatch, 1)
         with pytest.raises(JobIdTaken):
             make().claim()
@@ -519,7 +521,7 @@ def test_a_restore_does_not_wait_for_the_lock(jobs_dir, make):
     job = make()
     job.claim()
     os.unlink(jobs_dir / "job" / "control.sock")
-    with jobs.locked(str(jobs_dir), 1.0), pytest.raises(JobsDirUnusable, match="held"):
+    with registry.locked(str(jobs_dir), 1.0), pytest.raises(JobsDirUnusable, match="held"):
         job.restore()
     assert job.restore()
 

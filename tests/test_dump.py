@@ -15,12 +15,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from forgather_control import dump
-from forgather_control.clock import Deadline
-from forgather_control.dump import Recorder, dump_of
+from forgather_control.deadline import Deadline
 from forgather_control.errors import FindError, JobDead, JobNotAnswering
-from forgather_control.process import Identity, judge, myself
-from forgather_control.stacks import python_stacks
+from forgather_control.processes import stack_dump
+from forgather_control.processes.liveness import Identity, judge, myself
+from forgather_control.processes.stack_dump import Recorder, dump_of
+from forgather_control.processes.stacks import python_stacks
 
 from .world import MS, SOON, Process, descriptors, until
 
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 #: Begins to record, prints who it is, then runs what the test appends.
 RECORDS = """
 import ctypes, json, os, signal, socket, sys, threading, time
-from forgather_control.dump import Recorder
-from forgather_control.process import myself
-from forgather_control.stacks import python_stacks
+from forgather_control.processes.stack_dump import Recorder
+from forgather_control.processes.liveness import myself
+from forgather_control.processes.stacks import python_stacks
 
 def keep_the_lock_in_c():
     # PyDLL does not release the interpreter lock; read(2) lasts until the test writes.
@@ -55,7 +55,7 @@ def recording(source):
 @pytest.fixture
 def quick(monkeypatch):
     """A witness that proves its point in a tenth of the time; nothing here is that busy."""
-    monkeypatch.setattr(dump, "_SILENCE", 300 * MS)
+    monkeypatch.setattr(stack_dump, "_SILENCE", 300 * MS)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def recorder():
 
 def status(pid, name):
     """A field of /proc/PID/status."""
-    return dump._field(f"/proc/{pid}/status", name)
+    return stack_dump._field(f"/proc/{pid}/status", name)
 
 
 def sleeps(pid):
@@ -190,7 +190,7 @@ def test_a_stopped_process_is_not_sent_a_signal(quick):
         with pytest.raises(JobNotAnswering, match="stopped"):
             dump_of(identity, fd, Deadline(600 * MS))
         threads = [f"/proc/{other.pid}/task/{thread}/status" for thread in os.listdir(f"/proc/{other.pid}/task")]
-        assert not any(dump._mask(thread, name) for thread in threads for name in ("SigPnd", "ShdPnd"))
+        assert not any(stack_dump._mask(thread, name) for thread in threads for name in ("SigPnd", "ShdPnd"))
         os.kill(other.pid, signal.SIGCONT)
         assert "MainThread" in dump_of(identity, fd, Deadline(SOON))
         other.say("go on")
@@ -240,10 +240,10 @@ def test_a_dead_process_is_told_as_dead():
 
 def test_a_number_that_is_another_file_by_now(tmp_path, recorder):
     """A file, a FIFO, a socket, a file in memory of another name, or nothing: refused, and none is touched."""
-    (tmp_path / f"memfd:{dump.NAME} (deleted)").write_text("mine")
+    (tmp_path / f"memfd:{stack_dump.NAME} (deleted)").write_text("mine")
     os.mkfifo(tmp_path / "fifo")
     fifo = os.open(tmp_path / "fifo", os.O_RDWR)
-    named = os.open(tmp_path / f"memfd:{dump.NAME} (deleted)", os.O_RDWR)
+    named = os.open(tmp_path / f"memfd:{stack_dump.NAME} (deleted)", os.O_RDWR)
     memory = os.memfd_create("something else")
     free = os.dup(memory)
     os.close(free)
@@ -251,7 +251,7 @@ def test_a_number_that_is_another_file_by_now(tmp_path, recorder):
         for number in (fifo, named, memory, sock.fileno(), free, 0, 2**31 - 1):
             with pytest.raises(FindError, match="cannot be read"):
                 dump_of(myself(), number, Deadline(SOON))
-    assert (tmp_path / f"memfd:{dump.NAME} (deleted)").read_text() == "mine"
+    assert (tmp_path / f"memfd:{stack_dump.NAME} (deleted)").read_text() == "mine"
     for file in (fifo, named, memory):
         os.close(file)
 
@@ -263,8 +263,8 @@ def test_a_record_that_lies(tmp_path, facts):
     """Of the right name, and broken or hostile within: refused; no other pipe gets a byte, no other signal is sent."""
     ours, theirs = os.pipe(), os.pipe()
     facts = facts.replace(b"{pipe}", b"%d" % ours[1]).replace(b"{inode}", b"%d" % os.fstat(ours[1]).st_ino)
-    fake = os.memfd_create(dump.NAME)
-    os.write(fake, facts.replace(b"{fifo}", b"%d" % theirs[1]).ljust(dump._HEADER))
+    fake = os.memfd_create(stack_dump.NAME)
+    os.write(fake, facts.replace(b"{fifo}", b"%d" % theirs[1]).ljust(stack_dump._HEADER))
     with pytest.raises(FindError):
         dump_of(myself(), fake, Deadline(300 * MS))
     os.set_blocking(theirs[0], False)
@@ -327,15 +327,15 @@ def test_a_text_without_end_is_bounded():
 def test_the_main_thread_of_a_long_dump_is_not_cut_off():
     """faulthandler writes it last; here it is first, and the end is left out."""
     text = "".join(f"Thread {n:#x} (most recent call first):\n" + "  File x\n" * 90 + "\n" for n in range(100))
-    shown = dump._main_first(text + "Thread 0x0 (most recent call first):\n  File main\n")
+    shown = stack_dump._main_first(text + "Thread 0x0 (most recent call first):\n  File main\n")
     assert shown.startswith("Thread 0x0 (") and shown.endswith("left out\n") and len(shown) < 70_000
 
 
 @pytest.mark.parametrize("parts", [("handler",), ("handler", "witness"), ("witness", "handler")])
 def test_the_witness_may_be_late(parts):
     """Where the lock is let go of in the end and both have written, what the handler saw is told: the culprit."""
-    texts = {"handler": b"Thread 0x1 (most recent call first):\n", "witness": dump._MARK % 8 + b"Thread:\n"}
-    assert dump._without_testimony(b"".join(texts[part] for part in parts)) == texts["handler"]
+    texts = {"handler": b"Thread 0x1 (most recent call first):\n", "witness": stack_dump._MARK % 8 + b"Thread:\n"}
+    assert stack_dump._without_testimony(b"".join(texts[part] for part in parts)) == texts["handler"]
 
 
 # Begin and end...
@@ -416,7 +416,7 @@ def test_a_signal_in_use_is_not_taken():
     """Neither one that is caught by Python or by C, nor one that is ignored, or blocked (someone may wait for it)."""
     source = """
     import ctypes, signal
-    from forgather_control.dump import Recorder
+    from forgather_control.processes.stack_dump import Recorder
     signal.signal(42, lambda *_: None)
     signal.signal(43, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [44])
@@ -435,7 +435,7 @@ def test_without_room_nothing_is_left_behind():
     """Out of files, out of threads, out of signals: False, and training has the rest for itself."""
     source = """
     import os, resource, signal, threading
-    from forgather_control.dump import Recorder
+    from forgather_control.processes.stack_dump import Recorder
     import faulthandler, fcntl
     def count():
         return len(os.listdir("/proc/self/fd"))
@@ -456,5 +456,5 @@ def test_without_room_nothing_is_left_behind():
 
 def test_the_default_signal_is_a_real_time_one():
     """It is none of those that have a meaning of their own, nor one of glibc's."""
-    assert signal.SIGRTMIN <= dump._FIRST_SIGNAL <= signal.SIGRTMAX
-    assert ctypes.CDLL(None).__libc_current_sigrtmin() <= dump._FIRST_SIGNAL
+    assert signal.SIGRTMIN <= stack_dump._FIRST_SIGNAL <= signal.SIGRTMAX
+    assert ctypes.CDLL(None).__libc_current_sigrtmin() <= stack_dump._FIRST_SIGNAL

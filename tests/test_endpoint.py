@@ -10,18 +10,19 @@ import time
 
 import pytest
 
-from forgather_control import endpoint
-from forgather_control.clock import Deadline
-from forgather_control.endpoint import TcpEndpoint, UnixEndpoint, bind, fits, is_loopback, parse, peer_uid
+from forgather_control.deadline import Deadline
 from forgather_control.errors import InvalidParams, JobDead, JobNotAnswering
+from forgather_control.wire import addresses
+from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint, bind, fits, is_loopback, parse, peer_uid
 
 from .world import SOON, Process, descriptors, needs_root
 
 #: Connects as nobody to each path on its standard input, and prints what became of it.
 NOBODY = """
 import os, sys
-from forgather_control import endpoint, errors
-from forgather_control.clock import Deadline
+from forgather_control import errors
+from forgather_control.wire import addresses as endpoint
+from forgather_control.deadline import Deadline
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 for line in sys.stdin:
     try:
@@ -153,7 +154,7 @@ def test_a_backlog_with_room_again_is_entered(place, listener):
 
 def test_the_backlog_of_a_server_is_long():
     """As many as the design asks for, since a full backlog fails at once."""
-    assert endpoint.BACKLOG >= 1024
+    assert addresses.BACKLOG >= 1024
 
 
 @needs_root

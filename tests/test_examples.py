@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import server
+from forgather_control.server import server
 
 from .world import (
     MS,

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from forgather_control import exchange, jsonrpc
-from forgather_control.connection import Connection
 from forgather_control.errors import JobDead, NotCancellable
-from forgather_control.exchange import PENDING, Exchanges, Later
+from forgather_control.server import dispatcher
+from forgather_control.server.connection import Connection
+from forgather_control.server.dispatcher import PENDING, Exchanges, Later
+from forgather_control.wire import jsonrpc
 
 from .world import SOON, strict
 
@@ -222,7 +223,7 @@ def test_nan_and_surrogates_travel_as_text(talk):
 
 def test_only_so_many_may_wait(talk, monkeypatch):
     """Beyond the bound a request is refused with the number, in a batch, too; an answer makes room again."""
-    monkeypatch.setattr(exchange, "MAX_WAITING", 2)
+    monkeypatch.setattr(dispatcher, "MAX_WAITING", 2)
     talk.ask((1, "later", "a"))
     talk.ask((2, "later", "b"), (3, "later", "c"), batch=True)
     talk.ask((4, "later", "d"))

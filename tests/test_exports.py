@@ -95,8 +95,8 @@ HEAVY = {"torch", "psutil", "transformers", "numpy", "lightning", "pytorch_light
         "import forgather_control; forgather_control.list_jobs; forgather_control.Client; forgather_control.Job",
         "from forgather_control import abort, connect, get_job_status, ControlError, CommandRecord",
         "import forgather_control; assert forgather_control.list_jobs() == []",
-        "import forgather_control.cli",
-        "import forgather_control.cli; assert forgather_control.cli.main(['list']) == 0",
+        "import forgather_control.cli.main",
+        "import forgather_control.cli.main; assert forgather_control.cli.main.main(['list']) == 0",
     ],
 )
 def test_client_is_light(doing):

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from forgather_control import files as module
-from forgather_control import jsonrpc, listener, server
 from forgather_control.errors import InvalidParams
-from forgather_control.exchange import PENDING, Exchanges, Later
-from forgather_control.files import Files
+from forgather_control.server import file_requests as module
+from forgather_control.server import listener, server
+from forgather_control.server.dispatcher import PENDING, Exchanges, Later
+from forgather_control.server.file_requests import Files
+from forgather_control.wire import jsonrpc
 
 from .world import MS, SOON, Process, Wire, cli, job_process, needs_root, needs_success, running_loop, strict, until
 
@@ -686,7 +687,7 @@ def test_writers_at_the_end_do_not_keep_the_directory(jobs_dir, quick, caplog):
 def test_an_ending_job_leaves_its_name_to_others(jobs_dir):
     """No longer listed, its id is free; whoever takes it is not harmed when the first goes at last."""
     source = """
-        from forgather_control.directory import JobDirectory
+        from forgather_control.jobs.directory import JobDirectory
         mine = JobDirectory("job", lambda path: open(path, "w").close(), 1)
         mine.claim()
         mine.unlist()

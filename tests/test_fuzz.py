@@ -25,10 +25,13 @@ from typing import Any
 
 import pytest
 
-from forgather_control import cli, client, jsonrpc, letters
-from forgather_control.connection import Connection
+from forgather_control.cli import main
+from forgather_control.client import api
 from forgather_control.errors import ControlError
-from forgather_control.exchange import Exchanges
+from forgather_control.jobs import spool
+from forgather_control.server.connection import Connection
+from forgather_control.server.dispatcher import Exchanges
+from forgather_control.wire import jsonrpc
 
 from . import coverage_fuzz
 from .coverage_fuzz import TARGETS, agrees, echo, expected
@@ -47,7 +50,7 @@ def some(number: int) -> int:
 @pytest.fixture
 def quick(monkeypatch):
     """The budget would make this last for hours, the ticks for minutes; both are tested by themselves."""
-    from forgather_control import server
+    from forgather_control.server import server
 
     monkeypatch.setattr(server, "SHARE", 1.0)
     monkeypatch.setattr(server, "TICK", 20 * MS)
@@ -417,15 +420,15 @@ def test_no_record_hides_a_good_one_or_reaches_outside(jobs_dir, outside, capsys
         mine, before = set(os.listdir(jobs_dir / "good")), descriptors()
         for _ in range(some(6)):
             names = strew(dice, jobs_dir, 50, outside, [str(jobs_dir / "good" / "control.sock")])
-            states = {job.job_id: job.state for job in client.list_jobs(SOON)}
+            states = {job.job_id: job.state for job in api.list_jobs(SOON)}
             assert states["good"] == "live" and "live" not in {states.get(name) for name in names}
             for name in names:
-                ours_only(lambda name=name: client.connect(name).close())
+                ours_only(lambda name=name: api.connect(name).close())
             for words in (["list"], ["list", "--json"], *(["status", dice.choice(names)] for _ in range(5))):
-                assert cli.main(words) in range(6)
-            assert client.find("goo").job_id == "good" and client.get_job_status()["job_id"] == "good"
+                assert main.main(words) in range(6)
+            assert api.find("goo").job_id == "good" and api.get_job_status()["job_id"] == "good"
             dead = [name for name, state in states.items() if state == "dead"]
-            assert cli.main(["cleanup", "--force"]) == 0 and not [name for name in dead if (jobs_dir / name).exists()]
+            assert main.main(["cleanup", "--force"]) == 0 and not [name for name in dead if (jobs_dir / name).exists()]
             said = capsys.readouterr()
             assert set(said.out + said.err) <= {"\n", *filter(str.isprintable, said.out + said.err)}
             clear(jobs_dir, "good", ".lock")
@@ -460,8 +463,8 @@ def test_a_record_may_change_while_it_is_read(jobs_dir, outside):
         changer.start()
         try:
             for _ in range(some(200)):
-                assert "good" in [job.job_id for job in client.list_jobs(SOON)]
-                ours_only(lambda: client.find("changing"))
+                assert "good" in [job.job_id for job in api.list_jobs(SOON)]
+                ours_only(lambda: api.find("changing"))
         finally:
             over.set()
             changer.join(SOON)
@@ -508,8 +511,8 @@ def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, capl
             for name in dice.sample(sorted(good), len(good)):
                 others += [drop(dice, home / "requests", outside) for _ in range(5)]
                 line = jsonrpc.request("save_checkpoint", {"command_id": name}, name)
-                with letters.opened(str(home), letters.REQUESTS, letters.place(str(home))) as box:
-                    letters.write(box, f"{name}.json", line)
+                with spool.opened(str(home), spool.REQUESTS, spool.place(str(home))) as box:
+                    spool.write(box, f"{name}.json", line)
             until(lambda good=good: all((home / "replies" / f"{name}.json").exists() for name in good))
             for name in good:
                 reply = strict((home / "replies" / f"{name}.json").read_bytes())
@@ -595,11 +598,11 @@ def odd_job(jobs_dir: Path, dice: random.Random) -> Iterator[None]:
         assert not thread.is_alive()
 
 
-def ask_oddly(dice: random.Random, job: client.Client) -> None:
+def ask_oddly(dice: random.Random, job: api.Client) -> None:
     """One of the calls that look into what they are answered."""
     method = dice.choice(["status", "list_jobs", "ranks", "stacks", "get_command", "save_checkpoint"])
     if method == "get_command":
-        client.CommandRecord.from_json(job.call(method, command_id="c"))
+        api.CommandRecord.from_json(job.call(method, command_id="c"))
     elif method == "save_checkpoint":
         assert job.command(method).command_id
     else:
@@ -611,20 +614,20 @@ def test_no_reply_gets_out_as_anything_but_our_errors(jobs_dir, capsys):
     dice = random.Random(SEED)
     with odd_job(jobs_dir, random.Random(SEED + 1)):
         for _ in range(some(500)):
-            with suppress(ControlError), client.connect("bad", SOON) as job:
+            with suppress(ControlError), api.connect("bad", SOON) as job:
                 ask_oddly(dice, job)
         for _ in range(some(50)):
-            assert {job.job_id for job in client.list_jobs()} == {"bad"}
-            assert cli.main(["list"]) == 0
+            assert {job.job_id for job in api.list_jobs()} == {"bad"}
+            assert main.main(["list"]) == 0
         for words in (["status"], ["save"], ["save", "--wait"], ["ranks"], ["stacks"], ["status", "--json"]):
             for _ in range(some(15)):
-                assert cli.main([*words, "bad"]) in range(6)
+                assert main.main([*words, "bad"]) in range(6)
     assert capsys.readouterr().out.replace("\n", "").isprintable()
 
 
 def test_no_reply_by_file_gets_out_as_anything_but_our_errors(jobs_dir, outside, monkeypatch):
     """From ``replies/``, with a status.json that is none: the same; and what is no file is no reply."""
-    monkeypatch.setattr("forgather_control.by_file._PAUSES", (MS, 10 * MS))
+    monkeypatch.setattr("forgather_control.client.file_transport._PAUSES", (MS, 10 * MS))
     dice, theirs, over = random.Random(SEED), random.Random(SEED + 1), threading.Event()
     home = jobs_dir / "bad"
     for box in ("requests", "replies"):
@@ -645,7 +648,7 @@ def test_no_reply_by_file_gets_out_as_anything_but_our_errors(jobs_dir, outside,
     answering.start()
     try:
         for _ in range(some(60)):
-            with suppress(ControlError), client.FileClient(client.find("bad"), 0.1) as job:
+            with suppress(ControlError), api.FileClient(api.find("bad"), 0.1) as job:
                 ask_oddly(dice, job)
     finally:
         over.set()

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from forgather_control import gate, jsonrpc, server
-from forgather_control.gate import Gate
+from forgather_control.server import auth, server
+from forgather_control.server.auth import Gate
+from forgather_control.wire import jsonrpc
 
 from .world import MS, SOON, TOKEN, Wire, descriptors, serving_tcp, until
 
@@ -65,7 +66,7 @@ def control(answers, jobs_dir):
 
 def test_a_token_is_long_random_and_fit_for_a_shell():
     """256 bits, another each time, of letters that need no quotes."""
-    tokens = {gate.new_token() for _ in range(100)}
+    tokens = {auth.new_token() for _ in range(100)}
     assert len(tokens) == 100
     for token in tokens:
         assert len(base64.urlsafe_b64decode(token + "=")) * 8 >= 128
@@ -204,7 +205,7 @@ def test_a_token_without_a_newline_before_the_end(control):
 
 def test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs(control, answers, monkeypatch):
     """After the penalty there is one error, then the end; others are served meanwhile."""
-    monkeypatch.setattr(gate, "PENALTY", 300 * MS)
+    monkeypatch.setattr(auth, "PENALTY", 300 * MS)
     with Wire(control.at) as wire, Wire(control.at) as owner:
         owner.authenticate()
         start = time.monotonic()
@@ -219,7 +220,7 @@ def test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs(control, answ
 
 def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeypatch):
     """What arrives while the penalty runs is not executed, and does not cost the client its answer."""
-    monkeypatch.setattr(gate, "PENALTY", 200 * MS)
+    monkeypatch.setattr(auth, "PENALTY", 200 * MS)
     with Wire(control.at) as wire, Wire(control.at) as other:
         wire.send(line({**AUTH, "params": {"token": "guess"}}))
         other.authenticate()  # by now the first line was judged
@@ -231,7 +232,7 @@ def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeyp
 
 def test_who_leaves_before_the_penalty_costs_nothing(control, monkeypatch):
     """The late answer to nobody is no fault."""
-    monkeypatch.setattr(gate, "PENALTY", 50 * MS)
+    monkeypatch.setattr(auth, "PENALTY", 50 * MS)
     for _ in range(20):
         with Wire(control.at) as wire:
             wire.send(line({**AUTH, "params": {"token": "guess"}}))
@@ -268,7 +269,7 @@ def test_a_megabyte_without_a_newline_is_not_kept(control, answers):
 def test_the_longest_first_line_and_one_more(control, more):
     """1,024 bytes are a line; one more ends the connection, with the right token in it."""
     with Wire(control.at) as wire:
-        wire.send(padded(gate.MAX_FIRST_LINE + more))
+        wire.send(padded(auth.MAX_FIRST_LINE + more))
         if more > 0:
             assert wire.is_closed()
         else:
@@ -278,7 +279,7 @@ def test_the_longest_first_line_and_one_more(control, more):
 def test_half_a_line_and_silence_end_in_time(answers, monkeypatch):
     """Nobody occupies a place for long; who has shown the token may be silent."""
     monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(gate, "TIME_TO_AUTHENTICATE", 300 * MS)
+    monkeypatch.setattr(auth, "TIME_TO_AUTHENTICATE", 300 * MS)
     with serving_tcp(answers) as control, Wire(control.at) as owner:
         start = time.monotonic()
         owner.authenticate()
@@ -292,7 +293,7 @@ def test_half_a_line_and_silence_end_in_time(answers, monkeypatch):
 def test_trickling_wins_no_time(answers, monkeypatch):
     """A byte now and then is no reason to wait longer."""
     monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(gate, "TIME_TO_AUTHENTICATE", 200 * MS)
+    monkeypatch.setattr(auth, "TIME_TO_AUTHENTICATE", 200 * MS)
     with serving_tcp(answers) as control, Wire(control.at) as wire:
 
         def trickle():
@@ -308,7 +309,7 @@ def test_trickling_wins_no_time(answers, monkeypatch):
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_beyond_the_limit_the_first_stranger_goes(answers, monkeypatch, more):
     """MAX_STRANGERS have a place; for one more the one that came first goes, and no other."""
-    monkeypatch.setattr(gate, "MAX_STRANGERS", 8)
+    monkeypatch.setattr(auth, "MAX_STRANGERS", 8)
     with serving_tcp(answers) as control:
         before = descriptors()
         socks = [socket.create_connection(control.at, SOON) for _ in range(8 + more)]

@@ -19,9 +19,9 @@ import pytest
 
 import forgather_control
 from forgather_control import TrainerControlCallback, connect, get_command, get_job_status
-from forgather_control.client import find
-from forgather_control.controller import Controller
-from forgather_control.hf import checkpoint_path
+from forgather_control.client.api import find
+from forgather_control.integrations.huggingface import checkpoint_path
+from forgather_control.training.controller import Controller
 
 from . import forgather_loop
 from .forgather_loop import Strategy
@@ -873,7 +873,7 @@ def test_every_hook_exists():
 def test_neither_transformers_nor_torch_is_imported():
     """The callback knows the trainer's objects by their attributes alone."""
     source = """
-    import sys, forgather_control.hf as hf
+    import sys, forgather_control.integrations.huggingface as hf
     hf.TrainerControlCallback()
     print({'torch', 'transformers'} & set(sys.modules))
     """

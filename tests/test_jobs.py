@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 import forgather_control
-from forgather_control import jobs, process
-from forgather_control.clock import Deadline
+from forgather_control.deadline import Deadline
 from forgather_control.errors import JobsDirUnusable
-from forgather_control.record import JobRecord, read_record
+from forgather_control.jobs import registry
+from forgather_control.jobs.record import JobRecord, read_record
+from forgather_control.processes import liveness
 
 from .world import ROOT, SOON, Process, descriptors, job_process, serving, until
 
@@ -31,7 +32,7 @@ def dead():
     started_at = psutil.Process(child.pid).create_time()
     child.kill()
     child.wait()
-    return process.myself()._replace(pid=child.pid, started_at=started_at)
+    return liveness.myself()._replace(pid=child.pid, started_at=started_at)
 
 
 def publish(root, name, owner, **changes):
@@ -61,7 +62,7 @@ def listening(path, backlog=10):
 
 def states(root, seconds=2.0):
     """What ``discover`` says of each job."""
-    return {job.job_id: job.state for job in jobs.discover(str(root), seconds)[0]}
+    return {job.job_id: job.state for job in registry.discover(str(root), seconds)[0]}
 
 
 def stop(pid):
@@ -75,9 +76,9 @@ def stop(pid):
 
 def test_no_directory_is_no_jobs(jobs_dir):
     """Before the first job there is nothing to list and nothing to complain about; nor is anything made."""
-    assert jobs.discover(str(jobs_dir), 1.0) == ([], {}) and not jobs_dir.exists()
+    assert registry.discover(str(jobs_dir), 1.0) == ([], {}) and not jobs_dir.exists()
     jobs_dir.write_text("a file")
-    assert jobs.discover(str(jobs_dir), 1.0) == ([], {})
+    assert registry.discover(str(jobs_dir), 1.0) == ([], {})
 
 
 def test_the_newest_comes_first(jobs_dir, dead):
@@ -87,7 +88,7 @@ def test_the_newest_comes_first(jobs_dir, dead):
     publish(jobs_dir, ".hidden", dead)
     publish(jobs_dir, "a name", dead)
     (jobs_dir / "file").touch()
-    assert [record.job_id for record in jobs.scan(str(jobs_dir))[0]] == ["new", "a", "b", "old"]
+    assert [record.job_id for record in registry.scan(str(jobs_dir))[0]] == ["new", "a", "b", "old"]
 
 
 def test_one_bad_record_does_not_hide_the_others(jobs_dir, dead):
@@ -108,7 +109,7 @@ def test_one_bad_record_does_not_hide_the_others(jobs_dir, dead):
         (jobs_dir / name).mkdir()
     os.mkfifo(jobs_dir / "fifo" / "endpoint.json")
     (jobs_dir / "folder" / "endpoint.json").mkdir()
-    found, left_out = jobs.discover(str(jobs_dir), 1.0)
+    found, left_out = registry.discover(str(jobs_dir), 1.0)
     assert [job.job_id for job in found] == ["good"]
     assert left_out.keys() == {*bad, "fifo", "folder"} and all(left_out.values())
     assert forgather_control.cleanup() == ["good"] and len(tree(jobs_dir)) == 2 * len(left_out)
@@ -124,7 +125,7 @@ def test_no_value_that_a_record_may_hold_breaks_the_list(jobs_dir, dead):
     ]  # fmt: skip
     for number, changes in enumerate(odd):
         publish(jobs_dir, f"odd{number}", dead, **changes)
-    found, left_out = jobs.discover(str(jobs_dir), 1.0)
+    found, left_out = registry.discover(str(jobs_dir), 1.0)
     assert len(found) == len(odd) and not left_out
     assert {job.state for job in found} == {"dead", "foreign"}
 
@@ -133,7 +134,7 @@ def test_live_is_who_answers_for_this_job(jobs_dir, dead):
     """A socket that answers with the job's id makes it live, whatever its record says of pids and hosts."""
     record = publish(jobs_dir, "job", dead._replace(host="another"))
     with serving(record.socket, lambda request: {"job_id": "job", "global_step": 7}):
-        job = jobs.discover(str(jobs_dir), SOON)[0][0]
+        job = registry.discover(str(jobs_dir), SOON)[0][0]
         assert (job.state, job.global_step, job.to_json()["global_step"]) == ("live", 7, 7)
     assert states(jobs_dir) == {"job": "foreign"}
 
@@ -156,7 +157,7 @@ def test_live_is_who_answers_for_this_job(jobs_dir, dead):
 )
 def test_who_answers_something_else_is_not_live(jobs_dir, dead, answer):
     """Another job's answer, an error, garbage or a line without end is no sign of life of this job."""
-    record = publish(jobs_dir, "job", process.myself())
+    record = publish(jobs_dir, "job", liveness.myself())
     with listening(record.socket) as listener:
 
         def speak():
@@ -179,7 +180,7 @@ def test_who_answers_something_else_is_not_live(jobs_dir, dead, answer):
 def test_a_reused_pid_reads_dead(jobs_dir):
     """A record that points at a live foreign pid with another start time is a dead job's, and is removed."""
     with Process("import sys; sys.stdin.read()") as other:
-        owner = process.myself()._replace(pid=other.pid, started_at=psutil.Process(other.pid).create_time() - 100)
+        owner = liveness.myself()._replace(pid=other.pid, started_at=psutil.Process(other.pid).create_time() - 100)
         publish(jobs_dir, "job", owner)
         assert states(jobs_dir) == {"job": "dead"} and forgather_control.cleanup() == ["job"]
         assert other.popen.poll() is None
@@ -201,8 +202,8 @@ def test_a_thousand_dead_cost_no_deadline_each(jobs_dir, dead):
 @pytest.mark.once
 def test_many_silent_ones_share_one_deadline(jobs_dir):
     """Fifty jobs that never answer take as long as one, and the live one beside them is seen."""
-    listeners = [listening(publish(jobs_dir, f"mute{n}", process.myself()).socket) for n in range(50)]
-    record = publish(jobs_dir, "alive", process.myself(), started_at=1)
+    listeners = [listening(publish(jobs_dir, f"mute{n}", liveness.myself()).socket) for n in range(50)]
+    record = publish(jobs_dir, "alive", liveness.myself(), started_at=1)
     before, start = descriptors(), time.monotonic()
     with serving(record.socket, lambda request: {"job_id": "alive"}):
         found = states(jobs_dir, 0.5)
@@ -215,7 +216,7 @@ def test_many_silent_ones_share_one_deadline(jobs_dir):
 def test_more_jobs_than_are_asked_at_once(jobs_dir):
     """All of 300 live jobs are seen, though not all sockets are open at the same time."""
     names = sorted((f"job{number:03}" for number in range(300)), reverse=True)
-    listeners = [(n, listening(publish(jobs_dir, n, process.myself(), started_at=int(n[3:])).socket)) for n in names]
+    listeners = [(n, listening(publish(jobs_dir, n, liveness.myself(), started_at=int(n[3:])).socket)) for n in names]
 
     def serve():
         for name, listener in listeners:
@@ -241,7 +242,7 @@ def test_a_stopped_job_is_silent_and_comes_back(jobs_dir):
         start = time.monotonic()
         assert states(jobs_dir, 0.3) == {"job": "silent"} and time.monotonic() - start < 2
         before = tree(jobs_dir)
-        assert forgather_control.cleanup() == [] and not jobs.remove_dead(str(jobs_dir), "job")
+        assert forgather_control.cleanup() == [] and not registry.remove_dead(str(jobs_dir), "job")
         assert tree(jobs_dir) == before
         os.kill(job.pid, signal.SIGCONT)
         assert states(jobs_dir, SOON) == {"job": "live"}
@@ -268,17 +269,17 @@ def test_a_killed_job_reads_dead_and_is_cleaned_up(jobs_dir):
 )
 def test_what_this_host_cannot_see_is_not_removed(jobs_dir, dead, monkeypatch, changes):
     """A job of another host, machine or container is foreign, though its pid is gone here."""
-    monkeypatch.setattr(process, "_machine", lambda: "this machine")
+    monkeypatch.setattr(liveness, "_machine", lambda: "this machine")
     publish(jobs_dir, "job", dead, **{"machine": "this machine", **changes})
     before = tree(jobs_dir)
     assert states(jobs_dir) == {"job": "foreign"}
-    assert forgather_control.cleanup() == [] and not jobs.remove_dead(str(jobs_dir), "job")
+    assert forgather_control.cleanup() == [] and not registry.remove_dead(str(jobs_dir), "job")
     assert tree(jobs_dir) == before
 
 
 def test_another_boot_is_a_death(jobs_dir):
     """After a reboot no pid counts, though a process may have it."""
-    publish(jobs_dir, "job", process.myself()._replace(boot_id="before the reboot"))
+    publish(jobs_dir, "job", liveness.myself()._replace(boot_id="before the reboot"))
     assert states(jobs_dir) == {"job": "dead"} and forgather_control.cleanup() == ["job"]
 
 
@@ -286,16 +287,16 @@ def test_who_answers_is_not_removed(jobs_dir, dead):
     """A record whose pid is gone here, but in whose name somebody answers, is a live job's."""
     record = publish(jobs_dir, "job", dead)
     with serving(record.socket, lambda request: {"job_id": "job"}):
-        assert not jobs.is_dead(record) and not jobs.remove_dead(str(jobs_dir), "job")
-    assert jobs.remove_dead(str(jobs_dir), "job")
+        assert not registry.is_dead(record) and not registry.remove_dead(str(jobs_dir), "job")
+    assert registry.remove_dead(str(jobs_dir), "job")
 
 
 def test_a_dead_jobs_record_costs_no_live_job_its_directory(jobs_dir, dead):
     """Somebody copied it there: who answers at the socket beside it is not asked by what the record says."""
     record = publish(jobs_dir, "job", dead, socket=None)
     with serving(jobs_dir / "job" / "control.sock", lambda request: {"job_id": "job"}):
-        assert jobs.is_dead(record) and not jobs.remove_dead(str(jobs_dir), "job")
-    assert jobs.remove_dead(str(jobs_dir), "job")
+        assert registry.is_dead(record) and not registry.remove_dead(str(jobs_dir), "job")
+    assert registry.remove_dead(str(jobs_dir), "job")
 
 
 @pytest.mark.parametrize("job_id", ["", ".", "..", "../victim", "/abs", "nobody", "link", "file", "mismatch", ".lock"])
@@ -307,7 +308,9 @@ def test_only_a_job_directory_is_removed(jobs_dir, dead, job_id):
     (jobs_dir / "link").symlink_to("other")
     (jobs_dir / "file").touch()
     before = tree(jobs_dir.parent)
-    assert not jobs.remove_dead(str(jobs_dir), job_id) and not jobs.remove_dead(str(jobs_dir), f"{jobs_dir}/{job_id}")
+    assert not registry.remove_dead(str(jobs_dir), job_id) and not registry.remove_dead(
+        str(jobs_dir), f"{jobs_dir}/{job_id}"
+    )
     assert forgather_control.cleanup() == [] and tree(jobs_dir.parent) == before
 
 
@@ -329,11 +332,11 @@ def test_a_job_is_judged_again_under_the_lock(jobs_dir, dead):
     """A job that takes the id over between the list and the removal is safe."""
     publish(jobs_dir, "job", dead)
     removed = []
-    with jobs.locked(str(jobs_dir), 1.0) as possible:
+    with registry.locked(str(jobs_dir), 1.0) as possible:
         assert possible
-        cleaner = threading.Thread(target=lambda: removed.append(jobs.remove_dead(str(jobs_dir), "job")))
+        cleaner = threading.Thread(target=lambda: removed.append(registry.remove_dead(str(jobs_dir), "job")))
         cleaner.start()
-        publish(jobs_dir, "job", process.myself())
+        publish(jobs_dir, "job", liveness.myself())
     cleaner.join(SOON)
     assert removed == [False] and read_record(str(jobs_dir), "job").pid == os.getpid()
 
@@ -343,7 +346,7 @@ def test_the_lock_is_waited_for_until_the_deadline(jobs_dir):
     jobs_dir.mkdir()
     program = """
     import sys
-    from forgather_control import jobs
+    from forgather_control.jobs import registry as jobs
     with jobs.locked(sys.argv[1], 1.0):
         print("held", flush=True)
         sys.stdin.read()
@@ -351,11 +354,11 @@ def test_the_lock_is_waited_for_until_the_deadline(jobs_dir):
     with Process(program, str(jobs_dir)) as holder:
         assert holder.line() == "held"
         before, start = descriptors(), time.monotonic()
-        with pytest.raises(JobsDirUnusable, match=r"held .*/\.lock for too long"), jobs.locked(str(jobs_dir), 0.1):
+        with pytest.raises(JobsDirUnusable, match=r"held .*/\.lock for too long"), registry.locked(str(jobs_dir), 0.1):
             pass
         assert 0.1 <= time.monotonic() - start < 2 and descriptors() == before
         holder.kill()
-        with jobs.locked(str(jobs_dir), 0.0) as possible:
+        with registry.locked(str(jobs_dir), 0.0) as possible:
             assert possible
 
 
@@ -367,7 +370,7 @@ def test_a_file_system_without_locks_goes_on(jobs_dir, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with jobs.locked(str(jobs_dir), 1.0) as possible:
+    with registry.locked(str(jobs_dir), 1.0) as possible:
         assert not possible
 
 
@@ -375,7 +378,7 @@ def test_the_lock_is_not_made_through_a_link(jobs_dir):
     """A planted .lock that points elsewhere makes no file there."""
     jobs_dir.mkdir()
     (jobs_dir / ".lock").symlink_to(jobs_dir.parent / "planted")
-    with pytest.raises(JobsDirUnusable, match="cannot be written"), jobs.locked(str(jobs_dir), 1.0):
+    with pytest.raises(JobsDirUnusable, match="cannot be written"), registry.locked(str(jobs_dir), 1.0):
         pass
     assert not (jobs_dir.parent / "planted").exists()
 
@@ -383,8 +386,8 @@ def test_the_lock_is_not_made_through_a_link(jobs_dir):
 #: A parent of jobs: forks one after the other, each claims, half of them end as they should, half by kill -9.
 JOBS = """
 import os, signal, sys
-from forgather_control.directory import JobDirectory
-from forgather_control.server import Server
+from forgather_control.jobs.directory import JobDirectory
+from forgather_control.server.server import Server
 
 for number in range(int(sys.argv[2])):
     child = os.fork()
@@ -412,7 +415,7 @@ def test_list_and_cleanup_while_jobs_start_and_stop(jobs_dir):
     try:
         reads, end = 0, time.monotonic() + 2 * SOON
         while reads < 200 or any(parent.popen.poll() is None for parent in parents):
-            found, left_out = jobs.discover(str(jobs_dir), 2.0)
+            found, left_out = registry.discover(str(jobs_dir), 2.0)
             assert not left_out and {job.state for job in found} <= {"live", "silent", "dead"}
             reads += 1
             if reads % 5 == 0:
@@ -428,17 +431,17 @@ def test_list_and_cleanup_while_jobs_start_and_stop(jobs_dir):
 
 def test_asking_takes_a_deadline_that_has_passed(jobs_dir):
     """With no time left nobody is waited for."""
-    record = publish(jobs_dir, "job", process.myself())
+    record = publish(jobs_dir, "job", liveness.myself())
     with listening(record.socket):
         start = time.monotonic()
-        assert jobs.ask([record], "ping", Deadline(0)) == {} and time.monotonic() - start < 1
+        assert registry.ask([record], "ping", Deadline(0)) == {} and time.monotonic() - start < 1
 
 
 def test_the_jobs_directory_that_cannot_be_read_says_so(jobs_dir):
     """An error of the system on the directory itself is one sentence with its path."""
     jobs_dir.symlink_to(jobs_dir)  # ELOOP, for root, too
     with pytest.raises(JobsDirUnusable, match="cannot be read"):
-        jobs.scan(str(jobs_dir))
+        registry.scan(str(jobs_dir))
 
 
 def test_these_tests_run_on_this_package():

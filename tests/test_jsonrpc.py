@@ -14,8 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgather_control import jsonrpc
-from forgather_control.connection import Connection
 from forgather_control.errors import (
     ControlError,
     InternalError,
@@ -24,8 +22,10 @@ from forgather_control.errors import (
     MethodNotFound,
     ParseError,
 )
-from forgather_control.exchange import Exchanges
-from forgather_control.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_LINE, Message, NoId, Refusal, Request, encode
+from forgather_control.server.connection import Connection
+from forgather_control.server.dispatcher import Exchanges
+from forgather_control.wire import jsonrpc
+from forgather_control.wire.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_LINE, Message, NoId, Refusal, Request, encode
 
 from .world import SOON, strict
 

@@ -12,9 +12,11 @@ import threading
 import pytest
 
 import forgather_control
-from forgather_control import client, errors, launch
-from forgather_control.launch import Launch
-from forgather_control.record import read_record
+from forgather_control import errors
+from forgather_control.client import api
+from forgather_control.jobs.record import read_record
+from forgather_control.processes import launcher
+from forgather_control.processes.launcher import Launch
 
 from .world import SOON, needs_torch, running_loop, until
 
@@ -52,17 +54,17 @@ def environment(monkeypatch):
 
 def test_all_that_the_launchers_say_is_read(environment):
     """Each variable has its place; without any of them nobody launched the process."""
-    assert launch.of_this_process() is None
+    assert launcher.of_this_process() is None
     environment(**WORLD)
-    assert launch.of_this_process() == ALL
+    assert launcher.of_this_process() == ALL
 
 
 def test_a_first_launch_counts_from_zero(environment):
     """SLURM says nothing of restarts before the first; torchrun's unnamed run has no name."""
     environment(SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT="0")
-    assert launch.of_this_process() == Launch(slurm_job_id=7, slurm_restart_count=0, restart_count=0)
+    assert launcher.of_this_process() == Launch(slurm_job_id=7, slurm_restart_count=0, restart_count=0)
     environment(TORCHELASTIC_RUN_ID="none")
-    assert launch.of_this_process() is None
+    assert launcher.of_this_process() is None
 
 
 @pytest.mark.parametrize(
@@ -70,28 +72,28 @@ def test_a_first_launch_counts_from_zero(environment):
     ["", " ", "-1", "+1", "1_0", "1.0", "1e3", "0x10", "٣", "four", "1\n", "1" * 11, "9" * 5000, "\x1b[2J", "\udcff"],
     ids=lambda value: ascii(value)[:20],
 )
-@pytest.mark.parametrize("name", [name for name in Launch._fields if name not in launch._LONGEST])
+@pytest.mark.parametrize("name", [name for name in Launch._fields if name not in launcher._LONGEST])
 def test_what_is_no_number_is_left_out(environment, name, value):
     """Nonsense in one variable costs that variable, and raises nothing."""
-    environment(**{**WORLD, launch._VARIABLES[name]: value})
+    environment(**{**WORLD, launcher._VARIABLES[name]: value})
     expected = ALL._replace(**{name: None})
     if name == "slurm_job_id":  # without it the rest of SLURM's has no meaning
         expected = Launch(run_id="my run", restart_count=1, max_restarts=3)
-    assert launch.of_this_process() == expected
+    assert launcher.of_this_process() == expected
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "\x1b[2J", "a\x7f", "\udcff", "x" * 5000], ids=lambda v: ascii(v)[:20])
-@pytest.mark.parametrize("name", sorted(launch._LONGEST))
+@pytest.mark.parametrize("name", sorted(launcher._LONGEST))
 def test_text_that_does_not_print_is_left_out(environment, name, value):
     """So is text without end: it would stand in every list."""
-    environment(**{**WORLD, launch._VARIABLES[name]: value})
-    assert launch.of_this_process() == ALL._replace(**{name: None})
+    environment(**{**WORLD, launcher._VARIABLES[name]: value})
+    assert launcher.of_this_process() == ALL._replace(**{name: None})
 
 
 def test_the_longest_are_kept(environment):
     """The limits are the last values that pass."""
     environment(SLURM_JOB_ID="9999999999", TORCHELASTIC_RUN_ID="x" * 256, SLURM_JOB_NODELIST="n" * 4096)
-    found = launch.of_this_process()
+    found = launcher.of_this_process()
     assert (found.slurm_job_id, len(found.run_id), len(found.slurm_nodes)) == (9999999999, 256, 4096)
     assert Launch.from_json(json.loads(json.dumps(found.to_json()))) == found
 
@@ -219,13 +221,13 @@ def test_torchrun_restarts_a_job(environment, jobs_dir, tmp_path):
             until(lambda: forgather_control.list_jobs()[0].state == "live")
             waiter = threading.Thread(target=wait)
             waiter.start()
-            until(lambda: client.get_job_status("job")["commands"])
+            until(lambda: api.get_job_status("job")["commands"])
             with forgather_control.connect("job") as open_since:
                 os.kill(first.pid, signal.SIGKILL)
                 waiter.join(SOON)
                 assert told and f"pid {first.pid} on {first.host}, ended before it answered" in told[0]
                 second = until(lambda: (r := read_record(str(jobs_dir), "job")) and r.pid != first.pid and r, 3 * SOON)
-                assert client.find("the-run") == second and second.launch.restart_count == 1
+                assert api.find("the-run") == second and second.launch.restart_count == 1
                 with pytest.raises(errors.JobDead, match=rf"restarted as pid {second.pid} on .*, restart 1, "):
                     open_since.call("ping")
             forgather_control.graceful_stop("the-run", wait="finished", timeout=SOON)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control.adapter import Wishes
-from forgather_control.commands import TABLE
-from forgather_control.ledger import Ledger
-from forgather_control.mailbox import Mailbox
+from forgather_control.training.adapter import Wishes
+from forgather_control.training.command_queue import Mailbox
+from forgather_control.training.command_tracker import Ledger
+from forgather_control.wire.methods import TABLE
 
 COMMANDS = [method.name for method in TABLE.values() if method.is_command]
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from forgather_control import letters
+from forgather_control.jobs import spool
 
 from .world import needs_root
 
@@ -22,7 +22,7 @@ def home(tmp_path):
 @pytest.fixture
 def box(home):
     """The box, open."""
-    with letters.opened(str(home), "box", letters.place(str(home))) as box:
+    with spool.opened(str(home), "box", spool.place(str(home))) as box:
         yield box
 
 
@@ -30,12 +30,12 @@ def test_written_whole_and_private(home, box):
     """A letter has its bytes, its owner's mode whatever the umask, and leaves no other file."""
     before = os.umask(0)
     try:
-        letters.write(box, "a.json", b"abc")
+        spool.write(box, "a.json", b"abc")
     finally:
         os.umask(before)
     assert os.listdir(home / "box") == ["a.json"]
     assert (home / "box" / "a.json").stat().st_mode & 0o777 == 0o600
-    data, facts = letters.read(box, "a.json", 2)
+    data, facts = spool.read(box, "a.json", 2)
     assert (data, facts.st_size) == (b"ab", 3)
 
 
@@ -43,7 +43,7 @@ def test_what_cannot_be_written_leaves_nothing(home, box):
     """Where the name is taken by a directory, the error comes out and the hidden file is gone."""
     (home / "box" / "a.json").mkdir()
     with pytest.raises(OSError):
-        letters.write(box, "a.json", b"abc")
+        spool.write(box, "a.json", b"abc")
     assert os.listdir(home / "box") == ["a.json"]
 
 
@@ -53,7 +53,7 @@ def test_writing_touches_no_file_that_lies_there(home, box):
     precious.write_text("precious")
     os.link(precious, home / "box" / f".a.json.{os.getpid()}")
     with pytest.raises(FileExistsError):
-        letters.write(box, "a.json", b"abc")
+        spool.write(box, "a.json", b"abc")
     assert precious.read_text() == "precious" and not (home / "box" / "a.json").exists()
 
 
@@ -61,7 +61,7 @@ def test_writing_follows_no_link(home, box):
     """A link where the hidden file would be is not written through."""
     (home / "box" / f".a.json.{os.getpid()}").symlink_to(home / "victim")
     with pytest.raises(OSError):
-        letters.write(box, "a.json", b"abc")
+        spool.write(box, "a.json", b"abc")
     assert not (home / "victim").exists()
 
 
@@ -78,9 +78,9 @@ def test_only_a_file_of_one_name_is_read(home, box, kind):
             "socket": lambda: sock.bind(f"/proc/self/fd/{box}/a"),
             "directory": path.mkdir,
         }[kind]()
-        assert letters.read(box, "a", 10) is None
+        assert spool.read(box, "a", 10) is None
     with pytest.raises(FileNotFoundError):
-        letters.read(box, "b", 10)
+        spool.read(box, "b", 10)
 
 
 @needs_root
@@ -88,40 +88,40 @@ def test_a_strangers_file_is_no_letter(home, box):
     """A file of another user counts only where the box is that user's."""
     (home / "box" / "a").write_text("a")
     os.chown(home / "box" / "a", 65534, 65534)
-    assert letters.read(box, "a", 10) is None
+    assert spool.read(box, "a", 10) is None
     os.chown(home / "box", 65534, 65534)
-    assert letters.read(box, "a", 10)[0] == b"a"
+    assert spool.read(box, "a", 10)[0] == b"a"
 
 
 @needs_root
 def test_a_strangers_box_is_refused(home):
     """A box that another user put into the directory is not opened."""
     os.chown(home / "box", 65534, 65534)
-    with pytest.raises(PermissionError), letters.opened(str(home), "box", letters.place(str(home))):
+    with pytest.raises(PermissionError), spool.opened(str(home), "box", spool.place(str(home))):
         pass
 
 
 def test_only_the_directory_that_was_meant(home, tmp_path_factory):
     """Another directory of the same path is as good as gone; a link as box is not followed; a box can be made."""
     other = tmp_path_factory.mktemp("other")
-    known = letters.place(str(other))
-    with pytest.raises(FileNotFoundError), letters.opened(str(home), "box", known):
+    known = spool.place(str(other))
+    with pytest.raises(FileNotFoundError), spool.opened(str(home), "box", known):
         pass
     (home / "link").symlink_to(other)
-    with pytest.raises(OSError), letters.opened(str(home), "link", letters.place(str(home))):
+    with pytest.raises(OSError), spool.opened(str(home), "link", spool.place(str(home))):
         pass
-    with letters.opened(str(home), "new", letters.place(str(home)), make=True):
+    with spool.opened(str(home), "new", spool.place(str(home)), make=True):
         assert (home / "new").stat().st_mode & 0o777 == 0o700
 
 
 def test_names():
     """As job ids: nothing hidden, nothing that leaves the box."""
-    assert [letters.is_name(name) for name in ("a.json", "save_checkpoint", ".a", "-a", "a/b", "..", "")] == [
+    assert [spool.is_name(name) for name in ("a.json", "save_checkpoint", ".a", "-a", "a/b", "..", "")] == [
         True, True, False, False, False, False, False
     ]  # fmt: skip
 
 
 def test_removed_once(box):
     """Who removes a letter knows whether it was there."""
-    letters.write(box, "a", b"")
-    assert [letters.remove(box, "a"), letters.remove(box, "a")] == [True, False]
+    spool.write(box, "a", b"")
+    assert [spool.remove(box, "a"), spool.remove(box, "a")] == [True, False]

@@ -24,8 +24,8 @@ import pytest
 
 import forgather_control
 from forgather_control import LightningControlCallback, connect, get_command, get_job_status
-from forgather_control.client import find
-from forgather_control.controller import Controller
+from forgather_control.client.api import find
+from forgather_control.training.controller import Controller
 
 from .world import ROOT, SOON, Process, Wire, needs_lightning, needs_torch, running_loop, until
 
@@ -902,7 +902,7 @@ def test_copies_control_nothing(tmp_path):
 def test_neither_lightning_nor_torch_is_imported():
     """The callback knows the trainer's objects by their attributes alone."""
     source = """
-    import sys, forgather_control.lightning as lightning
+    import sys, forgather_control.integrations.lightning as lightning
     lightning.LightningControlCallback()
     print({'torch', 'lightning', 'pytorch_lightning'} & set(sys.modules))
     """

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from forgather_control import exchange, files, gate, jsonrpc, mailbox, metrics, server
 from forgather_control.errors import CommandNotFound, InvalidParams, InvalidRequest, NotAuthenticated, TooManyCommands
+from forgather_control.server import auth, dispatcher, file_requests, server
+from forgather_control.training import command_queue, metrics
+from forgather_control.wire import jsonrpc
 
 from .test_files import Desk
 from .test_readme import table
@@ -30,7 +32,7 @@ KIB = 1 << 10
 
 # What the README says...
 
-KEPT = f"{files.MAX_KEPT}, {files.MAX_BYTES >> 20} MiB, {files.MAX_AGE / 3600:.0f} h"
+KEPT = f"{file_requests.MAX_KEPT}, {file_requests.MAX_BYTES >> 20} MiB, {file_requests.MAX_AGE / 3600:.0f} h"
 #: The rows of its table: what, the number as the code has it, what happens beyond it; and the tests of each, at the
 #: number and beside it. Tests of this file are named alone.
 ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
@@ -45,21 +47,21 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ): ("test_what_is_too_deep_or_too_many_is_not_carried_out", "test_gate.test_the_limits_of_the_wire_hold_over_tcp"),
     (
         "replies to a batch; those that wait in batches",
-        f"{exchange.MAX_REPLY >> 20} MiB; {exchange.MAX_HELD >> 20} MiB",
+        f"{dispatcher.MAX_REPLY >> 20} MiB; {dispatcher.MAX_HELD >> 20} MiB",
         f"{TooManyCommands.code} for the rest of the batch",
     ): ("test_the_rest_of_a_batch_is_refused", "test_batches_that_wait_hold_little"),
     ("`command_id`", "128 characters", f"{InvalidParams.code}"): ("test_the_longest_command_id_and_one_more",),
-    ("commands of one name that are not over", f"{mailbox.MAX_PENDING}", f"{TooManyCommands.code}"): (
+    ("commands of one name that are not over", f"{command_queue.MAX_PENDING}", f"{TooManyCommands.code}"): (
         "test_the_last_command_that_fits_and_one_more",
     ),
     (
         "records of commands",
-        f"{mailbox.MAX_RECORDS}",
+        f"{command_queue.MAX_RECORDS}",
         f"the oldest that is over is forgotten ({CommandNotFound.code})",
     ): ("test_the_oldest_record_goes",),
     (
         "requests that wait; those by file",
-        f"{exchange.MAX_WAITING:,}; {files.MAX_OPEN}",
+        f"{dispatcher.MAX_WAITING:,}; {file_requests.MAX_OPEN}",
         f"{TooManyCommands.code}",
     ): ("test_the_last_wait_that_fits_and_one_more", "test_files.test_so_many_may_wait"),
     (
@@ -78,7 +80,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "connections over TCP that have shown no token",
-        f"{gate.MAX_STRANGERS}; {gate.TIME_TO_AUTHENTICATE:.0f} s; a first line of {gate.MAX_FIRST_LINE // KIB} KiB",
+        f"{auth.MAX_STRANGERS}; {auth.TIME_TO_AUTHENTICATE:.0f} s; a first line of {auth.MAX_FIRST_LINE // KIB} KiB",
         "closed, the oldest first",
     ): (
         "test_gate.test_beyond_the_limit_the_first_stranger_goes",
@@ -87,7 +89,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "test_gate.test_the_longest_first_line_and_one_more",
         "test_tls.test_first_lines_have_their_limit",
     ),
-    ("wrong tokens", "1 a connection", f"{NotAuthenticated.code} after {gate.PENALTY:.0f} s, and closed"): (
+    ("wrong tokens", "1 a connection", f"{NotAuthenticated.code} after {auth.PENALTY:.0f} s, and closed"): (
         "test_gate.test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs",
     ),
     ("silence over TCP", f"{server.MAX_IDLE / 3600:.0f} h", "closed"): (
@@ -95,12 +97,12 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "requests by file",
-        f"{files.MAX_TAKEN} each {server.TICK:.0f} s; {files.STALE / 60:.0f} minutes old",
+        f"{file_requests.MAX_TAKEN} each {server.TICK:.0f} s; {file_requests.STALE / 60:.0f} minutes old",
         f"the others wait; {InvalidRequest.code}",
     ): ("test_files.test_at_most_so_many_a_tick", "test_files.test_stale_requests_are_refused"),
     (
         "`replies/`",
-        f"{KEPT}; each {files.MAX_REPLY >> 20} MiB",
+        f"{KEPT}; each {file_requests.MAX_REPLY >> 20} MiB",
         f"the oldest go; {InvalidRequest.code} says that it was carried out",
     ): ("test_files.test_replies_are_kept_within_bounds", "test_files.test_a_reply_too_long_says_so"),
     (
@@ -208,11 +210,11 @@ def test_the_longest_command_id_and_one_more(job, more):
 def test_the_last_command_that_fits_and_one_more(job):
     """64 of a name; the next is refused and not queued, another command is not, and one that is over makes room."""
     with Wire(job) as wire:
-        for number in range(mailbox.MAX_PENDING):
+        for number in range(command_queue.MAX_PENDING):
             assert wire.call("save_checkpoint", {"command_id": f"{number}"})["result"]["state"] == "accepted"
         refused = wire.call("save_checkpoint", {"command_id": "one more"})["error"]
-        assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": mailbox.MAX_PENDING})
-        assert len(wire.call("list_commands")["result"]) == mailbox.MAX_PENDING
+        assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": command_queue.MAX_PENDING})
+        assert len(wire.call("list_commands")["result"]) == command_queue.MAX_PENDING
         assert wire.call("abort")["result"]["state"] == "accepted"
         wire.call("cancel_command", {"command_id": "7"})
         assert wire.call("save_checkpoint", {"command_id": "one more"})["result"]["state"] == "accepted"
@@ -223,14 +225,14 @@ def test_the_oldest_record_goes(job):
     """255, 256: all are known; 257: all but the first of those that are over."""
     with Wire(job) as wire:
         wire.call("abort", {"command_id": "open"})
-        for number in range(1, mailbox.MAX_RECORDS + 1):
+        for number in range(1, command_queue.MAX_RECORDS + 1):
             wire.send(request("save_checkpoint", command_id=f"{number}"))
             wire.send(request("cancel_command", command_id=f"{number}"))
             assert [wire.reply()["result"]["state"] for _ in range(2)] == ["accepted", "cancelled"]
-            if number in (mailbox.MAX_RECORDS - 2, mailbox.MAX_RECORDS - 1):
+            if number in (command_queue.MAX_RECORDS - 2, command_queue.MAX_RECORDS - 1):
                 assert len(wire.call("list_commands")["result"]) == number + 1
         known = [record["command_id"] for record in wire.call("list_commands")["result"]]
-        assert known == ["open", *(f"{number}" for number in range(2, mailbox.MAX_RECORDS + 1))]
+        assert known == ["open", *(f"{number}" for number in range(2, command_queue.MAX_RECORDS + 1))]
         assert wire.call("get_command", {"command_id": "1"})["error"]["code"] == CommandNotFound.code
 
 
@@ -239,12 +241,12 @@ def test_the_last_wait_that_fits_and_one_more(job):
     waits = lambda count: request("save_checkpoint", id="wait", wait="finished") * count  # noqa: E731
     with Wire(job) as other:
         with Wire(job) as wire:
-            for count in (exchange.MAX_WAITING - 1, 1):
+            for count in (dispatcher.MAX_WAITING - 1, 1):
                 wire.send(waits(count))
                 assert wire.call("ping", id="next")["id"] == "next"
             wire.send(waits(1))
             refused = wire.reply()["error"]
-            assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": exchange.MAX_WAITING})
+            assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": dispatcher.MAX_WAITING})
             assert "error" in other.call("abort", {"wait": "finished"})
             commands = other.call("list_commands")["result"]
             assert [record["command"] for record in commands] == ["save_checkpoint"], (
@@ -274,7 +276,7 @@ def batch_of_lists(last: bytes) -> bytes:
 
 def with_records(wire: Wire) -> None:
     """Have a list of commands of 100 KiB and more."""
-    for number in range(mailbox.MAX_RECORDS):
+    for number in range(command_queue.MAX_RECORDS):
         wire.send(request("save_checkpoint", command_id=f"{number:0128}"))
         wire.send(request("cancel_command", command_id=f"{number:0128}"))
         assert [wire.reply()["result"]["state"] for _ in range(2)] == ["accepted", "cancelled"]
@@ -287,7 +289,7 @@ def test_the_rest_of_a_batch_is_refused(quick_job):
         wire.send(batch_of_lists(request("abort")))
         reply = wire.reply()
         done = [answer for answer in reply if "result" in answer]
-        assert len(reply) == 100 and exchange.MAX_REPLY < len(json.dumps(done)) < 2 * exchange.MAX_REPLY
+        assert len(reply) == 100 and dispatcher.MAX_REPLY < len(json.dumps(done)) < 2 * dispatcher.MAX_REPLY
         assert {answer["error"]["code"] for answer in reply[len(done) :]} == {TooManyCommands.code}
         assert wire.call("list_commands")["result"][-1]["command"] == "save_checkpoint"
         wire.send(batch_of_lists(b'{"jsonrpc": "2.0", "method": "abort"}'))
@@ -299,10 +301,10 @@ def test_batches_that_wait_hold_little(quick_job):
     few = json.dumps([json.loads(request("list_commands"))] * 8 + [json.loads(request("abort", wait="finished"))])
     with Wire(quick_job) as wire, Wire(quick_job) as owner:
         with_records(owner)
-        for _ in range(exchange.MAX_HELD // exchange.MAX_REPLY * 2):
+        for _ in range(dispatcher.MAX_HELD // dispatcher.MAX_REPLY * 2):
             wire.send(few.encode() + b"\n")
         assert wire.reply()[-1]["error"]["code"] == TooManyCommands.code
-        assert len(owner.call("list_commands")["result"]) == mailbox.MAX_RECORDS
+        assert len(owner.call("list_commands")["result"]) == command_queue.MAX_RECORDS
 
 
 def test_the_last_connection_that_fits_and_one_more(jobs_dir):
@@ -326,7 +328,7 @@ def test_the_last_connection_that_fits_and_one_more(jobs_dir):
 
 def test_what_is_no_request_hides_none(tmp_path, monkeypatch):
     """Names that ask nothing are no part of the thousand that a tick looks at, however many are left lying there."""
-    monkeypatch.setattr(files, "MAX_SEEN", 3)
+    monkeypatch.setattr(file_requests, "MAX_SEEN", 3)
     desk = Desk(tmp_path)
     for number in range(500):
         (tmp_path / "requests" / f"left-over-{number}.tmp").touch()
@@ -343,7 +345,8 @@ def test_what_is_no_request_hides_none(tmp_path, monkeypatch):
 #: A job that may take a whole core to answer, and looks after its files often: sooner at its bounds.
 BUSY = """
 import sys, time
-from forgather_control import TrainingJob, server
+from forgather_control import TrainingJob
+from forgather_control.server import server
 server.SHARE, server.TICK = 1.0, 0.05
 tls = dict(zip(("certfile", "keyfile"), sys.argv[1:]))
 with TrainingJob(job_id="job", max_steps=10**9, port=0, **tls) as job:
@@ -360,7 +363,7 @@ class Facts(NamedTuple):
     peak: float
     now: float
     threads: int
-    files: int
+    file_requests: int
 
     @classmethod
     def of(cls, pid: int) -> Facts:
@@ -455,17 +458,17 @@ def waits(target: Target) -> None:
             while (reply := wire.reply())["id"] != "next":
                 assert reply["error"]["code"] == TooManyCommands.code
                 waiting -= 1
-    assert waiting == exchange.MAX_WAITING
+    assert waiting == dispatcher.MAX_WAITING
 
 
-def letters(target: Target, count: int = files.MAX_SEEN + 100) -> None:
+def letters(target: Target, count: int = file_requests.MAX_SEEN + 100) -> None:
     """More requests by file than are looked at at once; ten thousand are in test_files."""
     box = target.home / "requests"
     for number in range(count):
         (box / f".{number}").write_bytes(request("rpc.discover"))
     for number in range(count):
         (box / f".{number}").rename(box / f"{number}.json")
-    until(lambda: len(os.listdir(target.home / "replies")) >= 2 * files.MAX_TAKEN)
+    until(lambda: len(os.listdir(target.home / "replies")) >= 2 * file_requests.MAX_TAKEN)
 
 
 def strangers(target: Target) -> None:
@@ -478,7 +481,7 @@ def strangers(target: Target) -> None:
     before, first = Facts.of(target.pid).files, hello.read()
     for sock in target.connect(200, socket.AF_INET):
         sock.send(first)
-    until(lambda: Facts.of(target.pid).files == before + gate.MAX_STRANGERS)
+    until(lambda: Facts.of(target.pid).files == before + auth.MAX_STRANGERS)
     target.owner.still_answers()
 
 

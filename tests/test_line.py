@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from forgather_control.line import Line, Voice
+from forgather_control.ranks.channel import Line, Voice
 
 from .world import MS, SOON, Process, needs_torch, until
 
@@ -273,7 +273,7 @@ def test_what_hear_raises_cuts_the_line_once(connect):
 RANK = """
 import os, sys, threading, time
 import torch.distributed as dist
-from forgather_control.line import Line
+from forgather_control.ranks.channel import Line
 
 how, port = sys.argv[1], int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, None, False)
@@ -346,7 +346,7 @@ def test_a_network_that_is_dead(server):
 EXITS = """
 import gc, os, sys, threading
 import torch.distributed as dist
-from forgather_control.line import Line
+from forgather_control.ranks.channel import Line
 
 gc.freeze()  # of each end, half the time is the collection of torch's own modules
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from forgather_control import listener
-from forgather_control.listener import TcpListener, UnixListener, open_port
+from forgather_control.server import listener
+from forgather_control.server.listener import TcpListener, UnixListener, open_port
 
 from .world import SOON, Process, descriptors, needs_root, until
 
@@ -109,7 +109,7 @@ def test_auto_gives_up_in_the_end(range_of_ports):
 #: Binds "auto" as soon as it is told to, says which port it has, and keeps it.
 RACER = """
 import sys
-from forgather_control import listener
+from forgather_control.server import listener
 listener.FIRST_PORT, listener._PORTS = int(sys.argv[1]), 5
 print("ready", flush=True)
 sys.stdin.readline()

@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 
-from forgather_control.commands import FINAL, CommandRecord
 from forgather_control.errors import (
     CommandFailed,
     CommandNotFound,
@@ -19,7 +18,8 @@ from forgather_control.errors import (
     NotCancellable,
     TooManyCommands,
 )
-from forgather_control.mailbox import MAX_PENDING, MAX_RECORDS, Mailbox
+from forgather_control.training.command_queue import MAX_PENDING, MAX_RECORDS, Mailbox
+from forgather_control.wire.methods import FINAL, CommandRecord
 
 from .world import SOON
 

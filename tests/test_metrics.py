@@ -10,8 +10,8 @@ from decimal import Decimal
 
 import pytest
 
-from forgather_control.jsonrpc import encode
-from forgather_control.metrics import MAX_NAMES, MAX_TEXT, hold, merge, plain
+from forgather_control.training.metrics import MAX_NAMES, MAX_TEXT, hold, merge, plain
+from forgather_control.wire.jsonrpc import encode
 
 from .world import needs_torch, strict
 

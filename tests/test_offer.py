@@ -12,10 +12,12 @@ from contextlib import closing
 
 import pytest
 
-from forgather_control import endpoint, get_job_status, list_jobs, offer
+from forgather_control import get_job_status, list_jobs
 from forgather_control.errors import InvalidParams, PortTaken, TlsUnusable
-from forgather_control.offer import Offer
-from forgather_control.server import Server
+from forgather_control.server import tcp
+from forgather_control.server.server import Server
+from forgather_control.server.tcp import Offer
+from forgather_control.wire import addresses
 
 from .world import SOON, TOKEN, Wire, cli, descriptors, needs, running_loop, until
 
@@ -44,19 +46,19 @@ def published(jobs_dir, job_id="job"):
 @pytest.mark.parametrize("port", [0, 1, 8900, 65535, "auto"])
 def test_ports(port):
     """Any number that a port can have, and auto."""
-    assert offer.check(port, HERE, None, None) == Offer(port, HERE)
+    assert tcp.check(port, HERE, None, None) == Offer(port, HERE)
 
 
 def test_without_a_port_nothing_is_offered():
     """Whatever the host is."""
-    assert offer.check(None, HERE, None, None) is None
+    assert tcp.check(None, HERE, None, None) is None
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 10**30, True, False, 8900.0, "8900", "Auto", "", b"auto", [8900]])
 def test_ports_that_are_none(port):
     """The error names the parameter and the value."""
     with pytest.raises(InvalidParams, match="port must be") as caught:
-        offer.check(port, HERE, None, None)
+        tcp.check(port, HERE, None, None)
     assert caught.value.data["parameter"] == "port"
 
 
@@ -76,7 +78,7 @@ def test_other_values_that_are_none(name, value):
     """A key without a certificate, too."""
     given = {"host": HERE, "certfile": None, "keyfile": None, name: value}
     with pytest.raises(InvalidParams) as caught:
-        offer.check(0, **given)
+        tcp.check(0, **given)
     assert caught.value.data["parameter"] == name
 
 
@@ -207,7 +209,7 @@ def test_loopback_is_no_warning(jobs_dir, caplog):
     """Nobody on another host can reach it."""
     with running_loop(port="auto", host="localhost"):
         record = published(jobs_dir)
-        assert record["port"] >= 8900 and endpoint.is_loopback(record["address"])
+        assert record["port"] >= 8900 and addresses.is_loopback(record["address"])
     assert warnings(caplog) == []
 
 
@@ -236,7 +238,7 @@ def test_a_job_whose_id_is_taken_leaves_no_port():
 
 def test_a_deleted_directory_comes_back_with_its_port(jobs_dir, monkeypatch):
     """What the housekeeping restores can be reached over TCP as before."""
-    from forgather_control import server
+    from forgather_control.server import server
 
     monkeypatch.setattr(server, "TICK", 0.02)
     with running_loop(port=0):

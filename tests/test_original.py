@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 import forgather_control
-from forgather_control import TrainingJob, client, errors, process
-from forgather_control.record import read_record
+from forgather_control import TrainingJob, errors
+from forgather_control.client import api
+from forgather_control.jobs.record import read_record
+from forgather_control.processes import liveness
 
 from .world import ROOT, SOON, Process, Wire, cli, running_loop, until
 
@@ -282,7 +284,7 @@ def test_each_test_here_is_named():
 def left_by(folder, name, **changes):
     """What a job that was killed left, as far as its members are not changed."""
     folder.mkdir(parents=True)
-    owner = process.myself()._replace(pid=2**31 - 1)
+    owner = liveness.myself()._replace(pid=2**31 - 1)
     record = {"job_id": name, "host": owner.host, "port": None, "pid": owner.pid, "started_at": 1.0}
     (folder / "endpoint.json").write_text(json.dumps({**record, "boot_id": owner.boot_id, **changes}))
 
@@ -308,7 +310,7 @@ def test_a_path_is_no_job(jobs_dir, name):
     jobs_dir.mkdir()
     for job in (name, str(jobs_dir.parent / "victim")):
         with pytest.raises(errors.NoSuchJob):
-            client.find(job)
+            api.find(job)
         with pytest.raises(errors.NoSuchJob):
             forgather_control.abort(job)
 

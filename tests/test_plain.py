@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import TrainingJob, errors, plain, server
+from forgather_control import TrainingJob, errors
+from forgather_control.integrations import loop
+from forgather_control.server import server
 
 from .world import MS, SOON, Process, Wire, running_loop, until
 
@@ -231,7 +233,7 @@ def test_an_exception_inside_is_one_warning_and_the_end_of_control(monkeypatch, 
     """The border: a fault of ours is logged once with its traceback, clients are told, training goes on."""
     with TrainingJob("job") as job:
         thread, heard = last_words(job, "graceful_stop")
-        monkeypatch.setattr(plain.TrainingJob, "_miss_save", None)
+        monkeypatch.setattr(loop.TrainingJob, "_miss_save", None)
         monkeypatch.setattr(job._controller, "_apply", lambda *_: 1 / 0)
         for step in range(1, 4):
             job.step(step)

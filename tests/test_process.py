@@ -14,15 +14,15 @@ import threading
 import psutil
 import pytest
 
-from forgather_control import process
-from forgather_control.process import Grip, Identity, end, judge, myself
+from forgather_control.processes import liveness
+from forgather_control.processes.liveness import Grip, Identity, end, judge, myself
 
 from .world import MS, ROOT, SOON, Process, descriptors, needs, needs_root, until
 
 #: Prints who it is, and lives until its standard input ends.
 WHO = """
 import json, sys
-from forgather_control.process import myself
+from forgather_control.processes.liveness import myself
 print(json.dumps(myself()._asdict()), flush=True)
 sys.stdin.read()
 """
@@ -128,9 +128,9 @@ def test_a_boot_time_is_rounded(child, off):
 )
 def test_what_is_judged_by_what(monkeypatch, changes, verdict):
     """Host and machine come first, then the boot, the namespace, the pid and its start."""
-    monkeypatch.setattr(process, "_machine", lambda: "this machine")
-    monkeypatch.setattr(process, "_boot_id", lambda: "this boot")
-    monkeypatch.setattr(process, "_pid_namespace", lambda: 4026531836)
+    monkeypatch.setattr(liveness, "_machine", lambda: "this machine")
+    monkeypatch.setattr(liveness, "_boot_id", lambda: "this boot")
+    monkeypatch.setattr(liveness, "_pid_namespace", lambda: 4026531836)
     assert judge(myself()._replace(**changes)) == verdict
 
 
@@ -139,7 +139,7 @@ def test_what_this_system_does_not_tell_is_not_held_against_anybody(monkeypatch,
     """Where we cannot read our own boot, machine or namespace, another's differs from nothing."""
     field = unknown.lstrip("_")
     recorded = myself()._replace(**{field: "something"})
-    monkeypatch.setattr(process, unknown, lambda: None)
+    monkeypatch.setattr(liveness, unknown, lambda: None)
     assert judge(recorded) == "running"
 
 
@@ -148,13 +148,13 @@ def test_what_this_system_does_not_tell_is_not_held_against_anybody(monkeypatch,
 def test_what_is_surely_gone_is_gone(child):
     """Only of this host, boot and namespace, and only without anybody of its pid; all else is left to ``judge``."""
     other, who = child
-    assert not process.is_gone(who) and not process.is_gone(who._replace(started_at=1.0))
+    assert not liveness.is_gone(who) and not liveness.is_gone(who._replace(started_at=1.0))
     other.kill()
-    until(lambda: process.is_gone(who))
+    until(lambda: liveness.is_gone(who))
     unsure = [{"boot_id": None}, {"boot_id": "x"}, {"pid_namespace": None}, {"pid_namespace": 1}, {"host": "x"}]
     for changes in unsure:
-        assert not process.is_gone(who._replace(**changes))
-    assert not process.is_gone(who._replace(pid=1)) and judge(who) == "gone"
+        assert not liveness.is_gone(who._replace(**changes))
+    assert not liveness.is_gone(who._replace(pid=1)) and judge(who) == "gone"
 
 
 def test_a_real_pid_namespace_is_elsewhere():
@@ -269,7 +269,7 @@ def test_end_of_what_may_not_be_signalled():
     """Where the kernel says no, it is told as refused."""
     source = f"""
     import os, select, signal
-    from forgather_control.process import Identity, end, judge
+    from forgather_control.processes.liveness import Identity, end, judge
     judge(Identity({socket.gethostname()!r}, 1))  # loads what the other user may not read
     os.setgid(65534); os.setuid(65534)
     print(end([Identity({socket.gethostname()!r}, 1)], 0.0)[0][1])

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from forgather_control import progress
-from forgather_control.jsonrpc import encode
-from forgather_control.progress import Progress
+from forgather_control.training import progress
+from forgather_control.training.progress import Progress
+from forgather_control.wire.jsonrpc import encode
 
 from .world import SOON, strict
 

@@ -29,7 +29,8 @@ pytestmark = needs_torch
 TRAIN = """
 import hashlib, os, sys
 import torch
-from forgather_control import TrainingJob, server
+from forgather_control import TrainingJob
+from forgather_control.server import server
 
 server.SHARE = float(os.environ.get("SHARE", server.SHARE))
 torch.manual_seed(0)
@@ -37,7 +38,8 @@ torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
 optimizer = torch.optim.Adam(model.parameters())
 if "BECOME" in os.environ:  # after the imports: another user may not be able to read this Python
-    from forgather_control import directory, process
+    from forgather_control.jobs import directory
+    from forgather_control.processes import liveness as process
     process.myself(), directory._user()
     os.setgid(int(os.environ["BECOME"]))
     os.setuid(int(os.environ["BECOME"]))

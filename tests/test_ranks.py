@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from forgather_control import TrainingJob, connect, errors, ranks, rounds
+from forgather_control import TrainingJob, connect, errors
 from forgather_control.errors import CommandFailed, JobEnding
-from forgather_control.line import Voice
-from forgather_control.mailbox import Mailbox
-from forgather_control.ranks import Ranks
-from forgather_control.world import OneProcess
+from forgather_control.ranks import consensus, store_group
+from forgather_control.ranks.channel import Voice
+from forgather_control.ranks.group import OneProcess
+from forgather_control.ranks.store_group import Ranks
+from forgather_control.training.command_queue import Mailbox
 
 from .torchrun import START, Torchrun
 from .world import MS, SOON, cli, needs_torch, until
@@ -508,14 +509,14 @@ def refused(*_: Any) -> Any:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is held waits longer than any test: so it is not patience that lets it go."""
-    monkeypatch.setattr(rounds, "PATIENCE", 10 * SOON)
+    monkeypatch.setattr(consensus, "PATIENCE", 10 * SOON)
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Who is held loses patience at once, until this is called."""
-    monkeypatch.setattr(rounds, "PATIENCE", 50 * MS)
-    return lambda: monkeypatch.setattr(rounds, "PATIENCE", 10 * SOON)
+    monkeypatch.setattr(consensus, "PATIENCE", 50 * MS)
+    return lambda: monkeypatch.setattr(consensus, "PATIENCE", 10 * SOON)
 
 
 def torn(rank: Rank, connect: Callable[[], Any]) -> None:
@@ -831,7 +832,7 @@ def test_a_question_to_all(store):
 
 
 def choose(name: str = "", **options: Any) -> Any:
-    return ranks.of_this_job(Home(0), name, 0, options.get("poll_steps"))
+    return store_group.of_this_job(Home(0), name, 0, options.get("poll_steps"))
 
 
 @pytest.mark.parametrize("size", ["1", "", "many"])
@@ -857,7 +858,7 @@ def test_several_ranks_without_a_group_train_on_uncontrolled(monkeypatch, caplog
 def test_poll_steps_that_are_none(steps):
     """Every so many steps, from one."""
     with pytest.raises(errors.InvalidParams, match="poll_steps"):
-        ranks.check_steps(steps)
+        store_group.check_steps(steps)
 
 
 @needs_torch

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control import commands, server
+from forgather_control.server import server
+from forgather_control.wire import methods
 
 from .world import MS, ROOT, SOON, job_process, needs, running_loop, strict, until
 
@@ -120,11 +121,11 @@ def test_the_python_lines_run(capsys):
 def test_the_tables_are_the_codes_own():
     """Verbs, methods, exit codes and tox environments: as the code has them, none more, none less."""
     verbs = {re.match(r"`([a-z-]+)", row[0])[1] for row in table("verb")}
-    assert verbs == {method.verb for method in commands.TABLE.values() if method.verb} | {"cleanup", "rpc"}
-    assert set(re.findall(r"`([\w.]+)`", " ".join(row[0] for row in table("method")))) == set(commands.TABLE)
-    from forgather_control import cli
+    assert verbs == {method.verb for method in methods.TABLE.values() if method.verb} | {"cleanup", "rpc"}
+    assert set(re.findall(r"`([\w.]+)`", " ".join(row[0] for row in table("method")))) == set(methods.TABLE)
+    from forgather_control.cli import main
 
-    codes = {cli.DONE, cli.REFUSED, cli.USAGE, cli.NO_SUCH_JOB, cli.NO_ANSWER, cli.TOO_LATE, cli.INTERRUPTED}
+    codes = {main.DONE, main.REFUSED, main.USAGE, main.NO_SUCH_JOB, main.NO_ANSWER, main.TOO_LATE, main.INTERRUPTED}
     assert {int(row[0]) for row in table("exit code")} == codes
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")

@@ -9,10 +9,12 @@ import threading
 
 import pytest
 
-from forgather_control import directory, jsonrpc, process, record
 from forgather_control.errors import BadJobId, StartError
-from forgather_control.launch import Launch
-from forgather_control.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
+from forgather_control.jobs import directory, record
+from forgather_control.jobs.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
+from forgather_control.processes import liveness
+from forgather_control.processes.launcher import Launch
+from forgather_control.wire import jsonrpc
 
 from .world import Process, descriptors, needs_root, until
 
@@ -82,7 +84,7 @@ def test_a_record_survives_the_way_through_its_file(place):
 def test_the_owner_is_the_process_that_published():
     """Each fact goes where a judge looks for it."""
     mine = GOOD._replace(process_started_at=1.0, boot_id="b", machine="m", booted_at=2.0, pid_namespace=3)
-    assert mine.owner == process.Identity("node", 123, 1.0, 2.0, "b", "m", 3)
+    assert mine.owner == liveness.Identity("node", 123, 1.0, 2.0, "b", "m", 3)
 
 
 def test_a_record_of_a_later_version_is_read():
@@ -235,7 +237,7 @@ def test_an_unreadable_record_says_so(place):
         directory_.chmod(0o755)
     program = """
     import os, sys
-    from forgather_control.record import read_record
+    from forgather_control.jobs.record import read_record
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     for line in sys.stdin:
         try:

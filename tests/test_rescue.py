@@ -11,11 +11,13 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from forgather_control import caller, client, dump, process, rescue, roster
+from forgather_control.client import api, connection, recovery
 from forgather_control.errors import DeadlinePassed, InternalError, JobDead, JobNotAnswering, NoSuchJob
-from forgather_control.process import judge, myself
-from forgather_control.record import JobRecord
-from forgather_control.roster import RankRecord
+from forgather_control.jobs import rank_processes
+from forgather_control.jobs.rank_processes import RankRecord
+from forgather_control.jobs.record import JobRecord
+from forgather_control.processes import liveness, stack_dump
+from forgather_control.processes.liveness import judge, myself
 
 from .test_dump import recording
 from .world import MS, SOON, Process, needs_root, running_loop, serving, until
@@ -33,10 +35,10 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)
 @pytest.fixture
 def impatient(monkeypatch):
     """Nobody waits as long as a person would."""
-    monkeypatch.setattr(dump, "_SILENCE", 300 * MS)
-    monkeypatch.setattr(rescue, "_SLACK", 200 * MS)
-    monkeypatch.setattr(rescue, "GRACE", 300 * MS)
-    monkeypatch.setattr(caller, "_GRACE", 200 * MS)
+    monkeypatch.setattr(stack_dump, "_SILENCE", 300 * MS)
+    monkeypatch.setattr(recovery, "_SLACK", 200 * MS)
+    monkeypatch.setattr(recovery, "GRACE", 300 * MS)
+    monkeypatch.setattr(connection, "_GRACE", 200 * MS)
 
 
 def publish(jobs_dir, ranks, world_size=None, roster_too=True, **changes):
@@ -48,7 +50,7 @@ def publish(jobs_dir, ranks, world_size=None, roster_too=True, **changes):
     (jobs_dir / "job").mkdir(parents=True, exist_ok=True)
     (jobs_dir / "job" / "endpoint.json").write_text(json.dumps(known.to_json()))
     if roster_too:
-        roster.write(str(jobs_dir / "job"), ranks)
+        rank_processes.write(str(jobs_dir / "job"), ranks)
     return known
 
 
@@ -80,7 +82,7 @@ def row(rank, state="silent", **more):
 def test_the_crew_is_what_ranks_json_says(jobs_dir):
     """All ranks, the owner of the directory, and how many are not recorded."""
     two = [RankRecord.of(0, myself(), 3), RankRecord.of(1, myself()._replace(pid=7), None)]
-    crew = rescue.crew(publish(jobs_dir, two, world_size=4))
+    crew = recovery.crew(publish(jobs_dir, two, world_size=4))
     assert (crew.ranks, crew.missing, crew.owner) == (two, 2, os.getuid())
 
 
@@ -90,7 +92,7 @@ def test_without_ranks_json_the_crew_is_who_published(jobs_dir, content):
     known = publish(jobs_dir, [RankRecord.of(0, myself(), None)], world_size=3, roster_too=False)
     if content is not None:
         (jobs_dir / "job" / "ranks.json").write_bytes(content)
-    crew = rescue.crew(known)
+    crew = recovery.crew(known)
     assert [rank.identity for rank in crew.ranks] == [known.owner] and crew.missing == 2
 
 
@@ -99,7 +101,7 @@ def test_ranks_of_an_earlier_turn_are_nobodys(jobs_dir):
     old = [RankRecord.of(rank, myself()._replace(pid=100 + rank), 3) for rank in range(2)]
     publish(jobs_dir, old)
     known = publish(jobs_dir, [RankRecord.of(0, myself(), None)], roster_too=False)
-    assert [rank.pid for rank in rescue.crew(known).ranks] == [os.getpid()]
+    assert [rank.pid for rank in recovery.crew(known).ranks] == [os.getpid()]
 
 
 def test_a_directory_that_is_gone(jobs_dir):
@@ -108,7 +110,7 @@ def test_a_directory_that_is_gone(jobs_dir):
     for path in (jobs_dir / "job").iterdir():
         path.unlink()
     (jobs_dir / "job").rmdir()
-    assert rescue.crew(known).owner == os.geteuid()
+    assert recovery.crew(known).owner == os.geteuid()
 
 
 # Seeing them...
@@ -120,7 +122,7 @@ def test_look_tells_what_the_job_told(jobs_dir):
         dead.kill()
         told = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
         with answering(jobs_dir, told, others) as known:
-            sight = rescue.look(known, "ranks", 1.0)
+            sight = recovery.look(known, "ranks", 1.0)
         assert alive.popen.poll() is None
     assert [one["state"] for one in sight.rows] == ["answering", "silent", "absent", "silent", "ended"]
     assert sight.problem is None and sight.rows[0] == told[0]
@@ -130,7 +132,7 @@ def test_look_tells_what_the_job_told(jobs_dir):
 def test_what_is_no_list_of_ranks(jobs_dir, rows):
     """Another program's answer is refused, not shown."""
     with answering(jobs_dir, rows, []) as known, pytest.raises(InternalError):
-        rescue.look(known, "ranks", 1.0)
+        recovery.look(known, "ranks", 1.0)
 
 
 def test_look_at_a_job_that_does_not_answer(jobs_dir, impatient):
@@ -141,7 +143,7 @@ def test_look_at_a_job_that_does_not_answer(jobs_dir, impatient):
         known = publish(jobs_dir, records)
         until(lambda: (jobs_dir / "job" / "control.sock").exists())
         dead.kill()
-        sight = rescue.look(known, "ranks", 0.1)
+        sight = recovery.look(known, "ranks", 0.1)
     assert isinstance(sight.problem, JobNotAnswering)
     assert [(one["rank"], one["pid"], one["state"]) for one in sight.rows] == [
         (0, records[0].pid, "silent"), (1, records[1].pid, "silent"), (2, records[2].pid, "absent"),
@@ -154,12 +156,12 @@ def test_look_at_a_job_whose_rank_0_is_gone(jobs_dir):
     with ranks(WAITS, WAITS) as ((first, second), records):
         known = publish(jobs_dir, records)
         first.kill()
-        sight = rescue.look(known, "stacks", 1.0)
+        sight = recovery.look(known, "stacks", 1.0)
         assert isinstance(sight.problem, JobDead)
         assert [one["state"] for one in sight.rows] == ["absent", "silent"]
         second.kill()
         with pytest.raises(JobDead):
-            rescue.look(known, "stacks", 1.0)
+            recovery.look(known, "stacks", 1.0)
 
 
 # Their stacks...
@@ -172,10 +174,10 @@ def test_stacks_of_silent_ranks_are_read_from_here(jobs_dir):
         none = RankRecord.of(4, myself(), None)
         told = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
         with answering(jobs_dir, told, others) as known:
-            roster.write(str(jobs_dir / "job"), [*rescue.crew(known).ranks, far, none])
-            sight = rescue.look(known, "stacks", 1.0)
+            rank_processes.write(str(jobs_dir / "job"), [*recovery.crew(known).ranks, far, none])
+            sight = recovery.look(known, "stacks", 1.0)
         dead.kill()
-        rows, why = rescue.read_stacks(sight)
+        rows, why = recovery.read_stacks(sight)
     assert rows[0] == told[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
     assert [one["stacks"] for one in rows[2:]] == [None] * 5 and rows[2]["state"] == "absent"
     assert why.keys() == {2, 3, 4, 5}
@@ -185,10 +187,10 @@ def test_stacks_of_silent_ranks_are_read_from_here(jobs_dir):
 def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
     """All at once, so that one does not hold up the others; afterwards they go on."""
     with ranks(KEEPS, KEEPS, KEEPS) as (processes, records):
-        sight = rescue.Sight([row(rank) for rank in range(3)], rescue.crew(publish(jobs_dir, records)))
+        sight = recovery.Sight([row(rank) for rank in range(3)], recovery.crew(publish(jobs_dir, records)))
 
         def told():
-            rows, why = rescue.read_stacks(sight)
+            rows, why = recovery.read_stacks(sight)
             return all("most recent call first" in one["stacks"] for one in rows) and (rows, why)
 
         rows, why = until(told)
@@ -200,9 +202,9 @@ def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
 
 def test_nobody_silent_is_nobody_asked(jobs_dir):
     """Where all have answered, no process is looked at."""
-    crew = rescue.crew(publish(jobs_dir, [RankRecord.of(0, myself(), 5)]))
+    crew = recovery.crew(publish(jobs_dir, [RankRecord.of(0, myself(), 5)]))
     rows = [row(0, "answering", stacks="x"), row(1, "ended")]
-    assert rescue.read_stacks(rescue.Sight(rows, crew)) == (rows, {})
+    assert recovery.read_stacks(recovery.Sight(rows, crew)) == (rows, {})
 
 
 # Their end...
@@ -211,7 +213,7 @@ def test_nobody_silent_is_nobody_asked(jobs_dir):
 def test_an_abort_that_works_kills_nobody(jobs_dir):
     """The job reaches its next step, and ends by itself: its record comes back, and this process lives."""
     with running_loop() as run:
-        end = rescue.abort(client.find("job"), SOON)
+        end = recovery.abort(api.find("job"), SOON)
         assert end.record["state"] == "finished" and (end.problem, end.fates) == (None, [])
         run.thread.join(SOON)
         assert run.job.aborted
@@ -223,7 +225,7 @@ def test_a_job_that_reaches_no_other_step_is_ended(jobs_dir, impatient):
         assert processes[1].line() == "deaf"
         known = publish(jobs_dir, records)
         with serving(known.socket, lambda request: (_ for _ in ()).throw(DeadlinePassed("not yet"))):
-            end = rescue.abort(known, 0.05)
+            end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, DeadlinePassed) and end.record is None and end.missing == 0
         assert [fate["outcome"] for fate in end.fates] == ["ended", "killed", "ended"]
         assert [fate["pid"] for fate in end.fates] == [other.pid for other in processes]
@@ -237,7 +239,7 @@ def test_a_job_that_does_not_answer_is_ended(jobs_dir, impatient):
     with ranks(keeps, WAITS) as (processes, records):
         known = publish(jobs_dir, records)
         until(lambda: (jobs_dir / "job" / "control.sock").exists())
-        end = rescue.abort(known, 0.05)
+        end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, JobNotAnswering)
         assert [fate["outcome"] for fate in end.fates] == ["ended", "ended"]
         assert [other.popen.wait(SOON) for other in processes] == [-15, -15]
@@ -250,7 +252,7 @@ def test_what_rank_0_left_behind_is_ended(jobs_dir, impatient):
         processes[0].kill()
         leaves = threading.Timer(50 * MS, processes[1].say, ["go on"])
         leaves.start()
-        end = rescue.abort(known, 300 * MS)
+        end = recovery.abort(known, 300 * MS)
         assert [fate["outcome"] for fate in end.fates] == ["gone", "gone", "ended"]
         assert processes[1].end() == 0
         leaves.join(SOON)
@@ -262,10 +264,10 @@ def test_a_job_that_is_dead_already(jobs_dir):
         known = publish(jobs_dir, records)
         first.kill()
         with pytest.raises(JobDead):
-            rescue.abort(known, 1.0)
+            recovery.abort(known, 1.0)
     (jobs_dir / "job" / "endpoint.json").unlink()
     with pytest.raises(NoSuchJob):
-        rescue.abort(known, 1.0)
+        recovery.abort(known, 1.0)
 
 
 def test_only_recorded_processes_of_this_host_are_ended(jobs_dir, impatient):
@@ -274,7 +276,7 @@ def test_only_recorded_processes_of_this_host_are_ended(jobs_dir, impatient):
         used_again = records[1]._replace(started_at=records[1].started_at - 100)
         far = RankRecord.of(2, records[1].identity._replace(host="another.example.org"), None)
         known = publish(jobs_dir, [records[0], used_again, far], world_size=5)
-        end = rescue.abort(known, 0.0)
+        end = recovery.abort(known, 0.0)
         assert [fate["outcome"] for fate in end.fates] == ["ended", "gone", "elsewhere"] and end.missing == 2
         assert first.popen.wait(SOON) == -15 and judge(records[1].identity) == "running"
         assert bystander.popen.poll() is None
@@ -286,7 +288,7 @@ def test_root_ends_no_other_users_process(jobs_dir, impatient):
     with ranks(WAITS) as ((first,), records):
         known = publish(jobs_dir, records)
         os.chown(jobs_dir / "job", 65534, 65534)
-        assert [fate["outcome"] for fate in rescue.abort(known, 0.0).fates] == ["refused"]
+        assert [fate["outcome"] for fate in recovery.abort(known, 0.0).fates] == ["refused"]
         assert first.popen.poll() is None
 
 
@@ -294,14 +296,14 @@ def test_a_launcher_is_left_alone(jobs_dir, impatient):
     """The parent of the ranks, which is not among them, sees its children go and goes on."""
     source = """
     import json, subprocess, sys
-    code = "import json, sys\\nfrom forgather_control.process import myself\\n"
+    code = "import json, sys\\nfrom forgather_control.processes.liveness import myself\\n"
     code += "print(json.dumps(myself()._asdict()), flush=True)\\nsys.stdin.read()"
     one = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=sys.stdout)
     print(one.wait(), flush=True)
     sys.stdin.readline()
     """
     with Process(source) as launcher:
-        identity = process.Identity(**json.loads(launcher.line()))
-        end = rescue.abort(publish(jobs_dir, [RankRecord.of(0, identity, None)]), 0.0)
+        identity = liveness.Identity(**json.loads(launcher.line()))
+        end = recovery.abort(publish(jobs_dir, [RankRecord.of(0, identity, None)]), 0.0)
         assert [fate["outcome"] for fate in end.fates] == ["ended"]
         assert launcher.line() == str(-signal.SIGTERM) and launcher.popen.poll() is None

@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
-from forgather_control import directory, jobs, roster
 from forgather_control.errors import BadJobId
-from forgather_control.process import myself
-from forgather_control.roster import RankRecord, parse, read, write
+from forgather_control.jobs import directory, rank_processes, registry
+from forgather_control.jobs.rank_processes import RankRecord, parse, read, write
+from forgather_control.processes.liveness import myself
 
 from .world import ROOT, SOON, Process, descriptors
 
@@ -89,7 +89,7 @@ def test_no_reader_sees_half_of_it(place, jobs_dir):
 def test_the_directory_takes_it_away(place, jobs_dir):
     """With the job's directory goes whatever is in it, of a job that ends and of a dead one that is cleaned up."""
     write(str(place.parent), [ONE])
-    jobs.remove_tree(str(jobs_dir), "job")
+    registry.remove_tree(str(jobs_dir), "job")
     assert not place.parent.exists()
     mine = directory.JobDirectory("mine", lambda path: open(path, "w").close(), 1)
     mine.claim()
@@ -167,7 +167,7 @@ BROKEN = {
     "stack_fd -1": (data({"stack_fd": -1}), "stack_fd -1"),
     "stack_fd as float": (data({"stack_fd": 5.0}), "stack_fd must be int"),
     "the second one": (data({}, {"pid": "x\x1b"}), r"pid must be int, not 'x\\x1b'"),
-    "too long": (data({}) + b" " * roster.MAX_ROSTER, "longer than"),
+    "too long": (data({}) + b" " * rank_processes.MAX_ROSTER, "longer than"),
 }
 
 
@@ -192,14 +192,14 @@ def test_room_for_thousands():
     """Ten thousand ranks fit."""
     me = myself()._replace(host="h" * 64)
     many = [RankRecord.of(rank, me, 1000) for rank in range(10_000)]
-    assert len(json.dumps([rank._asdict() for rank in many])) < roster.MAX_ROSTER
+    assert len(json.dumps([rank._asdict() for rank in many])) < rank_processes.MAX_ROSTER
 
 
 def test_out_of_files_is_nobodys_fault(tmp_path):
     """An OSError says so: it must not look as if the job had no ranks."""
     source = """
     import os, resource
-    from forgather_control import roster
+    from forgather_control.jobs import rank_processes as roster
     os.makedirs("job"); roster.write("job", [])
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, 4096))
     try:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from forgather_control import rounds
-from forgather_control.rounds import Ask, At, Did, Go, Gone, Here, Kept, Leader, Member
+from forgather_control.ranks import consensus
+from forgather_control.ranks.consensus import Ask, At, Did, Go, Gone, Here, Kept, Leader, Member
 
 #: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
@@ -153,7 +153,7 @@ def settle(thing: Any) -> None:
     """Forget how far a deadline is: it has passed, or it has not, and any may pass at any moment."""
     if isinstance(thing, Leader):
         thing._deadline = EARLY + EARLY if thing._deadline > EARLY else 0.0
-        thing._pause = rounds.PAUSE
+        thing._pause = consensus.PAUSE
 
 
 def undecided(member: Member) -> bool:
@@ -568,12 +568,12 @@ class World:
     def _push(self, state: State, thread: str, actions: Any, *then: Any) -> State:
         todo: list[Any] = []
         for action in actions:
-            if isinstance(action, rounds.Post):
+            if isinstance(action, consensus.Post):
                 assert state.ranks[0].trains or ("end",) in state.says, "a round begins though rank 0 has ended"
                 heard = [me for me in state.ranks[1:] if me.mode == "off" and not me.mouth]
                 assert not heard, "a round begins though a rank trains on without control"
                 todo.append(("post", *action))
-            elif isinstance(action, rounds.Propose):
+            elif isinstance(action, consensus.Propose):
                 todo.append(("propose", *action))
             else:
                 state = self._log(state, action)
@@ -618,7 +618,7 @@ class World:
         number, fault = action
         asked = [state.ranks[rank] for rank in state.asked[number - 1]]
         assert all((type(said), said[0]) != (type(action), number) for said in state.log), "said twice"
-        if isinstance(action, rounds.Applied):
+        if isinstance(action, consensus.Applied):
             idle = [me for me in asked if not me.did(number)]
             assert all(me.mode in ("ended", "off") for me in idle), "applied, but not by all"
             assert (fault is not None) == any(me.mode == "off" for me in idle), f"applied with the fault {fault}"
@@ -639,8 +639,8 @@ class World:
             "rank 0 ended before the others could say what they did"
         )
         going, keeping = self.leaders.ask(state.leader, overdue)
-        said = [rounds.Applied(self.leaders.ask(state.leader, number_of), "missing")] if going else []
-        return state._replace(log=(*state.log, *said, *(rounds.Stored(number, "missing") for number in keeping)))
+        said = [consensus.Applied(self.leaders.ask(state.leader, number_of), "missing")] if going else []
+        return state._replace(log=(*state.log, *said, *(consensus.Stored(number, "missing") for number in keeping)))
 
     # When nothing can happen any more...
 
@@ -661,8 +661,8 @@ class World:
         if first.mode == "dead" or not first.did(number):
             return
         said = {type(action): action.fault for action in state.log if action.number == number}
-        assert rounds.Applied in said, "nobody said that it was applied"
-        assert not stores or rounds.Stored in said, "nobody said that it was stored"
+        assert consensus.Applied in said, "nobody said that it was applied"
+        assert not stores or consensus.Stored in said, "nobody said that it was stored"
 
 
 def _fields(message: Any) -> tuple[Any, ...]:
@@ -830,12 +830,12 @@ def leader(size: int = 2) -> Leader:
 def decide(of: Leader, *clocks: int, keeps: bool = False, now: float = 0.0) -> int:
     """Ask, have all answer, and let what is proposed stand; T."""
     (post,) = of.next(now, True)
-    assert post == rounds.Post(tuple(range(len(clocks))), Ask(of.number))
+    assert post == consensus.Post(tuple(range(len(clocks))), Ask(of.number))
     for rank, clock in enumerate(clocks):
         assert of.next(now, True) == []
         of.at(of.number, rank, clock)
     ((number, due),) = of.next(now, True)
-    assert of.decided(Go(number, due, []), keeps, now) == rounds.Post(post.ranks, Go(number, due, []))
+    assert of.decided(Go(number, due, []), keeps, now) == consensus.Post(post.ranks, Go(number, due, []))
     return due
 
 
@@ -892,7 +892,7 @@ def test_nobody_is_asked_before_all_are_there():
     assert (made.next(0.0, True), made.wait(0.0, True), made.state(1)) == ([], None, "absent")
     made.here(1)
     assert (made.next(0.0, False), made.wait(0.0, False), made.state(1)) == ([], None, "silent")
-    assert made.next(0.0, True) == [rounds.Post((0, 1), Ask(1))]
+    assert made.next(0.0, True) == [consensus.Post((0, 1), Ask(1))]
 
 
 def test_the_step_is_past_all_answers():
@@ -907,18 +907,18 @@ def test_the_step_is_past_all_answers():
     for rank, clock in enumerate((4, 9, 20)):
         made.at(1, rank, clock)
     made.gone(2, 20, None)
-    assert made.next(0.0, True) == [rounds.Propose(1, 21)]
+    assert made.next(0.0, True) == [consensus.Propose(1, 21)]
 
 
 def test_patience_and_pauses():
     """A round that is not answered in time is off; the next one waits, twice as long each time, up to a minute."""
     made, now, pauses = leader(2), 0.0, []
     for _ in range(9):
-        assert made.next(now, True) == [rounds.Post((0, 1), Ask(made.number))]
+        assert made.next(now, True) == [consensus.Post((0, 1), Ask(made.number))]
         made.at(made.number, 0, 0)
-        assert (made.next(now + rounds.PATIENCE - 0.01, True), made.wait(now, True)) == ([], rounds.PATIENCE)
-        now += rounds.PATIENCE
-        assert made.next(now, True) == [rounds.Propose(made.number, None)]
+        assert (made.next(now + consensus.PATIENCE - 0.01, True), made.wait(now, True)) == ([], consensus.PATIENCE)
+        now += consensus.PATIENCE
+        assert made.next(now, True) == [consensus.Propose(made.number, None)]
         made.decided(Go(made.number, None, []), False, now)
         pauses.append(made.wait(now, True))
         assert made.next(now + pauses[-1] - 0.01, True) == [] and made.wait(now, False) is None
@@ -927,7 +927,7 @@ def test_patience_and_pauses():
     assert decide(made, 0, 0, now=now) == 1
     made.did(made.number, 0)
     made.did(made.number, 1)
-    assert made.next(now, False) == [rounds.Applied(made.number, None)]
+    assert made.next(now, False) == [consensus.Applied(made.number, None)]
 
 
 def test_an_answer_that_comes_too_late_counts_for_nothing():
@@ -935,15 +935,15 @@ def test_an_answer_that_comes_too_late_counts_for_nothing():
     made = leader(2)
     made.next(0.0, True)
     made.at(1, 0, 5)
-    assert made.next(rounds.PATIENCE, True) == [rounds.Propose(1, None)]
-    made.decided(Go(1, None, []), False, rounds.PATIENCE)
+    assert made.next(consensus.PATIENCE, True) == [consensus.Propose(1, None)]
+    made.decided(Go(1, None, []), False, consensus.PATIENCE)
     made.at(1, 1, 50)
-    assert made.next(100.0, True) == [rounds.Post((0, 1), Ask(2))]
+    assert made.next(100.0, True) == [consensus.Post((0, 1), Ask(2))]
     made.at(1, 1, 50)
     made.at(2, 0, 6)
     assert made.next(100.0, True) == []
     made.at(2, 1, 7)
-    assert made.next(100.0, True) == [rounds.Propose(2, 8)]
+    assert made.next(100.0, True) == [consensus.Propose(2, 8)]
 
 
 def test_what_a_member_does_before_the_decision_is_noted():
@@ -952,13 +952,13 @@ def test_what_a_member_does_before_the_decision_is_noted():
     made.next(0.0, True)
     for rank in range(3):
         made.at(1, rank, 0)
-    assert made.next(0.0, True) == [rounds.Propose(1, 1)]
+    assert made.next(0.0, True) == [consensus.Propose(1, 1)]
     made.did(1, 1)
     made.kept(1, 1, "full")
     made.gone(2, 1, "broken")
     made.decided(Go(1, 1, []), True, 0.0)
     made.did(1, 0)
-    assert made.next(0.0, True) == [rounds.Applied(1, "broken")]
+    assert made.next(0.0, True) == [consensus.Applied(1, "broken")]
     made.kept(1, 0, None)
     ((number, fault),) = made.next(0.0, True)
     assert number == 1 and fault in ("full", "broken")
@@ -971,23 +971,23 @@ def test_checkpoints_outlive_their_round():
         decide(made, 0, 0, keeps=True)
         for rank in range(2):
             made.did(made.number, rank)
-        assert made.next(0.0, False) == [rounds.Applied(made.number, None)]
+        assert made.next(0.0, False) == [consensus.Applied(made.number, None)]
     assert made.keeping == [1, 2] and made.missing == []
     made.kept(2, 0, None)
     assert made.owes and made.missing == [1]
     made.kept(1, 1, None)
     made.kept(2, 1, "full")
-    assert made.next(0.0, False) == [rounds.Stored(2, "full")]
+    assert made.next(0.0, False) == [consensus.Stored(2, "full")]
     made.gone(1, 5, "it broke, but its part of the first was whole")
     made.kept(1, 0, None)
-    assert made.next(0.0, False) == [rounds.Stored(1, None)] and not made.owes
+    assert made.next(0.0, False) == [consensus.Stored(1, None)] and not made.owes
 
 
 def test_the_end_of_rank_0():
     """A round that is not decided is off, and no other begins."""
     made = leader(2)
     made.next(0.0, True)
-    assert made.close() == [rounds.Propose(1, None)]
+    assert made.close() == [consensus.Propose(1, None)]
     made.decided(Go(1, None, []), False, 0.0)
     assert made.next(1000.0, True) == [] and made.close() == []
 
@@ -998,6 +998,6 @@ def test_a_fault_ends_all_agreement():
     made.next(0.0, True)
     made.at(1, 0, 0)
     made.gone(1, 0, "it broke")
-    assert made.next(0.0, True) == [rounds.Propose(1, None)]
+    assert made.next(0.0, True) == [consensus.Propose(1, None)]
     made.decided(Go(1, None, []), False, 0.0)
     assert (made.next(1000.0, True), made.fault, made.state(1)) == ([], "it broke", "ended")

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from forgather_control import process, screen
-from forgather_control.jobs import Job
+from forgather_control.cli import output
+from forgather_control.jobs.registry import Job
+from forgather_control.processes import liveness
 
 #: Text that a terminal would act on, or that would seem to stand elsewhere, and how it is shown.
 TRICKS = {
@@ -67,20 +68,20 @@ def harmless(text, lines):
 @tricks
 def test_safe(text, wanted):
     """What could act or pretend is shown as an escape."""
-    assert screen.safe(text) == wanted
+    assert output.safe(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "plain", "a b", "żółw", "日本", "\U0001f600", "\\x1b", 5, None, 1.5, ["a\n"]])
 def test_safe_leaves_the_rest(text):
     """Ordinary text of any language stays as it is."""
-    assert screen.safe(text) == str(text)
+    assert output.safe(text) == str(text)
 
 
 @tricks
 def test_table_is_safe(text, wanted):
     """No field of a record, and no step that a job claims, gets to the terminal raw."""
     job = Job(text, text, None, 1, 0.0, "live", status={"global_step": text, "max_steps": text})
-    table = harmless(screen.job_table([job, JOB], colour=False), 3)
+    table = harmless(output.job_table([job, JOB], colour=False), 3)
     assert table.count(wanted) == 4
 
 
@@ -97,9 +98,9 @@ def test_status_is_safe(text, wanted):
         "metrics": {text: text},
         "commands": [record, saved],
     }
-    shown = harmless(screen.status_screen(status, unicode=True), 7)
+    shown = harmless(output.status_screen(status, unicode=True), 7)
     assert shown.count(wanted) == 9
-    bare = screen.status_screen({**status, "global_step": text, "max_steps": None}, unicode=False)
+    bare = output.status_screen({**status, "global_step": text, "max_steps": None}, unicode=False)
     assert harmless(bare, 7).count(wanted) == 10
 
 
@@ -109,7 +110,7 @@ def test_status_is_safe(text, wanted):
 def test_outcome_is_safe(text, wanted, state, command):
     """No path and no job's name gets to the terminal raw."""
     record = {**RECORD, "command": command, "state": state, "result": {"step": text, "path": text, "seconds": 1}}
-    shown = harmless(screen.outcome(text, record), 1)
+    shown = harmless(output.outcome(text, record), 1)
     assert shown.count(wanted) == (3 if state == "finished" else 1)
 
 
@@ -119,7 +120,7 @@ def test_outcome_is_safe(text, wanted, state, command):
 def test_table():
     """Columns are aligned, states are words, and what is unknown is a dash."""
     silent = Job("longer-name", "n", 8900, 1, 86_400.0, "silent")
-    assert screen.job_table([JOB, silent], colour=False).splitlines() == [
+    assert output.job_table([JOB, silent], colour=False).splitlines() == [
         "STATE   JOB          HOST  PORT  PID   STARTED              STEP",
         "live    job          node  -     4242  1970-01-01 00:00:00  500/1000",
         "silent  longer-name  n     8900  1     1970-01-02 00:00:00  -",
@@ -128,18 +129,18 @@ def test_table():
 
 def test_table_of_nothing():
     """Without jobs there is the head alone."""
-    assert screen.job_table([], colour=True).split() == ["STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP"]
+    assert output.job_table([], colour=True).split() == ["STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP"]
 
 
 @pytest.mark.parametrize("state", ["live", "silent", "dead", "foreign"])
 def test_colour_changes_no_width(state):
     """Colour is put around the state's cell, in every state, and taking it away gives the plain table."""
     jobs = [JOB, Job("b", "h", None, 1, 0.0, state)]
-    coloured = screen.job_table(jobs, colour=True)
+    coloured = output.job_table(jobs, colour=True)
     assert coloured.count("\x1b[") == 4
-    for code in (*screen._COLOURS.values(), "0"):
+    for code in (*output._COLOURS.values(), "0"):
         coloured = coloured.replace(f"\x1b[{code}m", "")
-    assert coloured == screen.job_table(jobs, colour=False)
+    assert coloured == output.job_table(jobs, colour=False)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_colour_changes_no_width(state):
 def test_step_cell(step, end, cell):
     """A job without an end shows its step alone; one that claims nothing shows nothing."""
     job = Job("j", "h", None, 1, 0.0, "live", status={"global_step": step, "max_steps": end})
-    assert screen.job_table([job], colour=False).split()[-1].startswith(cell)
+    assert output.job_table([job], colour=False).split()[-1].startswith(cell)
 
 
 # One job's status...
@@ -168,7 +169,7 @@ def test_status():
         },
     ]
     more = {"world_size": 8, "rss_bytes": 3 << 20, "cpu_percent": 99.6, "device_memory_bytes": 1 << 30}
-    assert screen.status_screen({**STATUS, "commands": commands, **more}, unicode=False).splitlines() == [
+    assert output.status_screen({**STATUS, "commands": commands, **more}, unicode=False).splitlines() == [
         "job  training",
         "[################................]  50.0 %  step 500 of 1000",
         "epoch 1.25   2 steps/s   4m 10s left   last step 0.4 s ago",
@@ -183,7 +184,7 @@ def test_status():
 def test_status_before_the_first_step():
     """A job that only starts says so, without a speed or an end that nobody knows."""
     unknown = dict.fromkeys(["epoch", "max_steps", "progress", "steps_per_second", "eta_seconds", "seconds_since_step"])
-    assert screen.status_screen({**STATUS, **unknown, "global_step": 0, "metrics": {}}, unicode=True).splitlines() == [
+    assert output.status_screen({**STATUS, **unknown, "global_step": 0, "metrics": {}}, unicode=True).splitlines() == [
         "job  training",
         "step 0",
         "no step yet",
@@ -194,7 +195,7 @@ def test_status_before_the_first_step():
 def test_status_of_another_version():
     """Members that an older job does not send are left out of the screen."""
     few = {name: STATUS[name] for name in ("job_id", "status", "global_step", "pid", "host", "started_at")}
-    assert len(screen.status_screen(few, unicode=False).splitlines()) == 4
+    assert len(output.status_screen(few, unicode=False).splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_status_of_another_version():
 @pytest.mark.parametrize("unicode", [True, False])
 def test_bar(progress, full, unicode):
     """The bar is full at the end and not before, in either alphabet, and always as long."""
-    line = screen.status_screen({**STATUS, "progress": progress}, unicode).splitlines()[1]
+    line = output.status_screen({**STATUS, "progress": progress}, unicode).splitlines()[1]
     bar = line[line.index("[") + 1 : line.index("]")]
     assert bar == ("█" if unicode else "#") * full + ("░" if unicode else ".") * (32 - full)
     assert unicode or line.isascii()
@@ -216,7 +217,7 @@ def test_bar(progress, full, unicode):
 )  # fmt: skip
 def test_speed(speed, wanted):
     """Slow steps are told in seconds each, fast ones in steps a second."""
-    line = screen.status_screen({**STATUS, "steps_per_second": speed}, unicode=False).splitlines()[2]
+    line = output.status_screen({**STATUS, "steps_per_second": speed}, unicode=False).splitlines()[2]
     assert wanted in line if wanted else "step/s" not in line and "s/step" not in line
 
 
@@ -240,7 +241,7 @@ def test_speed(speed, wanted):
 )
 def test_outcome(record, wanted):
     """One line says what became of the command, and where the checkpoint is."""
-    assert screen.outcome("job", {**RECORD, **record}) == wanted
+    assert output.outcome("job", {**RECORD, **record}) == wanted
 
 
 # Ranks...
@@ -256,7 +257,7 @@ def test_rank_table():
     """Columns are aligned, what is unknown is a dash, and the last lines name who is behind, silent and gone."""
     late = {**RANK, "rank": 2, "step": 117, "seconds_since_step": 65.0, "device": "cpu", "device_memory_bytes": None}
     gone = {**BARE, "rank": 3, "state": "absent"}
-    assert screen.rank_table([RANK, BARE, late, gone], colour=False).splitlines() == [
+    assert output.rank_table([RANK, BARE, late, gone], colour=False).splitlines() == [
         "RANK  HOST  PID   STATE      STEP  BEHIND  LAST STEP   MEMORY  DEVICE",
         "0     node  4242  answering  120   -       0.4 s ago   3 MiB   cuda:0 NVIDIA H200, 5120 MiB",
         "1     node  4243  silent     -     -       -           -       -",
@@ -270,14 +271,14 @@ def test_rank_table():
 
 def test_rank_table_where_all_is_well():
     """Nothing is remarked where nothing is remarkable; without ranks there is the head alone."""
-    assert screen.rank_table([RANK, {**RANK, "rank": 1}], colour=False).count("\n") == 2
-    assert screen.rank_table([], colour=True).split()[:2] == ["RANK", "HOST"]
+    assert output.rank_table([RANK, {**RANK, "rank": 1}], colour=False).count("\n") == 2
+    assert output.rank_table([], colour=True).split()[:2] == ["RANK", "HOST"]
 
 
 def test_many_ranks_are_counted():
     """A thousand ranks behind make one line, not a thousand numbers."""
     rows = [{**RANK, "rank": rank, "step": 5 + (rank == 0)} for rank in range(1000)]
-    last = screen.rank_table(rows, colour=False).splitlines()[-1]
+    last = output.rank_table(rows, colour=False).splitlines()[-1]
     assert last == "behind, by 1 at most: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
 
 
@@ -285,33 +286,33 @@ def test_many_ranks_are_counted():
 def test_rank_colour_changes_no_width(state):
     """Colour is put around the state's cell; a state that nobody knows has none."""
     rows = [RANK, {**BARE, "state": state}, {**BARE, "rank": 2, "state": "\x1b[31m"}]
-    coloured = screen.rank_table(rows, colour=True)
+    coloured = output.rank_table(rows, colour=True)
     assert coloured.count("\x1b[") == 4
-    for code in (*screen._COLOURS.values(), "0"):
+    for code in (*output._COLOURS.values(), "0"):
         coloured = coloured.replace(f"\x1b[{code}m", "")
-    assert coloured == screen.rank_table(rows, colour=False)
+    assert coloured == output.rank_table(rows, colour=False)
 
 
 @tricks
 def test_ranks_are_safe(text, wanted):
     """Nothing that a rank says of itself gets to the terminal raw."""
     row = {**dict.fromkeys(RANK, text), "rank": 7}
-    shown = harmless(screen.rank_table([row], colour=False), 2)
+    shown = harmless(output.rank_table([row], colour=False), 2)
     assert shown.count(wanted) == 5
-    assert screen.fates([{**row, "outcome": "killed"}]).count(wanted) == 2
+    assert output.fates([{**row, "outcome": "killed"}]).count(wanted) == 2
 
 
 @pytest.mark.parametrize("odd", [True, math.nan, "NaN", [], {}, -1, 10**30, None])
 def test_rank_of_another_version(odd):
     """Whatever stands where a number should, the table is shown; members may be missing."""
     rows = [{**dict.fromkeys(RANK, odd), "rank": 0}, {"rank": 1}, RANK]
-    assert screen.rank_table(rows, colour=False).count("\n") >= 3
+    assert output.rank_table(rows, colour=False).count("\n") >= 3
 
 
 def test_stacks():
     """Each rank's stacks stand under its name, line by line; a rank without says so."""
     rows = [{**RANK, "stacks": "Thread 1:\n  File a\n"}, {**BARE, "stacks": None}]
-    assert screen.stacks_text(rows) == (
+    assert output.stacks_text(rows) == (
         "rank 0, pid 4242 on node, answering\nThread 1:\n  File a\n\nrank 1, pid 4243 on node, silent\n  no stacks"
     )
 
@@ -320,16 +321,16 @@ def test_stacks():
 def test_stacks_are_safe(text, wanted):
     """A line of source may hold anything; the newlines of the stacks stay, those of names do not."""
     row = {**RANK, "host": text, "state": text, "stacks": f"Thread\n  {text}\nend"}
-    assert text == "a\nlive  b" or harmless(screen.stacks_text([row]), 4).count(wanted) == 3
-    assert screen.safe_lines("a\n\tb\n") == "a\n\\tb\n"
+    assert text == "a\nlive  b" or harmless(output.stacks_text([row]), 4).count(wanted) == 3
+    assert output.safe_lines("a\n\tb\n") == "a\n\\tb\n"
 
 
 @pytest.mark.parametrize("outcome", ["ended", "killed", "gone", "elsewhere", "refused", "stuck"])
 def test_fates(outcome):
     """Every outcome that there is has words, which say what was done."""
-    line = screen.fates([{"rank": 3, "host": "node", "pid": 5, "outcome": outcome}])
+    line = output.fates([{"rank": 3, "host": "node", "pid": 5, "outcome": outcome}])
     assert line.startswith("rank 3, pid 5 on node: ") and len(line) > 30
-    assert set(screen._FATES) == set(process.Outcome.__args__)
+    assert set(output._FATES) == set(liveness.Outcome.__args__)
 
 
 # Pieces...
@@ -343,7 +344,7 @@ def test_fates(outcome):
 )  # fmt: skip
 def test_number(value, wanted):
     """Metrics in at most five digits, whatever they are."""
-    assert screen.number(value) == wanted
+    assert output.number(value) == wanted
 
 
 @pytest.mark.parametrize(
@@ -354,15 +355,15 @@ def test_number(value, wanted):
 )  # fmt: skip
 def test_duration(seconds, wanted):
     """Seconds as people say them; what is no number of seconds is a question mark."""
-    assert screen.duration(seconds) == wanted
+    assert output.duration(seconds) == wanted
 
 
 @pytest.mark.parametrize("epoch", [math.nan, math.inf, -math.inf, 1e300, -1e300, 10**400, None, "NaN", "now", [], {}])
 def test_moment_that_is_none(epoch):
     """A file may claim any time: none of them is taken for now, or for a reason to stop."""
-    assert screen.moment(epoch) == "?"
+    assert output.moment(epoch) == "?"
 
 
 def test_moment():
     """A time of this host's zone, to the second."""
-    assert screen.moment(1.9) == "1970-01-01 00:00:01"
+    assert output.moment(1.9) == "1970-01-01 00:00:01"

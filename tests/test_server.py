@@ -18,10 +18,11 @@ import time
 import psutil
 import pytest
 
-from forgather_control import jsonrpc, server
 from forgather_control.errors import InvalidParams, NotCancellable
-from forgather_control.exchange import PENDING, Later
-from forgather_control.server import Server
+from forgather_control.server import server
+from forgather_control.server.dispatcher import PENDING, Later
+from forgather_control.server.server import Server
+from forgather_control.wire import jsonrpc
 
 from .world import (
     MS,
@@ -381,7 +382,7 @@ def test_beyond_the_limit_the_idlest_goes(path, answers, monkeypatch, half):
 #: A server whose process takes all of its descriptors at "full", and lets go of some at "free".
 STARVED = """
 import resource, sys, threading, time
-from forgather_control.server import Server
+from forgather_control.server.server import Server
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
 server = Server(lambda request: request.params, lambda: None)
 server.listen(sys.argv[1])
@@ -482,8 +483,8 @@ def test_the_burst_stays_within_what_is_promised():
 #: A server with one connected client that forks a child; the child says its pid, then what it is told to do.
 FORKS = """
 import os, sys
-from forgather_control.directory import JobDirectory
-from forgather_control.server import Server
+from forgather_control.jobs.directory import JobDirectory
+from forgather_control.server.server import Server
 server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
 job = JobDirectory("job", server.listen, 1)
 job.claim()
@@ -586,7 +587,7 @@ def test_root_may_control_an_ordinary_users_job(path):
     """The other way round the owner is nobody, and root is let in."""
     program = """
     import os, sys
-    from forgather_control.server import Server
+    from forgather_control.server.server import Server
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     server = Server(lambda request: os.getuid(), lambda: None)
     server.listen(sys.argv[1]); server.start()
@@ -660,8 +661,8 @@ def test_a_client_that_hangs_up_is_no_signal(path):
     """Even where SIGPIPE kills, as in a script that set it so, a reply to who is gone does not."""
     program = """
     import signal, sys
-    from forgather_control.exchange import PENDING, Later
-    from forgather_control.server import Server
+    from forgather_control.server.dispatcher import PENDING, Later
+    from forgather_control.server.server import Server
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     given = []
     answer = lambda request: Later(lambda: given[0] if given else PENDING) if request.method == "later" else 1
@@ -923,7 +924,7 @@ def test_connections_over_tcp_cost_no_thread_and_leave_nothing(answers, many_fil
 #: Serves a port, and forks; the child says how many sockets it has left.
 FORKS_TCP = """
 import os, sys
-from forgather_control.server import Server
+from forgather_control.server.server import Server
 server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
 os.write(1, (str(server.listen_tcp("127.0.0.1", 0, sys.argv[1], None)[1]) + "\\n").encode())
 server.start()

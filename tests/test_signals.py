@@ -11,9 +11,9 @@ import threading
 
 import pytest
 
-from forgather_control import signals
 from forgather_control.errors import InvalidParams, Unsupported
-from forgather_control.signals import Signals
+from forgather_control.training import signals
+from forgather_control.training.signals import Signals
 
 from .world import SOON, Process
 
@@ -262,7 +262,7 @@ def test_a_copy_has_installed_nothing(given):
 
 PREPARE = """
 import faulthandler, logging, os, queue, signal, sys, threading, time, warnings
-from forgather_control.signals import Signals
+from forgather_control.training.signals import Signals
 warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which are tried here
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 given = queue.SimpleQueue()

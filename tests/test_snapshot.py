@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from forgather_control import snapshot
-from forgather_control.client import connect
-from forgather_control.snapshot import FIGURES_FRESH, FRESH, Snapshot
+from forgather_control.client.api import connect
+from forgather_control.training import status_cache
+from forgather_control.training.status_cache import FIGURES_FRESH, FRESH, Snapshot
 
 from .world import running_loop, until
 
@@ -19,7 +19,7 @@ class Facts:
 
     def __init__(self, monkeypatch):
         self.at, self.step, self.told, self.asked = 1000.0, 0, 0, 0
-        monkeypatch.setattr(snapshot, "time", SimpleNamespace(monotonic=lambda: self.at))
+        monkeypatch.setattr(status_cache, "time", SimpleNamespace(monotonic=lambda: self.at))
         self.snapshot = Snapshot(self.tell, lambda: self.step, self.figures)
 
     def tell(self):

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from forgather_control import connect, ssh
+from forgather_control import connect
+from forgather_control.client import ssh
 from forgather_control.errors import (
     AmbiguousJob,
     FindError,

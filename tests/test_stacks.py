@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from forgather_control import stacks
-from forgather_control.stacks import MAX_TEXT, python_stacks
+from forgather_control.processes import stacks
+from forgather_control.processes.stacks import MAX_TEXT, python_stacks
 
 from .world import SOON, Process
 
@@ -66,7 +66,7 @@ def test_a_helper_sees_the_main_thread_while_it_hangs():
     """The whole point: asked on another thread, while the main one waits without the interpreter lock."""
     source = """
     import sys, threading
-    from forgather_control.stacks import python_stacks
+    from forgather_control.processes.stacks import python_stacks
 
     def hang_in_a_collective():
         sys.stdin.read()
@@ -111,7 +111,7 @@ def test_no_file_is_touched():
     """The file system may be what hangs: nothing is opened, listed or looked at."""
     source = """
     import os, sys, threading
-    from forgather_control.stacks import python_stacks
+    from forgather_control.processes.stacks import python_stacks
     threading.Thread(target=os.read, args=(0, 1), daemon=True).start()
     seen = []
     sys.addaudithook(lambda event, args: seen.append(event))
@@ -185,7 +185,7 @@ def test_threads_that_python_did_not_start_come_last():
     """A thread without a name is told, too: it may be the one that holds everything up."""
     source = """
     import _thread, sys, threading
-    from forgather_control.stacks import python_stacks
+    from forgather_control.processes.stacks import python_stacks
     started = threading.Event()
     def raw():
         started.set()

@@ -14,10 +14,12 @@ from contextlib import closing
 
 import pytest
 
-from forgather_control import connect, errors, gate, jsonrpc, server, tls
-from forgather_control.caller import Client
-from forgather_control.clock import Deadline
-from forgather_control.endpoint import TcpEndpoint
+from forgather_control import connect, errors
+from forgather_control.client.connection import Client
+from forgather_control.deadline import Deadline
+from forgather_control.server import auth, server
+from forgather_control.wire import jsonrpc, tls
+from forgather_control.wire.addresses import TcpEndpoint
 
 from .world import MS, ROOT, SOON, TOKEN, Process, Wire, descriptors, needs, running_loop, serving_tcp, strict, until
 
@@ -148,7 +150,7 @@ def test_a_server_that_speaks_no_tls_is_named(answers):
         start = time.monotonic()
         with pytest.raises(errors.JobNotAnswering, match="does not speak TLS"):
             TcpEndpoint(*control.at, True, "0" * 64).connect(Deadline(SOON))
-        assert time.monotonic() - start < gate.TIME_TO_AUTHENTICATE
+        assert time.monotonic() - start < auth.TIME_TO_AUTHENTICATE
 
 
 def test_a_server_that_says_nothing_is_given_up():
@@ -207,7 +209,7 @@ def test_a_slow_handshake_keeps_nobody_waiting(control):
 def test_half_a_handshake_ends_in_time(answers, pem, monkeypatch):
     """The time to authenticate holds for it, too."""
     monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(gate, "TIME_TO_AUTHENTICATE", 200 * MS)
+    monkeypatch.setattr(auth, "TIME_TO_AUTHENTICATE", 200 * MS)
     with serving_tcp(answers, tls=tls.server_context(pem.cert, pem.key)) as control:
         with Wire(control.at) as half, Wire(control.at) as silent:
             half.send(b"\x16\x03\x01\x02\x00")
@@ -323,7 +325,7 @@ def test_a_goodbye_is_said_to_whom_the_server_leaves(answers, pem):
 
 def test_a_wrong_token_is_answered_late(control, monkeypatch):
     """As without TLS, and with a goodbye."""
-    monkeypatch.setattr(gate, "PENALTY", 100 * MS)
+    monkeypatch.setattr(auth, "PENALTY", 100 * MS)
     with wire(control) as spoke:
         spoke.sock.suppress_ragged_eofs = False
         start = time.monotonic()
@@ -391,7 +393,7 @@ def test_first_lines_have_their_limit(control):
     """A line of 1,024 bytes, and one more, in records of any size."""
     for more in (0, 1):
         with wire(control) as spoke:
-            first = AUTH.rstrip().ljust(gate.MAX_FIRST_LINE + more) + b"\n"
+            first = AUTH.rstrip().ljust(auth.MAX_FIRST_LINE + more) + b"\n"
             for cut in (first[:700], first[700:]):
                 spoke.send(cut)
             assert spoke.is_closed() if more else spoke.reply()["id"] == 1
@@ -451,8 +453,8 @@ def test_a_job_over_tls_is_reached_by_its_record(pem, jobs_dir):
 PIPE = """
 import signal, sys, time
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-from forgather_control import tls
-from forgather_control.server import Server
+from forgather_control.wire import tls
+from forgather_control.server.server import Server
 server = Server(lambda request: "x" * 100_000, lambda: None)
 address, port = server.listen_tcp("127.0.0.1", 0, sys.argv[1], tls.server_context(sys.argv[2], sys.argv[3]))
 server.start()
@@ -484,8 +486,8 @@ def test_a_forked_child_says_no_goodbye(pem):
     """It lets go of the port and of the connections, and the parent's client notices nothing."""
     source = """
     import os, sys
-    from forgather_control import tls
-    from forgather_control.server import Server
+    from forgather_control.wire import tls
+    from forgather_control.server.server import Server
     server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
     address, port = server.listen_tcp("127.0.0.1", 0, sys.argv[1], tls.server_context(sys.argv[2], sys.argv[3]))
     server.start()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from forgather_control.vitals import device, vitals
+from forgather_control.processes.usage import device, vitals
 
 from .world import MS, SOON, Process, needs_torch, until
 
@@ -58,7 +58,7 @@ def test_a_forked_child_tells_of_itself():
     """The figures of a child are not its parent's."""
     source = """
     import os, sys
-    from forgather_control.vitals import vitals
+    from forgather_control.processes.usage import vitals
     filled = vitals() and b"x" * (64 << 20)
     child = os.fork()
     told = vitals()
@@ -116,7 +116,7 @@ def test_real_torch_on_the_processor():
     """In a process of its own: the processor is named, and CUDA stays as it was, while the training thread hangs."""
     source = """
     import sys, threading, torch
-    from forgather_control.vitals import vitals
+    from forgather_control.processes.usage import vitals
     def ask():
         print(vitals()["device"], torch.cuda.is_initialized(), flush=True)
     threading.Timer(0.05, ask).start()
@@ -130,7 +130,7 @@ def test_it_answers_while_the_main_thread_hangs():
     """Asked by a helper again and again, it needs nothing of the thread that hangs."""
     source = """
     import sys, threading
-    from forgather_control.vitals import vitals
+    from forgather_control.processes.usage import vitals
     threading.Thread(target=lambda: [print(vitals()["pid"], flush=True) for _ in range(3)], daemon=True).start()
     sys.stdin.read()
     """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control.ledger import Ledger
-from forgather_control.mailbox import Mailbox
-from forgather_control.world import OneProcess
+from forgather_control.ranks.group import OneProcess
+from forgather_control.training.command_queue import Mailbox
+from forgather_control.training.command_tracker import Ledger
 
 
 class Home:

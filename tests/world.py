@@ -200,7 +200,7 @@ def serving(
     path: str | os.PathLike[str], answer: Callable[[Any], Any], tick: Callable[[], None] = lambda: None
 ) -> Iterator[Any]:
     """A real ``Server`` at ``path``, closed on exit."""
-    from forgather_control.server import Server
+    from forgather_control.server.server import Server
 
     server = Server(answer, tick)
     server.listen(os.fspath(path))
@@ -216,7 +216,7 @@ def serving_tcp(
     answer: Callable[[Any], Any], tls: Any = None, path: str | os.PathLike[str] | None = None
 ) -> Iterator[Any]:
     """A real ``Server`` at a port of this host, its address in ``at``, its secret ``TOKEN``; at ``path``, too."""
-    from forgather_control.server import Server
+    from forgather_control.server.server import Server
 
     server = Server(answer, lambda: None)
     if path is not None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rows import Aim, Rounds, Table, each_of
 
-from forgather_control import server
-from forgather_control.controller import Controller
+from forgather_control.server import server
+from forgather_control.training.controller import Controller
 
 ROUNDS, CALLS = 40, 50
 #: Of one core, in per cent, while nobody asks: all of the housekeeping together.

@@ -95,7 +95,8 @@ class Servers:
         return found
 
     def _ours(self, wanted: dict[str, Any]) -> Any:
-        from forgather_control import connect, server
+        from forgather_control import connect
+        from forgather_control.server import server
 
         if wanted["share"]:
             server.SHARE = server.BURST = wanted["share"]

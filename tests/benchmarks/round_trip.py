@@ -20,7 +20,7 @@ from others import Kept, ping_anew, status_anew
 from rows import Aim, Rounds, Table, in_turns, seconds
 
 from forgather_control import Client, connect, get_job_status
-from forgather_control.endpoint import UnixEndpoint
+from forgather_control.wire.addresses import UnixEndpoint
 
 LOADS = ("idle", "python", "torch")
 #: Rounds, calls of each variant in one, seconds that one lasts at least, by load.

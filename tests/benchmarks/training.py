@@ -22,7 +22,8 @@ from host import CLIENT_CPU, SERVER_CPU, Host, pinned, rate
 from round_trip import HTTP, MINIMAL, PING, PLAIN, everything, variants
 from rows import Aim, Samples, Table
 
-from forgather_control import connect, get_job_status, server
+from forgather_control import connect, get_job_status
+from forgather_control.server import server
 
 LOADS = ("python", "torch")
 #: Seconds that nobody asks.

@@ -1,0 +1,1 @@
+"""The client: find a job, connect to it over a socket, TCP, ssh or files, and call its methods."""

@@ -1,0 +1,183 @@
+"""A training loop of one's own: flags to look at, no framework.
+
+Floor 6, training side: imports errors and adapter. Runs on the training thread.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InvalidParams
+from ..training.adapter import Adapter, hook
+
+
+class TrainingJob(Adapter):
+    """Makes a loop controllable from outside::
+
+        with TrainingJob(job_id="my_experiment", max_steps=1000) as job:
+            for step in range(1, 1001):
+                loss = train_step()
+                if step % 10 == 0:
+                    job.log(loss=loss)
+                job.step(step)
+                if job.should_save:
+                    job.saved(save(step))
+                if job.should_stop:
+                    break
+        if not job.aborted:
+            save_final_model()
+
+    No method raises into the loop, and all of them run on the thread that trains.
+
+    Args:
+        job_id: by which the job is found; ``None`` makes one of time, host and pid.
+        max_steps: the step the loop will end at, if known; for progress and time left.
+        start_step: the steps that are done already, in a loop that was resumed.
+        port: a TCP port beside the socket, for other hosts: a number, 0 for any free one, ``"auto"`` for the first
+            free one from 8900; ``None`` for no port. Clients must show the token of ``endpoint.json``.
+        host: the address to bind it to; others than this host reach it at ``"0.0.0.0"`` only.
+        enabled: ``False`` turns everything off; the flags then stay ``False``.
+        poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
+            ``None``: they need not ask, where the store of torch.distributed can tell them; else 50.
+        signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
+            "save_checkpoint"}``: one that reaches any rank is carried out on all. Earlier handlers are still called.
+        fresh_seconds: a checkpoint that is at most this old is not saved again when a signal saves and stops.
+        certfile: a PEM file with the certificate that has the port speak TLS.
+        keyfile: a PEM file with its key, if that is not in ``certfile``.
+
+    Under ``torchrun`` every rank has its own ``TrainingJob`` with the same arguments, made after
+    ``init_process_group``, and calls ``step`` for every step. Where only rank 0 saves, only rank 0 says ``saved``;
+    where every rank writes its shard, every rank says so, and the checkpoint counts once all have.
+
+    Raises:
+        BadJobId: ``job_id`` cannot be one.
+        InvalidParams: another argument cannot be what it is.
+    """
+
+    def __init__(
+        self,
+        job_id: str | None = None,
+        max_steps: int | None = None,
+        *,
+        start_step: int = 0,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
+        enabled: bool = True,
+        poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+    ) -> None:
+        super().__init__(
+            job_id,
+            port=port,
+            host=host,
+            enabled=enabled,
+            poll_steps=poll_steps,
+            signals=signals,
+            fresh_seconds=fresh_seconds,
+            certfile=certfile,
+            keyfile=keyfile,
+        )
+        self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
+        self._start_step = _whole("start_step", start_step)
+        self._depth = 0  # of "with" statements around one another
+        self._looked = False  # whether the loop has seen should_save since it is set
+
+    def __enter__(self) -> TrainingJob:
+        self._depth += 1
+        if self._depth == 1:
+            self._begin()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._end(error)
+
+    @hook
+    def _begin(self) -> None:
+        self._open(self._start_step, self._max_steps)
+
+    @hook
+    def _end(self, error: BaseException | None) -> None:
+        self._close(None if error is None else f"training ended by {type(error).__name__}")
+
+    @hook
+    def step(self, step: int, epoch: float | None = None) -> None:
+        """Say that a step is done; commands are applied here. Every rank, after every optimizer step.
+
+        Args:
+            step: its number, counted from 1.
+            epoch: how many passes over the data are done, if you count them.
+        """
+        controller = self._controller
+        if controller is None:
+            return
+        if self._looked or (self._wishes.save and not controller.is_main):
+            self._miss_save(controller)
+        controller.phase = "training"
+        if type(step) is not int:  # a NumPy or torch number would stand in records, and JSON has none of them
+            step = _whole("step", step)
+        controller.step(step, self._wishes, epoch if epoch is None else float(epoch))
+
+    @hook
+    def log(self, /, **metrics: Any) -> None:
+        """Show values in ``status``. Any rank, at any time; tensors cost no synchronisation here."""
+        if self._controller is not None:
+            self._controller.log(metrics)
+
+    @property
+    def should_save(self) -> bool:
+        """Whether a checkpoint is wanted now; say ``saved(path)`` when it is complete, before the next step."""
+        wanted = self._wishes.save and not self._wishes.abort
+        if wanted and self._controller is not None:
+            self._looked = True
+            self._controller.phase = "saving"
+        return wanted
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the loop should end now."""
+        return self._wishes.stop or self._wishes.abort
+
+    @hook
+    def saved(self, path: str | os.PathLike[str]) -> None:
+        """Say that a checkpoint is complete, whoever wanted it.
+
+        Args:
+            path: its file or directory; a path that does not exist fails the command that waits for it.
+        """
+        controller = self._controller
+        self._wishes.save = self._looked = False
+        if controller is None:
+            return
+        controller.phase = "training"
+        try:
+            where = os.path.abspath(os.fsdecode(path))
+            exists = os.path.exists(where)
+        except (TypeError, ValueError):
+            where, exists = repr(path)[:200], False
+        if exists:
+            controller.saved(controller.last_step, where)
+        else:
+            controller.save_failed(f"the loop reported a checkpoint at {where}, where there is none")
+
+    def _miss_save(self, controller: Any) -> None:
+        # Else a loop that saves without saying so would save at every step from here on.
+        self._wishes.save = self._looked = False
+        if not controller.is_main:  # often only rank 0 saves
+            controller.saves_nothing()
+            return
+        controller.save_failed("the loop saw should_save and did not call saved() before its next step")
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as err:
+        raise InvalidParams(f"{name} must be a whole number, not {ascii(value)[:80]}", parameter=name) from err

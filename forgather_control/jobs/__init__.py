@@ -1,0 +1,1 @@
+"""The jobs directory: job records, claims, liveness, clean-up, and request files."""

@@ -1,0 +1,1 @@
+"""Processes: identity and liveness, memory and processor use, stacks, termination, and what launched them."""

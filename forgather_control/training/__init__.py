@@ -1,0 +1,1 @@
+"""The controlled job: its controller, command queue and records, progress, metrics and signals."""

@@ -1,0 +1,183 @@
+"""What all adapters share: a border around each hook, one controller a training run, the wishes of commands.
+
+Floor 5, training side: imports errors, offer, ranks, record, signals and controller. Runs on the training thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from ..errors import ControlError
+from ..jobs.record import check_job_id
+from ..ranks.store_group import check_steps
+from ..server import tcp
+from .controller import Controller, check_seconds
+from .signals import Signals
+
+log = logging.getLogger("forgather_control")
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def hook(method: Hook) -> Hook:
+    """The border between training and us: whatever goes wrong in the hook is one warning.
+
+    The job is then no longer controllable, every waiting client is told so, and training goes on.
+    """
+
+    @functools.wraps(method)
+    def guarded(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:  # border: see above
+            log.exception("trainer control failed and is off; training goes on")
+            self._give_up()
+            return None
+
+    return cast(Hook, guarded)
+
+
+class Wishes:
+    """The ``Loop`` that commands see: what they want of the next steps, as flags for an adapter to carry out."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
+        self.evaluate = False
+        self.abort = False
+        self.spare = False  # stop without a last checkpoint
+
+    @property
+    def any(self) -> bool:
+        """Whether a command has asked for anything that is not done."""
+        return self.stop or self.save or self.abort
+
+    def request_stop(self) -> None:
+        """See ``commands.Loop``."""
+        self.stop = True
+
+    def request_save(self) -> None:
+        """See ``commands.Loop``."""
+        self.save = True
+
+    def request_evaluate(self) -> None:
+        """See ``commands.Loop``."""
+        self.evaluate = True
+
+    def request_end(self) -> None:
+        """See ``commands.Loop``."""
+        self.stop = self.spare = True
+
+    def request_abort(self) -> None:
+        """See ``commands.Loop``."""
+        self.abort = True
+
+
+class Adapter:
+    """Opens and closes the controller of one training run after the other.
+
+    Args:
+        job_id: by which the job is found; ``None`` makes one of time, host and pid.
+        port: a TCP port beside the socket: a number, 0 for any free one, ``"auto"`` for the first from 8900.
+        host: the address to bind it to.
+        enabled: ``False`` turns everything off.
+        poll_steps: have several ranks ask one another at every so many steps; ``None`` for never, where they can.
+        signals: commands by the signals that give them, on any rank.
+        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
+        certfile: a PEM file with the certificate that has the port speak TLS.
+        keyfile: a PEM file with its key, if that is not in ``certfile``.
+
+    Raises:
+        BadJobId, InvalidParams: when it is made, not when training has begun.
+    """
+
+    def __init__(
+        self,
+        job_id: str | None = None,
+        *,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
+        enabled: bool = True,
+        poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+    ) -> None:
+        self._wanted_id = None if job_id is None else check_job_id(job_id)
+        self._enabled = enabled
+        self._poll_steps = None if poll_steps is None else check_steps(poll_steps)
+        self._signals = None if signals is None else Signals(signals)
+        self._fresh_seconds = check_seconds(fresh_seconds)
+        self._offer = tcp.check(port, host, certfile, keyfile)
+        self._controller: Controller | None = None
+        self._finalizer: Any = None
+        self._wishes = Wishes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, pickled or deep, controls nothing: a run has one controller, with threads and sockets."""
+        return {**self.__dict__, "_controller": None, "_finalizer": None}
+
+    @property
+    def job_id(self) -> str | None:
+        """The id by which the job can be found, once it can; before that the one that was asked for."""
+        return self._wanted_id if self._controller is None else self._controller.job_id
+
+    @property
+    def aborted(self) -> bool:
+        """Whether an abort was applied in this run, so that a script can skip what it saves at its end."""
+        return self._wishes.abort
+
+    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None) -> None:
+        """Begin a run. A job that cannot be controlled says so once, and trains."""
+        self._close("training was started again")
+        self._wishes = Wishes()
+        if not self._enabled:
+            return
+        controller = Controller(
+            self._wanted_id,
+            step,
+            max_steps,
+            poll_steps=self._poll_steps,
+            log_steps=log_steps,
+            fresh_seconds=self._fresh_seconds,
+            offer=self._offer,
+        )
+        try:
+            controller.start()
+        except ControlError as err:
+            log.warning("this job is not controllable: %s; training goes on", err)
+            return
+        self._controller = controller
+        self._listen_to_signals(controller)
+        # Also runs at the interpreter's exit: no client waits for a job that died of an exception.
+        self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
+        if controller.is_main:
+            log.info("this job can be controlled: forgather control status %s", controller.job_id)
+
+    def _listen_to_signals(self, controller: Controller) -> None:
+        try:
+            if self._signals is not None:
+                self._signals.install(controller.call)
+        except ControlError as err:
+            log.warning("%s", err)
+
+    def _close(self, reason: str | None = None, fault: str | None = None) -> None:
+        """End the run, if one is open; see ``Controller.close``."""
+        if self._signals is not None:
+            self._signals.restore()
+        controller, self._controller = self._controller, None
+        if controller is not None:
+            self._finalizer.detach()
+            self._finalizer = None
+            controller.close(reason, fault)
+
+    def _give_up(self) -> None:
+        try:
+            self._close("trainer control failed in the job", "control failed there, and training goes on")
+        except Exception:  # border: the last one
+            log.exception("trainer control could not be closed")

@@ -1,0 +1,502 @@
+"""One controlled job: it owns the directory, the server, the mailbox and the world, and knows when a command is over.
+
+Floor 4, training side. Imports all floors below; torch only by asking whether it is loaded.
+``start``, ``step``, ``log``, ``saved`` and ``close`` run on the training thread of every rank, what answers
+requests on the server thread of rank 0, what ranks say to one another on the threads of the line; what
+several touch is the mailbox (its own lock), the progress and a few values that are assigned whole.
+
+The loop, with each call of an adapter in its place::
+
+    start()                               ─▶ published: from here on commands are accepted
+    for each step:
+        forward, backward, optimizer
+        step(n, loop)                     ─▶ if commands are pending: all ranks get the same list,
+                                             each runs it against ``loop`` (flags only), applied at n
+        log(metrics)                         when the trainer logs
+        phase = "evaluating" | "saving"      while it does
+        saved(n, path)                    ─▶ when the checkpoint is on disk: saves are finished
+    close()                               ─▶ stops are finished, the rest has failed, the directory is gone
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from ..errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken, StartError
+from ..jobs import directory, registry
+from ..jobs.record import JobRecord, check_job_id, jobs_dir
+from ..processes import usage
+from ..ranks import store_group
+from ..ranks.consensus import Calls
+from ..ranks.group import OneProcess, World
+from ..server.dispatcher import PENDING, Later
+from ..server.file_requests import Files
+from ..server.server import LAST_WORDS, Server
+from ..server.tcp import Offer, Opened
+from ..version import PROTOCOL, VERSION
+from ..wire import jsonrpc, methods
+from ..wire.methods import CommandRecord, Loop
+from . import metrics
+from .command_queue import Mailbox
+from .command_tracker import Ledger
+from .progress import Progress
+from .rank_report import Census
+from .status_cache import Snapshot
+
+log = logging.getLogger("forgather_control")
+
+#: Seconds that the end of training may wait for the last replies.
+CLOSE_TIMEOUT: Final = 3.0
+#: Finished commands that ``status`` still shows.
+LAST_FEW: Final = 5
+#: Suffixes that are tried for a generated job id that is taken.
+_MAX_SUFFIX: Final = 99
+
+
+class Controller:
+    """The control side of one training run, in each of its ranks; the job's server is rank 0's.
+
+    Args:
+        job_id: chosen by the user, or ``None`` for a generated one.
+        step: where training begins.
+        max_steps: where it ends, if known.
+        poll_steps: have ranks ask one another at every so many steps, rather than never.
+        log_steps: how often, where they must ask and ``poll_steps`` does not say.
+        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
+        offer: the TCP port to open beside the socket, if any.
+
+    Raises:
+        BadJobId: the id cannot be one.
+    """
+
+    def __init__(
+        self,
+        job_id: str | None,
+        step: int = 0,
+        max_steps: int | None = None,
+        *,
+        poll_steps: int | None = None,
+        log_steps: int | None = None,
+        fresh_seconds: float = 0.0,
+        offer: Offer | None = None,
+    ) -> None:
+        self.job_id = None if job_id is None else check_job_id(job_id)
+        self._poll_steps, self._log_steps = poll_steps, log_steps
+        self._offer = offer
+        #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
+        self.phase = "starting"
+        self._progress = Progress(step, max_steps)
+        self._metrics: dict[str, Any] = {}
+        self._logged = 0
+        self._started_at = time.time()
+        self._world: World = OneProcess(self)
+        self._snapshot = Snapshot(self._tell, self._mark, usage.vitals)
+        self._census = Census(self._progress, lambda: self._thread.ident)
+        self._server = Server(self._answer, self._tick, self._last_look)
+        self._mailbox = Mailbox(self._server.wake)
+        self._ledger = Ledger(self._mailbox, fresh_seconds)
+        self._directory: directory.JobDirectory | None = None
+        self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
+        self._files: Files | None = None
+        self._directory_lock = threading.Lock()  # guards _directory against close() during a tick
+        self._thread = threading.current_thread()
+        self._closed = False
+        self._abandoned = False
+        self._orphaned: str | None = None
+        self._warned: str | None = None
+
+    # Start...
+
+    def start(self) -> None:
+        """Take part in the agreement of the ranks; rank 0 claims the id, serves and publishes.
+
+        Raises:
+            StartError: why this job cannot be controlled; nothing is left behind.
+        """
+        try:
+            self._world = store_group.of_this_job(
+                self, self.job_id or "", self._progress.step, self._poll_steps, self._log_steps
+            )
+            self._join()
+        except BaseException:
+            self._closed = True
+            self._census.close()
+            self._remove_directory()
+            self._server.close(CLOSE_TIMEOUT)
+            raise
+        _controllers.add(self)
+
+    def _join(self) -> None:
+        try:
+            if self.is_main:
+                self._publish()
+        except Exception as err:
+            self._world.start(str(err))  # the others may be waiting for rank 0
+            raise
+        self._world.start()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which keeps the records and the files."""
+        return self._world.rank == 0
+
+    def _publish(self) -> None:
+        usage.vitals()  # the first call only sets the mark to measure processor time from
+        self._directory = self._claim()
+        self.job_id = self._directory.job_id
+        self._files = Files(self._directory.path, self._server.ask, self.status, self._mark)
+        self._server.start()
+
+    def _open_port(self) -> Opened | None:
+        """The port that was asked for; a job without it can still be controlled from this host."""
+        try:
+            return None if self._offer is None else self._offer.open(self._server)
+        except StartError as err:
+            log.warning("no control over TCP: %s", err)
+            return None
+
+    def _claim(self) -> directory.JobDirectory:
+        opened = self._open_port()
+        for job_id in self._candidates():
+            mine = directory.JobDirectory(job_id, self._server.listen, self._world.size)
+            if opened is not None:
+                mine.offer(*opened)
+            try:
+                mine.claim()
+                return mine
+            except JobIdTaken:
+                if self.job_id is not None:
+                    raise
+        raise JobIdTaken("every generated job id is taken")
+
+    def _candidates(self) -> Iterator[str]:
+        if self.job_id is not None:
+            yield self.job_id
+            return
+        generated = directory.generate_job_id()
+        yield generated
+        for suffix in range(2, _MAX_SUFFIX):
+            yield f"{generated[:124]}-{suffix}"
+
+    # Work, on the training thread...
+
+    def step(self, step: int, loop: Loop, epoch: float | None = None) -> None:
+        """Note that ``step`` is done, and apply what is pending. Every rank, after every step."""
+        self._progress.beat(step, epoch)
+        if threading.get_ident() != self._thread.ident:
+            self._thread = threading.current_thread()  # begun on one thread, trained on another
+        if self._world.due(step):
+            self._apply(step, loop)
+
+    def beat(self, step: int, epoch: float | None = None) -> None:
+        """Note that ``step`` is done, where what is pending is to be applied a little later."""
+        self._progress.beat(step, epoch)
+
+    def _apply(self, step: int, loop: Loop) -> None:
+        calls = self._world.hear(step)
+        if calls:
+            self._ledger.apply(calls, loop, step, self._world)
+
+    def log(self, logs: Mapping[Any, Any]) -> None:
+        """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
+        self._metrics = metrics.merge(self._metrics, metrics.hold(logs))
+        self._logged += 1
+
+    def saved(self, step: int, path: str) -> None:
+        """Note that a checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
+        self._ledger.saved(step, path, self._world)
+
+    def saves_nothing(self) -> None:
+        """Note that the checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
+        self._ledger.saves_nothing(self._world)
+
+    def save_failed(self, reason: str) -> None:
+        """Note that the checkpoint that was asked for will not come, or this rank's part of it."""
+        self._ledger.fail_saves(self._world, reason, reason)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is done."""
+        return self._progress.step
+
+    def call(self, command: str) -> None:
+        """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
+        self._world.call(command)
+
+    # End...
+
+    def close(self, reason: str | None = None, fault: str | None = None) -> None:
+        """End the control of this job: every command gets its last state, every waiter its answer.
+
+        On the training thread, or at the interpreter's exit. The directory goes first: who reads
+        that a stop is finished must not find the job still listed. May be called twice.
+
+        Args:
+            reason: why training did not end as it should; ``None`` if it did.
+            fault: why control ends though training goes on, so that the other ranks can agree on nothing any more.
+        """
+        if self._closed or self._abandoned:
+            return
+        self._closed = True
+        _controllers.discard(self)
+        self._remove_directory()
+        self._ledger.fail_saves(self._world, reason or "training ended before the checkpoint was saved", reason)
+        self._world.close(CLOSE_TIMEOUT, fault)
+        self._census.close()
+        self._ledger.end(self._progress.step, reason, self._world)
+        self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
+        self._server.close(CLOSE_TIMEOUT)
+        self._leave()
+
+    def orphan(self, reason: str) -> None:
+        """End control because whoever drove it is gone. For finalizers, so on any thread.
+
+        The garbage collector may run on the server thread while that holds the mailbox's lock;
+        there, only a note is left for the next tick.
+        """
+        if threading.current_thread() in (self._thread, threading.main_thread()):
+            self.close(reason)
+        else:
+            self._orphaned = reason
+
+    def _remove_directory(self) -> None:
+        mine = self._directory
+        if mine is None or not self._directory_lock.acquire(timeout=CLOSE_TIMEOUT):
+            return  # a tick hangs in the file system: what stays is found to be dead, and cleaned up
+        try:
+            if self._files is not None and self._files.end() and not self._server.is_this_thread:
+                mine.unlist()
+                self._leaving = mine
+            else:
+                mine.remove()
+        except ControlError as err:
+            log.warning("the job directory stays behind: %s", err)
+        finally:
+            self._directory = None
+            self._directory_lock.release()
+
+    def _leave(self) -> None:
+        """Take away what was left for those who wait for a reply by file, once they had time to read it."""
+        if self._leaving is None or self._files is None:
+            return
+        self._files.linger(LAST_WORDS)
+        try:
+            self._leaving.remove()
+        except ControlError as err:
+            log.warning("the job directory stays behind: %s", err)
+
+    def abandon(self) -> None:
+        """In a forked child: this copy controls nothing; its locks may be held by threads that do not exist here."""
+        self._abandoned = True
+        self._mailbox = Mailbox(lambda: None)
+        self._world = OneProcess(self)
+
+    # As world.Home: on any thread, as it says there...
+
+    @property
+    def pending(self) -> bool:
+        """Whether commands wait to be applied."""
+        return self._mailbox.pending
+
+    def take(self) -> Calls:
+        """Take them."""
+        return self._ledger.take()
+
+    def put_back(self, calls: Calls) -> None:
+        """Queue them again."""
+        self._ledger.put_back(calls)
+
+    def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
+        """All ranks applied them, or not all."""
+        self._ledger.confirm(calls, step, fault)
+
+    def submit(self, command: str) -> None:
+        """A signal on some rank asks for this command."""
+        self._ledger.submit(command)
+        self._world.wanted()
+
+    def about(self) -> dict[str, Any]:
+        """What the other ranks are told of this process."""
+        return self._census.about()
+
+    def tell(self, what: str) -> dict[str, Any]:
+        """What this rank answers to a question."""
+        return self._census.tell(what)
+
+    def meet(self, about: dict[int, dict[str, Any]]) -> None:
+        """All ranks are there."""
+        self._census.meet(about)
+        with self._directory_lock:
+            if self._directory is not None:
+                self._census.write(self._directory.path)
+
+    def changed(self) -> None:
+        """An answer came in."""
+        self._server.wake()
+
+    def cut_off(self, why: str) -> None:
+        """Nothing can be agreed any more: what is queued fails, what comes is refused, and training goes on."""
+        if self._closed:
+            return
+        if self.is_main:
+            log.warning("commands can no longer be agreed between the ranks: %s; training goes on", why)
+        self._mailbox.refuse(JobEnding(f"commands can no longer be agreed between the ranks: {why}"))
+
+    # On the server thread...
+
+    def _answer(self, request: jsonrpc.Request) -> Any:
+        method = methods.lookup(request.method)
+        params = method.bind(request.params)
+        if not method.is_command:
+            return method.run(self, **params)
+        if params["wait"] != "accepted" and not isinstance(request.id, jsonrpc.NoId):
+            self._server.check_room()  # who is told that there is none must not be carried out all the same
+        record = self._mailbox.submit(method.name, params["command_id"])
+        self._world.wanted()
+        return self._wait(record, params["wait"], params["timeout"])
+
+    def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def poll() -> Any:
+            now = self._mailbox.get(record.command_id)
+            if now.is_final or now.state == until:
+                return now.to_json()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlinePassed(f"{now.command} is {now.state} after {timeout:g} s; it goes on", **now.to_json())
+            return PENDING
+
+        if until == "accepted":
+            return record.to_json()
+        return Later(poll, deadline) if (answer := poll()) is PENDING else answer
+
+    def _tick(self) -> None:
+        if self._orphaned is not None or not self._thread.is_alive():
+            reason = self._orphaned or "the thread that trained has ended"
+            log.warning("this job is no longer controllable: %s", reason)
+            self.close(reason)
+            return
+        if not self._directory_lock.acquire(blocking=False):
+            return
+        try:
+            if self._directory is not None and self._directory.restore():
+                log.warning("the job directory was damaged; it is restored")
+                self._census.write(self._directory.path)
+                if self._files is not None:
+                    self._files.renew()
+            if self._directory is not None and self._files is not None:
+                self._files.tick()
+        except ControlError as err:
+            if str(err) != self._warned:
+                log.warning("this job cannot be found at present: %s", err)
+            self._warned = str(err)
+            if isinstance(err, JobIdTaken):
+                self._directory = None  # it is the other job's now
+        finally:
+            self._directory_lock.release()
+
+    def _mark(self) -> object:
+        """What tells that ``status`` has something new to say."""
+        return self._progress.step, self._word(), self._logged, self._mailbox.changes
+
+    def _last_look(self) -> None:
+        if self._leaving is not None and self._files is not None:
+            self._files.look()
+
+    # ... as commands.Job
+
+    def ping(self) -> dict[str, Any]:
+        """Who is there."""
+        return {"job_id": self.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
+
+    def status(self) -> jsonrpc.Encoded:
+        """How far it is."""
+        return self._snapshot.text()
+
+    def _tell(self) -> dict[str, Any]:
+        """Logged names stand in ``metrics``, where they cannot overwrite ours."""
+        return {
+            "job_id": self.job_id,
+            "status": self._word(),
+            **self._progress.report(),
+            "metrics": metrics.plain(self._metrics),
+            "world_size": self._world.size,
+            "started_at": self._started_at,
+            "commands": [command.to_json() for command in self._recent()],
+        }
+
+    def _word(self) -> str:
+        if self._closed:
+            return "ended"
+        return "stopping" if self._ledger.ends and self.phase == "training" else self.phase
+
+    def _recent(self) -> list[CommandRecord]:
+        records = self._mailbox.records()
+        over = [record for record in records if record.is_final][-LAST_FEW:]
+        return [record for record in records if not record.is_final or record in over]
+
+    def get_command(self, command_id: str) -> CommandRecord:
+        """The record of one command."""
+        return self._mailbox.get(command_id)
+
+    def cancel_command(self, command_id: str) -> CommandRecord:
+        """Take one back that is not applied yet."""
+        return self._mailbox.cancel(command_id)
+
+    def list_commands(self) -> list[CommandRecord]:
+        """All records kept."""
+        return self._mailbox.records()
+
+    def ranks(self, timeout: float) -> Any:
+        """Where each rank is."""
+        return self._census.ask(self._world, "ranks", timeout)
+
+    def stacks(self, timeout: float) -> Any:
+        """Which code each rank's threads are in."""
+        return self._census.ask(self._world, "stacks", timeout)
+
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """The jobs of the jobs directory, judged by their processes; asking them would block this thread."""
+        records = registry.scan(jobs_dir())[0]
+        return [
+            {**{name: getattr(record, name) for name in _PUBLIC}, "state": self._judge(record)} for record in records
+        ]
+
+    def _judge(self, record: JobRecord) -> str:
+        if record.job_id == self.job_id and record.pid == os.getpid():
+            return "live"
+        state = registry.judge(record)
+        return "running" if state == "silent" else state  # nobody asked it, so it was not silent either
+
+
+_PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
+
+
+def check_seconds(seconds: Any) -> float:
+    """``seconds`` itself, as a float.
+
+    Raises:
+        InvalidParams: it is no number of seconds.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e9:
+        raise InvalidParams(f"fresh_seconds must be a number of seconds from 0 to 1e9, not {ascii(seconds)[:80]}")
+    return float(seconds)
+
+
+# As in ``server``: one handler for all, since a fork handler cannot be taken back.
+_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for controller in list(_controllers):
+        controller.abandon()
+    _controllers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

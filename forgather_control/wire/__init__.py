@@ -1,0 +1,1 @@
+"""What travels between client and job: JSON-RPC text, the method table, addresses and TLS."""
