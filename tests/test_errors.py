@@ -12,7 +12,7 @@ from forgather_control import errors
 from forgather_control.errors import ControlError, from_wire
 from forgather_control.wire import jsonrpc
 
-from .world import strict
+from .support.harness import strict
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ControlError)]
 SPECIFIED = {"ParseError": -32700, "InvalidRequest": -32600, "MethodNotFound": -32601, "InvalidParams": -32602,

@@ -1,0 +1,309 @@
+"""A job that does not answer, from outside: its ranks are seen, their stacks read, its processes ended; no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from forgather_control.client import api, connection, recovery
+from forgather_control.errors import DeadlinePassed, InternalError, JobDead, JobNotAnswering, NoSuchJob
+from forgather_control.jobs import rank_processes
+from forgather_control.jobs.rank_processes import RankRecord
+from forgather_control.jobs.record import JobRecord
+from forgather_control.processes import liveness, stack_dump
+from forgather_control.processes.liveness import judge, myself
+
+from ..processes.test_stack_dump import recording
+from ..support.harness import MS, SOON, Process, needs_root, running_loop, serving, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has memfds and /proc")
+
+#: A rank that hangs without the interpreter lock, and one that keeps it.
+WAITS = "sys.stdin.readline()\nprint('unhurt', flush=True)"
+KEEPS = "keep_the_lock_in_c()\nprint('unhurt', flush=True)"
+#: As above, and clients can connect, as to a job whose interpreter lock is held.
+LISTENS = "one = socket.socket(socket.AF_UNIX)\none.bind({path!r})\none.listen()\n"
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\n"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Nobody waits as long as a person would."""
+    monkeypatch.setattr(stack_dump, "_SILENCE", 300 * MS)
+    monkeypatch.setattr(recovery, "_SLACK", 200 * MS)
+    monkeypatch.setattr(recovery, "GRACE", 300 * MS)
+    monkeypatch.setattr(connection, "_GRACE", 200 * MS)
+
+
+def publish(jobs_dir, ranks, world_size=None, roster_too=True, **changes):
+    """What a job of these ranks leaves in its directory; its record."""
+    me = ranks[0].identity
+    known = JobRecord("job", me.host, None, me.pid, 1.0, str(jobs_dir / "job" / "control.sock"), me.started_at)
+    known = known._replace(boot_id=me.boot_id, machine=me.machine, booted_at=me.booted_at, **changes)
+    known = known._replace(pid_namespace=me.pid_namespace, world_size=world_size or len(ranks))
+    (jobs_dir / "job").mkdir(parents=True, exist_ok=True)
+    (jobs_dir / "job" / "endpoint.json").write_text(json.dumps(known.to_json()))
+    if roster_too:
+        rank_processes.write(str(jobs_dir / "job"), ranks)
+    return known
+
+
+@contextmanager
+def ranks(*sources):
+    """A process for each source; yields them and their records."""
+    with ExitStack() as stack:
+        found = [stack.enter_context(recording(source)) for source in sources]
+        records = [RankRecord.of(rank, identity, fd) for rank, (_, identity, fd) in enumerate(found)]
+        yield [other for other, _, _ in found], records
+
+
+@contextmanager
+def answering(jobs_dir, rows, others):
+    """A job whose rank 0 is this process, which answers these rows; the record of it."""
+    known = publish(jobs_dir, [RankRecord.of(0, myself(), None), *(one._replace(rank=one.rank + 1) for one in others)])
+    with serving(known.socket, lambda request: rows):
+        yield known
+
+
+def row(rank, state="silent", **more):
+    """A row of the wire."""
+    return {"rank": rank, "host": "node", "pid": 1, "state": state, "step": None, "stacks": None, **more}
+
+
+# Who they are...
+
+
+def test_the_crew_is_what_ranks_json_says(jobs_dir):
+    """All ranks, the owner of the directory, and how many are not recorded."""
+    two = [RankRecord.of(0, myself(), 3), RankRecord.of(1, myself()._replace(pid=7), None)]
+    crew = recovery.crew(publish(jobs_dir, two, world_size=4))
+    assert (crew.ranks, crew.missing, crew.owner) == (two, 2, os.getuid())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"nonsense", b"x" * (5 << 20)])
+def test_without_ranks_json_the_crew_is_who_published(jobs_dir, content):
+    """The owner of endpoint.json is known in any case; the others are counted."""
+    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)], world_size=3, roster_too=False)
+    if content is not None:
+        (jobs_dir / "job" / "ranks.json").write_bytes(content)
+    crew = recovery.crew(known)
+    assert [rank.identity for rank in crew.ranks] == [known.owner] and crew.missing == 2
+
+
+def test_ranks_of_an_earlier_turn_are_nobodys(jobs_dir):
+    """After a restart the old file, should it be there, names processes that are not this job's."""
+    old = [RankRecord.of(rank, myself()._replace(pid=100 + rank), 3) for rank in range(2)]
+    publish(jobs_dir, old)
+    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)], roster_too=False)
+    assert [rank.pid for rank in recovery.crew(known).ranks] == [os.getpid()]
+
+
+def test_a_directory_that_is_gone(jobs_dir):
+    """A job that ended since it was found has nobody but its record's owner."""
+    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)])
+    for path in (jobs_dir / "job").iterdir():
+        path.unlink()
+    (jobs_dir / "job").rmdir()
+    assert recovery.crew(known).owner == os.geteuid()
+
+
+# Seeing them...
+
+
+def test_look_tells_what_the_job_told(jobs_dir):
+    """Rows as they came; one that is silent and whose process is proven to be gone is absent."""
+    with ranks(WAITS, WAITS) as ((alive, dead), others):
+        dead.kill()
+        told = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
+        with answering(jobs_dir, told, others) as known:
+            sight = recovery.look(known, "ranks", 1.0)
+        assert alive.popen.poll() is None
+    assert [one["state"] for one in sight.rows] == ["answering", "silent", "absent", "silent", "ended"]
+    assert sight.problem is None and sight.rows[0] == told[0]
+
+
+@pytest.mark.parametrize("rows", [None, {}, [1], [{}], [{"rank": "0"}], [{"rank": [0], "state": "silent"}]])
+def test_what_is_no_list_of_ranks(jobs_dir, rows):
+    """Another program's answer is refused, not shown."""
+    with answering(jobs_dir, rows, []) as known, pytest.raises(InternalError):
+        recovery.look(known, "ranks", 1.0)
+
+
+def test_look_at_a_job_that_does_not_answer(jobs_dir, impatient):
+    """Rank 0 keeps the lock: its ranks are told from the outside, in the shape of an answer, and why."""
+    keeps = LISTENS.format(path=str(jobs_dir / "job" / "control.sock")) + KEEPS
+    (jobs_dir / "job").mkdir(parents=True)
+    with ranks(keeps, WAITS, WAITS) as ((_, _, dead), records):
+        known = publish(jobs_dir, records)
+        until(lambda: (jobs_dir / "job" / "control.sock").exists())
+        dead.kill()
+        sight = recovery.look(known, "ranks", 0.1)
+    assert isinstance(sight.problem, JobNotAnswering)
+    assert [(one["rank"], one["pid"], one["state"]) for one in sight.rows] == [
+        (0, records[0].pid, "silent"), (1, records[1].pid, "silent"), (2, records[2].pid, "absent"),
+    ]  # fmt: skip
+    assert {"step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes"} <= sight.rows[0].keys()
+
+
+def test_look_at_a_job_whose_rank_0_is_gone(jobs_dir):
+    """The others still hang there, and are shown; when they are gone as well, the job is dead."""
+    with ranks(WAITS, WAITS) as ((first, second), records):
+        known = publish(jobs_dir, records)
+        first.kill()
+        sight = recovery.look(known, "stacks", 1.0)
+        assert isinstance(sight.problem, JobDead)
+        assert [one["state"] for one in sight.rows] == ["absent", "silent"]
+        second.kill()
+        with pytest.raises(JobDead):
+            recovery.look(known, "stacks", 1.0)
+
+
+# Their stacks...
+
+
+def test_stacks_of_silent_ranks_are_read_from_here(jobs_dir):
+    """Those that wait tell themselves; what an answering rank told stays; the others are named, with the reason."""
+    with ranks(WAITS, WAITS) as ((_, dead), others):
+        far = RankRecord.of(3, myself()._replace(host="another.example.org"), 5)
+        none = RankRecord.of(4, myself(), None)
+        told = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
+        with answering(jobs_dir, told, others) as known:
+            rank_processes.write(str(jobs_dir / "job"), [*recovery.crew(known).ranks, far, none])
+            sight = recovery.look(known, "stacks", 1.0)
+        dead.kill()
+        rows, why = recovery.read_stacks(sight)
+    assert rows[0] == told[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
+    assert [one["stacks"] for one in rows[2:]] == [None] * 5 and rows[2]["state"] == "absent"
+    assert why.keys() == {2, 3, 4, 5}
+    assert "gone" in why[2] and "another.example.org" in why[3] and "records no stacks" in why[4] and why[4] == why[5]
+
+
+def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
+    """All at once, so that one does not hold up the others; afterwards they go on."""
+    with ranks(KEEPS, KEEPS, KEEPS) as (processes, records):
+        sight = recovery.Sight([row(rank) for rank in range(3)], recovery.crew(publish(jobs_dir, records)))
+
+        def told():
+            rows, why = recovery.read_stacks(sight)
+            return all("most recent call first" in one["stacks"] for one in rows) and (rows, why)
+
+        rows, why = until(told)
+        assert all("in keep_the_lock_in_c" in one["stacks"] for one in rows) and why == {}
+        for other in processes:
+            other.say("go on")
+            assert other.line() == "unhurt"
+
+
+def test_nobody_silent_is_nobody_asked(jobs_dir):
+    """Where all have answered, no process is looked at."""
+    crew = recovery.crew(publish(jobs_dir, [RankRecord.of(0, myself(), 5)]))
+    rows = [row(0, "answering", stacks="x"), row(1, "ended")]
+    assert recovery.read_stacks(recovery.Sight(rows, crew)) == (rows, {})
+
+
+# Their end...
+
+
+def test_an_abort_that_works_kills_nobody(jobs_dir):
+    """The job reaches its next step, and ends by itself: its record comes back, and this process lives."""
+    with running_loop() as run:
+        end = recovery.abort(api.find("job"), SOON)
+        assert end.record["state"] == "finished" and (end.problem, end.fates) == (None, [])
+        run.thread.join(SOON)
+        assert run.job.aborted
+
+
+def test_a_job_that_reaches_no_other_step_is_ended(jobs_dir, impatient):
+    """Rank 0 answers, the deadline passes: SIGTERM for all, SIGKILL for the deaf and for who keeps the lock."""
+    with ranks(WAITS, DEAF + WAITS, KEEPS) as (processes, records):
+        assert processes[1].line() == "deaf"
+        known = publish(jobs_dir, records)
+        with serving(known.socket, lambda request: (_ for _ in ()).throw(DeadlinePassed("not yet"))):
+            end = recovery.abort(known, 0.05)
+        assert isinstance(end.problem, DeadlinePassed) and end.record is None and end.missing == 0
+        assert [fate["outcome"] for fate in end.fates] == ["ended", "killed", "ended"]
+        assert [fate["pid"] for fate in end.fates] == [other.pid for other in processes]
+        assert [other.popen.wait(SOON) for other in processes] == [-15, -9, -15]
+
+
+def test_a_job_that_does_not_answer_is_ended(jobs_dir, impatient):
+    """Rank 0 keeps the lock: the abort reaches nobody, the signals do."""
+    (jobs_dir / "job").mkdir(parents=True)
+    keeps = LISTENS.format(path=str(jobs_dir / "job" / "control.sock")) + KEEPS
+    with ranks(keeps, WAITS) as (processes, records):
+        known = publish(jobs_dir, records)
+        until(lambda: (jobs_dir / "job" / "control.sock").exists())
+        end = recovery.abort(known, 0.05)
+        assert isinstance(end.problem, JobNotAnswering)
+        assert [fate["outcome"] for fate in end.fates] == ["ended", "ended"]
+        assert [other.popen.wait(SOON) for other in processes] == [-15, -15]
+
+
+def test_what_rank_0_left_behind_is_ended(jobs_dir, impatient):
+    """Rank 0 was killed, the others hang: they are given their time, then ended."""
+    with ranks(WAITS, WAITS, WAITS) as (processes, records):
+        known = publish(jobs_dir, records)
+        processes[0].kill()
+        leaves = threading.Timer(50 * MS, processes[1].say, ["go on"])
+        leaves.start()
+        end = recovery.abort(known, 300 * MS)
+        assert [fate["outcome"] for fate in end.fates] == ["gone", "gone", "ended"]
+        assert processes[1].end() == 0
+        leaves.join(SOON)
+
+
+def test_a_job_that_is_dead_already(jobs_dir):
+    """Where nobody was left to begin with, it is told as for any command."""
+    with ranks(WAITS) as ((first,), records):
+        known = publish(jobs_dir, records)
+        first.kill()
+        with pytest.raises(JobDead):
+            recovery.abort(known, 1.0)
+    (jobs_dir / "job" / "endpoint.json").unlink()
+    with pytest.raises(NoSuchJob):
+        recovery.abort(known, 1.0)
+
+
+def test_only_recorded_processes_of_this_host_are_ended(jobs_dir, impatient):
+    """Another start, another host: nobody is hit; the launcher and bystanders live; what is missing is counted."""
+    with ranks(WAITS, WAITS) as ((first, bystander), records):
+        used_again = records[1]._replace(started_at=records[1].started_at - 100)
+        far = RankRecord.of(2, records[1].identity._replace(host="another.example.org"), None)
+        known = publish(jobs_dir, [records[0], used_again, far], world_size=5)
+        end = recovery.abort(known, 0.0)
+        assert [fate["outcome"] for fate in end.fates] == ["ended", "gone", "elsewhere"] and end.missing == 2
+        assert first.popen.wait(SOON) == -15 and judge(records[1].identity) == "running"
+        assert bystander.popen.poll() is None
+
+
+@needs_root
+def test_root_ends_no_other_users_process(jobs_dir, impatient):
+    """A user's ranks.json names root's process: root, who aborts that user's job, spares it."""
+    with ranks(WAITS) as ((first,), records):
+        known = publish(jobs_dir, records)
+        os.chown(jobs_dir / "job", 65534, 65534)
+        assert [fate["outcome"] for fate in recovery.abort(known, 0.0).fates] == ["refused"]
+        assert first.popen.poll() is None
+
+
+def test_a_launcher_is_left_alone(jobs_dir, impatient):
+    """The parent of the ranks, which is not among them, sees its children go and goes on."""
+    source = """
+    import json, subprocess, sys
+    code = "import json, sys\\nfrom forgather_control.processes.liveness import myself\\n"
+    code += "print(json.dumps(myself()._asdict()), flush=True)\\nsys.stdin.read()"
+    one = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=sys.stdout)
+    print(one.wait(), flush=True)
+    sys.stdin.readline()
+    """
+    with Process(source) as launcher:
+        identity = liveness.Identity(**json.loads(launcher.line()))
+        end = recovery.abort(publish(jobs_dir, [RankRecord.of(0, identity, None)]), 0.0)
+        assert [fate["outcome"] for fate in end.fates] == ["ended"]
+        assert launcher.line() == str(-signal.SIGTERM) and launcher.popen.poll() is None

@@ -1,0 +1,373 @@
+"""A loop of one's own: its flags, its answers, its silence when anything is wrong."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+import forgather_control
+from forgather_control import TrainingJob, errors
+from forgather_control.integrations import loop
+from forgather_control.server import server
+
+from ..support.harness import MS, SOON, Process, Wire, running_loop, until
+
+
+def give(job: TrainingJob, name: str, **params) -> forgather_control.CommandRecord:
+    """Send a command to a job whose loop stands still in this very thread, and return its record."""
+    return getattr(forgather_control, name)(job.job_id, **params)
+
+
+def state(job: TrainingJob, record: forgather_control.CommandRecord) -> forgather_control.CommandRecord:
+    return forgather_control.get_command(job.job_id, record.command_id)
+
+
+def test_flags_are_down_until_a_step_has_ended():
+    """A command is applied at the end of a step, never in between, and names that step."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_and_stop")
+        assert not (job.should_save or job.should_stop or job.aborted)
+        job.step(1)
+        assert job.should_save and job.should_stop and not job.aborted
+        assert state(job, record).applied_at_step == 1
+
+
+def test_commands_before_the_first_step_are_kept():
+    """From the moment the job can be found a command is accepted, and the first step applies it."""
+    with TrainingJob("job") as job:
+        records = [give(job, name) for name in ("save_checkpoint", "graceful_stop")]
+        job.step(1)
+        assert [state(job, record).applied_at_step for record in records] == [1, 1]
+
+
+def test_a_save_is_finished_when_the_loop_says_where(tmp_path):
+    """saved(path) finishes the save with step, absolute path and seconds, and takes the flag down."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        job.step(7)
+        assert job.should_save
+        job.saved(tmp_path)
+        assert not job.should_save
+        done = state(job, record)
+        assert done.state == "finished" and done.result["step"] == 7 and done.result["path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", None, 17.5, "a\0b", object()])
+def test_a_save_that_is_not_there_fails(path):
+    """A path that does not exist, or is none, fails the command and raises nothing into the loop."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        job.step(1)
+        assert job.should_save
+        job.saved(path)
+        assert state(job, record).state == "failed" and "there is none" in state(job, record).error["message"]
+
+
+def test_a_loop_that_never_reports_does_not_save_for_ever():
+    """Seen and not reported by the next step: the command failed, the flag is down."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        job.step(1)
+        assert job.should_save
+        job.step(2)
+        assert not job.should_save
+        assert "saved()" in state(job, record).error["message"]
+
+
+def test_a_loop_that_looks_seldom_still_saves(tmp_path):
+    """The flag waits for a loop that asks only every tenth step."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        for step in range(1, 11):
+            job.step(step)
+        assert job.should_save
+        job.saved(tmp_path)
+        done = state(job, record)
+        assert (done.applied_at_step, done.result["step"]) == (1, 10)
+
+
+def test_an_abort_takes_back_a_save():
+    """After an abort nothing is to be saved; a save that was applied and not done fails, and says why."""
+    with TrainingJob("job") as job:
+        save = give(job, "save_checkpoint")
+        job.step(1)
+        give(job, "abort")
+        job.step(2)
+        assert job.aborted and job.should_stop and not job.should_save
+        assert "abort" in state(job, save).error["message"]
+
+
+@pytest.mark.parametrize("order", [("save_checkpoint", "abort"), ("abort", "save_checkpoint")])
+def test_an_abort_wins_in_any_order(order):
+    """In one step, whichever came first."""
+    with TrainingJob("job") as job:
+        for name in order:
+            give(job, name)
+        job.step(1)
+        assert job.aborted and not job.should_save
+
+
+def last_words(job: TrainingJob, name: str) -> tuple[threading.Thread, list]:
+    """A client that waits for a command to be over, and what it hears."""
+    heard: list = []
+    wire = Wire(Path(os.environ["FORGATHER_JOBS_DIR"]) / job.job_id / "control.sock")
+
+    def wait() -> None:
+        with wire:
+            heard.append(wire.call(name, {"wait": "finished"})["result"])
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: any(r["command"] == name for r in forgather_control.get_job_status(job.job_id)["commands"]))
+    return thread, heard
+
+
+@pytest.mark.parametrize("name", ["save_checkpoint", "graceful_stop", "save_and_stop", "abort"])
+@pytest.mark.parametrize("how", ["pending at the end", "pending at an exception", "applied, then an exception"])
+def test_whoever_waits_is_told_how_it_ended(name, how):
+    """Each command ends in one known state, also when the loop ends without applying it, or raises."""
+    with pytest.raises(ZeroDivisionError) if "exception" in how else threading.Lock():
+        with TrainingJob("job") as job:
+            thread, heard = last_words(job, name)
+            if how.startswith("applied"):
+                job.step(1)
+            if "exception" in how:
+                raise ZeroDivisionError
+    thread.join(SOON)
+    assert heard[0]["state"] == "failed"
+    assert ("ZeroDivisionError" if "exception" in how else "training ended") in heard[0]["error"]["message"]
+
+
+def test_a_loop_that_ignores_the_save_of_a_save_and_stop_is_told_so():
+    """Stopped without saving: a failed save_and_stop, not a finished one."""
+    with TrainingJob("job") as job:
+        thread, heard = last_words(job, "save_and_stop")
+        job.step(1)
+    thread.join(SOON)
+    assert heard[0]["state"] == "failed" and "before the checkpoint" in heard[0]["error"]["message"]
+
+
+def test_a_final_save_belongs_to_the_stop(tmp_path):
+    """A stop's result names the last checkpoint that was written before the end."""
+    with TrainingJob("job") as job:
+        thread, heard = last_words(job, "graceful_stop")
+        job.step(3)
+        job.saved(tmp_path)
+    thread.join(SOON)
+    assert heard[0]["result"]["path"] == str(tmp_path) and heard[0]["result"]["step"] == 3
+
+
+def test_nothing_is_left_behind(jobs_dir):
+    """After the end the directory is gone, and so are thread and descriptors."""
+    with TrainingJob("warm-up"):
+        pass
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with running_loop():
+        assert (jobs_dir / "job").is_dir()
+    assert [path.name for path in jobs_dir.iterdir()] == [".lock"]
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
+
+
+def test_one_job_after_the_other_under_one_name():
+    """The same object, and the same id, can be used again."""
+    job = TrainingJob("job")
+    for _ in range(3):
+        with job:
+            give(job, "abort")
+            job.step(1)
+            assert job.aborted
+    with job:
+        assert not job.aborted and not job.should_stop
+
+
+def test_switched_off_it_is_not_there(jobs_dir):
+    """enabled=False: no directory, no flags, no errors."""
+    with TrainingJob("job", enabled=False) as job:
+        job.log(loss=1.0)
+        job.step(1)
+        job.saved("/nowhere")
+        assert not (job.should_save or job.should_stop or job.aborted)
+        assert not jobs_dir.exists()
+
+
+@pytest.mark.parametrize("job_id", ["", "../x", "a b", ".hidden", "-dash", "x" * 129, "é", 7])
+def test_a_bad_job_id_is_refused_when_it_is_given(job_id):
+    """Not hours later, and as a ValueError that says what was expected."""
+    with pytest.raises(errors.BadJobId, match="1 to 128") as caught:
+        TrainingJob(job_id)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_the_id_that_is_taken_is_named_in_one_warning(caplog):
+    """The second job trains on, uncontrolled; its one warning names the pid that has the id."""
+    with TrainingJob("job"), caplog.at_level(logging.WARNING), TrainingJob("job") as second:
+        second.step(1)
+        assert not second.should_stop
+    (warning,) = caplog.records
+    assert str(os.getpid()) in warning.getMessage() and "not controllable" in warning.getMessage()
+
+
+def test_generated_ids_never_collide():
+    """Two jobs without a name, of one process in one second: two ids, both live."""
+    with TrainingJob() as one, TrainingJob() as two:
+        assert one.job_id != two.job_id
+        assert {job.job_id for job in forgather_control.list_jobs()} == {one.job_id, two.job_id}
+
+
+@pytest.mark.parametrize("method, arguments", [("step", ("one",)), ("log", ()), ("step", (None,))])
+def test_nonsense_from_the_loop_is_not_raised_back(method, arguments):
+    """Whatever the loop passes, it trains on."""
+    with TrainingJob("job") as job:
+        getattr(job, method)(*arguments)
+        job.step(1)
+
+
+def test_an_exception_inside_is_one_warning_and_the_end_of_control(monkeypatch, caplog, jobs_dir):
+    """The border: a fault of ours is logged once with its traceback, clients are told, training goes on."""
+    with TrainingJob("job") as job:
+        thread, heard = last_words(job, "graceful_stop")
+        monkeypatch.setattr(loop.TrainingJob, "_miss_save", None)
+        monkeypatch.setattr(job._controller, "_apply", lambda *_: 1 / 0)
+        for step in range(1, 4):
+            job.step(step)
+        thread.join(SOON)
+        assert heard[0]["state"] == "failed"
+        assert not (jobs_dir / "job").exists()
+    assert [record.exc_info is not None for record in caplog.records if record.levelno >= logging.WARNING] == [True]
+
+
+def test_the_interpreter_ends_with_a_job_open():
+    """sys.exit in the middle of a loop without "with": a waiting client is answered, nothing stays."""
+    source = """
+    import sys
+    from forgather_control import TrainingJob
+    job = TrainingJob("job").__enter__()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    sys.exit(3)
+    """
+    with Process(source) as process:
+        assert process.line() == "ready"
+        jobs = Path(os.environ["FORGATHER_JOBS_DIR"])
+        with Wire(jobs / "job" / "control.sock") as wire:
+            wire.send(b'{"jsonrpc":"2.0","id":1,"method":"graceful_stop","params":{"wait":"finished"}}\n')
+            wire.still_answers()
+            process.say("")
+            assert wire.reply()["result"]["state"] == "failed"
+        assert process.end() == 3, process.errors
+        assert not (jobs / "job").exists()
+
+
+def test_a_training_thread_that_vanishes_ends_the_job(jobs_dir, monkeypatch):
+    """A loop whose thread ends without saying so is noticed, and its clients are told."""
+    monkeypatch.setattr(server, "TICK", 100 * MS)
+    job = TrainingJob("job")
+    opened = threading.Thread(target=job.__enter__)
+    opened.start()
+    opened.join(SOON)
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        reply = wire.call("graceful_stop", {"wait": "finished"})
+    assert reply["result"]["state"] == "failed" and "thread" in reply["result"]["error"]["message"]
+    until(lambda: not (jobs_dir / "job").exists())
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    """Steps, epochs and ends that are no plain int or float: records and status stay JSON."""
+
+    class Index:
+        def __index__(self) -> int:
+            return 3
+
+        def __float__(self) -> float:
+            return 0.5
+
+    with TrainingJob("job", max_steps=Index(), start_step=Index()) as job:
+        record = give(job, "graceful_stop")
+        job.step(Index(), epoch=Index())
+        status = forgather_control.get_job_status("job")
+        assert (status["global_step"], status["max_steps"], status["epoch"]) == (3, 3, 0.5)
+        assert state(job, record).applied_at_step == 3
+
+
+@pytest.mark.parametrize("options", [{"max_steps": "many"}, {"start_step": 1.5}, {"max_steps": []}])
+def test_ends_that_are_no_numbers_are_refused_when_they_are_given(options):
+    """A clear error before training begins."""
+    with pytest.raises(errors.InvalidParams, match="must be a whole number"):
+        TrainingJob("job", **options)
+
+
+def test_a_path_of_bytes_is_a_path(tmp_path):
+    """os.PathLike, str or bytes; what is no UTF-8 is shown escaped, never as another name."""
+    odd = os.fsencode(tmp_path) + b"/ck\xff"
+    os.mkdir(odd)
+    with TrainingJob("job") as job:
+        for path, shown in ((os.fsencode(tmp_path), str(tmp_path)), (odd, f"{tmp_path}/ck\\udcff")):
+            record = give(job, "save_checkpoint")
+            job.step(1)
+            job.saved(path)
+            assert state(job, record).result["path"] == shown
+
+
+def test_a_jobs_directory_that_is_no_utf8_is_reached(monkeypatch, jobs_dir):
+    """JSON cannot say where its socket is, so the socket lies where it can."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", os.fsdecode(os.fsencode(jobs_dir) + b"\xff"))
+    with TrainingJob("job"):
+        assert forgather_control.get_job_status("job")["pid"] == os.getpid()
+
+
+def test_any_name_can_be_logged():
+    """Also "self", and values whose own methods raise, or end the interpreter."""
+
+    class Text(str):
+        def __getitem__(self, place):
+            raise ValueError
+
+        def __str__(self) -> str:
+            raise ValueError
+
+    class Exit:
+        def item(self):
+            raise SystemExit
+
+    with TrainingJob("job") as job:
+        job.log(self=1, text=Text("x" * 999), end=Exit())
+        assert forgather_control.get_job_status("job")["metrics"] == {"self": 1, "text": "Text", "end": "Exit"}
+
+
+def test_a_job_inside_itself_is_one_job():
+    """Entered twice, it ends with the outer one."""
+    job = TrainingJob("job")
+    with job:
+        with job:
+            pass
+        assert forgather_control.get_job_status("job")["pid"] == os.getpid()
+    assert forgather_control.list_jobs() == []
+
+
+def test_begun_on_one_thread_trained_on_another():
+    """A helper that opens the job and ends takes nothing with it, once another thread trains."""
+    job = TrainingJob("job")
+    helper = threading.Thread(target=job.__enter__)
+    helper.start()
+    helper.join(SOON)
+    job.step(1)
+    job._controller._tick()
+    assert forgather_control.get_job_status("job")["global_step"] == 1
+    job.__exit__(None, None, None)
+
+
+def test_a_copy_controls_nothing(jobs_dir):
+    """Deep copies and pickles of a job in its run are made, are inert, and disturb nothing."""
+    with TrainingJob("job") as job:
+        for copied in (copy.deepcopy(job), pickle.loads(pickle.dumps(job))):
+            copied.step(5)
+            del copied
+        gc.collect()
+        assert forgather_control.get_job_status("job")["global_step"] == 0

@@ -1,0 +1,427 @@
+"""The line between ranks on real stores: order, ends of every kind, and threads that sleep while nothing is said."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from forgather_control.ranks.channel import Line, Voice
+
+from ..support.harness import MS, SOON, Process, needs_torch, until
+
+pytestmark = needs_torch
+
+# torch asks the name server for the name of 127.0.0.1 at each connection; one that is slow to say no costs seconds.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
+
+#: A store's server in a process of its own: prints its port, lives until it is told to end.
+SERVER = """
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+print(store.port, flush=True)
+input()
+"""
+
+
+class Rank:
+    """One end of the line, and all that it noticed."""
+
+    def __init__(self, connect: Callable[[], Any], rank: int = 0) -> None:
+        self.heard: queue.Queue[Any] = queue.Queue()
+        self.cuts: list[str] = []
+        self.idles: queue.Queue[float] = queue.Queue()
+        self.pause: float | None = None
+        self.reply: Callable[[list[Any], Voice], None] = lambda message, voice: None
+        self.line = Line(connect, rank, self.hear, lambda: self.pause, self.idle, self.cut)
+
+    def hear(self, message: list[Any], voice: Voice) -> None:
+        self.heard.put(message)
+        self.reply(message, voice)
+
+    def cut(self, why: str, *voice: Voice) -> None:
+        self.cuts.append(why)
+
+    def idle(self, voice: Voice) -> None:
+        self.pause = None
+        self.idles.put(time.monotonic())
+
+    def send(self, rank: int, *message: Any) -> None:
+        self.line.say(lambda voice: voice.send([rank], list(message)))
+
+    def next(self) -> Any:
+        return self.heard.get(timeout=SOON)
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        return self.line._threads
+
+    @property
+    def is_over(self) -> bool:
+        return not any(thread.is_alive() for thread in self.threads)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    """A store in another process, its port in ``port``."""
+    with Process(SERVER) as process:
+        process.port = process.line()
+        yield process
+
+
+@pytest.fixture(params=["HashStore", "TCPStore"])
+def connect(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Connections to one store, its keys of this test alone."""
+    import torch.distributed as dist
+
+    if request.param == "HashStore":
+        store = dist.HashStore()
+    else:
+        store = dist.TCPStore("127.0.0.1", int(request.getfixturevalue("server").port), None, False)
+    return lambda: dist.PrefixStore(request.node.name, store.clone())
+
+
+@contextmanager
+def ranks(connect: Callable[[], Any], size: int = 1) -> Iterator[list[Rank]]:
+    """Started; closed on exit, whatever happened."""
+    with ExitStack() as stack:
+        made = [Rank(connect, rank) for rank in range(size)]
+        for rank in made:
+            stack.callback(rank.line.close, SOON)
+            rank.line.start()
+        yield made
+
+
+# Messages...
+
+
+def test_messages_come_in_order(connect):
+    """What one thread says is heard in that order, once, as it was said."""
+    with ranks(connect, 2) as (one, two):
+        for number in range(300):
+            one.send(1, "number", number, {"none": None, "text": "ä\n"})
+        assert [two.next()[1] for _ in range(299)] == list(range(299))
+        assert two.next() == ["number", 299, {"none": None, "text": "ä\n"}]
+        assert one.heard.empty() and not one.cuts and not two.cuts
+
+
+def test_many_may_speak_at_once(connect):
+    """Mouths and ears of many ranks write to one inbox: nothing is lost, and each is heard in its own order."""
+    with ranks(connect, 6) as (first, *others):
+        for rank, other in enumerate(others, 1):
+            other.reply = lambda message, voice, rank=rank: voice.send([0], ["ear", rank, message[0]])
+        for number in range(40):
+            for rank, other in enumerate(others, 1):
+                other.send(0, "mouth", rank, number)
+            first.line.say(lambda voice, number=number: voice.send(range(1, 6), [number]))
+        heard = [first.next() for _ in range(2 * 40 * 5)]
+        for kind in ("mouth", "ear"):
+            for rank in range(1, 6):
+                assert [number for *who, number in heard if who == [kind, rank]] == list(range(40))
+        assert first.heard.empty()
+
+
+def test_a_rank_may_speak_to_itself(connect):
+    """Its inbox is like any other."""
+    with ranks(connect) as (one,):
+        one.reply = lambda message, voice: voice.send([0], [message[0] + 1]) if message[0] < 5 else None
+        one.send(0, 1)
+        assert [one.next() for _ in range(5)] == [[1], [2], [3], [4], [5]]
+
+
+def test_what_was_said_before_a_rank_listens_is_heard(connect):
+    """The inbox is the store's, not the listener's."""
+    with ranks(connect) as (one,):
+        one.send(1, "early")
+        late = Rank(connect, 1)
+        late.line.start()
+        assert late.next() == ["early"]
+        late.line.close(SOON)
+
+
+def test_one_decision_stands(connect):
+    """Of many who decide at once one is first, and all are told what that one said."""
+    with ranks(connect, 5) as made:
+        told: queue.Queue[Any] = queue.Queue()
+        for round_number in range(20):
+            for rank, one in enumerate(made):
+                one.line.say(
+                    lambda voice, key=f"go/{round_number}", rank=rank: told.put(voice.decide(key, [rank, None]))
+                )
+            first = told.get(timeout=SOON)
+            assert [told.get(timeout=SOON) for _ in range(4)] == [first] * 4 and first[0] in range(5)
+
+
+def test_idle_after_the_pause(connect):
+    """The mouth calls after the pause it was told, asks for a new one after all that is said, and else never calls."""
+    with ranks(connect) as (one,):
+        one.send(0, "go")
+        one.next()
+        assert one.idles.empty()
+        one.pause = 0.0
+        one.line.say(lambda voice: None)
+        one.idles.get(timeout=SOON)
+        begun, one.pause = time.monotonic(), 20 * MS
+        one.line.say(lambda voice: None)
+        assert one.idles.get(timeout=SOON) - begun >= 20 * MS
+        assert one.idles.empty()
+
+
+def test_speaking_in_a_signal_handler(connect):
+    """A handler interrupts the very call that speaks, and speaks: nothing blocks, and nothing is lost."""
+    said = [0, 0]
+
+    def handle(*_: Any) -> None:
+        said[0] += 1
+        one.send(0, "signal")
+
+    with ranks(connect) as (one,):
+        before = signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.5 * MS, 0.5 * MS)
+        try:
+            until(
+                lambda: ([one.send(0, "loop") for _ in range(20)] and said.__setitem__(1, said[1] + 20)) or said[0] > 30
+            )
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        heard = [one.next()[0] for _ in range(sum(said))]
+        assert [heard.count("signal"), heard.count("loop")] == said and one.heard.empty()
+
+
+# Its end...
+
+
+def test_close_while_idle_is_quick(connect):
+    """Both threads end by themselves, long before the deadline."""
+    with ranks(connect, 3) as made:
+        made[0].send(1, "hello")
+        made[1].next()
+        begun = time.monotonic()
+        for one in made:
+            one.line.close(SOON)
+            assert one.is_over
+        assert time.monotonic() - begun < SOON / 2 and not any(one.cuts for one in made)
+
+
+def test_close_says_what_is_queued(connect):
+    """The last words are heard."""
+    with ranks(connect, 2) as (one, two):
+        for number in range(50):
+            one.send(1, number)
+        one.line.close(SOON)
+        assert one.is_over and [two.next() for _ in range(50)] == [[number] for number in range(50)]
+
+
+def test_close_twice_and_never_started(connect):
+    """Nothing happens the second time, nor where there was nothing to close; speaking then does nothing."""
+    one = Rank(connect)
+    one.line.close(SOON)
+    other = Rank(connect, 1)
+    other.line.start()
+    for _ in range(2):
+        other.line.close(SOON)
+        assert other.is_over
+        other.send(1, "nobody")
+    assert not one.cuts and not other.cuts and other.heard.empty()
+
+
+def test_close_in_the_midst_of_messages(connect):
+    """Whatever the ear is doing when the end comes, it ends; many times."""
+    for turn in range(60):
+        one = Rank(connect, turn)
+        one.line.start()
+        for number in range(turn % 7):
+            one.send(turn, number)
+        if turn % 2 and turn % 7:
+            one.next()
+        one.line.close(SOON)
+        assert one.is_over and not one.cuts
+
+
+def test_the_ear_may_close(connect):
+    """A message that ends the line, as rank 0's farewell does."""
+    with ranks(connect, 2) as (one, two):
+        two.reply = lambda message, voice: two.line.close(0.0)
+        one.send(1, "over")
+        two.next()
+        until(lambda: two.is_over)
+        assert not two.cuts
+
+
+def test_what_hear_raises_cuts_the_line_once(connect):
+    """One rank's broken handler is told as a cut, and ends both of its threads."""
+    with ranks(connect) as (one,):
+        one.reply = lambda message, voice: {}["nothing"]
+        for _ in range(3):
+            one.send(0, "go")
+        until(lambda: one.is_over)
+        assert one.cuts == ["KeyError: 'nothing'"]
+
+
+# The store's end...
+
+#: A rank that waits for what never comes; ends by itself once the line is cut, or as the words say.
+RANK = """
+import os, sys, threading, time
+import torch.distributed as dist
+from forgather_control.ranks.channel import Line
+
+how, port = sys.argv[1], int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, None, False)
+cut = threading.Event()
+
+def cuts(why, *voice):
+    print("cut", threading.current_thread().name, flush=True)
+    cut.set()
+
+connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
+line = Line(connect, 0, hear, lambda: None, print, cuts)
+line.start()
+line.say(lambda voice: voice.send([0], ["hello"]))
+if how == "speak":
+    while not cut.is_set():
+        line.say(lambda voice: voice.send([1], ["hello"]))
+        time.sleep(0.0001)
+elif how == "close":
+    input()
+    begun = time.monotonic()
+    line.close(0.3)
+    print("closed", time.monotonic() - begun < 10, flush=True)
+    sys.exit(3)
+else:
+    cut.wait()
+line.close(0.3)
+print("end", flush=True)
+"""
+
+
+def no_crash(process: Process, tracebacks: int) -> None:
+    """Fails if a thread, or the interpreter's end, left its mark; what torch warns of is its own."""
+    errors = "".join(process.errors)
+    assert errors.count("Traceback (most recent") == errors.count("RuntimeError: as it was meant") == tracebacks, errors
+    assert not any(word in errors for word in ("terminate called", "Fatal", "FATAL", "Aborted")), errors
+
+
+def test_the_store_is_killed():
+    """Each rank is told once, no thread shows a traceback, and the processes end as if nothing had been."""
+    with Process(SERVER) as server:
+        port = server.line()
+        with Process(RANK, "wait", port) as waits, Process(RANK, "speak", port) as speaks:
+            assert [waits.line(), speaks.line()] == ["heard"] * 2
+            server.kill()
+            for rank in (waits, speaks):
+                lines = [rank.line(), rank.line()]
+                begun = time.monotonic()
+                assert rank.end() == 0, rank.errors
+                assert time.monotonic() - begun < SOON / 2
+                assert lines[0].startswith("cut forgather-") and lines[1] == "end" and rank.line() == ""
+                no_crash(rank, 0)
+
+
+def test_a_network_that_is_dead(server):
+    """A store that answers nothing, as its process is stopped: the end takes as long as it may, the exit is clean."""
+    with Process(RANK, "close", server.port) as rank:
+        assert rank.line() == "heard"
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            os.waitpid(server.pid, os.WUNTRACED)  # it has stopped
+            rank.say("go")
+            assert rank.line() == "closed True"
+            assert rank.end() == 3, rank.errors
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        no_crash(rank, 0)
+
+
+#: Interpreters that end with the line open, forked from one that has loaded torch; each prints its exit code.
+EXITS = """
+import gc, os, sys, threading
+import torch.distributed as dist
+from forgather_control.ranks.channel import Line
+
+gc.freeze()  # of each end, half the time is the collection of torch's own modules
+
+def become(number):
+    if number % 2:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # it dies with us
+    else:
+        store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False)
+    heard = threading.Event()
+
+    def hear(message, voice):
+        heard.set()
+        if number % 3:  # it is not idle when the end comes
+            voice.send([0], ["again"])
+
+    connect = lambda: dist.PrefixStore(str(number), store.clone())
+    line = Line(connect, 0, hear, lambda: None, print, print)
+    line.start()
+    line.say(lambda voice: voice.send([0], ["hello"]))
+    heard.wait()
+    globals().update(store=store, line=line)
+    if number % 4 // 2:
+        raise RuntimeError("as it was meant")
+
+for number in range(20):
+    child = os.fork()
+    if child == 0:
+        become(number)
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_exit_without_close(server):
+    """A script that ends, or raises, with the line open does so with its own exit code, time and again."""
+    with Process(EXITS, server.port) as process:
+        codes = [process.line() for _ in range(20)]
+        assert process.end() == 0
+    assert codes == ["0", "0", "1", "1"] * 5, "".join(process.errors)
+    no_crash(process, 10)
+
+
+# While nothing is said...
+
+
+def switches(threads: list[threading.Thread]) -> list[int]:
+    """How often each has given up the processor by itself."""
+    found = []
+    for thread in threads:
+        with open(f"/proc/self/task/{thread.native_id}/status") as file:
+            found += [int(line.split()[1]) for line in file if line.startswith("voluntary")]
+    return found
+
+
+def work() -> None:
+    """A thousand steps of training, at about 0.1 ms each."""
+    for _ in range(1000):
+        sum(range(4000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a thread's switches in /proc")
+def test_both_threads_sleep_while_nothing_is_said(connect):
+    """Training goes on for thousands of steps, and neither thread wakes up once."""
+
+    def slept() -> bool:
+        before = switches(one.threads)
+        work()
+        return switches(one.threads) == before
+
+    with ranks(connect) as (one,):
+        one.send(0, "hello")
+        one.next()
+        until(slept)  # the ear has gone back to its place
+        assert all(slept() for _ in range(5))
+        before = switches(one.threads)
+        one.send(0, "hello")
+        one.next()
+        until(lambda: all(now > then for now, then in zip(switches(one.threads), before)))

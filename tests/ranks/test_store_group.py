@@ -1,0 +1,1065 @@
+"""Several ranks: in threads of one process on one store, and in processes of their own under torchrun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgather_control import TrainingJob, connect, errors
+from forgather_control.errors import CommandFailed, JobEnding
+from forgather_control.ranks import consensus, store_group
+from forgather_control.ranks.channel import Voice
+from forgather_control.ranks.group import OneProcess
+from forgather_control.ranks.store_group import Ranks
+from forgather_control.training.command_queue import Mailbox
+
+from ..support.harness import MS, SOON, cli, needs_torch, until
+from ..support.torchrun import START, Torchrun
+
+# torch asks the name server for the name of 127.0.0.1 at each connection; one that is slow to say no costs seconds.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
+
+#: Seeded runs of real threads; each takes some tens of milliseconds.
+THREAD_RUNS = int(os.environ.get("RANKS_RUNS", "12"))
+
+SAVES = ("save_checkpoint", "save_and_stop")
+STOPS = ("save_and_stop", "graceful_stop", "abort")
+
+
+# A rank without a trainer...
+
+
+class Home:
+    """What a rank has instead of a controller: a real mailbox, and a note of all it was told."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.mailbox = Mailbox(lambda: None)
+        self.told: list[tuple[str, Any]] = []
+        self.answer: Callable[[str], dict[str, Any]] = lambda what: {"rank": rank, "what": what}
+
+    @property
+    def pending(self) -> bool:
+        return self.mailbox.pending
+
+    def take(self) -> Any:
+        return [[record.command_id, record.command, False] for record in self.mailbox.drain()]
+
+    def put_back(self, calls: Any) -> None:
+        self.mailbox.put_back([call[0] for call in calls])
+
+    def confirm(self, calls: Any, step: int, fault: str | None) -> None:
+        self.told.append(("confirm", (calls, step, fault)))
+        for command_id, command, _ in calls:
+            if fault is None:
+                self.mailbox.applied(command_id, step)
+            else:
+                self.mailbox.failed(command_id, CommandFailed(f"not all ranks applied the {command}: {fault}"))
+
+    def submit(self, command: str) -> None:
+        self.mailbox.submit(command, None)
+        self.world.wanted()
+
+    def about(self) -> dict[str, Any]:
+        return {"pid": self.rank}
+
+    def tell(self, what: str) -> dict[str, Any]:
+        return self.answer(what)
+
+    def meet(self, about: dict[int, dict[str, Any]]) -> None:
+        self.told.append(("meet", dict(about)))
+
+    def changed(self) -> None:
+        self.told.append(("changed", None))
+
+    def cut_off(self, why: str) -> None:
+        self.told.append(("cut", why))
+        self.mailbox.refuse(JobEnding(why))
+
+
+class Rank:
+    """A rank that trains in a thread: ``steps`` of them, each as long as ``pace`` says, and what it applied."""
+
+    def __init__(self, connect: Callable[[], Any], rank: int, size: int, steps: int = 10**9) -> None:
+        self.home = Home(rank)
+        self.world = self.home.world = Ranks(self.home, rank, size, connect, 0)
+        self.rank, self.steps, self.step = rank, steps, 0
+        self.pace: Callable[[int], None] = lambda step: time.sleep(0.3 * MS)
+        self.keep: Callable[[int], str | None] = lambda step: None
+        self.applied: list[tuple[int, Any]] = []
+        self.fault: str | None = None
+        self.holds = 0
+        self.stop = False
+        self.thread = threading.Thread(target=self.train, name=f"rank-{rank}")
+        self.errors: list[BaseException] = []
+
+    @property
+    def mailbox(self) -> Mailbox:
+        return self.home.mailbox
+
+    def begin(self) -> Rank:
+        self.world.start()
+        self.thread.start()
+        return self
+
+    def train(self) -> None:
+        try:
+            for step in range(1, self.steps + 1):
+                if self.stop:
+                    break
+                self.pace(step)
+                self.end_step(step)
+            self.end()
+        except BaseException as err:  # a thread's failure is the test's
+            self.errors.append(err)
+            raise
+
+    def end_step(self, step: int) -> None:
+        self.step = step
+        if not self.world.due(step):
+            return
+        self.holds += 1
+        calls = self.world.hear(step)
+        if not calls:
+            return
+        self.world.applied(calls, step)
+        self.applied.append((step, calls))
+        self.stop |= any(call[1] in STOPS for call in calls)
+        if any(call[1] in SAVES for call in calls):
+            self.save(calls, step)
+
+    def save(self, calls: Any, step: int) -> None:
+        fault = self.keep(step)
+        for command_id, command, _ in calls if self.rank == 0 and fault is None else ():
+            if command == "save_checkpoint":
+                self.world.settle(command_id, lambda why, name=command_id: self.settled(name, step, why))
+        self.world.kept(fault)
+
+    def settled(self, command_id: str, step: int, fault: str | None) -> None:
+        if fault is None:
+            self.mailbox.finished(command_id, {"step": step})
+        else:
+            self.mailbox.failed(command_id, CommandFailed(fault))
+
+    def end(self) -> None:
+        self.world.close(SOON, self.fault)
+        for step, calls in self.applied if self.rank == 0 else ():
+            for command_id, command, _ in calls:
+                if command in STOPS:
+                    self.world.settle(command_id, lambda why, name=command_id, step=step: self.settled(name, step, why))
+        self.mailbox.close(JobEnding("training ended"))
+
+    def order(self, command: str) -> str:
+        """Submit it as a client would; its id."""
+        record = self.mailbox.submit(command, None)
+        self.world.wanted()
+        return record.command_id
+
+    def state(self, command_id: str) -> str:
+        return self.mailbox.get(command_id).state
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Connections to a store of this test."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    return lambda: dist.PrefixStore("line", store.clone())
+
+
+@contextmanager
+def training(connect: Callable[[], Any], size: int, *, begin: bool = True, **options: Any) -> Iterator[list[Rank]]:
+    """Ranks that train; on exit all have ended, and none of their threads is left."""
+    made = [Rank(connect, rank, size, **options) for rank in range(size)]
+    try:
+        for rank in made if begin else ():
+            rank.begin()
+        yield made
+    finally:
+        for rank in made:
+            rank.stop = True
+        for rank in made:
+            if rank.thread.ident is not None:
+                rank.thread.join(SOON)
+        assert not any(rank.thread.is_alive() for rank in made)
+        assert not any(rank.errors for rank in made)
+    threads = [thread for rank in made for thread in rank.world._line._threads]
+    until(lambda: not any(thread.is_alive() for thread in threads))
+
+
+def is_final(rank: Rank) -> bool:
+    return all(record.is_final for record in rank.mailbox.records())
+
+
+class Pack:
+    """What a collective does to ranks: no step ends before all others have begun the one ``drift`` before it."""
+
+    def __init__(self, made: list[Rank], dice: random.Random) -> None:
+        self.drift, self.began = dice.choice([0, 0, 3, 50]), [0.0] * len(made)
+        self.changed = threading.Condition()
+        for rank in made:
+            rank.pace = self.pace(rank.rank, random.Random(dice.random()), dice.choice([0.0, 0.2, 1.0]) * MS)
+
+    def pace(self, rank: int, dice: random.Random, base: float) -> Callable[[int], None]:
+        odd = dice.choice([0.0, 0.02, 0.2])
+
+        def step(number: int) -> None:
+            time.sleep(base + (5 * MS if dice.random() < odd else 0.0))
+            with self.changed:
+                self.began[rank] = number
+                self.changed.notify_all()
+                assert self.changed.wait_for(lambda: min(self.began) >= number - self.drift, SOON), (
+                    "a rank waits for ever"
+                )
+
+        return step
+
+    def leave(self, rank: int) -> None:
+        """A rank is in no collective any more."""
+        with self.changed:
+            self.began[rank] = float("inf")
+            self.changed.notify_all()
+
+
+# What all ranks do alike...
+
+
+@needs_torch
+@pytest.mark.parametrize("seed", range(THREAD_RUNS))
+def test_random_commands_to_real_threads(store, seed):
+    """Two to eight ranks, uneven, apply the same lists at the same steps; every record ends as it really did."""
+    dice = random.Random(seed)
+    size, steps = dice.choice([2, 3, 5, 8]), dice.choice([5, 60, 10**9])
+    words = [dice.choice([*STOPS, *["save_checkpoint"] * 12]) for _ in range(dice.randint(1, 12))]
+    with training(store, size, begin=False, steps=steps) as made:
+        Pack(made, dice)
+        first, ids = made[0], []
+        for rank in dice.sample(made, size):
+            rank.begin()
+        for word in [*words, "graceful_stop"]:
+            at = first.step + dice.choice([0, 0, 1, 7])
+            until(lambda at=at: first.step >= at or not first.thread.is_alive())
+            try:
+                ids.append(first.order(word))
+            except JobEnding:
+                break
+        for rank in made:
+            rank.thread.join(SOON)
+    same(made)
+    true_records(first, ids)
+
+
+def same(made: list[Rank]) -> None:
+    assert all(rank.applied == made[0].applied for rank in made), [rank.applied for rank in made]
+    names = [call[0] for _, calls in made[0].applied for call in calls]
+    assert len(names) == len(set(names)), "applied twice"
+    assert all(rank.world._line._threads[0].is_alive() is False for rank in made)
+
+
+def true_records(first: Rank, ids: list[str]) -> None:
+    steps = {call[0]: step for step, calls in first.applied for call in calls}
+    for name in ids:
+        record = first.mailbox.get(name)
+        if name in steps:
+            assert (record.state, record.applied_at_step, record.result) == (
+                "finished",
+                steps[name],
+                {"step": steps[name]},
+            )
+        else:
+            assert (record.state, record.error["message"]) == ("failed", "training ended"), record
+
+
+@needs_torch
+def test_an_idle_step_holds_nobody(store):
+    """While nothing is pending, no step end is looked at, and the store gets no key."""
+    with training(store, 3, steps=300) as made:
+        until(lambda: all(not rank.thread.is_alive() for rank in made))
+        assert [rank.holds for rank in made] == [0, 0, 0]
+        (met,) = [told for told in made[0].home.told if told[0] == "meet"]
+        assert met[1] == {rank: {"pid": rank} for rank in range(3)}
+
+
+@needs_torch
+def test_a_rank_that_is_not_there_yet(store):
+    """Commands wait for it, and nobody is held; once it comes they are applied."""
+    with training(store, 3, begin=False) as made:
+        for rank in made[:2]:
+            rank.begin()
+        name = made[0].order("graceful_stop")
+        begun = made[1].step
+        until(lambda: made[1].step > begun + 100)
+        assert [made[0].state(name), made[0].holds, made[1].holds] == ["accepted", 0, 0]
+        assert [made[0].world.state(rank) for rank in range(3)] == ["silent", "silent", "absent"]
+        made[2].pace = lambda step: None if step < made[0].step else time.sleep(0.3 * MS)
+        made[2].begin()
+        until(lambda: all(rank.applied for rank in made))
+    same(made)
+    assert made[0].state(name) == "finished"
+
+
+@needs_torch
+def test_applied_waits_for_the_slowest(store):
+    """A rank that is long in its step, or in its save, holds up the word, and none of the others."""
+    at_step, at_save = threading.Event(), threading.Event()
+    with training(store, 2, begin=False) as made:
+        first, slow = made
+        slow.pace = lambda step: at_step.wait(SOON) and time.sleep(0.3 * MS)
+        slow.keep = lambda step: None if at_save.wait(SOON) else "too late"
+        for rank in made:
+            rank.begin()
+        name = first.order("save_checkpoint")
+        until(lambda: first.applied and first.step > first.applied[0][0] + 50)
+        assert first.state(name) == "accepted"
+        at_step.set()
+        until(lambda: first.state(name) == "applied")
+        begun = first.step
+        until(lambda: first.step > begun + 50)
+        assert first.state(name) == "applied"
+        at_save.set()
+        until(lambda: first.state(name) == "finished")
+    same(made)
+
+
+@needs_torch
+def test_commands_that_come_while_a_round_is_on(store):
+    """They make up the next one, in their order; taking one back that waits is known to all."""
+    at_step = threading.Event()
+    with training(store, 2, begin=False) as made:
+        first, slow = made
+        slow.pace = lambda step: at_step.wait(SOON) and time.sleep(0.3 * MS)
+        for rank in made:
+            rank.begin()
+        names = [first.order("save_checkpoint")]
+        until(lambda: first.applied)
+        names += [first.order("save_and_stop"), first.order("abort"), first.order("graceful_stop")]
+        first.mailbox.cancel(names[2])
+        at_step.set()
+        until(lambda: all(len(rank.applied) == 2 for rank in made))
+    same(made)
+    assert [[call[0] for call in calls] for _, calls in first.applied] == [names[:1], [names[1], names[3]]]
+    assert [first.state(name) for name in names] == ["finished", "finished", "cancelled", "finished"]
+
+
+# Ranks that end, give up, or hear nothing...
+
+
+@needs_torch
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_stop_is_not_blamed_on_who_is_behind(store, size):
+    """Rank 0 applies a stop and closes at once, the others a little later: it waits for them. Time and again."""
+    for turn in range(15):
+        with training(lambda turn=turn: prefixed(store, turn), size, begin=False) as made:
+            for rank in made[1:]:
+                rank.pace = lambda step: time.sleep(2 * MS)
+            for rank in made:
+                rank.begin()
+            until(lambda: all(rank.step for rank in made))
+            name = made[0].order("graceful_stop")
+            made[0].thread.join(SOON)
+            record = made[0].mailbox.get(name)
+            assert (record.state, record.applied_at_step) == ("finished", made[0].step), record
+        same(made)
+
+
+def prefixed(connect: Callable[[], Any], name: object) -> Any:
+    """A line of its own in the same store."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore(str(name), connect())
+
+
+@needs_torch
+def test_a_rank_that_ends_early(store):
+    """The others agree without it."""
+    with training(store, 3, begin=False) as made:
+        made[2].steps = 5
+        for rank in made:
+            rank.begin()
+        until(lambda: made[0].world.state(2) == "ended")
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].state(name) == "finished")
+        made[0].order("graceful_stop")
+        until(lambda: all(len(rank.applied) == 2 for rank in made[:2]))
+    same(made[:2])
+    assert not made[2].applied
+
+
+@needs_torch
+def test_a_rank_that_gives_up(store):
+    """It trains on without control: what waits fails, nothing more is agreed, and nobody is held."""
+    with training(store, 3, begin=False) as made:
+        made[1].steps, made[1].fault = 5, "it broke"
+        for rank in made:
+            rank.begin()
+        until(lambda: ("cut", "rank 1: it broke") in made[0].home.told)
+        with pytest.raises(JobEnding, match="it broke"):
+            made[0].order("save_checkpoint")
+        begun = made[2].step
+        until(lambda: made[2].step > begun + 100)
+    assert not any(rank.applied for rank in made)
+
+
+@needs_torch
+def test_a_rank_that_gives_up_with_a_list_in_hand(store):
+    """The others have applied it, and the record says who has not."""
+    at_step = threading.Event()
+    with training(store, 2, begin=False) as made:
+        first, broken = made
+        broken.fault = "it broke"
+
+        def pace(step: int) -> None:
+            assert at_step.wait(SOON)
+            broken.stop = True
+            raise ZeroDivisionError
+
+        broken.pace = pace
+        broken.train = lambda: (suppressed(broken.pace, 1), broken.end())
+        broken.thread = threading.Thread(target=broken.train)
+        for rank in made:
+            rank.begin()
+        name = first.order("save_checkpoint")
+        until(lambda: first.applied)
+        at_step.set()
+        until(lambda: first.mailbox.get(name).is_final)
+        assert "rank 1: it broke" in first.mailbox.get(name).error["message"]
+        assert first.state(name) == "failed"
+
+
+def suppressed(call: Callable[..., Any], *args: Any) -> None:
+    try:
+        call(*args)
+    except ZeroDivisionError:
+        pass
+
+
+@needs_torch
+def test_a_shard_that_is_not_written(store):
+    """A rank says that its part of the checkpoint is not on disk: so the save has failed, and the others train on."""
+    with training(store, 3, begin=False) as made:
+        made[2].keep = lambda step: "the disk is full"
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].mailbox.get(name).is_final)
+        record = made[0].mailbox.get(name)
+        assert (record.state, record.error["message"]) == ("failed", "rank 2: the disk is full")
+        assert record.applied_at_step == made[0].applied[0][0]
+        later = made[0].order("graceful_stop")
+        until(lambda: all(len(rank.applied) == 2 for rank in made))
+    same(made)
+    assert made[0].state(later) == "finished"
+
+
+@needs_torch
+def test_a_rank_that_gives_up_before_its_shard_is_written(store):
+    """It never says that it is: so the save has failed."""
+    with training(store, 2, begin=False) as made:
+        first, broken = made
+        broken.fault = "it broke"
+        broken.save = lambda calls, step: setattr(broken, "stop", True)
+        for rank in made:
+            rank.begin()
+        name = first.order("save_checkpoint")
+        until(lambda: first.mailbox.get(name).is_final)
+        assert (first.state(name), "it broke" in first.mailbox.get(name).error["message"]) == ("failed", True)
+
+
+@needs_torch
+def test_a_rank_whose_control_cannot_start(store):
+    """What its home raises comes out, and no thread is left that would have to end."""
+    rank = Rank(store, 1, 2)
+    rank.home.about = lambda: {}["nothing"]
+    with pytest.raises(KeyError):
+        rank.world.start()
+    assert not any(thread.is_alive() for thread in rank.world._line._threads)
+
+
+# The line in pieces...
+
+
+class Torn:
+    """A store some of whose calls do not come back, or fail; the rest is the real one's."""
+
+    def __init__(self, store: Any, **calls: Callable[..., Any]) -> None:
+        self._store = store
+        vars(self).update(calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def refused(*_: Any) -> Any:
+    raise RuntimeError("Connection reset by peer\n frame #0 ...")
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is held waits longer than any test: so it is not patience that lets it go."""
+    monkeypatch.setattr(consensus, "PATIENCE", 10 * SOON)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Who is held loses patience at once, until this is called."""
+    monkeypatch.setattr(consensus, "PATIENCE", 50 * MS)
+    return lambda: monkeypatch.setattr(consensus, "PATIENCE", 10 * SOON)
+
+
+def torn(rank: Rank, connect: Callable[[], Any]) -> None:
+    """Have a rank speak over another store."""
+    rank.world = rank.home.world = Ranks(rank.home, rank.rank, rank.world.size, connect, 0)
+
+
+def goes_on(*made: Rank) -> None:
+    """Fails if one of them is held."""
+    begun = [rank.step for rank in made]
+    until(lambda: all(rank.step > then + 20 for rank, then in zip(made, begun)))
+
+
+class Leader:
+    """Rank 0 of a line, played by hand: what it sends, and in which order, is the test's."""
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self.store, self.heard = connect(), 0
+        self.voice = Voice(connect())
+
+    def send(self, *message: Any) -> None:
+        self.voice.send([1], list(message))
+
+    def hear(self) -> Any:
+        self.heard += 1
+        return json.loads(self.store.get(f"0/{self.heard}"))
+
+
+@contextmanager
+def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Leader, Rank]]:
+    """A leader, and rank 1, which is held at the end of its next step: round 1 is asked, and T is decided."""
+    leader, rank = Leader(connect), Rank(connect, 1, 2)
+    rank.begin()
+    try:
+        assert leader.hear() == ["here", 1, {"pid": 1}]
+        leader.send("ask", 1)
+        kind, number, who, clock = leader.hear()
+        assert (kind, number, who) == ("at", 1, 1)
+        leader.due = clock + 5
+        leader.calls = [["name", "save_checkpoint", False]]
+        until(lambda: rank.holds)
+        yield leader, rank
+    finally:
+        rank.stop = True
+        rank.thread.join(SOON)
+        assert not rank.thread.is_alive() and not rank.errors
+
+
+@needs_torch
+def test_a_farewell_overtakes_the_decision(store, patient):
+    """Rank 0 ends between its decision and the word of it: who is held reads what stands in the store, and obeys."""
+    with one_rank(store) as (leader, rank):
+        leader.voice.decide("go/1", [leader.due, leader.calls])
+        leader.send("over")
+        until(lambda: rank.applied)
+        assert rank.applied == [(leader.due, leader.calls)]
+        goes_on(rank)
+
+
+@needs_torch
+def test_a_farewell_while_nothing_is_decided(store, patient):
+    """The round is off from then on, and nobody is held."""
+    with one_rank(store) as (leader, rank):
+        leader.send("over")
+        goes_on(rank)
+        assert leader.voice.decide("go/1", [leader.due, leader.calls]) == [None, []] and not rank.applied
+
+
+@needs_torch
+def test_a_question_that_comes_too_late(store, patient):
+    """A round is off before a rank hears of it: it is not held by it, and a later one is not forgotten for it."""
+    with one_rank(store) as (leader, rank):
+        leader.send("go", 2, None, [])
+        goes_on(rank)
+        leader.send("ask", 2)
+        goes_on(rank)
+        leader.send("ask", 3)
+        while (answer := leader.hear())[:2] != ["at", 3]:
+            pass
+        leader.send("go", 3, answer[3] + 50, leader.calls)
+        leader.send("ask", 1)
+        until(lambda: rank.applied)
+        assert rank.applied == [(answer[3] + 50, leader.calls)]
+
+
+@needs_torch
+def test_the_store_breaks_as_a_round_is_decided(store, patient):
+    """The commands that were taken are told at once that they will not happen, once; nobody is held."""
+    with training(store, 2, begin=False) as made:
+        torn(made[0], lambda: Torn(store(), compare_set=refused))
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].mailbox.get(name).is_final)
+        assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
+        goes_on(*made)
+        cuts = [told for told in made[0].home.told if told[0] == "cut"]
+        assert cuts == [("cut", "RuntimeError: Connection reset by peer")]
+    assert not any(rank.applied for rank in made)
+
+
+@needs_torch
+def test_a_leader_that_falls_silent_after_asking(store, hasty):
+    """Who is held gives the round up himself, through the store; rank 0, when it is back, obeys, and asks again."""
+    back, real = threading.Event(), store()
+
+    def stuck(*args: Any) -> Any:
+        assert back.wait(SOON)
+        return real.compare_set(*args)
+
+    with training(store, 3, begin=False) as made:
+        torn(made[0], lambda: Torn(store(), compare_set=stuck))
+        made[0].pace = lambda step: back.wait(SOON) and time.sleep(0.3 * MS)  # in a long step
+        for rank in made:
+            rank.begin()
+        name = made[0].order("graceful_stop")
+        until(lambda: all(rank.holds for rank in made[1:]))
+        goes_on(*made[1:])
+        assert real.get("go/1") == b"[null, []]" and made[0].state(name) == "accepted"
+        hasty()
+        back.set()
+        until(lambda: all(rank.applied for rank in made))
+    same(made)
+    assert made[0].state(name) == "finished"
+
+
+@needs_torch
+def test_a_rank_is_told_before_the_leader(store, hasty):
+    """Rank 0 has written its decision and not heard so when another, out of patience, has read it and done its part."""
+    back, real = threading.Event(), store()
+
+    def stuck(*args: Any) -> Any:
+        written = real.compare_set(*args)
+        assert back.wait(SOON)
+        return written
+
+    def send(key: str, data: str) -> None:
+        real.set(key, data)
+        if '"ask"' in data:  # so that it is the mouth that decides, and the ear that hears what comes too early
+            until(lambda: 1 in made[0].world._leader._answers)
+
+    with training(store, 2, begin=False) as made:
+        torn(made[0], lambda: Torn(store(), compare_set=stuck, set=send))
+        made[0].pace = lambda step: back.wait(SOON) and time.sleep(0.3 * MS)  # in a long step
+        for rank in made:
+            rank.begin()
+        until(lambda: "meet" in dict(made[0].home.told))
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[1].applied)
+        count = int(real.add("0/count", 0))
+        until(lambda: made[0].world._line._next > count)
+        hasty()
+        back.set()
+        until(lambda: made[0].state(name) == "finished")
+    same(made)
+
+
+@needs_torch
+def test_an_ear_breaks_while_its_rank_is_held(store, patient):
+    """Its mouth still reads what was decided: the rank does as the others do, and they learn that it is lost."""
+    asked, real = [], store()
+
+    def get(key: str) -> bytes:
+        if asked:
+            raise RuntimeError("Connection reset by peer")
+        data = real.get(key)
+        asked.extend([1] if b"ask" in data else [])
+        return data
+
+    with training(store, 2, begin=False) as made:
+        torn(made[1], lambda: Torn(store(), get=get))
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].mailbox.get(name).is_final)
+        goes_on(*made)
+        message = made[0].mailbox.get(name).error["message"]
+        assert "rank 1 is cut off: RuntimeError: Connection reset by peer" in message
+    assert made[1].applied in ([], made[0].applied) and len(made[0].applied) == len(made[1].applied)
+
+
+@needs_torch
+def test_a_store_that_answers_one_rank_no_more(store, hasty):
+    """Training goes before agreement; but then this rank is out of it, and rank 0 learns so as soon as it can."""
+    back, real = threading.Event(), store()
+
+    def stuck(*args: Any) -> Any:
+        assert back.wait(SOON)
+        return real.compare_set(*args)
+
+    def get(key: str) -> bytes:
+        data = real.get(key)
+        if b"go" in data:
+            back.wait(SOON)
+        return data
+
+    with training(store, 2, begin=False) as made:
+        torn(made[1], lambda: Torn(store(), get=get, compare_set=stuck))
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[1].holds)
+        goes_on(made[1])
+        back.set()
+        until(lambda: made[0].mailbox.get(name).is_final)
+        assert "rank 1" in made[0].mailbox.get(name).error["message"]
+        with pytest.raises(JobEnding, match="rank 1"):
+            made[0].order("save_checkpoint")
+        goes_on(*made)
+
+
+@needs_torch
+def test_the_line_breaks_with_a_list_on_its_way(store, patient):
+    """Rank 0 has applied it and cannot hear any more who else did: whoever waits is told at once, not at the end."""
+    at_step, broken, real = threading.Event(), threading.Event(), store()
+
+    def get(key: str) -> bytes:
+        data = real.get(key)
+        return data if not broken.is_set() else refused()
+
+    with training(store, 2, begin=False) as made:
+        torn(made[0], lambda: Torn(store(), get=get))
+        made[1].pace = lambda step: at_step.wait(SOON) and time.sleep(0.3 * MS)
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].applied)
+        broken.set()
+        made[1].world.call("graceful_stop")
+        until(lambda: made[0].mailbox.get(name).is_final)
+        assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
+        at_step.set()
+        until(lambda: made[1].applied)
+        goes_on(*made)
+    same(made)
+
+
+# Signals and questions...
+
+
+@needs_torch
+def test_any_rank_may_call(store):
+    """A signal's command, from each rank and in the middle of its steps, becomes one that all apply."""
+    with training(store, 3, begin=False) as made:
+        for rank in made:
+            rank.begin()
+        for rank in made:
+            before = len(made[0].applied)
+            rank.world.call("save_checkpoint")
+            until(lambda before=before: len(made[0].applied) > before)
+        until(lambda: is_final(made[0]))
+        made[2].world.call("graceful_stop")
+        until(lambda: all(rank.stop for rank in made))
+    same(made)
+    assert [calls[0][1] for _, calls in made[0].applied] == ["save_checkpoint"] * 3 + ["graceful_stop"]
+
+
+@needs_torch
+def test_calls_in_a_signal_handler(store):
+    """Hundreds of signals that interrupt the training thread anywhere, in a hold, too, neither block nor raise."""
+    with training(store, 2, begin=False) as made:
+        first, other = made
+        first.thread = threading.Thread()  # it trains here, where signals are handled
+        first.world.start()
+        other.begin()
+        seen = []
+        before = signal.signal(signal.SIGALRM, lambda *_: (seen.append(1), first.world.call("save_checkpoint")))
+        signal.setitimer(signal.ITIMER_REAL, MS, MS)
+        try:
+            step = 0
+            end = time.monotonic() + SOON
+            while len(seen) < 200 or len(first.applied) < 20:
+                assert time.monotonic() < end
+                step += 1
+                first.pace(step)
+                first.end_step(step)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        until(lambda: len(other.applied) >= len(first.applied))
+        other.stop = True
+        first.end()
+    common = min(len(rank.applied) for rank in made)
+    assert first.applied[:common] == other.applied[:common] and common >= 20
+
+
+@needs_torch
+def test_a_question_to_all(store):
+    """All answer, one of them late, whatever their training does; nobody is held."""
+    late, at_step = threading.Event(), threading.Event()
+    with training(store, 4, begin=False) as made:
+        made[1].pace = lambda step: at_step.wait(SOON)
+        made[2].home.answer = lambda what: late.wait(SOON) and {"late": what}
+        made[3].steps = 3
+        for rank in made:
+            rank.begin()
+        until(lambda: made[0].world.state(3) == "ended")
+        first = made[0].world.inquire("ranks")
+        until(lambda: 1 in first.answers)
+        second = made[0].world.inquire("stacks")
+        until(lambda: 1 in second.answers)
+        assert first.answers == {rank: {"rank": rank, "what": "ranks"} for rank in (0, 1)}
+        assert [made[0].world.state(rank) for rank in range(4)] == ["silent", "silent", "silent", "ended"]
+        late.set()
+        until(lambda: 2 in first.answers and 2 in second.answers)
+        assert (first.answers[2], second.answers[2]) == ({"late": "ranks"}, {"late": "stacks"})
+        assert ("changed", None) in made[0].home.told
+        assert made[0].world.about(1) == {"pid": 1} and not any(rank.holds for rank in made)
+        at_step.set()
+
+
+# The choice...
+
+
+def choose(name: str = "", **options: Any) -> Any:
+    return store_group.of_this_job(Home(0), name, 0, options.get("poll_steps"))
+
+
+@pytest.mark.parametrize("size", ["1", "", "many"])
+def test_an_environment_without_other_ranks_is_one_process(monkeypatch, size):
+    """torchrun with one process, or nonsense in WORLD_SIZE."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    world = choose()
+    assert isinstance(world, OneProcess) and (world.rank, world.size) == (0, 1)
+
+
+def test_several_ranks_without_a_group_train_on_uncontrolled(monkeypatch, caplog, jobs_dir):
+    """One rank that stops alone leaves the others waiting for ever: so the job says why, and trains."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(errors.Unsupported, match="4 ranks"):
+        choose()
+    with caplog.at_level(logging.WARNING), TrainingJob("job") as job:
+        job.step(1)
+    (warning,) = caplog.records
+    assert "4 ranks" in warning.getMessage() and not (jobs_dir / "job").exists()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", float("nan")])
+def test_poll_steps_that_are_none(steps):
+    """Every so many steps, from one."""
+    with pytest.raises(errors.InvalidParams, match="poll_steps"):
+        store_group.check_steps(steps)
+
+
+@needs_torch
+def test_a_group_of_one_is_one_process(tmp_path):
+    """Whatever its store."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert isinstance(choose(), OneProcess)
+    finally:
+        dist.destroy_process_group()
+
+
+# Under torchrun...
+
+SCRIPT = """
+import logging, os, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from forgather_control import TrainingJob
+
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+folder = Path(sys.argv[1])
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+class Handler(logging.Handler):
+    def emit(self, record):
+        say("log", rank, record.levelname, record.getMessage())
+
+logging.getLogger("forgather_control").addHandler(Handler())
+logging.getLogger("forgather_control").setLevel(logging.INFO)
+say("pid", rank, os.getpid())
+
+def train(job_id, *, together=True, breaks_at=0, **options):
+    with TrainingJob(job_id, max_steps=10**6, **options) as job:
+        for step in range(1, 10**6):
+            if together:
+                dist.all_reduce(torch.ones(1))
+            time.sleep(0.004 if step % size == rank else 0.001)
+            if rank == 0:
+                job.log(loss=1 / step)
+            if step == breaks_at and rank == 1:
+                raise ArithmeticError(job_id)
+            if step % 25 == 0:
+                time.sleep(0.03 * rank)  # evaluation of unequal length
+            job.step(step)
+            if job.should_save:
+                where = folder / f"{job_id}-{step}"
+                where.mkdir(exist_ok=True)
+                time.sleep(0.1 * rank)
+                if job_id == "torn" and rank == 1:
+                    raise ArithmeticError(job_id)
+                (where / str(rank)).touch()
+                job.saved(where)
+            if job.should_stop:
+                break
+    say("over", job_id, rank, step, job.aborted)
+
+for job_id in sys.argv[2:]:
+    if job_id == "file":
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    try:
+        train(
+            job_id,
+            together=job_id not in ("breaks", "torn"),
+            breaks_at=20 if job_id == "breaks" else 0,
+            poll_steps=5 if job_id == "polled" else None,
+        )
+    except ArithmeticError:
+        say("broke", job_id, rank)
+    dist.barrier()
+dist.destroy_process_group()
+say("end", rank)
+"""
+
+
+@contextmanager
+def torchrun(folder: Path, size: int, *jobs: str) -> Iterator[Torchrun]:
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    with Torchrun(str(script), str(folder), *jobs, ranks=size) as run:
+        yield run
+
+
+def job(run: Torchrun, job_id: str) -> Any:
+    """A connection to the job, once it trains."""
+
+    def found() -> Any:
+        try:
+            return connect(job_id)
+        except errors.ControlError:
+            return None
+
+    client = run.until(found)
+    run.until(lambda: client.call("status")["global_step"] > 30)
+    return client
+
+
+def said(run: Torchrun, *words: Any) -> list[list[str]]:
+    """The lines that begin with these words."""
+    start = [str(word) for word in words]
+    return [line.split() for line in run.output.splitlines() if line.split()[: len(start)] == start]
+
+
+def all_ended_alike(run: Torchrun, job_id: str, size: int, aborted: bool) -> int:
+    """Every rank has left this job at one step; that step."""
+    run.until(lambda: len(said(run, "over", job_id)) == size)
+    over = sorted(said(run, "over", job_id))
+    assert [line[2:] for line in over] == [[str(rank), over[0][3], str(aborted)] for rank in range(size)]
+    return int(over[0][3])
+
+
+def is_whole(path: str, size: int) -> bool:
+    """Whether every rank's part of the checkpoint is there."""
+    return sorted(os.listdir(path)) == [str(rank) for rank in range(size)]
+
+
+@needs_torch
+def test_two_real_ranks(tmp_path):
+    """One start, many jobs: by the line, polled, by a file; saved, stopped, aborted; and two whose rank 1 raises."""
+    with torchrun(tmp_path, 2, "line", "abort", "polled", "breaks", "torn", "file") as run:
+        with job(run, "line"):
+            saved = cli("save", "line", "--wait", "--json")
+            assert saved.returncode == 0, saved.stderr
+            record = json.loads(saved.stdout)
+            assert record["state"] == "finished" and is_whole(record["result"]["path"], 2), record
+        assert cli("stop", "line", "--wait").returncode == 0
+        step = all_ended_alike(run, "line", 2, False)
+        assert step > record["applied_at_step"] == record["result"]["step"]
+
+        with job(run, "abort") as client:
+            assert client.call("status")["metrics"].keys() == {"loss"}
+            assert cli("abort", "abort", "--force", "--wait").returncode == 0
+        all_ended_alike(run, "abort", 2, True)
+
+        with job(run, "polled") as client:
+            record = client.call("save_checkpoint", wait="finished")
+            assert record["applied_at_step"] % 5 == 0 and is_whole(record["result"]["path"], 2)
+            client.call("graceful_stop", wait="applied")
+        assert all_ended_alike(run, "polled", 2, False) % 5 == 0
+
+        with job(run, "breaks") as client:
+            run.until(lambda: said(run, "broke", "breaks", 1))
+            record = client.call("save_checkpoint", wait="finished", timeout=SOON)
+            assert os.listdir(record["result"]["path"]) == ["0"]
+            client.call("graceful_stop", wait="applied", timeout=SOON)
+        run.until(lambda: said(run, "over", "breaks", 0))
+
+        with job(run, "torn") as client:
+            record = client.call("save_checkpoint", wait="finished", timeout=SOON)
+            assert (record["state"], record["error"]["message"]) == (
+                "failed",
+                "rank 1: training ended by ArithmeticError",
+            )
+            assert os.listdir(record["result"]["path"]) == ["0"]
+            client.call("graceful_stop", wait="applied", timeout=SOON)
+        run.until(lambda: said(run, "over", "torn", 0))
+
+        with job(run, "file") as client:
+            record = client.call("save_checkpoint", wait="finished")
+            assert record["applied_at_step"] % 50 == 0 and is_whole(record["result"]["path"], 2)
+            client.call("save_and_stop", wait="applied")
+        all_ended_alike(run, "file", 2, False)
+        assert run.end(START) == 0
+        output = run.output
+    assert len(re.findall("^end", output, re.M)) == 2 and "Traceback" not in output
+    ways = [line.partition(" INFO ")[2] for line in output.splitlines() if re.match("log . INFO ranks ", line)]
+    over_the_store = (
+        "ranks agree on commands over the TCPStore of torch.distributed, and ask nothing while there are none"
+    )
+    assert ways == [
+        over_the_store,
+        over_the_store,
+        "ranks ask one another for commands at every 5 steps: poll_steps=5 was given",
+        over_the_store,
+        over_the_store,
+        "ranks ask one another for commands at every 50 steps: a FileStore cannot wake who waits",
+    ]
+    assert not re.search("^log . (WARNING|ERROR)", output, re.M), output
+
+
+@needs_torch
+def test_four_real_ranks_and_one_is_killed(tmp_path):
+    """They save and stop alike; and when one of them is killed, whoever waits is told, and no process stays."""
+    with torchrun(tmp_path, 4, "job", "killed") as run:
+        with job(run, "job") as client:
+            record = client.call("save_and_stop", wait="finished")
+            assert is_whole(record["result"]["path"], 4)
+        assert all_ended_alike(run, "job", 4, False) == record["applied_at_step"]
+        with job(run, "killed") as client:
+            pids = [int(pid) for _, _, pid in said(run, "pid")]
+            (victim,) = [int(pid) for _, rank, pid in said(run, "pid") if rank == "3"]
+            os.kill(victim, signal.SIGKILL)
+            with pytest.raises(errors.ControlError):
+                while True:
+                    client.call("save_checkpoint", wait="finished")
+        assert run.end(START) != 0
+        until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))

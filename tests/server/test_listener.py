@@ -1,0 +1,188 @@
+"""The listening sockets: which port is had, and that it is had at once."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import ExitStack, closing
+
+import pytest
+
+from forgather_control.server import listener
+from forgather_control.server.listener import TcpListener, UnixListener, open_port
+
+from ..support.harness import SOON, Process, descriptors, needs_root, until
+
+HERE = "127.0.0.1"
+
+
+def opened(port, host=HERE):
+    """A listener whose connections are closed at once."""
+    return closing_server(open_port(host, port, lambda sock: sock.close()))
+
+
+def closing_server(server):
+    server.close = server.server_close
+    return closing(server)
+
+
+def taken(port=0):
+    """A port that somebody else listens at."""
+    return closing(socket.create_server((HERE, port)))
+
+
+@pytest.fixture
+def range_of_ports(monkeypatch):
+    """ "auto" looks at five ports that are free here, not at 8900, where somebody may be."""
+    with ExitStack() as stack:
+        for first in range(18900, 60000, 50):
+            try:
+                for port in range(first, first + 5):
+                    stack.enter_context(taken(port))
+            except OSError:
+                stack.close()
+                continue
+            break
+        stack.close()
+    monkeypatch.setattr(listener, "FIRST_PORT", first)
+    monkeypatch.setattr(listener, "_PORTS", 5)
+    return range(first, first + 5)
+
+
+def test_auto_begins_at_8900():
+    """As the documentation says."""
+    assert listener.FIRST_PORT == 8900
+
+
+def test_any_port_and_a_number():
+    """0 is any; a number is that one, and listens before the call returns."""
+    with opened(0) as free:
+        host, port = free.bound
+        assert (host, port > 1023) == (HERE, True)
+        socket.create_connection((HERE, port), SOON).close()
+    with opened(port) as chosen:
+        assert chosen.bound == (HERE, port)
+
+
+def test_a_port_that_is_taken_is_an_error_and_leaves_nothing():
+    """No second listener beside the first, and no descriptor lost."""
+    with taken() as other:
+        before = descriptors()
+        with pytest.raises(OSError) as caught:
+            open_port(HERE, other.getsockname()[1], print)
+        assert caught.value.errno == errno.EADDRINUSE and descriptors() == before
+
+
+def test_a_port_is_free_again_at_once():
+    """Connections that the last job closed (TIME_WAIT) do not keep it taken."""
+    with opened(0) as first:
+        port = first.bound[1]
+        with socket.create_connection((HERE, port), SOON) as client:
+            until(first.accept)  # closed by the server first
+            assert client.recv(1) == b""
+    with opened(port) as second:
+        assert second.bound[1] == port
+
+
+def test_auto_takes_the_first_free_one(range_of_ports):
+    """Taken ones are skipped, in order, and each is bound at once."""
+    with taken(range_of_ports[0]), taken(range_of_ports[2]):
+        with opened(None) as one, opened(None) as two:
+            assert [one.bound[1], two.bound[1]] == [range_of_ports[1], range_of_ports[3]]
+    with opened(None) as again:
+        assert again.bound[1] == range_of_ports[0]
+
+
+def test_auto_gives_up_in_the_end(range_of_ports):
+    """When all are taken, that is the error; and another fault is not tried a hundred times."""
+    with ExitStack() as stack:
+        for port in range_of_ports:
+            stack.enter_context(taken(port))
+        with pytest.raises(OSError) as caught:
+            open_port(HERE, None, print)
+        assert caught.value.errno == errno.EADDRINUSE
+    with pytest.raises(OSError) as caught:
+        open_port("192.0.2.1", None, print)  # TEST-NET-1 is nobody's (RFC 5737)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+#: Binds "auto" as soon as it is told to, says which port it has, and keeps it.
+RACER = """
+import sys
+from forgather_control.server import listener
+listener.FIRST_PORT, listener._PORTS = int(sys.argv[1]), 5
+print("ready", flush=True)
+sys.stdin.readline()
+held = listener.open_port("127.0.0.1", None, print)
+print(held.bound[1], flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_two_at_once_get_two_ports(range_of_ports):
+    """Four processes that look at the same time share nothing."""
+    with ExitStack() as stack:
+        racers = [stack.enter_context(Process(RACER, str(range_of_ports[0]))) for _ in range(4)]
+        assert [racer.line() for racer in racers] == ["ready"] * 4
+        for racer in racers:
+            racer.say("")
+        assert sorted(int(racer.line()) for racer in racers) == list(range_of_ports[:4])
+
+
+def test_ipv6():
+    """A host with colons is an IPv6 address."""
+    try:
+        six = open_port("::1", 0, lambda sock: sock.close())
+    except OSError as err:
+        assert err.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT), err
+        return  # there is no IPv6 here
+    with closing_server(six):
+        assert six.bound[0] == "::1"
+        socket.create_connection(("::1", six.bound[1]), SOON).close()
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "300.1.1.1", "a" * 64, "x..y", "\0", "[::1]", "192.0.2.1"])
+def test_a_host_that_is_none_is_an_error(host):
+    """One of three errors, for the caller to turn into a warning; nothing is left open."""
+    before = descriptors()
+    with pytest.raises((OSError, ValueError, TypeError)):
+        open_port(host, 0, print)
+    assert descriptors() == before
+
+
+def test_accept_takes_what_is_there_and_does_not_block():
+    """False without anybody; a connection that was reset before it was taken is no fault."""
+    got = []
+    with closing_server(TcpListener(HERE, 0, got.append)) as tcp:
+        assert not tcp.accept()
+        with socket.create_connection(tcp.bound, SOON) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        with socket.create_connection(tcp.bound, SOON):
+            until(lambda: tcp.accept() and len(got) == 2)
+            assert got[1].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert got[1].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        for sock in got:
+            sock.close()
+
+
+@needs_root
+def test_another_user_is_not_let_in(jobs_dir, caplog):
+    """Even where the file's mode would let him: the kernel says who it is."""
+    jobs_dir.mkdir()
+    jobs_dir.parent.chmod(0o755)
+    source = """
+    import os, socket, sys
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(sys.argv[1])
+    print("connected", flush=True)
+    print(sock.recv(1), flush=True)
+    """
+    got = []
+    with closing_server(UnixListener(str(jobs_dir / "s"), got.append)) as listening:
+        (jobs_dir / "s").chmod(0o777)
+        with Process(source, str(jobs_dir / "s")) as nobody:
+            assert nobody.line() == "connected"
+            until(listening.accept)
+            assert nobody.line() == "b''" and got == []
+    assert "refused a connection from uid 65534" in caplog.text

@@ -1,0 +1,163 @@
+"""The trainings that test_chaos disturbs: they go on until somebody stops them, and tell their weights.
+
+``python -m tests.support.chaos_training FOLDER JOB_ID [PORT]``, alone or under torchrun, is one that can be controlled.
+What became of it stands in ``FOLDER/JOB_ID-RANK.json``. SIGUSR1 has it fork at whatever line it is, as a loader of
+data does. ``... FOLDER undisturbed STEPS`` trains as one rank and as two would, controlled by nobody, and leaves the
+weights after each step in ``FOLDER/undisturbed-SIZE.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+#: Seconds that a step takes at least: so the training lasts as long as the chaos, without a million steps.
+PACE = 0.01
+#: Seconds that a child lives: longer than it takes to delete what it inherits.
+CHILDHOOD = 0.3
+
+
+class Training:
+    """A small model and its data.
+
+    Args:
+        ranks: those whose data is trained on in this process; the gradients of all are added.
+        size: how many there are in all.
+    """
+
+    def __init__(self, ranks: Iterable[int], size: int) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self.torch, self.size = torch, size
+        self.model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.data = [torch.Generator().manual_seed(1 + rank) for rank in ranks]
+
+    def step(self) -> float:
+        """Train on one batch of each rank."""
+        self.optimizer.zero_grad()
+        for data in self.data:
+            features = self.torch.randn(16, 8, generator=data)
+            loss = (self.model(features).squeeze() - features.sum(dim=1)).square().mean()
+            loss.backward()
+        for weights in self.model.parameters():
+            if len(self.data) < self.size:
+                self.torch.distributed.all_reduce(weights.grad)
+            weights.grad /= self.size
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def digest(self) -> str:
+        """Of all weights."""
+        values = [value.view(self.torch.uint8).flatten().tolist() for value in self.model.state_dict().values()]
+        return hashlib.sha256(b"".join(map(bytes, values))).hexdigest()
+
+
+def write(path: Path, value: Any) -> None:
+    """Leave a file, whole from its first moment."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.rename(path)
+
+
+class Victim:
+    """One rank of a training that can be controlled."""
+
+    def __init__(self, folder: Path, job_id: str, port: int | None) -> None:
+        self.folder, self.job_id, self.port = folder, job_id, port
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo")
+        self.training = Training([self.rank], self.size)
+        self.children: list[int] = []
+        self.forks, self.forking = 0, False
+
+    def fork(self, *_: Any) -> None:
+        """In a signal handler: have a child that does nothing, and ends without a word to Python."""
+        if self.forking:  # Python itself hangs where one fork begins in the midst of another
+            return
+        self.forking = True
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(CHILDHOOD)
+            os._exit(0)
+        self.children.append(pid)
+        self.forks += 1
+        self.forking = False
+
+    def reap(self) -> None:
+        """Take the children that have ended."""
+        self.children = [pid for pid in self.children if os.waitpid(pid, os.WNOHANG)[0] == 0]
+
+    def save(self, step: int) -> Path:
+        """This rank's part of a checkpoint, there when it is whole."""
+        path = self.folder / "checkpoints" / self.job_id / f"checkpoint-{step}"
+        path.mkdir(parents=True, exist_ok=True)
+        part = path / f"rank-{self.rank}.part"
+        self.training.torch.save(self.training.model.state_dict(), part)
+        part.rename(path / f"rank-{self.rank}.pt")
+        write(path / f"rank-{self.rank}.json", {"step": step, "digest": self.training.digest()})
+        return path
+
+    def train(self, job: Any) -> int:
+        """Until a command stops it; the last step."""
+        step = 0
+        while not job.should_stop:
+            step += 1
+            job.log(loss=self.training.step())
+            job.step(step)
+            if job.should_save:
+                job.saved(self.save(step))
+            self.reap()
+            time.sleep(PACE)
+        return step
+
+    def run(self) -> None:
+        """Train, and tell what became of it."""
+        from forgather_control import TrainingJob
+
+        signal.signal(signal.SIGUSR1, self.fork)
+        with TrainingJob(self.job_id, port=self.port) as job:
+            controller = job._controller
+            assert controller is not None, "it cannot be controlled"
+            write(self.folder / f"{self.job_id}-{self.rank}.pid", os.getpid())
+            steps = self.train(job)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        records = [record.to_json() for record in controller._mailbox.records()]
+        report = {"steps": steps, "digest": self.training.digest(), "forks": self.forks, "records": records}
+        write(self.folder / f"{self.job_id}-{self.rank}.json", report)
+        if self.size > 1:
+            self.training.torch.distributed.destroy_process_group()
+
+
+def undisturbed(folder: Path, steps: int) -> None:
+    """The weights after each step, of trainings that nobody can control."""
+    for size in (1, 2):
+        training = Training(range(size), size)
+        found = [training.digest()]
+        for _ in range(steps):
+            training.step()
+            found.append(training.digest())
+        write(folder / f"undisturbed-{size}.json", found)
+
+
+def main(folder: str, job_id: str, number: str | None = None) -> None:
+    if job_id == "undisturbed":
+        undisturbed(Path(folder), int(number or 0))
+    else:
+        Victim(Path(folder), job_id, None if number is None else int(number)).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,814 @@
+"""Another user of the same machine tries everything against a job, and nothing comes of it: no step, no byte, no file.
+
+Three users: the owner of the job, a stranger, and root, who runs these tests and may do what the owner may. Owner and
+stranger are processes that dropped root's rights for good; each carries out, one after another, the lines it is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from forgather_control.client import api, recovery
+from forgather_control.errors import NotAuthenticated
+from forgather_control.jobs import registry
+from forgather_control.jobs.record import JobRecord
+from forgather_control.processes import liveness
+
+from ..support.harness import Process, Wire, needs_root, until
+
+pytestmark = [pytest.mark.once, needs_root]
+
+OWNER, STRANGER = 64123, 64124
+
+#: What an ordinary user's process must have imported before: this Python may lie where only root can read.
+DROP = """
+import contextlib, ctypes, encodings.idna, fcntl, getpass, hashlib, importlib, io, json, logging, os, pkgutil
+import pwd, resource, shutil, signal, socket, ssl, stat, struct, subprocess, sys, tempfile, threading, time, traceback
+import psutil
+import forgather_control
+for module in pkgutil.walk_packages(forgather_control.__path__, "forgather_control."):
+    if module.name != "forgather_control.__main__":
+        importlib.import_module(module.name)
+from forgather_control.client import file_transport as by_file
+from forgather_control.cli import main as cli
+from forgather_control.client import api as client
+from forgather_control.jobs import directory
+from forgather_control.processes import stack_dump as dump
+from forgather_control.wire import addresses as endpoint
+from forgather_control.server import auth as gate
+from forgather_control.jobs import registry as jobs
+from forgather_control.jobs import spool as letters
+from forgather_control.processes import liveness as process
+from forgather_control.jobs import record
+from forgather_control.client import recovery as rescue
+from forgather_control.jobs import rank_processes as roster
+from forgather_control import TrainingJob
+
+process.myself(), directory._user()
+os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
+os.umask(0o022)
+os.environ["HOME"] = "/nonexistent"
+"""
+
+#: Carries out what it is told, a JSON object a line: the code, and the values that it names; prints ``it``.
+AGENT = (
+    DROP
+    + """
+def control(*words):
+    "The command line: exit code, standard output, standard error."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(list(words))
+    return code, out.getvalue(), err.getvalue()
+
+def talk(where, data, family=socket.AF_UNIX):
+    "All that is answered until the other side hangs up, or has had its time."
+    with socket.socket(family) as sock:
+        sock.settimeout(3)
+        sock.connect(where)
+        sock.sendall(data)
+        got = b""
+        with contextlib.suppress(OSError):
+            while part := sock.recv(65536):
+                got += part
+        return got.decode()
+
+def answering(path, job_id):
+    "A job that is none: its socket is open to everybody, and it says yes to all."
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    os.chmod(path, 0o777)
+    listener.listen(50)
+    def serve():
+        while True:
+            sock, _ = listener.accept()
+            with sock, sock.makefile("rb") as lines, contextlib.suppress(OSError):
+                heard.append(lines.readline().decode())
+                sock.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "result": {"job_id": job_id}}).encode() + b"\\n")
+    threading.Thread(target=serve, daemon=True).start()
+
+def plant(root, name, **members):
+    "A job's directory, as this user would like others to see it."
+    os.makedirs(os.path.join(root, name))
+    me = process.myself()
+    mine = record.JobRecord(name, me.host, None, me.pid, time.time(), os.path.join(root, name, "control.sock"))
+    with open(os.path.join(root, name, "endpoint.json"), "w") as file:
+        json.dump({**mine.to_json(), "process_started_at": me.started_at, **members}, file)
+
+heard = []
+names = globals()
+print("ready", flush=True)
+for line in sys.stdin:
+    code, values = json.loads(line)
+    names.update(values, it=None)
+    try:
+        exec(code, names)
+        print(json.dumps([None, it]), flush=True)
+    except BaseException as err:
+        print(json.dumps([type(err).__name__, str(err)]), flush=True)
+"""
+)
+
+#: The owner's job. Its weights are a chain of hashes, so that a step more, less or twice would show.
+JOB = (
+    DROP
+    + """
+logging.basicConfig(format="%(levelname)s %(message)s")
+weights, step = b"", 0
+with TrainingJob(sys.argv[2], max_steps=10**9, port=0 if sys.argv[3] else None) as job:
+    print("ready", flush=True)
+    while not job.should_stop:
+        step += 1
+        weights = hashlib.sha256(weights + b"%d" % step).digest()
+        time.sleep(0.002)
+        job.log(loss=1 / step)
+        job.step(step)
+        if job.should_save:
+            print("saved", flush=True)
+            job.saved("nowhere")
+print(step, weights.hex(), job.aborted, flush=True)
+"""
+)
+
+
+class Agent(Process):
+    """One user, who does what he is told."""
+
+    def __init__(self, uid: int) -> None:
+        super().__init__(AGENT, str(uid), env={"FORGATHER_JOBS_DIR": "/nonexistent", "XDG_RUNTIME_DIR": ""})
+        assert self.line() == "ready", self.errors
+
+    def tries(self, code: str, **values: Any) -> tuple[str | None, Any]:
+        """What became of it: the error's class and text, or ``None`` and what it left in ``it``."""
+        self.say(json.dumps([code, {name: _plain(value) for name, value in values.items()}]))
+        error, it = json.loads(self.line())
+        return error, it
+
+    def does(self, code: str, **values: Any) -> Any:
+        """The same, for what must work."""
+        error, it = self.tries(code, **values)
+        assert error is None, (error, it)
+        return it
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _users(uid: int) -> Iterator[Agent]:
+    with Agent(uid) as agent:
+        yield agent
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[Agent]:
+    """Somebody else."""
+    yield from _users(STRANGER)
+
+
+@pytest.fixture(scope="module")
+def owner() -> Iterator[Agent]:
+    """The user whose jobs are attacked, at his shell."""
+    yield from _users(OWNER)
+
+
+@contextmanager
+def folder(uid: int, mode: int) -> Iterator[Path]:
+    """A directory that everybody can reach, of this user and mode."""
+    place = Path(tempfile.mkdtemp(prefix="fg"))
+    os.chown(place, uid, uid)
+    place.chmod(mode)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+class Victim(NamedTuple):
+    """The job under attack, and what it published."""
+
+    liveness: Process
+    registry: Path
+    home: Path
+    known: dict[str, Any]
+
+    def ask(self, method: str) -> Any:
+        """What it answers to root."""
+        with Wire(self.known["socket"]) as wire:
+            return wire.call(method)["result"]
+
+    def values(self) -> dict[str, Any]:
+        """What its attackers know: everything but the token."""
+        known = self.known
+        return {"home": self.home, "root": self.jobs, "job": self.home.name, "pid": known["pid"], "port": known["port"]}
+
+
+@contextmanager
+def running(root: Path, job_id: str, port: str = "yes", **env: str) -> Iterator[Victim]:
+    """A job of the owner's; at the end it is stopped, and must have trained as if nothing had been."""
+    with Process(JOB, str(OWNER), job_id, port, env={"FORGATHER_JOBS_DIR": str(root), **env}) as job:
+        assert job.line() == "ready", job.errors
+        home = root / job_id
+        victim = Victim(job, root, home, json.loads((home / "endpoint.json").read_text()))
+        yield victim
+        if job.popen.poll() is None:
+            assert not victim.ask("list_commands")
+            victim.ask("graceful_stop")
+            step, weights, aborted = job.line().split()
+            assert (weights, aborted) == (_trained(int(step)), "False") and job.end() == 0
+            assert not [line for line in job.errors if "over TCP without the token" not in line], job.errors
+
+
+def _trained(steps: int) -> str:
+    weights = b""
+    for step in range(1, steps + 1):
+        weights = hashlib.sha256(weights + b"%d" % step).digest()
+    return weights.hex()
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Victim]:
+    """A job whose jobs directory, and all above it, is open to everybody's eyes."""
+    with folder(OWNER, 0o755) as place:
+        (place / "jobs").mkdir()
+        os.chown(place / "jobs", OWNER, OWNER)
+        with running(place / "jobs", "experiment") as victim:
+            until(lambda: (victim.home / "status.json").exists() and (victim.home / "ranks.json").exists())
+            yield victim
+
+
+@pytest.fixture
+def unmoved(victim: Victim) -> Iterator[Victim]:
+    """It has the same files before and after, no command, and goes on."""
+
+    def files() -> list[tuple[str, int, int]]:
+        found = [victim.jobs, *victim.jobs.rglob("*")]
+        return sorted((str(path), path.lstat().st_mode, path.lstat().st_uid) for path in found if path.name[0] != ".")
+
+    before = files()
+    yield victim
+    assert files() == before and not victim.ask("list_commands")
+    step = victim.ask("status")["global_step"]
+    until(lambda: victim.ask("status")["global_step"] > step)
+
+
+# What the kernel refuses, because of the modes that the job gave...
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "talk(home + '/control.sock', b'ping')",
+        "os.listdir(home)",
+        "os.chdir(home)",
+        "os.stat(home + '/endpoint.json')",
+        *(f"open(home + '/{name}').read()" for name in ("endpoint.json", "ranks.json", "status.json")),
+        *(f"os.listdir(home + '/{name}')" for name in ("requests", "replies")),
+        "open(home + '/requests/abort', 'w')",
+        "os.symlink('/dev/null', home + '/requests/abort')",
+        "open('/tmp/fg-gift', 'w').close(); os.link('/tmp/fg-gift', home + '/requests/abort')",
+        "open('/tmp/fg-gift', 'w').close(); os.rename('/tmp/fg-gift', home + '/requests/abort')",
+        "os.mkdir(home + '/requests/abort.json')",
+        "open(home + '/endpoint.json', 'w')",
+        "os.unlink(home + '/control.sock')",
+        "os.rename(home + '/control.sock', home + '/s')",
+        "os.unlink(home + '/endpoint.json')",
+        "os.link(home + '/endpoint.json', '/tmp/fg-stolen')",
+        "os.rename(home, root + '/moved')",
+        "os.rmdir(home)",
+        "os.chmod(home, 0o777)",
+        "os.chown(home, os.getuid(), -1)",
+        "os.utime(home)",
+        "os.mkdir(root + '/planted')",
+        "os.symlink('/tmp', root + '/planted')",
+        "open(root + '/.lock', 'r')",
+        "os.rename(root, root + '.old')",
+        *(f"os.kill(pid, {number})" for number in (0, 10, 15, 9, 42)),
+        "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
+        "open(f'/proc/{pid}/mem', 'rb')",
+        "open(f'/proc/{pid}/environ', 'rb').read()",
+        "os.listdir(f'/proc/{pid}/fd')",
+        "os.listdir(f'/proc/{pid}/task/{pid}/fd')",
+        "open(f'/proc/{pid}/fd/3', 'wb')",
+        "open(f'/proc/{pid}/maps').read()",
+        "os.chdir(f'/proc/{pid}/cwd')",
+        "resource.prlimit(pid, resource.RLIMIT_CPU, (1, 1))",
+        "os.sched_setaffinity(pid, [0])",
+        "os.setpriority(os.PRIO_PROCESS, pid, 19)",
+        "os.setpriority(os.PRIO_USER, OWNER, 19)",
+        "os.setuid(OWNER)",
+    ],
+)
+def test_no_way_in_past_the_modes(stranger, unmoved, code):
+    """Connect, read, list, write, link, rename, replace, signal, trace: each is EACCES or EPERM, and leaves nothing."""
+    error, text = stranger.tries(f"it = repr({code})" if ";" not in code else code, **unmoved.values(), OWNER=OWNER)
+    assert error == "PermissionError", (error, text)
+    assert not Path("/tmp/fg-stolen").exists()
+    Path("/tmp/fg-gift").unlink(missing_ok=True)
+
+
+def test_a_debugger_is_not_let_in(stranger, unmoved):
+    """ptrace(2) and process_vm_readv(2) are the kernel's to refuse, too."""
+    code = """
+libc = ctypes.CDLL(None, use_errno=True)
+traced = libc.ptrace(16, pid, None, None), ctypes.get_errno()
+buffer = (ctypes.c_size_t * 2)(id(libc), 8)
+read = libc.process_vm_readv(pid, buffer, 1, buffer, 1, 0), ctypes.get_errno()
+it = traced, read
+"""
+    assert stranger.does(code, **unmoved.values()) == [[-1, 1], [-1, 1]]
+
+
+def test_no_secret_is_seen_from_outside(stranger, unmoved):
+    """What everybody may read of a process, its arguments and its sockets, holds no token."""
+    seen = stranger.does(
+        "it = [open(p).read() for p in (f'/proc/{pid}/cmdline', f'/proc/{pid}/stat', f'/proc/{pid}/status',"
+        " '/proc/net/unix', '/proc/net/tcp')]",
+        **unmoved.values(),
+    )
+    assert not any(unmoved.known["token"] in text for text in seen)
+
+
+# What our own programs do in a stranger's hands...
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("list", 0),
+        ("list --json", 0),
+        ("cleanup --force", 0),
+        ("status", 3),
+        ("status {job}", 3),
+        ("status exp", 3),
+        ("save {job}", 3),
+        ("stop --wait=5 {job}", 3),
+        ("abort --force {job}", 3),
+        ("abort --force --kill-after 0 {job}", 3),
+        ("ranks {job}", 3),
+        ("stacks {job}", 3),
+        ("rpc {job} ping", 3),
+        ("dial-stdio {job}", 3),
+        ("status --connect unix:{home}/control.sock", 1),
+        ("abort --force --connect tcp://127.0.0.1:{port}", 1),
+        ("abort --force --connect tcp://127.0.0.1:{port} {job}", 1),
+    ],
+)
+def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code):
+    """Each verb fails or finds nothing; the only fact it prints is the name that ls shows, too."""
+    given = words.format(**unmoved.values()).split()
+    done, out, err = stranger.does(
+        "os.environ['FORGATHER_JOBS_DIR'] = root; it = control(*given)", **unmoved.values(), given=given
+    )
+    assert done == code, (done, out, err)
+    assert out.strip() in ("", "[]", f"no jobs in {unmoved.jobs}", "nothing to clean up")
+    assert "Traceback" not in err and unmoved.known["token"] not in err and str(unmoved.known["pid"]) not in err
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("by_file.Errand(record.JobRecord(job, 'h', None, pid, 1.0), lambda: None)", "FindError"),
+        ("dump.dump_of(process.myself()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))", "FindError"),
+        ("jobs.remove_tree(root, job)", "JobsDirUnusable"),
+        ("jobs.remove_dead(root, job)", "JobsDirUnusable"),
+        ("jobs.locked(root, 0.0).__enter__()", "JobsDirUnusable"),
+        ("directory.JobDirectory(job, lambda path: None, 1).claim()", "JobsDirUnusable"),
+    ],
+)
+def test_no_part_of_the_package_gets_further(stranger, unmoved, code, error):
+    """Requests by file, stacks, cleaning up, claiming the name: errors of ours, in the stranger's own process."""
+    found, text = stranger.tries(f"os.environ['FORGATHER_JOBS_DIR'] = root; it = repr({code})", **unmoved.values())
+    assert found == error, (found, text)
+
+
+def test_processes_are_ended_by_their_owner_alone(stranger, unmoved):
+    """abort --kill-after with a record that names the job's process: the kernel refuses each signal."""
+    code = """
+it = [word for _, word in process.end([process.myself()._replace(pid=pid, started_at=None)], 0.0)]
+"""
+    assert stranger.does(code, **unmoved.values()) == ["refused"]
+
+
+# Over TCP, where everybody on this host may connect...
+
+COMMAND = '{"jsonrpc":"2.0","id":1,"method":"abort"}\n'
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        COMMAND,
+        "[" + COMMAND.strip() + "]\n",
+        "\n" + COMMAND,
+        "POST /abort HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n\r\n" + COMMAND,
+        "GET /jobs HTTP/1.1\r\n\r\n",
+        "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        '{"jsonrpc":"2.0","method":"authenticate","params":{"token":""}}\n' + COMMAND,
+        '[{"jsonrpc":"2.0","id":1,"method":"authenticate","params":{"token":""}}]\n' + COMMAND,
+        '{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n',
+        '{"jsonrpc":"2.0","id":1,"method":"status"}\n',
+    ],
+)
+def test_a_port_without_the_token_says_nothing(stranger, unmoved, first):
+    """The connection ends there: no answer, not even an error, and no effect."""
+    said = stranger.does(
+        "it = talk(('127.0.0.1', port), first.encode('latin-1'), socket.AF_INET)", **unmoved.values(), first=first
+    )
+    assert said == ""
+
+
+def test_tokens_are_not_guessed(stranger, unmoved):
+    """Empty, near, of another type, a list, a name, fifty at once: each is refused, late, and none opens."""
+    code = """
+def guess(token, found):
+    line = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "authenticate", "params": {"token": token}})
+    begin = time.monotonic()
+    said = talk(("127.0.0.1", port), line.encode() + b"\\n" + command.encode(), socket.AF_INET)
+    found.append((said, time.monotonic() - begin))
+
+odd = ["", " ", "A" * 43, job, str(pid), None, True, 0, [], {}, ["A"], {"token": "A"}, "\\u0000", "A" * 900]
+found = []
+threads = [threading.Thread(target=guess, args=(token, found)) for token in odd + [gate.new_token() for _ in range(36)]]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+it = found
+"""
+    found = stranger.does(code, **unmoved.values(), command=COMMAND)
+    assert len(found) == 50
+    for said, seconds in found:
+        assert json.loads(said)["error"]["code"] == NotAuthenticated.code and said.count("\n") == 1, said
+        assert seconds > 0.9
+
+
+def test_the_owners_clients_go_to_the_owners_job(owner, stranger, unmoved):
+    """While a stranger holds a hundred connections to the port, the owner gets in by the socket and by the port."""
+    code = "socks = [socket.create_connection(('127.0.0.1', port)) for _ in range(100)]"
+    stranger.does(code, **unmoved.values())
+    try:
+        for words in (
+            ["status", "--json"],
+            ["status", "--json", "--connect", f"tcp://127.0.0.1:{unmoved.known['port']}"],
+        ):
+            done, out, err = owner.does(
+                "os.environ['FORGATHER_JOBS_DIR'] = root; it = control(*words)", **unmoved.values(), words=words
+            )
+            assert done == 0 and json.loads(out)["job_id"] == "experiment", err
+    finally:
+        stranger.does("[sock.close() for sock in socks]")
+
+
+# What a stranger puts where the owner looks: a jobs directory in which everybody may make one...
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A directory as /tmp is: everybody may add to it, and remove what is his."""
+    with folder(0, 0o1777) as place:
+        yield place
+
+
+FORGERIES = {
+    "a live job": "plant(root, 'exp'); answering(root + '/exp/control.sock', 'exp')",
+    "a job elsewhere": "plant(root, 'exp', socket='/tmp/fg-forged'); answering('/tmp/fg-forged', 'exp')",
+    "a dead job": "plant(root, 'exp', pid=2**31 - 1)",
+    "a job with a port": "plant(root, 'exp', socket=None, port=port, address='127.0.0.1', token='mine')",
+    "the owner's job": "plant(root, 'exp', pid=pid, socket=home + '/control.sock')",
+    "a directory for all": "plant(root, 'exp'); os.chmod(root + '/exp', 0o777)",
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_forged_job_is_nobodys(owner, stranger, unmoved, shared, kind):
+    """It is left out, with the reason; no verb reaches it, nothing is sent to it, and it is not cleaned up."""
+    with running(shared, "experiment-2", port="") as mine:
+        stranger.does("heard.clear(); " + FORGERIES[kind], **{**unmoved.values(), "root": str(shared)})
+        try:
+            owner.does("os.environ['FORGATHER_JOBS_DIR'] = str(root)", root=shared)
+            code, out, err = owner.does("it = control('list', '--json')")
+            assert code == 0 and [row["job_id"] for row in json.loads(out)] == ["experiment-2"]
+            assert err.startswith("left out exp: it ") and ("another user" in err or "other users" in err), err
+            for words in ("status exp", "stop exp", "abort --force exp", "save --wait=5 exp", "ranks exp"):
+                code, out, err = owner.does("it = control(*words)", words=words.split())
+                assert (code, out) == (3, ""), (words, out, err)
+            # Without a name and by a longer prefix the owner's own is meant; there is no other.
+            for words in ("status --json", "status --json experi"):
+                code, out, err = owner.does("it = control(*words)", words=words.split())
+                assert code == 0 and json.loads(out)["pid"] == mine.known["pid"], err
+            assert owner.does("it = control('cleanup', '--force')")[1] == "nothing to clean up\n"
+            assert not any(stranger.does("it = heard")) and (shared / "exp").exists()
+        finally:
+            Path("/tmp/fg-forged").unlink(missing_ok=True)
+
+
+def test_no_token_goes_to_a_forged_port(owner, stranger, unmoved, shared):
+    """A stranger's record names the host's port, an address and a fingerprint of his own: they are not looked at."""
+    code = """
+listener = socket.create_server(("127.0.0.2", 0))
+plant(root, "exp", port=listener.getsockname()[1], address="127.0.0.2", token="mine", tls_sha256="0" * 64)
+it = listener.getsockname()[1]
+"""
+    port = stranger.does(code, root=shared)
+    words = ["status", "--connect", f"tls://127.0.0.1:{port}"]
+    code = "os.environ.update(FORGATHER_JOBS_DIR=root, FORGATHER_CONTROL_TOKEN='secret'); it = control(*words)"
+    done, _, err = owner.does(code, root=shared, words=words)
+    owner.does("del os.environ['FORGATHER_CONTROL_TOKEN']")
+    assert done == 4 and f"nobody listens at tls://127.0.0.1:{port}" in err
+    code = """
+listener.setblocking(False)
+try: it = repr(listener.accept())
+except BlockingIOError: it = None
+listener.close()
+"""
+    assert stranger.does(code) is None
+
+
+@pytest.mark.parametrize("mode, name", [(0o770, ""), (0o777, ""), (0o660, "endpoint.json"), (0o602, "endpoint.json")])
+def test_what_others_may_have_written_is_no_record(owner, stranger, mode, name):
+    """The owner opened his job's directory, or its record: what it says now may be anybody's word."""
+    with folder(OWNER, 0o755) as root, running(root, "job", port="") as mine:
+        was = (mine.home / name).stat().st_mode
+        (mine.home / name).chmod(mode)
+        code, out, err = owner.does(
+            "os.environ['FORGATHER_JOBS_DIR'] = root; it = control('list', '--json')", root=root
+        )
+        assert (code, out) == (0, "[]\n") and "can be written by other users; chmod go-w" in err
+        (mine.home / name).chmod(was)
+        assert owner.does("it = control('status', 'job')")[0] == 0
+
+
+PLANTED = {
+    "directory": ("os.mkdir(root + '/exp', 0o777)", "is no directory of this user"),
+    "directory for all": ("os.mkdir(root + '/exp'); os.chmod(root + '/exp', 0o777)", "is no directory of this user"),
+    "job": ("plant(root, 'exp')", "is no directory of this user"),
+    "file": ("open(root + '/exp', 'w').close()", "is no directory of this user"),
+    "link": ("os.mkdir(root + '/mine', 0o777); os.symlink(root + '/mine', root + '/exp')", "no directory of this user"),
+    "dangling link": ("os.symlink('/tmp/fg-dangling', root + '/exp')", "is no directory of this user"),
+    "lock": ("open(root + '/.lock', 'w').close()", "cannot be written (Permission denied)"),
+    "locked lock": ("f = open(root + '/.lock', 'w'); os.chmod(root + '/.lock', 0o666); fcntl.flock(f, 2)", "too long"),
+    "lock that is a link": ("os.symlink('/tmp/fg-dangling', root + '/.lock')", "cannot be written"),
+    "jobs directory": ("os.mkdir(root + '/jobs')", "belongs to another user"),
+    "jobs directory for all": ("os.mkdir(root + '/jobs'); os.chmod(root + '/jobs', 0o1777)", "belongs to another user"),
+    "jobs directory as a link": ("os.symlink(own, root + '/jobs')", "belongs to another user"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_job_takes_nothing_that_was_planted(owner, stranger, shared, monkeypatch, kind):
+    """What stands where its directory, its lock or its jobs directory should be: one warning, and training goes on."""
+    code, why = PLANTED[kind]
+    with folder(OWNER, 0o755) as own:
+        stranger.does(code, root=shared, own=own)
+        before = sorted(str(path) for path in shared.rglob("*"))
+        job = """
+os.environ["FORGATHER_JOBS_DIR"] = root
+directory._PATIENCE = 0.2
+said = io.StringIO()
+logging.basicConfig(stream=said, force=True)
+with TrainingJob("exp", port=0) as job:
+    for step in range(1, 4): job.step(step)
+it = step, said.getvalue(), job._controller is None
+"""
+        root = shared / "jobs" if "jobs" in kind else shared
+        step, said, is_alone = owner.does(job, root=root)
+        assert step == 3 and is_alone and why in said and said.count("WARNING") == 1, said
+        left = [path for path in sorted(str(path) for path in shared.rglob("*")) if not path.endswith("/.lock")]
+        assert left == [path for path in before if not path.endswith("/.lock")] and list(own.iterdir()) == []
+        assert not Path("/tmp/fg-dangling").exists()
+        stranger.does("f = None")
+
+
+def test_a_name_that_changes_all_the_time_is_taken_whole_or_not_at_all(owner, stranger, shared):
+    """A stranger makes and removes a directory and a link of that name, all the time, while the owner claims it."""
+    with folder(STRANGER, 0o777) as trap:
+        code = """
+going = True
+def flip():
+    while going:
+        for make in (lambda: os.mkdir(root + "/exp", 0o777), lambda: os.symlink(trap, root + "/exp")):
+            with contextlib.suppress(OSError):
+                make()
+            for remove in (os.rmdir, os.unlink):
+                with contextlib.suppress(OSError):
+                    remove(root + "/exp")
+flipper = threading.Thread(target=flip)
+flipper.start()
+"""
+        stranger.does(code, root=shared, trap=trap)
+        claim = """
+os.environ["FORGATHER_JOBS_DIR"] = root
+it = []
+for _ in range(30):
+    server = forgather_control.server.server.Server(lambda request: None, lambda: None)
+    mine = directory.JobDirectory("exp", server.listen, 1)
+    try:
+        mine.claim()
+        facts = os.lstat(root + "/exp")
+        it.append([facts.st_uid, stat.S_IMODE(facts.st_mode), sorted(os.listdir(root + "/exp"))])
+        mine.remove()
+    except (OSError, directory.ControlError):
+        it.append(None)
+    server.close(1.0)
+"""
+        outcomes = owner.does(claim, root=shared)
+        stranger.does("going = False; flipper.join()")
+        assert len(outcomes) == 30 and list(trap.iterdir()) == []
+        assert all(found in (None, [OWNER, 0o700, ["control.sock", "endpoint.json"]]) for found in outcomes), outcomes
+
+
+@pytest.mark.parametrize("code", ["directory._write(root, 'endpoint.json', b'token')", "roster.write(root, [])"])
+def test_no_file_of_a_strangers_is_written_into(owner, stranger, shared, code):
+    """What is written before it is renamed has a name that can be guessed: a file that lies there is not used."""
+    pid = owner.does("it = os.getpid()")
+    for name in (f".endpoint.json.{pid}", f".ranks.json.{pid}"):
+        stranger.does(
+            "open(root + '/' + name, 'w').close(); os.chmod(root + '/' + name, 0o666)", root=shared, name=name
+        )
+    assert owner.tries(code, root=shared)[0] == "FileExistsError"
+    assert {path.read_text() for path in shared.iterdir()} == {""} and len(list(shared.iterdir())) == 2
+
+
+# The short place of a socket whose path would be too long...
+
+LONG = "x" * 110
+
+
+@pytest.mark.parametrize(
+    "place, chosen",
+    [("own", True), ("shared", True), ("stranger's", False), ("for all", False), ("for a group", False)],
+)
+def test_the_short_place_is_private_and_never_where_others_may_rename(owner, stranger, place, chosen):
+    """$XDG_RUNTIME_DIR serves where it is safe; else /tmp does, under a name that nobody can know before."""
+    who, mode = {
+        "own": (OWNER, 0o755),
+        "shared": (0, 0o1777),
+        "stranger's": (STRANGER, 0o777),
+        "for all": (OWNER, 0o777),
+        "for a group": (OWNER, 0o775),
+    }[place]
+    with folder(OWNER, 0o755) as root, folder(who, mode) as runtime:
+        with running(root, LONG, port="", XDG_RUNTIME_DIR=str(runtime)) as mine:
+            short = Path(mine.known["socket"]).parent
+            assert short.parent == (runtime if chosen else Path("/tmp")) and short.name.startswith("forgather-")
+            assert (short.stat().st_uid, short.stat().st_mode & 0o777) == (OWNER, 0o700)
+            tries = ("talk(short + '/s', b'x')", "os.listdir(short)", "os.rename(short, short + '.old')")
+            for code in (*tries, "os.rmdir(short)", "os.unlink(short + '/s')"):
+                assert stranger.tries(code, short=short)[0] == "PermissionError", code
+        assert not short.exists()
+
+
+def test_who_takes_the_place_of_a_socket_is_not_taken_for_the_job(owner, stranger):
+    """A job was killed, /tmp was emptied, and a stranger listens where its socket was: it is dead all the same."""
+    with folder(OWNER, 0o755) as root:
+        with running(root, LONG, port="") as mine:
+            short = Path(mine.known["socket"]).parent
+            mine.process.kill()
+        shutil.rmtree(short)
+        code = "heard.clear(); os.mkdir(short); os.chmod(short, 0o755); answering(short + '/s', job)"
+        stranger.does(code, short=short, job=LONG)
+        try:
+            owner.does("os.environ['FORGATHER_JOBS_DIR'] = root", root=root)
+            code, out, _ = owner.does("it = control('list', '--json')")
+            assert code == 0 and [row["state"] for row in json.loads(out)] == ["dead"]
+            for words in ("status", "stop x", "rpc x ping", "dial-stdio x", f"save --connect unix:{short}/s"):
+                code, out, err = owner.does("it = control(*words)", words=words.split())
+                assert code and not out, (words, out, err)
+            assert "belongs to another user" in err
+            assert not any(stranger.does("it = heard")), "not one byte was sent to it"
+            code, out, _ = owner.does("it = control('cleanup', '--force', '--json')")
+            assert json.loads(out) == {"removed": [LONG]} and (short / "s").exists()
+        finally:
+            shutil.rmtree(short)
+
+
+# Root looks after others' jobs, and must not be led astray by them...
+
+
+@pytest.fixture
+def strangers() -> Iterator[Path]:
+    """A jobs directory of the stranger's, beside something that must not be lost."""
+    with folder(STRANGER, 0o755) as place:
+        (place / "jobs").mkdir()
+        os.chown(place / "jobs", STRANGER, STRANGER)
+        yield place / "jobs"
+
+
+@contextmanager
+def precious(job_id: str) -> Iterator[Path]:
+    """A directory of root's, in it one of that name with a file that must not be lost."""
+    with folder(0, 0o755) as place:
+        (place / job_id).mkdir()
+        (place / job_id / "weights").write_text("precious")
+        yield place
+        assert (place / job_id / "weights").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "plant(root, 'exp', pid=gone, job_id='../../victim')",
+        "plant(root, 'exp', pid=gone, job_id='')",
+        "plant(root, 'exp', pid=gone, job_id=target)",
+        "os.symlink(target, root + '/victim')",
+        "os.symlink(target + '/victim', root + '/victim')",
+        "plant(root, 'exp', pid=gone); [os.symlink(target, root + '/exp/' + n) for n in ('requests', 'control.sock')]",
+        "plant(root, 'exp', pid=gone); os.symlink(target + '/victim/weights', root + '/exp/status.json')",
+        "os.mkdir(root + '/exp'); os.symlink(target + '/victim/weights', root + '/exp/endpoint.json')",
+    ],
+)
+def test_root_cleans_up_nothing_else(stranger, strangers, monkeypatch, code):
+    """Names that lead elsewhere, links in every place: root removes the stranger's own, or nothing."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(strangers))
+    with precious("victim") as place:
+        stranger.does(code, root=strangers, target=place, gone=2**31 - 1)
+        assert api.cleanup() in ([], ["exp"])
+        assert api.cleanup() == []
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        "os.rename(root, root + '.old'); os.symlink(target, root)",
+        "os.rename(root + '/victim', root + '/old'); os.symlink(target + '/victim', root + '/victim')",
+        "os.chdir(root); os.rename('victim', 'old'); os.mkdir('victim'); os.symlink(target + '/victim', 'victim/in')",
+    ],
+    ids=["jobs directory", "link", "directory"],
+)
+def test_what_root_judged_is_what_root_removes(stranger, strangers, swap):
+    """A dead job's socket answers root's last question by putting something else in the place of what is judged."""
+    code = """
+plant(root, "victim", pid=2**31 - 1)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(root + "/victim/control.sock")
+listener.listen()
+def serve():
+    sock, _ = listener.accept()
+    exec(swap)
+    sock.close()
+    swapped.set()
+swapped = threading.Event()
+threading.Thread(target=serve, daemon=True).start()
+"""
+    with precious("victim") as place:
+        stranger.does(code, root=strangers, target=place, swap=swap)
+        try:
+            registry.remove_dead(str(strangers), "victim")
+        except registry.JobsDirUnusable:
+            pass  # what was judged is empty by now, and its name another's: that stays
+        assert stranger.does("it = swapped.wait(5)")
+
+
+def test_root_spares_processes_that_a_stranger_names(stranger, strangers, unmoved, monkeypatch):
+    """abort --kill-after of a job whose record and ranks.json name somebody else's process."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(strangers))
+    named = {name: unmoved.known[name] for name in JobRecord._fields if name not in ("token", "port", "address")}
+    named.update(job_id="exp", socket=None, token=None, port=None, address=None)
+    rank = {
+        "rank": 0,
+        "host": liveness.myself().host,
+        "pid": unmoved.known["pid"],
+        "started_at": named["process_started_at"],
+    }
+    code = "plant(root, 'exp', **named); open(root + '/exp/ranks.json', 'w').write(json.dumps([rank]))"
+    stranger.does(code, root=strangers, named=named, rank=rank)
+    known = api.find("exp")
+    assert [fate["outcome"] for fate in recovery.abort(known, 0.0).fates] == ["refused"]
+
+
+def test_the_very_deep_is_a_sentence(stranger, strangers):
+    """More directories in one another than Python goes down: that is said, and no RecursionError gets out."""
+    code = """
+plant(root, "exp", pid=2**31 - 1)
+os.chdir(root + "/exp")
+for _ in range(200):
+    os.mkdir("d"); os.chdir("d")
+os.chdir("/")
+"""
+    stranger.does(code, root=strangers)
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
+    try:
+        with pytest.raises(registry.JobsDirUnusable, match="cannot be removed"):
+            registry.remove_dead(str(strangers), "exp")
+    finally:
+        sys.setrecursionlimit(usual)
+
+
+def test_the_last_word_is_the_owners(owner, unmoved):
+    """After all of this the owner has his job as ever: seen, saved, with its weights (compared when it ends)."""
+    owner.does("os.environ['FORGATHER_JOBS_DIR'] = root", root=unmoved.jobs)
+    code, out, err = owner.does("it = control('status', '--json')")
+    assert code == 0 and json.loads(out)["commands"] == [], err
+    assert owner.does("it = control('ranks')")[0] == 0

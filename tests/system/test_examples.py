@@ -1,0 +1,183 @@
+"""The examples run as their first lines say."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import forgather_control
+from forgather_control.server import server
+
+from ..support.harness import (
+    MS,
+    ROOT,
+    SOON,
+    cli,
+    needs,
+    needs_lightning,
+    needs_torch,
+    needs_transformers,
+    running_loop,
+    strict,
+    until,
+)
+
+pytestmark = pytest.mark.once
+
+EXAMPLES = ROOT / "examples"
+DEMO = EXAMPLES / "trainer_control" / "trainer_control_demo.py"
+
+
+def start(script: Path, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, str(script), *args], stdout=subprocess.PIPE, text=True)
+
+
+def live(job_id: str) -> bool:
+    return [job.state for job in forgather_control.list_jobs() if job.job_id == job_id] == ["live"]
+
+
+@needs_torch
+def test_the_tour_shows_each_command_and_what_it_said():
+    """Start to end; each command of the tour stands above its output."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "trainer_control" / "tour.py"], capture_output=True, text=True, timeout=5 * SOON
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for shown in ("$ forgather control list", "live ", "saved at step", "resumed from", "ended at step", "no jobs in"):
+        assert shown in done.stdout, done.stdout
+
+
+@needs_torch
+def test_the_demo_saves_resumes_and_aborts(tmp_path):
+    """save, save-stop, resume from that very step, abort without another checkpoint."""
+    job = start(DEMO, "--job-id", "demo", "--output-dir", str(tmp_path))
+    until(lambda: live("demo"), 2 * SOON)
+    saved = forgather_control.save_checkpoint("demo", wait="finished", timeout=SOON)
+    stopped = forgather_control.save_and_stop("demo", wait="finished", timeout=SOON)
+    assert f"ended at step {stopped.result['step']}" in job.communicate(timeout=SOON)[0]
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == sorted({Path(saved.result["path"]).name, Path(stopped.result["path"]).name})
+    job = start(DEMO, "--job-id", "demo", "--output-dir", str(tmp_path), "--resume")
+    until(lambda: live("demo"), 2 * SOON)
+    assert forgather_control.get_job_status("demo")["global_step"] >= stopped.result["step"]
+    aborted = forgather_control.abort("demo", wait="finished", timeout=SOON)
+    said = job.communicate(timeout=SOON)[0]
+    assert f"resumed from {stopped.result['path']}" in said and f"aborted at step {aborted.result['step']}" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+@needs_torch
+def test_the_plain_loop_is_controlled(monkeypatch, tmp_path):
+    """The README's ten lines, with a model in them."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    job = start(EXAMPLES / "plain_loop.py")
+    until(lambda: live("plain_loop"), 2 * SOON)
+    record = forgather_control.save_checkpoint("plain_loop", wait="finished", timeout=SOON)
+    assert Path(record.result["path"]).parent == tmp_path / "plain_loop"
+    forgather_control.graceful_stop("plain_loop", wait="finished", timeout=SOON)
+    assert job.communicate(timeout=SOON)[0].startswith("ended at step")
+
+
+@needs_torch
+def test_the_loop_of_several_ranks_is_controlled(monkeypatch, tmp_path):
+    """One command, every rank, the same step; and SIGTERM on one of them is such a command."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = subprocess.Popen([*torchrun, EXAMPLES / "ddp_loop.py"], stdout=subprocess.PIPE, text=True)
+    until(lambda: live("ddp_loop"), 3 * SOON)
+    record = forgather_control.save_checkpoint("ddp_loop", wait="finished", timeout=SOON)
+    assert Path(record.result["path"]).parent == tmp_path / "ddp_loop"
+    with forgather_control.connect("ddp_loop") as client:
+        (other,) = (rank["pid"] for rank in client.call("ranks") if rank["rank"] == 1)
+    os.kill(other, signal.SIGTERM)
+    said = job.communicate(timeout=2 * SOON)[0]
+    (step,) = set(re.findall(r"rank \d ended at step (\d+)", said))
+    assert said.count("ended at step") == 2 and (tmp_path / "ddp_loop" / f"checkpoint-{step}.pt").exists()
+
+
+@needs_torch
+@needs_transformers
+def test_the_hugging_face_example_is_controlled(tmp_path):
+    """The real Trainer saves on demand though its save_strategy is "no"."""
+    job = start(EXAMPLES / "hf_trainer.py", str(tmp_path))
+    until(lambda: live("hf_trainer"), 4 * SOON)
+    record = forgather_control.save_and_stop("hf_trainer", wait="finished", timeout=SOON)
+    assert (Path(record.result["path"]) / "trainer_state.json").exists()
+    assert f"ended at step {record.result['step']}" in job.communicate(timeout=2 * SOON)[0]
+
+
+@needs_torch
+@needs_lightning
+def test_the_lightning_example_is_controlled(tmp_path):
+    """The real Trainer saves on demand though it saves nothing on its own."""
+    job = start(EXAMPLES / "lightning_trainer.py", str(tmp_path))
+    until(lambda: live("lightning_trainer"), 4 * SOON)
+    record = forgather_control.save_and_stop("lightning_trainer", wait="finished", timeout=SOON)
+    assert Path(record.result["path"]).parent == tmp_path / "checkpoints" and Path(record.result["path"]).is_file()
+    assert f"ended at step {record.result['step']}" in job.communicate(timeout=2 * SOON)[0]
+
+
+@needs_torch
+def test_the_sweep_keeps_the_best_run():
+    """The diverging and the slow run are aborted by their metrics, the good one is stopped."""
+    done = subprocess.run([sys.executable, EXAMPLES / "sweep.py"], capture_output=True, text=True, timeout=5 * SOON)
+    assert done.returncode == 0, done.stderr
+    assert "sweep-10: loss inf, abort finished" in done.stdout and done.stdout.endswith("best: sweep-0.01\n")
+
+
+def wire_lines() -> tuple[list[str], list[str]]:
+    """What prepares the shell, and the lines that ask."""
+    blocks = re.findall(r"```sh\n(.*?)\n```", (EXAMPLES / "wire.md").read_text(), re.DOTALL)
+    asks = [block for block in blocks if not block.startswith(("cd ", "PORT="))]
+    return [block for block in blocks if block not in asks], asks
+
+
+def test_all_lines_of_the_wire_page_are_run():
+    """Those that prepare the shell, too, before each of the others."""
+    prepare, asks = wire_lines()
+    assert (len(prepare), len(asks)) == (2, 11)
+    assert (EXAMPLES / "wire.md").read_text().count("```") == 2 * (2 + 11)
+
+
+@needs("socat")
+@needs("nc")
+@needs("openssl")
+@pytest.mark.parametrize("line", wire_lines()[1])
+def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem, monkeypatch):
+    """Each one-liner answers strict JSON without an error, or, as a notification, acts."""
+    monkeypatch.setattr(server, "TICK", 20 * MS)  # it looks into requests/ at once
+    tls = {"certfile": pem.cert, "keyfile": pem.key} if "CERT" in line else {}
+    with running_loop("my_experiment", port=0, **tls) as run:
+        script = "\n".join([*wire_lines()[0], line]).replace("~/.config/forgather/jobs", str(jobs_dir))
+        done = subprocess.run(
+            script, shell=True, capture_output=True, timeout=SOON, env={**os.environ, "CERT": pem.cert}
+        )
+        assert done.returncode == 0, done.stderr
+        if '"method"' in line and '"id"' not in line:
+            assert done.stdout == b""
+            run.thread.join(SOON)
+            assert run.job.should_stop
+            return
+        *first, last = done.stdout.splitlines(keepends=True)
+        assert [strict(answer)["result"]["job_id"] for answer in first] == ["my_experiment"] * ("TOKEN" in line)
+        reply = strict(last)
+        for answer in reply if isinstance(reply, list) else [reply]:
+            assert "result" in answer, answer
+        if "finished" in line:
+            assert Path(reply["result"]["result"]["path"]).is_dir()
+
+
+@needs_torch
+def test_the_demo_survives_its_terminal(tmp_path):
+    """Ctrl-C ends the demo as it ends any program, and leaves no job behind."""
+    job = start(DEMO, "--job-id", "demo", "--output-dir", str(tmp_path))
+    until(lambda: live("demo"), 2 * SOON)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=SOON)
+    assert job.returncode != 0 and cli("list").stdout.startswith("no jobs")

@@ -1,0 +1,324 @@
+"""The controller: when a command is over, what status tells, what happens at the end, after a fork, after damage."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import forgather_control
+import forgather_control.wire.methods
+from forgather_control import errors
+from forgather_control.server import server
+from forgather_control.training import controller as module
+from forgather_control.training.adapter import Wishes
+from forgather_control.training.controller import Controller
+
+from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
+
+
+@pytest.fixture
+def job():
+    """A published controller whose training thread is this one."""
+    controller = Controller("job", step=0, max_steps=100)
+    controller.start()
+    yield controller
+    controller.close()
+
+
+@pytest.fixture
+def wire(job, jobs_dir):
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        yield wire
+
+
+def give(wire: Wire, method: str, **params) -> dict:
+    return wire.call(method, params)["result"]
+
+
+def test_status_has_what_the_contract_names(job, wire):
+    """Before the first step: starting, and nothing invented."""
+    status = give(wire, "status")
+    assert status.keys() >= {
+        "job_id", "status", "global_step", "epoch", "max_steps", "metrics", "progress", "steps_per_second",
+        "eta_seconds", "seconds_since_step", "host", "pid", "world_size", "started_at", "commands", "rss_bytes",
+        "cpu_percent",
+    }  # fmt: skip
+    assert (status["job_id"], status["status"], status["global_step"]) == ("job", "starting", 0)
+    assert (status["host"], status["pid"], status["world_size"]) == (socket.gethostname(), os.getpid(), 1)
+    assert status["steps_per_second"] is status["eta_seconds"] is status["seconds_since_step"] is None
+    assert abs(status["rss_bytes"] - psutil.Process().memory_info().rss) < 64 << 20
+
+
+def test_status_follows_the_steps(job, wire):
+    """Progress between 0 and 1, speed and time left from the recent steps, the age of the last one."""
+    begin = time.monotonic()
+    for step in range(1, 11):
+        job.phase = "training"
+        time.sleep(10 * MS)
+        job.step(step, Wishes(), epoch=step / 5)
+    status = give(wire, "status")
+    took = time.monotonic() - begin
+    assert (status["global_step"], status["epoch"], status["progress"]) == (10, 2.0, 0.1)
+    assert 9 / took * 0.9 < status["steps_per_second"] < 1 / (10 * MS)
+    assert status["eta_seconds"] == pytest.approx(90 / status["steps_per_second"])
+    assert 0 <= status["seconds_since_step"] < SOON
+
+
+def test_logged_names_never_overwrite_ours(job, wire):
+    """ "status" and "job_id" as metrics stay metrics; NaN travels as a string."""
+    job.log({"job_id": 1, "status": float("nan"), "loss": float("-inf")})
+    job.log({"eval_loss": 0.5})
+    status = give(wire, "status")
+    assert (status["job_id"], status["status"]) == ("job", "starting")
+    assert status["metrics"] == {"job_id": 1, "status": "NaN", "loss": "-Infinity", "eval_loss": 0.5}
+
+
+@pytest.mark.parametrize("phase", ["starting", "training", "evaluating", "saving"])
+def test_the_word_is_stopping_only_between_the_steps(job, wire, phase):
+    """While a stop is applied a save or an evaluation is still called by its name."""
+    give(wire, "graceful_stop")
+    job.phase = phase
+    assert give(wire, "status")["status"] == phase
+    job.step(1, Wishes())
+    assert give(wire, "status")["status"] == ("stopping" if phase == "training" else phase)
+
+
+def test_all_pending_commands_are_applied_at_one_step_in_order(job, wire):
+    """Ten saves are one, a stop comes after it, and each record names the step."""
+    ids = {give(wire, "save_checkpoint")["command_id"] for _ in range(10)}
+    give(wire, "save_checkpoint", command_id="mine")
+    give(wire, "graceful_stop")
+    wishes = Wishes()
+    job.step(5, wishes)
+    assert len(ids) == 1 and wishes.save and wishes.stop
+    records = give(wire, "list_commands")
+    assert [record["command"] for record in records] == ["save_checkpoint", "save_checkpoint", "graceful_stop"]
+    assert {record["applied_at_step"] for record in records} == {5}
+
+
+def test_one_save_finishes_all_that_wait_for_it(job, wire, tmp_path):
+    """Two saves of one step share the checkpoint; a later one waits for its own."""
+    give(wire, "save_checkpoint", command_id="a")
+    give(wire, "save_checkpoint", command_id="b")
+    job.step(1, Wishes())
+    give(wire, "save_checkpoint", command_id="late")
+    job.saved(1, str(tmp_path))
+    states = {record["command_id"]: record["state"] for record in give(wire, "list_commands")}
+    assert states == {"a": "finished", "b": "finished", "late": "accepted"}
+
+
+def test_status_shows_what_is_pending_and_the_last_few(job, wire, tmp_path):
+    """A hundred finished commands do not make status a hundred records long."""
+    for step in range(1, 101):
+        give(wire, "save_checkpoint", command_id=f"save-{step}")
+        job.step(step, Wishes())
+        job.saved(step, str(tmp_path))
+    give(wire, "graceful_stop")
+    shown = give(wire, "status")["commands"]
+    assert [record["command_id"] for record in shown[:-1]] == [f"save-{step}" for step in range(96, 101)]
+    assert shown[-1]["state"] == "accepted"
+
+
+def test_requests_in_the_last_moment_are_answered(job, jobs_dir):
+    """Waiting, just sent, and still in the backlog: each gets an answer when training ends."""
+    path = jobs_dir / "job" / "control.sock"
+    waiting, late = Wire(path), [Wire(path) for _ in range(20)]
+    waiting.send(b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"finished"}}\n')
+    until(lambda: job.list_commands())
+    for client in late:
+        client.send(b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"applied"}}\n')
+    job.close()
+    assert waiting.reply()["result"]["state"] == "failed"
+    for client in late:
+        answer = client.reply()
+        known = answer["result"]["state"] == "failed" if "result" in answer else answer["error"]["code"] == -32006
+        assert known, answer
+        assert client.line() == b""
+        client.close()
+    waiting.close()
+
+
+def test_an_idle_client_does_not_delay_the_end(job, jobs_dir):
+    """200 connections that say nothing, one that reads nothing: the end of training takes no longer."""
+    clients = [Wire(jobs_dir / "job" / "control.sock") for _ in range(200)]
+    clients[0].send(b'{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n' * 200)
+    begin = time.monotonic()
+    job.close()
+    assert time.monotonic() - begin < module.CLOSE_TIMEOUT
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("victim", ["control.sock", "endpoint.json", "."])
+def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
+    """The socket, the record, or the whole directory: restored within seconds, and found again."""
+    with running_loop() as run, Wire(jobs_dir / "job" / "control.sock") as old:
+        path = jobs_dir / "job" / victim
+        shutil.rmtree(path) if victim == "." else path.unlink()
+        until(lambda: [job.state for job in forgather_control.list_jobs()] == ["live"], 5 * server.TICK)
+        assert forgather_control.get_job_status("job")["pid"] == os.getpid()
+        old.still_answers()
+        assert run.thread.is_alive()
+    assert [path.name for path in jobs_dir.iterdir()] == [".lock"]
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "the job directory was damaged; it is restored"
+    ]
+
+
+@pytest.mark.once
+def test_an_id_that_was_taken_over_is_left_to_the_other(jobs_dir, caplog):
+    """Deleted here, claimed there: the first job says so once, and takes nothing away at its end."""
+    with running_loop():
+        shutil.rmtree(jobs_dir / "job")
+        source = """
+        import sys
+        from forgather_control import TrainingJob
+        with TrainingJob("job") as job:
+            print(job._controller is not None, flush=True)
+            sys.stdin.readline()
+        """
+        with Process(source) as other:
+            if other.line() != "True":
+                pytest.skip("the first job was faster, and restored its directory")
+            until(lambda: any("belongs to pid" in record.getMessage() for record in caplog.records), 5 * server.TICK)
+            assert forgather_control.get_job_status("job")["pid"] == other.pid
+            other.say("")
+            assert other.end() == 0
+
+
+def test_a_forked_child_is_no_part_of_it(jobs_dir):
+    """A child neither keeps the socket open after its parent's death, nor removes the job when it exits."""
+    source = """
+    import os, sys, time
+    from forgather_control import TrainingJob
+    with TrainingJob("job") as job:
+        leaves = os.fork()
+        if leaves == 0:
+            job.step(1)
+            sys.exit(0)
+        os.waitpid(leaves, 0)
+        stays = os.fork()
+        if stays == 0:
+            os.set_inheritable(1, False)
+            time.sleep(600)
+            os._exit(0)
+        print(stays, flush=True)
+        time.sleep(600)
+    """
+    with Process(source) as parent:
+        child = int(parent.line())
+        try:
+            assert forgather_control.get_job_status("job")["pid"] == parent.pid
+            parent.kill()
+            assert [job.state for job in forgather_control.list_jobs()] == ["dead"]
+            with pytest.raises(ConnectionRefusedError):
+                Wire(jobs_dir / "job" / "control.sock")
+            assert psutil.pid_exists(child)
+        finally:
+            os.kill(child, 9)
+
+
+@needs_torch
+def test_a_dataloader_with_workers_trains_beside_it():
+    """Workers come and go by fork; the job stays live, and stays theirs not."""
+    source = """
+    import torch
+    from forgather_control import TrainingJob, get_job_status
+    with TrainingJob("job") as job:
+        for epoch in range(2):
+            for step, batch in enumerate(torch.utils.data.DataLoader(torch.arange(64.0), 8, num_workers=2), 1):
+                job.step(step)
+            print(get_job_status("job")["global_step"], flush=True)
+    """
+    with Process(source) as process:
+        assert [process.line(), process.line()] == ["8", "8"], process.errors
+        assert process.end() == 0
+
+
+def test_a_controller_that_is_forgotten_ends(jobs_dir):
+    """A training object that is dropped without a word takes its job with it."""
+    job = forgather_control.TrainingJob("job").__enter__()
+    assert (jobs_dir / "job").exists()
+    del job
+    gc.collect()
+    assert not (jobs_dir / "job").exists()
+
+
+def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
+    """No thread to be had: the directory goes again, and the descriptors do."""
+    Controller("warm-up")._server.close(1)
+    files = len(os.listdir("/proc/self/fd"))
+
+    def no_thread(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(RuntimeError):
+        Controller("job").start()
+    assert not (jobs_dir / "job").exists()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_closing_twice_is_closing_once(job, jobs_dir):
+    """And a closed controller refuses, calmly."""
+    job.close()
+    job.close("again")
+    with pytest.raises(errors.JobEnding):
+        job._mailbox.submit("abort", None)
+
+
+def test_list_jobs_on_the_wire_needs_no_other_job_to_answer(job, wire, jobs_dir):
+    """It judges by processes, says "live" of itself alone, and shows no secrets."""
+    (jobs_dir / "far").mkdir()
+    record = {"job_id": "far", "host": "elsewhere", "port": 1, "pid": 1, "started_at": 1.0, "token": "secret"}
+    (jobs_dir / "far" / "endpoint.json").write_text(json.dumps(record))
+    with running_loop("other"):
+        reply = wire.call("list_jobs")
+    assert {found["job_id"]: found["state"] for found in reply["result"]} == {
+        "job": "live", "other": "running", "far": "foreign"
+    }  # fmt: skip
+    assert "secret" not in json.dumps(reply)
+
+
+def test_discover_describes_what_the_table_holds(wire):
+    """An OpenRPC document with every method and parameter."""
+    found = give(wire, "rpc.discover")
+    assert found["openrpc"].startswith("1.")
+    assert {method["name"] for method in found["methods"]} == set(forgather_control.wire.methods.TABLE)
+    for method in found["methods"]:
+        assert method["summary"] and all(param["schema"] for param in method["params"])
+
+
+def test_no_word_of_a_fault_goes_over_the_wire(job, wire, monkeypatch, caplog):
+    """An exception in a query is an internal error with nothing of ours in it; the log has the traceback."""
+    monkeypatch.setattr(job, "_recent", lambda: 1 / 0)
+    error = wire.call("status")["error"]
+    assert error["code"] == -32603 and "ZeroDivision" not in json.dumps(error)
+    assert any(record.exc_info for record in caplog.records)
+    wire.still_answers()
+
+
+def test_a_start_in_an_unusable_place_is_one_sentence(monkeypatch):
+    """A file where the jobs directory should be, and a place that cannot be made."""
+    for place in ("/dev/null/jobs", str(Path(__file__) / "jobs"), "/proc/nowhere"):
+        monkeypatch.setenv("FORGATHER_JOBS_DIR", place)
+        with pytest.raises(errors.JobsDirUnusable, match=place.split("/")[1]):
+            Controller("job").start()
+
+
+def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_dir):
+    """The record under our id says another pid: only its process is judged."""
+    record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
+    (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**record, "pid": 1, "process_started_at": None}))
+    assert [found["state"] for found in wire.call("list_jobs")["result"]] == ["running"]

@@ -1,0 +1,134 @@
+"""The census: what ranks say of themselves, in one row each, whoever does not answer."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from forgather_control.jobs import rank_processes
+from forgather_control.processes.liveness import myself
+from forgather_control.ranks.group import Inquiry
+from forgather_control.server.dispatcher import PENDING, Later
+from forgather_control.training.progress import Progress
+from forgather_control.training.rank_report import Census
+
+from ..support.harness import MS, SOON, running_loop, until
+
+ROW = {"rank", "host", "pid", "state", "step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes"}
+
+
+class Ranks:
+    """Rank 0's view of several, whose answers the test gives."""
+
+    rank = 0
+
+    def __init__(self, census, *states):
+        self.size, self.states = len(states), list(states)
+        self.inquiry = None
+        self._census = census
+
+    def inquire(self, what):
+        """As ``World``."""
+        self.inquiry = Inquiry({0: self._census.tell(what)})
+        return self.inquiry
+
+    def state(self, rank):
+        """As ``World``."""
+        return self.states[rank]
+
+    def about(self, rank):
+        """As ``World``; an absent rank has said nothing."""
+        return {} if self.states[rank] == "absent" else {"host": f"node{rank}", "pid": 100 + rank}
+
+
+@pytest.fixture
+def census():
+    """Of a rank that is at step 5, and whose training thread is this one."""
+    progress = Progress(0, 10)
+    progress.beat(5, None)
+    made = Census(progress, threading.get_ident)
+    yield made
+    made.close()
+
+
+def test_one_rank_answers_at_once(census):
+    """Nobody else has to be waited for."""
+    (row,) = census.ask(Ranks(census, "silent"), "ranks", 5.0)
+    assert row.keys() == ROW and (row["rank"], row["state"], row["step"]) == (0, "answering", 5)
+    assert row["pid"] == os.getpid() and row["rss_bytes"] > 1 << 20 and row["seconds_since_step"] < SOON
+
+
+def test_the_answer_waits_for_the_others_and_no_longer(census):
+    """For those that can answer: who has ended, or was never there, is not waited for."""
+    world = Ranks(census, "silent", "silent", "ended", "absent")
+    later = census.ask(world, "ranks", SOON)
+    assert isinstance(later, Later) and later.poll() is PENDING
+    world.inquiry.answers[1] = {"host": "node1", "pid": 101, "step": 4}
+    rows = later.poll()
+    assert [row["state"] for row in rows] == ["answering", "answering", "ended", "absent"]
+    assert [row["step"] for row in rows] == [5, 4, None, None]
+    assert [row["pid"] for row in rows] == [os.getpid(), 101, 102, None]
+
+
+def test_who_is_late_is_silent(census):
+    """The deadline names him, with what is known of him, and holds up nobody else."""
+    world = Ranks(census, "silent", "silent")
+    later = census.ask(world, "stacks", 20 * MS)
+    rows = until(lambda: (answer := later.poll()) is not PENDING and answer)
+    assert time.monotonic() >= later.deadline
+    assert [row["state"] for row in rows] == ["answering", "silent"]
+    assert (rows[1]["host"], rows[1]["pid"], rows[1]["stacks"]) == ("node1", 101, None)
+
+
+def test_the_stacks_begin_with_the_thread_that_trains(census):
+    """And they are this test's."""
+    (row,) = census.ask(Ranks(census, "silent"), "stacks", 5.0)
+    first = row["stacks"].split("\n\n")[0]
+    assert "test_the_stacks_begin_with_the_thread_that_trains" in first and "MainThread" in first
+
+
+def test_stacks_of_many_ranks_fit_into_one_reply(census, monkeypatch):
+    """Each has its share of the room."""
+    monkeypatch.setattr("forgather_control.training.rank_report._MAX_STACKS", 1000)
+    world = Ranks(census, *["silent"] * 10)
+    later = census.ask(world, "stacks", SOON)
+    world.inquiry.answers.update({rank: {"stacks": "x" * 5000} for rank in range(1, 10)})
+    assert sum(len(row["stacks"]) for row in later.poll()) <= 1000
+
+
+def test_a_rank_that_cannot_tell_says_nothing(census, monkeypatch, caplog):
+    """An exception there would cut the line between the ranks."""
+    monkeypatch.setattr("forgather_control.processes.usage.vitals", lambda: 1 / 0)
+    assert census.tell("ranks") == {} and "ZeroDivisionError" in caplog.text
+
+
+def test_the_roster_names_all_who_are_there(census, tmp_path):
+    """Each rank's process as it said it, in order."""
+    me = {**myself()._asdict(), "stack_fd": 7}
+    census.meet({1: {**me, "pid": 4711}, 0: me})
+    census.write(str(tmp_path))
+    (tmp_path / "jobs").mkdir()
+    os.rename(tmp_path / rank_processes.ROSTER, tmp_path / "jobs" / rank_processes.ROSTER)
+    ranks = rank_processes.read(str(tmp_path), "jobs")
+    assert [(rank.rank, rank.pid, rank.stack_fd) for rank in ranks] == [(0, os.getpid(), 7), (1, 4711, 7)]
+    assert ranks[0].identity == myself()
+
+
+def test_a_roster_that_cannot_be_written_is_one_warning(census, tmp_path, caplog):
+    """Training has no use for it."""
+    census.meet({0: myself()._asdict()})
+    census.write(str(tmp_path / "nowhere"))
+    (warning,) = caplog.records
+    assert rank_processes.ROSTER in warning.getMessage()
+
+
+def test_a_running_job_leaves_its_roster_and_takes_it_away(jobs_dir):
+    """As soon as it can be found, and whenever its directory is restored."""
+    with running_loop("job"):
+        path = jobs_dir / "job" / rank_processes.ROSTER
+        until(path.exists)
+        assert rank_processes.read(str(jobs_dir), "job")[0].pid == os.getpid() and path.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()
