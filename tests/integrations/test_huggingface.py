@@ -25,7 +25,7 @@ from forgather_control.training.controller import Controller
 
 from ..support import forgather_loop
 from ..support.forgather_loop import Strategy
-from ..support.harness import SOON, Process, Wire, needs_torch, needs_transformers, running_loop, until
+from ..support.harness import ROOT, SOON, Process, Wire, needs_torch, needs_transformers, running_loop, until
 
 try:
     import torch
