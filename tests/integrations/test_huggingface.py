@@ -729,7 +729,7 @@ def test_an_exception_after_an_abort_and_then_train_again(tmp_path):
 
 EXIT = """
 import sys
-from tests.test_hf import *
+from tests.integrations.test_huggingface import *
 
 def wait(state, control):
     if state.global_step == 3:

@@ -949,7 +949,7 @@ def test_the_other_package(tmp_path):
 RANKS = """
 import os, sys, time
 from pathlib import Path
-from tests.test_lightning import *
+from tests.integrations.test_lightning import *
 
 class Slow(Tiny):
     def training_step(self, batch, batch_idx):

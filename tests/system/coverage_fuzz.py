@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing (atheris) of all that reads what others wrote, each target in a process of its own.
 
 ``python tests/system/coverage_fuzz.py`` runs every target for FUZZ_SECONDS (60), as many at once as there are cores;
-``python tests/system/coverage_fuzz.py TARGET [libFuzzer's arguments]`` runs one without an end, or on the input in a file.
+``python tests/system/coverage_fuzz.py TARGET [libFuzzer's arguments]`` runs one without an end, or on a given file.
 It ends with 1 where a target found something, and prints the input. A target takes bytes and asserts what must hold
 of any; ``test_fuzz`` runs the same targets on seeded random bytes, without atheris.
 """

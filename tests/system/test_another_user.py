@@ -199,8 +199,8 @@ def folder(uid: int, mode: int) -> Iterator[Path]:
 class Victim(NamedTuple):
     """The job under attack, and what it published."""
 
-    liveness: Process
-    registry: Path
+    process: Process
+    jobs: Path
     home: Path
     known: dict[str, Any]
 

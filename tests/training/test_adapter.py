@@ -294,7 +294,7 @@ def test_a_training_thread_that_is_gone(waiting, monkeypatch):
 EXIT = """
 import sys
 from forgather_control import save_checkpoint
-from tests.test_adapter import Hooks
+from tests.training.test_adapter import Hooks
 hooks = Hooks("job")
 hooks.begin()
 print("begun", flush=True)
