@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .integrations.lightning import LightningControlCallback
     from .integrations.loop import TrainingJob
     from .jobs.registry import Job
-    from .wire.methods import CommandRecord
+    from .wire.records import CommandRecord
 
 _HOME = {
     "LightningControlCallback": "integrations.lightning",
@@ -47,7 +47,7 @@ _HOME = {
     "list_jobs": "client.api",
     "save_and_stop": "client.api",
     "save_checkpoint": "client.api",
-    "CommandRecord": "wire.methods",
+    "CommandRecord": "wire.records",
     "ControlError": "errors",
     "Job": "jobs.registry",
 }

@@ -112,7 +112,7 @@ def test_ordinary_handlers_catch_it(name, builtin):
 
 def test_facts_do_not_shadow_the_message():
     """No record's member is named like a parameter of the constructor, so records travel as facts."""
-    from forgather_control.wire.methods import CommandRecord
+    from forgather_control.wire.records import CommandRecord
 
     record = CommandRecord("id", "abort", "failed", 1.0, error={"code": -32006, "message": "ended"})
     assert errors.CommandFailed("m", **record.to_json()).data == record.to_json()

@@ -17,7 +17,7 @@ from ..client.connection import CALL_TIMEOUT, Client
 from ..errors import AmbiguousJob, ControlError, DeadlinePassed, InternalError, JobDead, JobNotAnswering, NoSuchJob
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
-from ..wire import jsonrpc, methods
+from ..wire import jsonrpc, records
 from . import output, parser
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _settle(args: argparse.Namespace, must_ask: bool) -> JobRecord | None:
 def _report(args: argparse.Namespace, job_id: str, result: dict[str, Any]) -> int:
     if args.json:
         _print_json(result)
-    trouble = methods.CommandRecord.from_json(result).trouble
+    trouble = records.CommandRecord.from_json(result).trouble
     if trouble is not None:
         return _complain(f"{job_id}: {trouble}", REFUSED)
     if not args.json:

@@ -26,7 +26,7 @@ from ..jobs.record import JobRecord, jobs_dir
 from ..jobs.registry import Job
 from ..processes import liveness
 from ..wire import addresses, jsonrpc
-from ..wire.methods import CommandRecord
+from ..wire.records import CommandRecord
 from . import connection
 from .connection import CALL_TIMEOUT, Client
 

@@ -14,7 +14,7 @@ from ..errors import CommandFailed, ControlError, JobDead, JobNotAnswering, NotA
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..wire import addresses, jsonrpc, methods
-from ..wire.methods import CommandRecord
+from ..wire.records import CommandRecord
 
 #: Seconds for a call that waits for nothing but the answer.
 CALL_TIMEOUT: Final = 10.0

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import CommandNotFound, ControlError, InvalidParams, JobEnding, NotCancellable, TooManyCommands
-from ..wire.methods import CommandRecord
+from ..wire.records import CommandRecord
 
 #: Most commands of one name that are not over yet: a loop that never saves keeps its saves open for
 #: ever, and they must not keep an abort out. Equal pending ones without an id of their own share one

@@ -18,7 +18,8 @@ from ..errors import CommandFailed, ControlError
 from ..ranks.consensus import Calls
 from ..ranks.group import World
 from ..wire import methods
-from ..wire.methods import CommandRecord, Loop
+from ..wire.methods import Loop
+from ..wire.records import CommandRecord
 from .command_queue import Mailbox
 
 log = logging.getLogger("forgather_control")

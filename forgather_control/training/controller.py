@@ -41,7 +41,8 @@ from ..server.server import LAST_WORDS, Server
 from ..server.tcp import Offer, Opened
 from ..version import PROTOCOL, VERSION
 from ..wire import jsonrpc, methods
-from ..wire.methods import CommandRecord, Loop
+from ..wire.methods import Loop
+from ..wire.records import CommandRecord
 from . import metrics
 from .command_queue import Mailbox
 from .command_tracker import Ledger

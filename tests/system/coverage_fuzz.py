@@ -41,7 +41,7 @@ with _instrumented():
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
     from forgather_control.jobs import rank_processes, record, registry
     from forgather_control.server import auth, connection, dispatcher, file_requests
-    from forgather_control.wire import addresses, jsonrpc, methods
+    from forgather_control.wire import addresses, jsonrpc, methods, records
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 TOKEN = "0123456789abcdef" * 2
@@ -323,7 +323,7 @@ def target_reply(data: bytes) -> None:
         return
     strict_enough(jsonrpc.encode(reply.result))
     with contextlib.suppress(InternalError):
-        assert isinstance(methods.CommandRecord.from_json(reply.result).trouble, (str, type(None)))
+        assert isinstance(records.CommandRecord.from_json(reply.result).trouble, (str, type(None)))
     with contextlib.suppress(InternalError):
         rows = [
             registry.Job.from_json(row) for row in (reply.result if isinstance(reply.result, list) else [reply.result])

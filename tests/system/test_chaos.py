@@ -38,7 +38,7 @@ import pytest
 from forgather_control import ControlError, connect
 from forgather_control.errors import DeadlinePassed
 from forgather_control.jobs import spool
-from forgather_control.wire.methods import FINAL, STATES, CommandRecord
+from forgather_control.wire.records import FINAL, STATES, CommandRecord
 
 from ..support.harness import JOB, ROOT, SOON, Process, Wire, cli, needs_torch, until
 from ..support.torchrun import START, Torchrun

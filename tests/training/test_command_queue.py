@@ -19,7 +19,7 @@ from forgather_control.errors import (
     TooManyCommands,
 )
 from forgather_control.training.command_queue import MAX_PENDING, MAX_RECORDS, Mailbox
-from forgather_control.wire.methods import FINAL, CommandRecord
+from forgather_control.wire.records import FINAL, CommandRecord
 
 from ..support.harness import SOON
 

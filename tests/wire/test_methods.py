@@ -12,7 +12,8 @@ import pytest
 from forgather_control.errors import InternalError, InvalidParams, MethodNotFound
 from forgather_control.wire import methods
 from forgather_control.wire.jsonrpc import encode
-from forgather_control.wire.methods import FINAL, STATES, TABLE, CommandRecord, lookup
+from forgather_control.wire.methods import TABLE, lookup
+from forgather_control.wire.records import FINAL, STATES, CommandRecord
 
 from ..support.harness import strict
 
@@ -220,7 +221,7 @@ WRONG = {
     "timeout": [-1, -1e-300, 1e9 + 1, 10**400, True, False, "1", "NaN", [], {}, math.nan, math.inf, -math.inf],
     "command_id": ["", "x" * 129, 5, 1.5, True, [], {}, "a\nb", "\x1b[2J", "\0", "\ud800", "\u202e", "\u2028", "\x7f"],
 }
-RIGHT = {"wait": list(methods.STATES[:3]), "timeout": [None, 0, -0.0, 1e9, 10**9], "command_id": ["a", " ", "é" * 128]}
+RIGHT = {"wait": list(STATES[:3]), "timeout": [None, 0, -0.0, 1e9, 10**9], "command_id": ["a", " ", "é" * 128]}
 
 
 @every_command
