@@ -37,7 +37,7 @@ _SOON: Final = timedelta(seconds=30)
 _AT_EXIT: Final = 1.0
 
 
-class Voice:
+class StoreSender:
     """One thread's own connection to the store; a store serves one call at a time, and the ear's waits."""
 
     def __init__(self, store: Any) -> None:
@@ -59,7 +59,7 @@ class Voice:
         self._store.set(key, data)
 
 
-class Line:
+class StoreChannel:
     """One rank's end of the line.
 
     Args:
@@ -79,17 +79,17 @@ class Line:
         self,
         connect: Callable[[], Any],
         rank: int,
-        hear: Callable[[list[Any], Voice], None],
+        hear: Callable[[list[Any], StoreSender], None],
         pause: Callable[[], float | None],
-        idle: Callable[[Voice], None],
-        cut: Callable[[str, Voice], None],
+        idle: Callable[[StoreSender], None],
+        cut: Callable[[str, StoreSender], None],
     ) -> None:
         self._rank = rank
         self._hear, self._pause, self._idle, self._cut = hear, pause, idle, cut
         self._inbox = connect()
         self._inbox.set_timeout(_FOREVER)
-        self._answers, self._voice = Voice(connect()), Voice(connect())
-        self._queue: SimpleQueue[Callable[[Voice], None] | None] = SimpleQueue()
+        self._answers, self._voice = StoreSender(connect()), StoreSender(connect())
+        self._queue: SimpleQueue[Callable[[StoreSender], None] | None] = SimpleQueue()
         self._at_exit: Any = None
         self._next = 1  # the key that the ear waits for, written by it alone
         self._over = False
@@ -106,7 +106,7 @@ class Line:
         for thread in self._threads:
             thread.start()
 
-    def say(self, speak: Callable[[Voice], None]) -> None:
+    def say(self, speak: Callable[[StoreSender], None]) -> None:
         """Have ``speak`` called on the mouth's thread. Reentrant and never blocks: fit for signal handlers."""
         self._queue.put(speak)
 
@@ -120,7 +120,7 @@ class Line:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
 
-    def _run(self, work: Callable[[], None], voice: Voice) -> None:
+    def _run(self, work: Callable[[], None], voice: StoreSender) -> None:
         try:
             work()
         except Exception as err:  # border: whatever a store raises, it must not stop training

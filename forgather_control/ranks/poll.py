@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, Final
-
-#: Steps between two questions where nobody says how many.
-POLL_STEPS: Final = 50
+from typing import Any
 
 
-class Ring:
+class CollectivePoll:
     """The small collectives of one rank, on the default process group.
 
     Args:

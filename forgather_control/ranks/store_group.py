@@ -1,7 +1,4 @@
-"""Several ranks that agree by rounds over the line, and the choice among the worlds.
-
-Floor 3, training side: imports commands, errors, line, rounds and world. The one module that asks
-torch.distributed, as it finds it loaded, whether there are other ranks and what store they share.
+"""Several ranks that agree by rounds over the line.
 
 The commands travel in the decision of the round itself, so that there is no collective at all: no
 device is synchronised, no stream or backend matters, and a rank that is elsewhere waits for nobody.
@@ -11,146 +8,45 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import sys
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from ..errors import InvalidParams, Unsupported
 from ..wire import methods
 from . import consensus
-from .channel import Line, Voice
+from .channel import StoreChannel, StoreSender
 from .consensus import Calls
-from .group import Home, Inquiry, OneProcess, Outcome, Polled, World
+from .group import Outcome, RankGroupDelegate, RankQuery
 
 log = logging.getLogger("forgather_control")
 
 #: Rounds that rank 0 remembers, for checkpoints that are still being written.
 _ROUNDS: Final = 256
-#: Steps between two questions where ranks must ask and nobody says how often.
-_POLL_STEPS: Final = 50
 
 
-# The choice...
-
-
-def of_this_job(home: Home, name: str, step: int, poll_steps: int | None, log_steps: int | None = None) -> World:
-    """The world this process trains in. On the training thread of every rank; no collective.
-
-    The way must be the same on all ranks, so nothing but what is the same on all of them decides.
-
-    Args:
-        name: the job id that was asked for, or nothing; the same on all ranks.
-        step: where training begins.
-        poll_steps: ask at every so many steps, rather than never.
-        log_steps: how often to ask where ranks must and nothing is chosen.
-
-    Raises:
-        Unsupported: there are other ranks, and no way to agree with them. To act on one of them alone
-            would leave the others waiting in a collective for ever, so nothing is better than that.
-    """
-    dist = _distributed()
-    if dist is None:
-        return OneProcess(home)
-    rank, size = int(dist.get_rank()), int(dist.get_world_size())
-    store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared_store(dist)
-    if store is None:
-        steps = poll_steps or log_steps or _POLL_STEPS
-        if rank == 0:
-            log.info("ranks ask one another for commands at every %d steps: %s", steps, why)
-        return Polled(home, rank, size, steps)
-    if rank == 0:
-        log.info("ranks agree on commands over the %s of torch.distributed, and ask nothing while there are none", why)
-    try:
-        return Ranks(home, rank, size, _connector(dist, store, name), step)
-    except RuntimeError as err:  # torch's DistError is one
-        raise Unsupported(
-            f"the {why} of torch.distributed cannot be reached: {str(err).partition(chr(10))[0]}"
-        ) from err
-
-
-def check_steps(steps: Any) -> int:
-    """``steps`` itself.
-
-    Raises:
-        InvalidParams: it is no positive whole number.
-    """
-    if type(steps) is not int or steps < 1:
-        raise InvalidParams(f"poll_steps must be a number of steps from 1, or None, not {ascii(steps)[:80]}")
-    return steps
-
-
-def _distributed() -> Any:
-    """torch.distributed, if this process is one of several ranks; ``None`` if it is alone."""
-    # Whoever trains with several ranks has imported torch; whoever has not must not pay for it here.
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed if torch.distributed.get_world_size() > 1 else None
-    try:
-        size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
-    except ValueError:
-        size = 1
-    if size > 1:
-        raise Unsupported(
-            f"it is one of {size} ranks, and torch.distributed.init_process_group was not called before training began",
-            world_size=size,
-        )
-    return None
-
-
-def _shared_store(dist: Any) -> tuple[Any, str]:
-    """The default group's store and its kind; or nothing, and why it cannot be used."""
-    get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
-    store = get_store() if get_store is not None else None
-    base = store
-    while (under := getattr(base, "underlying_store", None)) is not None:
-        base = under
-    kind = type(base).__name__
-    if kind not in ("TCPStore", "HashStore"):  # a FileStore is read again and again to wait for a key
-        return None, f"a {kind} cannot wake who waits"
-    if not hasattr(store, "clone"):
-        return None, "the stores of this torch cannot be cloned"
-    return store, kind
-
-
-#: How many lines this process has opened under each name: each training run has keys of its own.
-_opened: Counter[str] = Counter()
-
-
-def _connector(dist: Any, store: Any, name: str) -> Callable[[], Any]:
-    _opened[name] += 1
-    # torchrun may give workers that begin anew the store of those before them, with all its keys.
-    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix = f"forgather_control/{name}/{turn}.{_opened[name]}"
-    return lambda: dist.PrefixStore(prefix, store.clone())
-
-
-# Several ranks...
-
-
-class Ranks:
+class StoreGroup:
     """Several ranks that agree over the line.
 
     ``_lock`` guards the member, the leader (rank 0 has one) and what belongs to their rounds; nothing is sent, and
-    no method of ``home`` is called, while it is held. The training thread waits on it for a decision.
+    no method of ``delegate`` is called, while it is held. The training thread waits on it for a decision.
 
     Args:
         connect: makes a connection to the store that all ranks share, private to this run.
         step: where training begins.
     """
 
-    def __init__(self, home: Home, rank: int, size: int, connect: Callable[[], Any], step: int) -> None:
+    def __init__(
+        self, delegate: RankGroupDelegate, rank: int, size: int, connect: Callable[[], Any], step: int
+    ) -> None:
         self.rank, self.size = rank, size
-        self._home = home
+        self._delegate = delegate
         self._lock = threading.Condition()
         self._member = consensus.Member(rank, step)
         self._leader = consensus.Leader(size) if rank == 0 else None
-        self._line = Line(connect, rank, self._on_message, self._pause, self._advance, self._on_cut)
+        self._line = StoreChannel(connect, rank, self._on_message, self._pause, self._advance, self._on_cut)
         self._cut: str | None = None
         self._saving: list[int] = []  # rounds whose checkpoint this rank has not reported; training thread only
         # Of rank 0...
@@ -161,7 +57,7 @@ class Ranks:
         self._stored: dict[int, str | None] = {}
         self._abouts: dict[int, dict[str, Any]] = {}
         self._questions = itertools.count(1)
-        self._inquiries: weakref.WeakValueDictionary[int, Inquiry] = weakref.WeakValueDictionary()
+        self._inquiries: weakref.WeakValueDictionary[int, RankQuery] = weakref.WeakValueDictionary()
 
     # On the training thread...
 
@@ -169,7 +65,7 @@ class Ranks:
         """Take part from now on. Without rank 0 the others wait for nothing: it never asks."""
         if fault is not None:
             return
-        here = consensus.Here(self.rank, self._home.about())  # before there are threads that would have to end
+        here = consensus.Here(self.rank, self._delegate.describe())  # before there are threads that would have to end
         self._line.start()
         self._tell_leader(here)
 
@@ -177,7 +73,7 @@ class Ranks:
         """Whether a round is on."""
         return self._member.tick(step)
 
-    def hear(self, step: int) -> Calls:
+    def receive(self, step: int) -> Calls:
         """Hold until the round is decided; its commands, if this is the step."""
         if not self._wait(1.5 * consensus.PATIENCE):
             number = self._member.number
@@ -211,7 +107,7 @@ class Ranks:
         self._saving.clear()
 
     def settle(self, command_id: str, outcome: Outcome) -> None:
-        """See ``World``; a command that no round carried is not held up by one."""
+        """See ``RankGroup``; a command that no round carried is not held up by one."""
         with self._lock:
             numbers = (number for number, calls in self._calls.items() if any(call[0] == command_id for call in calls))
             number = next(numbers, None)
@@ -222,7 +118,7 @@ class Ranks:
         outcome(fault)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
-        """See ``World``."""
+        """See ``RankGroup``."""
         self.kept(fault)
         if self._leader is None:
             fault = None if fault is None else f"rank {self.rank}: {fault}"
@@ -241,17 +137,17 @@ class Ranks:
 
     # On any thread...
 
-    def wanted(self) -> None:
+    def command_queued(self) -> None:
         """Have a round begin."""
         self._line.say(self._advance)
 
-    def call(self, command: str) -> None:
+    def request(self, command: str) -> None:
         """Tell rank 0."""
         self._line.say(lambda voice: self._deliver(0, ["call", command], voice))
 
-    def inquire(self, what: str) -> Inquiry:
+    def query(self, what: str) -> RankQuery:
         """Ask every rank that is there; it answers on its ear's thread, whatever its training does."""
-        inquiry = Inquiry({self.rank: self._home.tell(what)})
+        inquiry = RankQuery({self.rank: self._delegate.answer(what)})
         number = next(self._questions)
         self._inquiries[number] = inquiry
         present = self._others()
@@ -264,7 +160,7 @@ class Ranks:
         with self._lock:
             return "silent" if self._leader is None else self._leader.state(rank)
 
-    def about(self, rank: int) -> dict[str, Any]:
+    def description(self, rank: int) -> dict[str, Any]:
         """What a rank said of its process."""
         return self._abouts.get(rank, {})
 
@@ -281,68 +177,68 @@ class Ranks:
     def _tell_leader(self, message: tuple[Any, ...]) -> None:
         self._line.say(lambda voice: self._deliver(0, _wire(message), voice))
 
-    def _deliver(self, rank: int, message: list[Any], voice: Voice) -> None:
+    def _deliver(self, rank: int, message: list[Any], voice: StoreSender) -> None:
         if rank == self.rank:
             self._on_message(message, voice)
         else:
             voice.send([rank], message)
 
-    def _on_message(self, message: list[Any], voice: Voice) -> None:
+    def _on_message(self, message: list[Any], voice: StoreSender) -> None:
         kind, *fields = message
         _HANDLERS[kind](self, voice, *fields)
         if self._leader is not None:
             self._advance(voice)
 
-    def _on_ask(self, voice: Voice, number: int) -> None:
+    def _on_ask(self, voice: StoreSender, number: int) -> None:
         with self._lock:
             if self._cut is not None:
                 return
             answer = self._member.ask(number)
         self._deliver(0, _wire(answer), voice)
 
-    def _on_go(self, voice: Voice, number: int, due: int | None, calls: Calls) -> None:
+    def _on_go(self, voice: StoreSender, number: int, due: int | None, calls: Calls) -> None:
         with self._lock:
             self._member.decided(consensus.Go(number, due, calls))
             self._lock.notify_all()
 
-    def _on_at(self, voice: Voice, *fields: Any) -> None:
+    def _on_at(self, voice: StoreSender, *fields: Any) -> None:
         with self._leading() as leader:
             leader.at(*fields)
 
-    def _on_did(self, voice: Voice, *fields: Any) -> None:
+    def _on_did(self, voice: StoreSender, *fields: Any) -> None:
         with self._leading() as leader:
             leader.did(*fields)
 
-    def _on_kept(self, voice: Voice, *fields: Any) -> None:
+    def _on_kept(self, voice: StoreSender, *fields: Any) -> None:
         with self._leading() as leader:
             leader.kept(*fields)
 
-    def _on_gone(self, voice: Voice, rank: int, clock: int, fault: str | None) -> None:
+    def _on_gone(self, voice: StoreSender, rank: int, clock: int, fault: str | None) -> None:
         with self._leading() as leader:
             leader.gone(rank, clock, fault)
         if fault is not None:
-            self._home.cut_off(fault)
+            self._delegate.agreement_lost(fault)
 
-    def _on_here(self, voice: Voice, rank: int, about: dict[str, Any]) -> None:
+    def _on_here(self, voice: StoreSender, rank: int, about: dict[str, Any]) -> None:
         with self._leading() as leader:
             leader.here(rank)
         self._abouts[rank] = about
         if len(self._abouts) == self.size:
-            self._home.meet(self._abouts)
+            self._delegate.all_joined(self._abouts)
 
-    def _on_call(self, voice: Voice, command: str) -> None:
-        self._home.submit(command)
+    def _on_call(self, voice: StoreSender, command: str) -> None:
+        self._delegate.submit(command)
 
-    def _on_question(self, voice: Voice, number: int, what: str) -> None:
-        voice.send([0], ["answer", number, self.rank, self._home.tell(what)])
+    def _on_question(self, voice: StoreSender, number: int, what: str) -> None:
+        voice.send([0], ["answer", number, self.rank, self._delegate.answer(what)])
 
-    def _on_answer(self, voice: Voice, number: int, rank: int, answer: Any) -> None:
+    def _on_answer(self, voice: StoreSender, number: int, rank: int, answer: Any) -> None:
         inquiry = self._inquiries.get(number)
         if inquiry is not None:
             inquiry.answers[rank] = answer
-            self._home.changed()
+            self._delegate.answers_changed()
 
-    def _on_over(self, voice: Voice) -> None:
+    def _on_over(self, voice: StoreSender) -> None:
         """Rank 0 has ended. Who is held for its decision reads what stands there, so that all obey the same."""
         if self._member.undecided:
             self._give_up(self._member.number, voice)
@@ -350,7 +246,7 @@ class Ranks:
             self._cut = self._cut or "rank 0 has ended"
         self._line.close(0.0)
 
-    def _on_cut(self, why: str, voice: Voice) -> None:
+    def _on_cut(self, why: str, voice: StoreSender) -> None:
         """On the thread that broke, whose own voice may still reach the store: who is held learns the decision."""
         with suppress(Exception):  # border: or it may not
             if self._member.undecided:
@@ -367,10 +263,10 @@ class Ranks:
             if self._leader is not None:
                 self._leader.fault = self._leader.fault or why
             self._lock.notify_all()
-        self._home.cut_off(why)
+        self._delegate.agreement_lost(why)
         self._blame(f"no rank can be asked any more: {why}")
 
-    def _part(self, why: str, voice: Voice) -> None:
+    def _part(self, why: str, voice: StoreSender) -> None:
         if self._leader is not None:
             self._dismiss(voice)
         else:
@@ -379,32 +275,32 @@ class Ranks:
 
     # Rounds, on the threads of the line...
 
-    def _give_up(self, number: int, voice: Voice) -> None:
+    def _give_up(self, number: int, voice: StoreSender) -> None:
         self._on_go(voice, number, *voice.decide(f"go/{number}", [None, []]))
 
     def _pause(self) -> float | None:
         if self._leader is None:
             return None
         with self._lock:
-            return self._leader.wait(time.monotonic(), self._home.pending)
+            return self._leader.wait(time.monotonic(), self._delegate.pending)
 
-    def _advance(self, voice: Voice) -> None:
+    def _advance(self, voice: StoreSender) -> None:
         """Do what is to be done, until there is nothing."""
         while True:
             with self._leading() as leader:
-                actions = leader.next(time.monotonic(), self._home.pending)
+                actions = leader.next(time.monotonic(), self._delegate.pending)
             if not actions:
                 return
             for action in actions:
                 self._do(action, voice)
 
-    def _do(self, action: consensus.Action, voice: Voice) -> None:
+    def _do(self, action: consensus.Action, voice: StoreSender) -> None:
         if isinstance(action, consensus.Post):
             self._post(action, voice)
         elif isinstance(action, consensus.Propose):
             self._propose(action, voice)
         elif isinstance(action, consensus.Applied):
-            self._home.confirm(self._calls.get(action.number, []), self._step, action.fault)
+            self._delegate.all_applied(self._calls.get(action.number, []), self._step, action.fault)
         else:
             self._store(action.number, action.fault)
 
@@ -415,22 +311,22 @@ class Ranks:
         for outcome in outcomes:
             outcome(fault)
 
-    def _post(self, post: consensus.Post, voice: Voice) -> None:
+    def _post(self, post: consensus.Post, voice: StoreSender) -> None:
         message = _wire(post.message)
         voice.send([rank for rank in post.ranks if rank != self.rank], message)
         if self.rank in post.ranks:
             self._on_message(message, voice)
         self._line.say(_look_at_the_clock)
 
-    def _propose(self, proposal: consensus.Propose, voice: Voice) -> None:
-        calls = self._home.take() if proposal.due is not None else []
+    def _propose(self, proposal: consensus.Propose, voice: StoreSender) -> None:
+        calls = self._delegate.take() if proposal.due is not None else []
         mine = [proposal.due, calls] if calls else [None, []]
         due, agreed = None, []
         try:
             due, agreed = voice.decide(f"go/{proposal.number}", mine)
         finally:  # where the store is gone, too, they must not be lost
             if due is None and calls:
-                self._home.put_back(calls)
+                self._delegate.put_back(calls)
         with self._leading() as leader:
             self._calls[proposal.number] = agreed
             post = leader.decided(consensus.Go(proposal.number, due, agreed), _saves(agreed), time.monotonic())
@@ -445,14 +341,14 @@ class Ranks:
 
     # The end of rank 0...
 
-    def _end_round(self, voice: Voice) -> None:
+    def _end_round(self, voice: StoreSender) -> None:
         with self._leading() as leader:
             self._ended = True
             actions = leader.close()
         for action in actions:
             self._do(action, voice)
 
-    def _dismiss(self, voice: Voice) -> None:
+    def _dismiss(self, voice: StoreSender) -> None:
         voice.send(self._others(), ["over"])
 
     def _others(self) -> list[int]:
@@ -471,7 +367,7 @@ class Ranks:
         if leader is None:
             return
         if leader.is_going:
-            self._home.confirm(self._calls.get(leader.number, []), self._step, fault)
+            self._delegate.all_applied(self._calls.get(leader.number, []), self._step, fault)
         for number in leader.keeping:
             self._store(number, fault)
 
@@ -485,20 +381,20 @@ def _wire(message: tuple[Any, ...]) -> list[Any]:
     return [type(message).__name__.lower(), *message]
 
 
-def _look_at_the_clock(voice: Voice) -> None:
+def _look_at_the_clock(voice: StoreSender) -> None:
     """Nothing to say, but how long the mouth may wait has changed."""
 
 
 _HANDLERS: Final[dict[str, Callable[..., None]]] = {
-    "here": Ranks._on_here,
-    "ask": Ranks._on_ask,
-    "at": Ranks._on_at,
-    "go": Ranks._on_go,
-    "did": Ranks._on_did,
-    "kept": Ranks._on_kept,
-    "gone": Ranks._on_gone,
-    "call": Ranks._on_call,
-    "question": Ranks._on_question,
-    "answer": Ranks._on_answer,
-    "over": Ranks._on_over,
+    "here": StoreGroup._on_here,
+    "ask": StoreGroup._on_ask,
+    "at": StoreGroup._on_at,
+    "go": StoreGroup._on_go,
+    "did": StoreGroup._on_did,
+    "kept": StoreGroup._on_kept,
+    "gone": StoreGroup._on_gone,
+    "call": StoreGroup._on_call,
+    "question": StoreGroup._on_question,
+    "answer": StoreGroup._on_answer,
+    "over": StoreGroup._on_over,
 }

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from ..errors import ControlError
 from ..jobs.record import check_job_id
-from ..ranks.store_group import check_steps
+from ..ranks.select import check_steps
 from ..server import tcp
 from .controller import Controller, check_seconds
 from .signals import Signals

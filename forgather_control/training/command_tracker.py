@@ -1,6 +1,6 @@
 """What becomes of commands between "taken from the queue" and "over": who waits for a checkpoint, who for the end.
 
-Floor 3, training side: imports commands, errors, mailbox, rounds and world. Each rank has one. What is applied,
+Floor 3, training side: imports commands, errors, mailbox, rounds and group. Each rank has one. What is applied,
 saved and ended is noted on the training thread; ``take``, ``put_back``, ``confirm`` and ``submit`` belong to
 rank 0 and run on the thread that decides a round: what both touch is the mailbox, and values assigned whole.
 
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ..errors import CommandFailed, ControlError
 from ..ranks.consensus import Calls
-from ..ranks.group import World
+from ..ranks.group import RankGroup
 from ..wire import methods
 from ..wire.methods import Loop
 from ..wire.records import CommandRecord
@@ -52,20 +52,20 @@ class Ledger:
         """Whether training is to end."""
         return bool(self._ending)
 
-    def apply(self, calls: Calls, loop: Loop, step: int, world: World) -> None:
+    def apply(self, calls: Calls, loop: Loop, step: int, group: RankGroup) -> None:
         """Run the commands that all ranks run after this step."""
         for _, command, spare in calls:
             if spare:
                 loop.request_end()
             else:
                 methods.TABLE[command].run(loop)
-        world.applied(calls, step)
+        group.applied(calls, step)
         for call in calls:
-            self._follow(world, *call)
+            self._follow(group, *call)
         if any(command == "abort" for _, command, _ in calls):  # whether the save came before it or behind it
-            self.fail_saves(world, "an abort was applied: no checkpoint is written after it")
+            self.fail_saves(group, "an abort was applied: no checkpoint is written after it")
 
-    def _follow(self, world: World, command_id: str, command: str, spare: bool) -> None:
+    def _follow(self, group: RankGroup, command_id: str, command: str, spare: bool) -> None:
         now = time.monotonic()
         completes = methods.TABLE[command].completes
         if "ended" in completes:
@@ -75,7 +75,7 @@ class Ledger:
         elif "saved" in completes:
             self._saving[command_id] = now
 
-    def saved(self, step: int, path: str, world: World) -> None:
+    def saved(self, step: int, path: str, group: RankGroup) -> None:
         """A checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
         now = time.monotonic()
         self._checkpoint = now, _save_result(step, path, 0.0)
@@ -84,44 +84,44 @@ class Ledger:
             if command_id in self._ending:
                 self._saves[command_id] = result
             else:
-                self._finish(command_id, result, world)
+                self._finish(command_id, result, group)
         self._saving.clear()
         for command_id, since in self._ending.items():
             self._saves.setdefault(command_id, _save_result(step, path, now - since))
-        world.kept()
+        group.kept()
 
-    def saves_nothing(self, world: World) -> None:
+    def saves_nothing(self, group: RankGroup) -> None:
         """The checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
         self._saving.clear()
-        world.kept()
+        group.kept()
 
-    def fail_saves(self, world: World, reason: str, fault: str | None = None) -> None:
+    def fail_saves(self, group: RankGroup, reason: str, fault: str | None = None) -> None:
         """The checkpoint that was asked for will not come; ``fault``: for want of this rank's part of it."""
         for command_id in self._saving:
             self._ending.pop(command_id, None)
-            self._fail(command_id, CommandFailed(reason), world)
+            self._fail(command_id, CommandFailed(reason), group)
         self._saving.clear()
-        world.kept(fault)
+        group.kept(fault)
 
-    def end(self, step: int, reason: str | None, world: World) -> None:
+    def end(self, step: int, reason: str | None, group: RankGroup) -> None:
         """Training has ended; ``reason`` says why, if not as it should."""
-        for command_id in self._ending if world.rank == 0 else ():
+        for command_id in self._ending if group.rank == 0 else ():
             result = self._saves.get(command_id) or {"step": step, **_NO_SAVE}
             if reason is None:
-                self._finish(command_id, result, world)
+                self._finish(command_id, result, group)
             else:
                 self._mailbox.failed(command_id, CommandFailed(reason), result)
         self._ending.clear()
 
-    def _finish(self, command_id: str, result: dict[str, Any], world: World) -> None:
+    def _finish(self, command_id: str, result: dict[str, Any], group: RankGroup) -> None:
         """Say that a command is over, once every rank has done its part."""
-        if world.rank == 0:
-            world.settle(command_id, lambda fault: self._settled(command_id, result, fault))
+        if group.rank == 0:
+            group.settle(command_id, lambda fault: self._settled(command_id, result, fault))
 
-    def _fail(self, command_id: str, error: ControlError, world: World) -> None:
+    def _fail(self, command_id: str, error: ControlError, group: RankGroup) -> None:
         """Say that a command failed; also that only once every rank has applied it."""
-        if world.rank == 0:
-            world.settle(command_id, lambda fault: self._mailbox.failed(command_id, error))
+        if group.rank == 0:
+            group.settle(command_id, lambda fault: self._mailbox.failed(command_id, error))
 
     def _settled(self, command_id: str, result: dict[str, Any], fault: str | None) -> None:
         if fault is None:

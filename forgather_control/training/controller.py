@@ -1,4 +1,4 @@
-"""One controlled job: it owns the directory, the server, the mailbox and the world, and knows when a command is over.
+"""One controlled job: it owns the directory, the server, the mailbox and the group, and knows when a command is over.
 
 Floor 4, training side. Imports all floors below; torch only by asking whether it is loaded.
 ``start``, ``step``, ``log``, ``saved`` and ``close`` run on the training thread of every rank, what answers
@@ -32,9 +32,9 @@ from ..errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, Job
 from ..jobs import directory, registry
 from ..jobs.record import JobRecord, check_job_id, jobs_dir
 from ..processes import usage
-from ..ranks import store_group
+from ..ranks import select
 from ..ranks.consensus import Calls
-from ..ranks.group import OneProcess, World
+from ..ranks.group import RankGroup, SingleProcess
 from ..server.dispatcher import PENDING, Later
 from ..server.file_requests import Files
 from ..server.server import LAST_WORDS, Server
@@ -96,7 +96,7 @@ class Controller:
         self._metrics: dict[str, Any] = {}
         self._logged = 0
         self._started_at = time.time()
-        self._world: World = OneProcess(self)
+        self._group: RankGroup = SingleProcess(self)
         self._snapshot = Snapshot(self._tell, self._mark, usage.vitals)
         self._census = Census(self._progress, lambda: self._thread.ident)
         self._server = Server(self._answer, self._tick, self._last_look)
@@ -121,7 +121,7 @@ class Controller:
             StartError: why this job cannot be controlled; nothing is left behind.
         """
         try:
-            self._world = store_group.of_this_job(
+            self._group = select.select_group(
                 self, self.job_id or "", self._progress.step, self._poll_steps, self._log_steps
             )
             self._join()
@@ -138,14 +138,14 @@ class Controller:
             if self.is_main:
                 self._publish()
         except Exception as err:
-            self._world.start(str(err))  # the others may be waiting for rank 0
+            self._group.start(str(err))  # the others may be waiting for rank 0
             raise
-        self._world.start()
+        self._group.start()
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which keeps the records and the files."""
-        return self._world.rank == 0
+        return self._group.rank == 0
 
     def _publish(self) -> None:
         usage.vitals()  # the first call only sets the mark to measure processor time from
@@ -165,7 +165,7 @@ class Controller:
     def _claim(self) -> directory.JobDirectory:
         opened = self._open_port()
         for job_id in self._candidates():
-            mine = directory.JobDirectory(job_id, self._server.listen, self._world.size)
+            mine = directory.JobDirectory(job_id, self._server.listen, self._group.size)
             if opened is not None:
                 mine.offer(*opened)
             try:
@@ -192,7 +192,7 @@ class Controller:
         self._progress.beat(step, epoch)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # begun on one thread, trained on another
-        if self._world.due(step):
+        if self._group.due(step):
             self._apply(step, loop)
 
     def beat(self, step: int, epoch: float | None = None) -> None:
@@ -200,9 +200,9 @@ class Controller:
         self._progress.beat(step, epoch)
 
     def _apply(self, step: int, loop: Loop) -> None:
-        calls = self._world.hear(step)
+        calls = self._group.receive(step)
         if calls:
-            self._ledger.apply(calls, loop, step, self._world)
+            self._ledger.apply(calls, loop, step, self._group)
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
@@ -211,15 +211,15 @@ class Controller:
 
     def saved(self, step: int, path: str) -> None:
         """Note that a checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
-        self._ledger.saved(step, path, self._world)
+        self._ledger.saved(step, path, self._group)
 
     def saves_nothing(self) -> None:
         """Note that the checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
-        self._ledger.saves_nothing(self._world)
+        self._ledger.saves_nothing(self._group)
 
     def save_failed(self, reason: str) -> None:
         """Note that the checkpoint that was asked for will not come, or this rank's part of it."""
-        self._ledger.fail_saves(self._world, reason, reason)
+        self._ledger.fail_saves(self._group, reason, reason)
 
     @property
     def last_step(self) -> int:
@@ -228,7 +228,7 @@ class Controller:
 
     def call(self, command: str) -> None:
         """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
-        self._world.call(command)
+        self._group.request(command)
 
     # End...
 
@@ -247,10 +247,10 @@ class Controller:
         self._closed = True
         _controllers.discard(self)
         self._remove_directory()
-        self._ledger.fail_saves(self._world, reason or "training ended before the checkpoint was saved", reason)
-        self._world.close(CLOSE_TIMEOUT, fault)
+        self._ledger.fail_saves(self._group, reason or "training ended before the checkpoint was saved", reason)
+        self._group.close(CLOSE_TIMEOUT, fault)
         self._census.close()
-        self._ledger.end(self._progress.step, reason, self._world)
+        self._ledger.end(self._progress.step, reason, self._group)
         self._mailbox.close(JobEnding(reason or "training ended before the command could be applied"))
         self._server.close(CLOSE_TIMEOUT)
         self._leave()
@@ -296,9 +296,9 @@ class Controller:
         """In a forked child: this copy controls nothing; its locks may be held by threads that do not exist here."""
         self._abandoned = True
         self._mailbox = Mailbox(lambda: None)
-        self._world = OneProcess(self)
+        self._group = SingleProcess(self)
 
-    # As world.Home: on any thread, as it says there...
+    # As group.Home: on any thread, as it says there...
 
     @property
     def pending(self) -> bool:
@@ -313,35 +313,35 @@ class Controller:
         """Queue them again."""
         self._ledger.put_back(calls)
 
-    def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
+    def all_applied(self, calls: Calls, step: int, fault: str | None) -> None:
         """All ranks applied them, or not all."""
         self._ledger.confirm(calls, step, fault)
 
     def submit(self, command: str) -> None:
         """A signal on some rank asks for this command."""
         self._ledger.submit(command)
-        self._world.wanted()
+        self._group.command_queued()
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What the other ranks are told of this process."""
         return self._census.about()
 
-    def tell(self, what: str) -> dict[str, Any]:
+    def answer(self, what: str) -> dict[str, Any]:
         """What this rank answers to a question."""
         return self._census.tell(what)
 
-    def meet(self, about: dict[int, dict[str, Any]]) -> None:
+    def all_joined(self, about: dict[int, dict[str, Any]]) -> None:
         """All ranks are there."""
         self._census.meet(about)
         with self._directory_lock:
             if self._directory is not None:
                 self._census.write(self._directory.path)
 
-    def changed(self) -> None:
+    def answers_changed(self) -> None:
         """An answer came in."""
         self._server.wake()
 
-    def cut_off(self, why: str) -> None:
+    def agreement_lost(self, why: str) -> None:
         """Nothing can be agreed any more: what is queued fails, what comes is refused, and training goes on."""
         if self._closed:
             return
@@ -359,7 +359,7 @@ class Controller:
         if params["wait"] != "accepted" and not isinstance(request.id, jsonrpc.NoId):
             self._server.check_room()  # who is told that there is none must not be carried out all the same
         record = self._mailbox.submit(method.name, params["command_id"])
-        self._world.wanted()
+        self._group.command_queued()
         return self._wait(record, params["wait"], params["timeout"])
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
@@ -427,7 +427,7 @@ class Controller:
             "status": self._word(),
             **self._progress.report(),
             "metrics": metrics.plain(self._metrics),
-            "world_size": self._world.size,
+            "world_size": self._group.size,
             "started_at": self._started_at,
             "commands": [command.to_json() for command in self._recent()],
         }
@@ -456,11 +456,11 @@ class Controller:
 
     def ranks(self, timeout: float) -> Any:
         """Where each rank is."""
-        return self._census.ask(self._world, "ranks", timeout)
+        return self._census.ask(self._group, "ranks", timeout)
 
     def stacks(self, timeout: float) -> Any:
         """Which code each rank's threads are in."""
-        return self._census.ask(self._world, "stacks", timeout)
+        return self._census.ask(self._group, "stacks", timeout)
 
     def list_jobs(self) -> list[dict[str, Any]]:
         """The jobs of the jobs directory, judged by their processes; asking them would block this thread."""

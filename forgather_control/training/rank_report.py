@@ -1,6 +1,6 @@
 """What ranks say of themselves, also while their training hangs: who is where, and in which line of code.
 
-Floor 3, training side: imports dump, exchange, process, progress, roster, stacks, vitals and world. Made and
+Floor 3, training side: imports dump, exchange, process, progress, roster, stacks, vitals and group. Made and
 closed on the training thread of every rank; ``tell`` runs on the ear's thread, on rank 0 the rest on the
 server's.
 """
@@ -16,7 +16,7 @@ from ..jobs import rank_processes
 from ..processes import stacks, usage
 from ..processes.liveness import Identity, myself
 from ..processes.stack_dump import Recorder
-from ..ranks.group import Inquiry, World
+from ..ranks.group import RankGroup, RankQuery
 from ..server.dispatcher import PENDING, Later
 from .progress import Progress
 
@@ -80,16 +80,16 @@ class Census:
         except OSError as err:
             log.warning("%s cannot be written: %s", rank_processes.ROSTER, err.strerror)
 
-    def ask(self, world: World, what: str, timeout: float) -> Any:
+    def ask(self, group: RankGroup, what: str, timeout: float) -> Any:
         """All ranks' answers in order: now, or ``Later``, when all that can have answered, or after ``timeout`` s."""
-        inquiry = world.inquire(what)
+        inquiry = group.query(what)
         deadline = time.monotonic() + timeout
 
         def poll() -> Any:
-            silent = any(rank not in inquiry.answers and world.state(rank) == "silent" for rank in range(world.size))
+            silent = any(rank not in inquiry.answers and group.state(rank) == "silent" for rank in range(group.size))
             if silent and time.monotonic() < deadline:
                 return PENDING
-            return [_row(world, inquiry, what, rank) for rank in range(world.size)]
+            return [_row(group, inquiry, what, rank) for rank in range(group.size)]
 
         return Later(poll, deadline) if (answers := poll()) is PENDING else answers
 
@@ -99,12 +99,12 @@ def _record(rank: int, about: dict[str, Any]) -> rank_processes.RankRecord:
     return rank_processes.RankRecord.of(rank, identity, about.get("stack_fd"))
 
 
-def _row(world: World, inquiry: Inquiry, what: str, rank: int) -> dict[str, Any]:
+def _row(group: RankGroup, inquiry: RankQuery, what: str, rank: int) -> dict[str, Any]:
     answer = inquiry.answers.get(rank)
-    about = world.about(rank)
+    about = group.description(rank)
     known = {"rank": rank, "host": about.get("host"), "pid": about.get("pid")}
-    state = world.state(rank) if answer is None else "answering"
+    state = group.state(rank) if answer is None else "answering"
     row = {**known, "state": state, **_UNKNOWN[what], **(answer or {})}
     if row.get("stacks") is not None:
-        row["stacks"] = row["stacks"][: _MAX_STACKS // world.size]
+        row["stacks"] = row["stacks"][: _MAX_STACKS // group.size]
     return row

@@ -52,7 +52,7 @@ def empty(step: int) -> None:
 
 
 class Rank:
-    """One of a world; what it measured goes through ``report``."""
+    """One of a group; what it measured goes through ``report``."""
 
     def __init__(self, rank: int, size: int, port: int) -> None:
         torch.set_num_threads(1)
@@ -115,14 +115,14 @@ class Rank:
 
 def listen(job: Any) -> list[int]:
     """A list that is filled by a step whose end has something to hear, or to ask."""
-    world, heard = job._controller._world, []
-    hear = world.hear
+    group, heard = job._controller._group, []
+    hear = group.receive
 
     def noted(step: int) -> Any:
         heard.append(step)
         return hear(step)
 
-    world.hear = noted
+    group.receive = noted
     return heard
 
 
@@ -185,7 +185,7 @@ def published(job: str) -> Any:
 
 
 def turn(size: int, latencies: Figures, figures: list[Figures]) -> None:
-    """One world, from its first rank to its last."""
+    """One group, from its first rank to its last."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
@@ -247,7 +247,7 @@ def show_commands(table: Table, size: int, ranks: list[Figures], latencies: Figu
 
 
 def measure() -> Iterator[Table]:
-    """One table, a group a world."""
+    """One table, a group a group."""
     figures: dict[int, list[Figures]] = {size: [defaultdict(list) for _ in range(size)] for size in SIZES}
     latencies: Figures = defaultdict(list)
     for _ in range(TURNS):

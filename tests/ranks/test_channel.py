@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from forgather_control.ranks.channel import Line, Voice
+from forgather_control.ranks.channel import StoreChannel, StoreSender
 
 from ..support.harness import MS, SOON, Process, needs_torch, until
 
@@ -40,17 +40,17 @@ class Rank:
         self.cuts: list[str] = []
         self.idles: queue.Queue[float] = queue.Queue()
         self.pause: float | None = None
-        self.reply: Callable[[list[Any], Voice], None] = lambda message, voice: None
-        self.line = Line(connect, rank, self.hear, lambda: self.pause, self.idle, self.cut)
+        self.reply: Callable[[list[Any], StoreSender], None] = lambda message, voice: None
+        self.line = StoreChannel(connect, rank, self.hear, lambda: self.pause, self.idle, self.cut)
 
-    def hear(self, message: list[Any], voice: Voice) -> None:
+    def hear(self, message: list[Any], voice: StoreSender) -> None:
         self.heard.put(message)
         self.reply(message, voice)
 
-    def cut(self, why: str, *voice: Voice) -> None:
+    def cut(self, why: str, *voice: StoreSender) -> None:
         self.cuts.append(why)
 
-    def idle(self, voice: Voice) -> None:
+    def idle(self, voice: StoreSender) -> None:
         self.pause = None
         self.idles.put(time.monotonic())
 
@@ -273,7 +273,7 @@ def test_what_hear_raises_cuts_the_line_once(connect):
 RANK = """
 import os, sys, threading, time
 import torch.distributed as dist
-from forgather_control.ranks.channel import Line
+from forgather_control.ranks.channel import StoreChannel
 
 how, port = sys.argv[1], int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, None, False)
@@ -284,7 +284,7 @@ def cuts(why, *voice):
     cut.set()
 
 connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
-line = Line(connect, 0, hear, lambda: None, print, cuts)
+line = StoreChannel(connect, 0, hear, lambda: None, print, cuts)
 line.start()
 line.say(lambda voice: voice.send([0], ["hello"]))
 if how == "speak":
@@ -346,7 +346,7 @@ def test_a_network_that_is_dead(server):
 EXITS = """
 import gc, os, sys, threading
 import torch.distributed as dist
-from forgather_control.ranks.channel import Line
+from forgather_control.ranks.channel import StoreChannel
 
 gc.freeze()  # of each end, half the time is the collection of torch's own modules
 
@@ -363,7 +363,7 @@ def become(number):
             voice.send([0], ["again"])
 
     connect = lambda: dist.PrefixStore(str(number), store.clone())
-    line = Line(connect, 0, hear, lambda: None, print, print)
+    line = StoreChannel(connect, 0, hear, lambda: None, print, print)
     line.start()
     line.say(lambda voice: voice.send([0], ["hello"]))
     heard.wait()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control.ranks.group import OneProcess
+from forgather_control.ranks.group import SingleProcess
 from forgather_control.training.command_queue import Mailbox
 from forgather_control.training.command_tracker import Ledger
 
 
-class Home:
-    """A job's side of a world, with a real mailbox."""
+class Delegate:
+    """A job's side of a group, with a real mailbox."""
 
     def __init__(self):
         self.mailbox = Mailbox(lambda: None)
         ledger = Ledger(self.mailbox, 0.0)
-        self.take, self.put_back, self.confirm, self.submit = (
+        self.take, self.put_back, self.all_applied, self.submit = (
             ledger.take,
             ledger.put_back,
             ledger.confirm,
@@ -28,62 +28,62 @@ class Home:
         """Whether commands wait."""
         return self.mailbox.pending
 
-    def about(self):
+    def describe(self):
         """What it says of its process."""
         return {"host": "here", "pid": 1}
 
-    def meet(self, about):
+    def all_joined(self, about):
         """All ranks are there."""
         self.met = about
 
-    def tell(self, what):
+    def answer(self, what):
         """Its answer."""
         return {"asked": what}
 
 
 @pytest.fixture
-def home():
+def delegate():
     """A job of one process."""
-    return Home()
+    return Delegate()
 
 
 @pytest.fixture
-def world(home):
-    """Its world, begun."""
-    made = OneProcess(home)
+def group(delegate):
+    """Its group, begun."""
+    made = SingleProcess(delegate)
     made.start()
     return made
 
 
-def test_one_process_is_all_ranks(home, world):
+def test_one_process_is_all_ranks(delegate, group):
     """It meets itself, knows itself, and knows nobody else."""
-    assert (world.rank, world.size, home.met) == (0, 1, {0: {"host": "here", "pid": 1}})
-    assert world.about(0) == home.about() and world.about(1) == {} and world.state(1) == "absent"
-    assert world.inquire("ranks").answers == {0: {"asked": "ranks"}}
+    assert (group.rank, group.size, delegate.met) == (0, 1, {0: {"host": "here", "pid": 1}})
+    assert group.description(0) == delegate.describe() and group.description(1) == {} and group.state(1) == "absent"
+    assert group.query("ranks").answers == {0: {"asked": "ranks"}}
 
 
-def test_what_it_holds_all_hold(home, world):
+def test_what_it_holds_all_hold(delegate, group):
     """A command is due at once, heard once, applied when it is applied, and settled when it says so."""
-    assert not world.due(1)
-    home.mailbox.submit("save_checkpoint", "id")
-    assert world.due(2)
-    calls = world.hear(2)
-    assert calls == [["id", "save_checkpoint", False]] and not world.due(3)
-    world.applied(calls, 2)
-    assert (home.mailbox.get("id").state, home.mailbox.get("id").applied_at_step) == ("applied", 2)
+    assert not group.due(1)
+    delegate.mailbox.submit("save_checkpoint", "id")
+    assert group.due(2)
+    calls = group.receive(2)
+    assert calls == [["id", "save_checkpoint", False]] and not group.due(3)
+    group.applied(calls, 2)
+    assert (delegate.mailbox.get("id").state, delegate.mailbox.get("id").applied_at_step) == ("applied", 2)
     told = []
-    world.settle("id", told.append)
+    group.settle("id", told.append)
     assert told == [None]
 
 
-def test_a_signal_is_a_command_at_the_next_step(home, world):
+def test_a_signal_is_a_command_at_the_next_step(delegate, group):
     """It is only noted when it comes, as the interrupted thread may hold any lock."""
-    world.call("abort")
-    assert not home.pending and world.due(1)
-    assert [call[1] for call in world.hear(1)] == ["abort"] and not world.due(2)
+    group.request("abort")
+    assert not delegate.pending and group.due(1)
+    assert [call[1] for call in group.receive(1)] == ["abort"] and not group.due(2)
 
 
-def test_a_job_that_cannot_start_meets_nobody(home):
+def test_a_job_that_cannot_start_meets_nobody(delegate):
     """Its adapter says why; nothing is left to be told."""
-    OneProcess(home).start("the job id is taken")
-    assert home.met is None
+    SingleProcess(delegate).start("the job id is taken")
+    assert delegate.met is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import re
@@ -17,12 +16,11 @@ from typing import Any
 
 import pytest
 
-from forgather_control import TrainingJob, connect, errors
+from forgather_control import connect, errors
 from forgather_control.errors import CommandFailed, JobEnding
-from forgather_control.ranks import consensus, store_group
-from forgather_control.ranks.channel import Voice
-from forgather_control.ranks.group import OneProcess
-from forgather_control.ranks.store_group import Ranks
+from forgather_control.ranks import consensus
+from forgather_control.ranks.channel import StoreSender
+from forgather_control.ranks.store_group import StoreGroup
 from forgather_control.training.command_queue import Mailbox
 
 from ..support.harness import MS, SOON, cli, needs_torch, until
@@ -41,14 +39,14 @@ STOPS = ("save_and_stop", "graceful_stop", "abort")
 # A rank without a trainer...
 
 
-class Home:
+class Delegate:
     """What a rank has instead of a controller: a real mailbox, and a note of all it was told."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.mailbox = Mailbox(lambda: None)
         self.told: list[tuple[str, Any]] = []
-        self.answer: Callable[[str], dict[str, Any]] = lambda what: {"rank": rank, "what": what}
+        self.reply: Callable[[str], dict[str, Any]] = lambda what: {"rank": rank, "what": what}
 
     @property
     def pending(self) -> bool:
@@ -60,8 +58,8 @@ class Home:
     def put_back(self, calls: Any) -> None:
         self.mailbox.put_back([call[0] for call in calls])
 
-    def confirm(self, calls: Any, step: int, fault: str | None) -> None:
-        self.told.append(("confirm", (calls, step, fault)))
+    def all_applied(self, calls: Any, step: int, fault: str | None) -> None:
+        self.told.append(("applied", (calls, step, fault)))
         for command_id, command, _ in calls:
             if fault is None:
                 self.mailbox.applied(command_id, step)
@@ -70,22 +68,22 @@ class Home:
 
     def submit(self, command: str) -> None:
         self.mailbox.submit(command, None)
-        self.world.wanted()
+        self.group.command_queued()
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"pid": self.rank}
 
-    def tell(self, what: str) -> dict[str, Any]:
-        return self.answer(what)
+    def answer(self, what: str) -> dict[str, Any]:
+        return self.reply(what)
 
-    def meet(self, about: dict[int, dict[str, Any]]) -> None:
-        self.told.append(("meet", dict(about)))
+    def all_joined(self, about: dict[int, dict[str, Any]]) -> None:
+        self.told.append(("joined", dict(about)))
 
-    def changed(self) -> None:
+    def answers_changed(self) -> None:
         self.told.append(("changed", None))
 
-    def cut_off(self, why: str) -> None:
-        self.told.append(("cut", why))
+    def agreement_lost(self, why: str) -> None:
+        self.told.append(("lost", why))
         self.mailbox.refuse(JobEnding(why))
 
 
@@ -93,8 +91,8 @@ class Rank:
     """A rank that trains in a thread: ``steps`` of them, each as long as ``pace`` says, and what it applied."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, size: int, steps: int = 10**9) -> None:
-        self.home = Home(rank)
-        self.world = self.home.world = Ranks(self.home, rank, size, connect, 0)
+        self.delegate = Delegate(rank)
+        self.group = self.delegate.group = StoreGroup(self.delegate, rank, size, connect, 0)
         self.rank, self.steps, self.step = rank, steps, 0
         self.pace: Callable[[int], None] = lambda step: time.sleep(0.3 * MS)
         self.keep: Callable[[int], str | None] = lambda step: None
@@ -107,10 +105,10 @@ class Rank:
 
     @property
     def mailbox(self) -> Mailbox:
-        return self.home.mailbox
+        return self.delegate.mailbox
 
     def begin(self) -> Rank:
-        self.world.start()
+        self.group.start()
         self.thread.start()
         return self
 
@@ -128,13 +126,13 @@ class Rank:
 
     def end_step(self, step: int) -> None:
         self.step = step
-        if not self.world.due(step):
+        if not self.group.due(step):
             return
         self.holds += 1
-        calls = self.world.hear(step)
+        calls = self.group.receive(step)
         if not calls:
             return
-        self.world.applied(calls, step)
+        self.group.applied(calls, step)
         self.applied.append((step, calls))
         self.stop |= any(call[1] in STOPS for call in calls)
         if any(call[1] in SAVES for call in calls):
@@ -144,8 +142,8 @@ class Rank:
         fault = self.keep(step)
         for command_id, command, _ in calls if self.rank == 0 and fault is None else ():
             if command == "save_checkpoint":
-                self.world.settle(command_id, lambda why, name=command_id: self.settled(name, step, why))
-        self.world.kept(fault)
+                self.group.settle(command_id, lambda why, name=command_id: self.settled(name, step, why))
+        self.group.kept(fault)
 
     def settled(self, command_id: str, step: int, fault: str | None) -> None:
         if fault is None:
@@ -154,17 +152,17 @@ class Rank:
             self.mailbox.failed(command_id, CommandFailed(fault))
 
     def end(self) -> None:
-        self.world.close(SOON, self.fault)
+        self.group.close(SOON, self.fault)
         for step, calls in self.applied if self.rank == 0 else ():
             for command_id, command, _ in calls:
                 if command in STOPS:
-                    self.world.settle(command_id, lambda why, name=command_id, step=step: self.settled(name, step, why))
+                    self.group.settle(command_id, lambda why, name=command_id, step=step: self.settled(name, step, why))
         self.mailbox.close(JobEnding("training ended"))
 
     def order(self, command: str) -> str:
         """Submit it as a client would; its id."""
         record = self.mailbox.submit(command, None)
-        self.world.wanted()
+        self.group.command_queued()
         return record.command_id
 
     def state(self, command_id: str) -> str:
@@ -196,7 +194,7 @@ def training(connect: Callable[[], Any], size: int, *, begin: bool = True, **opt
                 rank.thread.join(SOON)
         assert not any(rank.thread.is_alive() for rank in made)
         assert not any(rank.errors for rank in made)
-    threads = [thread for rank in made for thread in rank.world._line._threads]
+    threads = [thread for rank in made for thread in rank.group._line._threads]
     until(lambda: not any(thread.is_alive() for thread in threads))
 
 
@@ -266,7 +264,7 @@ def same(made: list[Rank]) -> None:
     assert all(rank.applied == made[0].applied for rank in made), [rank.applied for rank in made]
     names = [call[0] for _, calls in made[0].applied for call in calls]
     assert len(names) == len(set(names)), "applied twice"
-    assert all(rank.world._line._threads[0].is_alive() is False for rank in made)
+    assert all(rank.group._line._threads[0].is_alive() is False for rank in made)
 
 
 def true_records(first: Rank, ids: list[str]) -> None:
@@ -289,7 +287,7 @@ def test_an_idle_step_holds_nobody(store):
     with training(store, 3, steps=300) as made:
         until(lambda: all(not rank.thread.is_alive() for rank in made))
         assert [rank.holds for rank in made] == [0, 0, 0]
-        (met,) = [told for told in made[0].home.told if told[0] == "meet"]
+        (met,) = [told for told in made[0].delegate.told if told[0] == "joined"]
         assert met[1] == {rank: {"pid": rank} for rank in range(3)}
 
 
@@ -303,7 +301,7 @@ def test_a_rank_that_is_not_there_yet(store):
         begun = made[1].step
         until(lambda: made[1].step > begun + 100)
         assert [made[0].state(name), made[0].holds, made[1].holds] == ["accepted", 0, 0]
-        assert [made[0].world.state(rank) for rank in range(3)] == ["silent", "silent", "absent"]
+        assert [made[0].group.state(rank) for rank in range(3)] == ["silent", "silent", "absent"]
         made[2].pace = lambda step: None if step < made[0].step else time.sleep(0.3 * MS)
         made[2].begin()
         until(lambda: all(rank.applied for rank in made))
@@ -389,7 +387,7 @@ def test_a_rank_that_ends_early(store):
         made[2].steps = 5
         for rank in made:
             rank.begin()
-        until(lambda: made[0].world.state(2) == "ended")
+        until(lambda: made[0].group.state(2) == "ended")
         name = made[0].order("save_checkpoint")
         until(lambda: made[0].state(name) == "finished")
         made[0].order("graceful_stop")
@@ -405,7 +403,7 @@ def test_a_rank_that_gives_up(store):
         made[1].steps, made[1].fault = 5, "it broke"
         for rank in made:
             rank.begin()
-        until(lambda: ("cut", "rank 1: it broke") in made[0].home.told)
+        until(lambda: ("lost", "rank 1: it broke") in made[0].delegate.told)
         with pytest.raises(JobEnding, match="it broke"):
             made[0].order("save_checkpoint")
         begun = made[2].step
@@ -480,12 +478,12 @@ def test_a_rank_that_gives_up_before_its_shard_is_written(store):
 
 @needs_torch
 def test_a_rank_whose_control_cannot_start(store):
-    """What its home raises comes out, and no thread is left that would have to end."""
+    """What its delegate raises comes out, and no thread is left that would have to end."""
     rank = Rank(store, 1, 2)
-    rank.home.about = lambda: {}["nothing"]
+    rank.delegate.describe = lambda: {}["nothing"]
     with pytest.raises(KeyError):
-        rank.world.start()
-    assert not any(thread.is_alive() for thread in rank.world._line._threads)
+        rank.group.start()
+    assert not any(thread.is_alive() for thread in rank.group._line._threads)
 
 
 # The line in pieces...
@@ -521,7 +519,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def torn(rank: Rank, connect: Callable[[], Any]) -> None:
     """Have a rank speak over another store."""
-    rank.world = rank.home.world = Ranks(rank.home, rank.rank, rank.world.size, connect, 0)
+    rank.group = rank.delegate.group = StoreGroup(rank.delegate, rank.rank, rank.group.size, connect, 0)
 
 
 def goes_on(*made: Rank) -> None:
@@ -535,7 +533,7 @@ class Leader:
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.store, self.heard = connect(), 0
-        self.voice = Voice(connect())
+        self.voice = StoreSender(connect())
 
     def send(self, *message: Any) -> None:
         self.voice.send([1], list(message))
@@ -613,8 +611,8 @@ def test_the_store_breaks_as_a_round_is_decided(store, patient):
         until(lambda: made[0].mailbox.get(name).is_final)
         assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
         goes_on(*made)
-        cuts = [told for told in made[0].home.told if told[0] == "cut"]
-        assert cuts == [("cut", "RuntimeError: Connection reset by peer")]
+        cuts = [told for told in made[0].delegate.told if told[0] == "lost"]
+        assert cuts == [("lost", "RuntimeError: Connection reset by peer")]
     assert not any(rank.applied for rank in made)
 
 
@@ -656,18 +654,18 @@ def test_a_rank_is_told_before_the_leader(store, hasty):
     def send(key: str, data: str) -> None:
         real.set(key, data)
         if '"ask"' in data:  # so that it is the mouth that decides, and the ear that hears what comes too early
-            until(lambda: 1 in made[0].world._leader._answers)
+            until(lambda: 1 in made[0].group._leader._answers)
 
     with training(store, 2, begin=False) as made:
         torn(made[0], lambda: Torn(store(), compare_set=stuck, set=send))
         made[0].pace = lambda step: back.wait(SOON) and time.sleep(0.3 * MS)  # in a long step
         for rank in made:
             rank.begin()
-        until(lambda: "meet" in dict(made[0].home.told))
+        until(lambda: "joined" in dict(made[0].delegate.told))
         name = made[0].order("save_checkpoint")
         until(lambda: made[1].applied)
         count = int(real.add("0/count", 0))
-        until(lambda: made[0].world._line._next > count)
+        until(lambda: made[0].group._line._next > count)
         hasty()
         back.set()
         until(lambda: made[0].state(name) == "finished")
@@ -745,7 +743,7 @@ def test_the_line_breaks_with_a_list_on_its_way(store, patient):
         name = made[0].order("save_checkpoint")
         until(lambda: made[0].applied)
         broken.set()
-        made[1].world.call("graceful_stop")
+        made[1].group.request("graceful_stop")
         until(lambda: made[0].mailbox.get(name).is_final)
         assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
         at_step.set()
@@ -765,10 +763,10 @@ def test_any_rank_may_call(store):
             rank.begin()
         for rank in made:
             before = len(made[0].applied)
-            rank.world.call("save_checkpoint")
+            rank.group.request("save_checkpoint")
             until(lambda before=before: len(made[0].applied) > before)
         until(lambda: is_final(made[0]))
-        made[2].world.call("graceful_stop")
+        made[2].group.request("graceful_stop")
         until(lambda: all(rank.stop for rank in made))
     same(made)
     assert [calls[0][1] for _, calls in made[0].applied] == ["save_checkpoint"] * 3 + ["graceful_stop"]
@@ -780,10 +778,10 @@ def test_calls_in_a_signal_handler(store):
     with training(store, 2, begin=False) as made:
         first, other = made
         first.thread = threading.Thread()  # it trains here, where signals are handled
-        first.world.start()
+        first.group.start()
         other.begin()
         seen = []
-        before = signal.signal(signal.SIGALRM, lambda *_: (seen.append(1), first.world.call("save_checkpoint")))
+        before = signal.signal(signal.SIGALRM, lambda *_: (seen.append(1), first.group.request("save_checkpoint")))
         signal.setitimer(signal.ITIMER_REAL, MS, MS)
         try:
             step = 0
@@ -809,68 +807,23 @@ def test_a_question_to_all(store):
     late, at_step = threading.Event(), threading.Event()
     with training(store, 4, begin=False) as made:
         made[1].pace = lambda step: at_step.wait(SOON)
-        made[2].home.answer = lambda what: late.wait(SOON) and {"late": what}
+        made[2].delegate.reply = lambda what: late.wait(SOON) and {"late": what}
         made[3].steps = 3
         for rank in made:
             rank.begin()
-        until(lambda: made[0].world.state(3) == "ended")
-        first = made[0].world.inquire("ranks")
+        until(lambda: made[0].group.state(3) == "ended")
+        first = made[0].group.query("ranks")
         until(lambda: 1 in first.answers)
-        second = made[0].world.inquire("stacks")
+        second = made[0].group.query("stacks")
         until(lambda: 1 in second.answers)
         assert first.answers == {rank: {"rank": rank, "what": "ranks"} for rank in (0, 1)}
-        assert [made[0].world.state(rank) for rank in range(4)] == ["silent", "silent", "silent", "ended"]
+        assert [made[0].group.state(rank) for rank in range(4)] == ["silent", "silent", "silent", "ended"]
         late.set()
         until(lambda: 2 in first.answers and 2 in second.answers)
         assert (first.answers[2], second.answers[2]) == ({"late": "ranks"}, {"late": "stacks"})
-        assert ("changed", None) in made[0].home.told
-        assert made[0].world.about(1) == {"pid": 1} and not any(rank.holds for rank in made)
+        assert ("changed", None) in made[0].delegate.told
+        assert made[0].group.description(1) == {"pid": 1} and not any(rank.holds for rank in made)
         at_step.set()
-
-
-# The choice...
-
-
-def choose(name: str = "", **options: Any) -> Any:
-    return store_group.of_this_job(Home(0), name, 0, options.get("poll_steps"))
-
-
-@pytest.mark.parametrize("size", ["1", "", "many"])
-def test_an_environment_without_other_ranks_is_one_process(monkeypatch, size):
-    """torchrun with one process, or nonsense in WORLD_SIZE."""
-    monkeypatch.setenv("WORLD_SIZE", size)
-    world = choose()
-    assert isinstance(world, OneProcess) and (world.rank, world.size) == (0, 1)
-
-
-def test_several_ranks_without_a_group_train_on_uncontrolled(monkeypatch, caplog, jobs_dir):
-    """One rank that stops alone leaves the others waiting for ever: so the job says why, and trains."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(errors.Unsupported, match="4 ranks"):
-        choose()
-    with caplog.at_level(logging.WARNING), TrainingJob("job") as job:
-        job.step(1)
-    (warning,) = caplog.records
-    assert "4 ranks" in warning.getMessage() and not (jobs_dir / "job").exists()
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", float("nan")])
-def test_poll_steps_that_are_none(steps):
-    """Every so many steps, from one."""
-    with pytest.raises(errors.InvalidParams, match="poll_steps"):
-        store_group.check_steps(steps)
-
-
-@needs_torch
-def test_a_group_of_one_is_one_process(tmp_path):
-    """Whatever its store."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        assert isinstance(choose(), OneProcess)
-    finally:
-        dist.destroy_process_group()
 
 
 # Under torchrun...

@@ -159,15 +159,15 @@ class Job:
         self.flags: list[tuple[int, bool, bool, bool]] = []
         self.step = 0
 
-    def listen(self, world: Any) -> None:
+    def listen(self, group: Any) -> None:
         """Note what this rank applies, where it tells the others of it."""
-        tell = world.applied
+        tell = group.applied
 
         def applied(calls: Any, step: int) -> None:
             self.applied.append((step, [call[:2] for call in calls]))
             tell(calls, step)
 
-        world.applied = applied
+        group.applied = applied
 
     def sleep(self, seconds: float) -> None:
         """At most that long; longer in some ranks than in others."""
@@ -183,7 +183,7 @@ class Job:
         me.now.is_("before", 0)
         with TrainingJob(plan.job_id, max_steps=plan.steps, poll_steps=plan.poll_steps) as job:
             controller = job._controller
-            self.listen(controller._world)
+            self.listen(controller._group)
             self.wait_for_the_test()
             for self.step in range(1, plan.steps + 1):
                 self.one_step(job)

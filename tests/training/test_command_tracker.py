@@ -13,7 +13,7 @@ COMMANDS = [method.name for method in TABLE.values() if method.is_command]
 
 
 class Ranks:
-    """A world of which each side is written down: what this rank said, and what waits for the others."""
+    """A group of which each side is written down: what this rank said, and what waits for the others."""
 
     size = 2
 
@@ -23,15 +23,15 @@ class Ranks:
         self.outcomes = {}
 
     def applied(self, calls, step):
-        """As ``World``."""
+        """As ``RankGroup``."""
         self.said.append(("applied", [call[0] for call in calls], step))
 
     def kept(self, fault=None):
-        """As ``World``."""
+        """As ``RankGroup``."""
         self.said.append(("kept", fault))
 
     def settle(self, command_id, outcome):
-        """As ``World``; the test says when the others are done."""
+        """As ``RankGroup``; the test says when the others are done."""
         self.outcomes[command_id] = outcome
 
     def all_done(self):
@@ -47,105 +47,105 @@ def box():
 
 
 @pytest.fixture
-def world():
+def group():
     """Rank 0 of two."""
     return Ranks()
 
 
-def apply(ledger, box, world, *commands, step=1):
+def apply(ledger, box, group, *commands, step=1):
     """Submit each command under its own name, and apply them all at one step."""
     wishes = Wishes()
     for command in commands:
         box.submit(command, command)
     calls = ledger.take()
-    ledger.apply(calls, wishes, step, world)
+    ledger.apply(calls, wishes, step, group)
     ledger.confirm(calls, step, None)
     return wishes
 
 
-def test_a_save_is_over_once_the_others_have_written_theirs(box, world):
+def test_a_save_is_over_once_the_others_have_written_theirs(box, group):
     """Not when rank 0 has; its result is that of rank 0."""
     ledger = Ledger(box, 0.0)
-    apply(ledger, box, world, "save_checkpoint", step=7)
-    ledger.saved(7, "/c-7", world)
-    assert box.get("save_checkpoint").state == "applied" and world.said[-1] == ("kept", None)
-    world.outcomes["save_checkpoint"](None)
+    apply(ledger, box, group, "save_checkpoint", step=7)
+    ledger.saved(7, "/c-7", group)
+    assert box.get("save_checkpoint").state == "applied" and group.said[-1] == ("kept", None)
+    group.outcomes["save_checkpoint"](None)
     record = box.get("save_checkpoint")
     assert (record.state, record.applied_at_step, record.result["path"]) == ("finished", 7, "/c-7")
 
 
-def test_a_save_that_another_rank_could_not_finish_has_failed(box, world):
+def test_a_save_that_another_rank_could_not_finish_has_failed(box, group):
     """With what rank 0 did save, and the other's reason."""
     ledger = Ledger(box, 0.0)
-    apply(ledger, box, world, "save_checkpoint")
-    ledger.saved(1, "/c-1", world)
-    world.outcomes["save_checkpoint"]("rank 1: disk full")
+    apply(ledger, box, group, "save_checkpoint")
+    ledger.saved(1, "/c-1", group)
+    group.outcomes["save_checkpoint"]("rank 1: disk full")
     record = box.get("save_checkpoint")
     assert record.state == "failed" and "disk full" in record.error["message"] and record.result["path"] == "/c-1"
 
 
 @pytest.mark.parametrize("command", ["graceful_stop", "save_and_stop", "abort"])
-def test_a_stop_is_over_when_training_has_ended(box, world, command):
+def test_a_stop_is_over_when_training_has_ended(box, group, command):
     """Not before; until then the job is stopping."""
     ledger = Ledger(box, 0.0)
-    apply(ledger, box, world, command, step=3)
+    apply(ledger, box, group, command, step=3)
     if command == "save_and_stop":
-        ledger.saved(3, "/c-3", world)
-    assert ledger.ends and box.get(command).state == "applied" and not world.outcomes
-    ledger.end(3, None, world)
-    world.outcomes[command](None)
+        ledger.saved(3, "/c-3", group)
+    assert ledger.ends and box.get(command).state == "applied" and not group.outcomes
+    ledger.end(3, None, group)
+    group.outcomes[command](None)
     path = "/c-3" if command == "save_and_stop" else None
     assert (box.get(command).state, box.get(command).result["path"]) == ("finished", path)
     assert box.get(command).result["step"] == 3 and not ledger.ends
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_training_that_raised_fails_what_waited_for_it(box, world, command):
+def test_training_that_raised_fails_what_waited_for_it(box, group, command):
     """Each command that is not over says what ended the run."""
     ledger = Ledger(box, 0.0)
-    apply(ledger, box, world, command)
-    ledger.fail_saves(world, "training ended by ValueError", "training ended by ValueError")
+    apply(ledger, box, group, command)
+    ledger.fail_saves(group, "training ended by ValueError", "training ended by ValueError")
     assert box.get(command).state == "applied", "all ranks applied it: that is told first"
-    world.all_done()
-    ledger.end(1, "training ended by ValueError", world)
+    group.all_done()
+    ledger.end(1, "training ended by ValueError", group)
     record = box.get(command)
     assert record.state == "failed" and "ValueError" in record.error["message"]
 
 
-def test_an_abort_fails_the_saves_before_it(box, world):
+def test_an_abort_fails_the_saves_before_it(box, group):
     """No checkpoint is written after it, so they will not come."""
     ledger = Ledger(box, 0.0)
-    apply(ledger, box, world, "save_checkpoint", "abort")
-    world.all_done()
+    apply(ledger, box, group, "save_checkpoint", "abort")
+    group.all_done()
     assert box.get("save_checkpoint").state == "failed" and "abort" in box.get("save_checkpoint").error["message"]
     assert box.get("abort").state == "applied"
 
 
-def test_a_save_that_fails_takes_no_other_stop_with_it(box, world):
+def test_a_save_that_fails_takes_no_other_stop_with_it(box, group):
     """A save-and-stop failed; a stop beside it is finished when training ends."""
     ledger = Ledger(box, 0.0)
-    apply(ledger, box, world, "save_and_stop", "graceful_stop")
-    ledger.fail_saves(world, "disk full", "disk full")
-    assert world.said[-1] == ("kept", "disk full")
-    world.all_done()
+    apply(ledger, box, group, "save_and_stop", "graceful_stop")
+    ledger.fail_saves(group, "disk full", "disk full")
+    assert group.said[-1] == ("kept", "disk full")
+    group.all_done()
     assert box.get("save_and_stop").state == "failed"
-    ledger.end(1, None, world)
-    world.outcomes["graceful_stop"](None)
-    assert list(world.outcomes) == ["graceful_stop"] and box.get("graceful_stop").state == "finished"
+    ledger.end(1, None, group)
+    group.outcomes["graceful_stop"](None)
+    assert list(group.outcomes) == ["graceful_stop"] and box.get("graceful_stop").state == "finished"
 
 
 def test_another_rank_has_no_records(box):
     """It runs the same effects and reports its part; the mailbox is rank 0's."""
-    ledger, world, wishes = Ledger(box, 0.0), Ranks(rank=1), Wishes()
+    ledger, group, wishes = Ledger(box, 0.0), Ranks(rank=1), Wishes()
     calls = [["id", "save_checkpoint", False], ["other", "graceful_stop", False]]
-    ledger.apply(calls, wishes, 4, world)
-    assert wishes.save and wishes.stop and world.said == [("applied", ["id", "other"], 4)]
-    ledger.saved(4, "/c-4", world)
-    ledger.saves_nothing(world)
-    ledger.fail_saves(world, "late", "late")
-    ledger.end(4, None, world)
-    assert world.said[1:] == [("kept", None), ("kept", None), ("kept", "late")]
-    assert world.outcomes == {} and box.records() == []
+    ledger.apply(calls, wishes, 4, group)
+    assert wishes.save and wishes.stop and group.said == [("applied", ["id", "other"], 4)]
+    ledger.saved(4, "/c-4", group)
+    ledger.saves_nothing(group)
+    ledger.fail_saves(group, "late", "late")
+    ledger.end(4, None, group)
+    assert group.said[1:] == [("kept", None), ("kept", None), ("kept", "late")]
+    assert group.outcomes == {} and box.records() == []
 
 
 def test_what_not_all_ranks_applied_has_failed(box):
@@ -165,27 +165,27 @@ def test_what_is_put_back_is_taken_again(box):
     assert ledger.take() == calls == [["abort", "abort", False]]
 
 
-def test_only_a_signals_save_and_stop_is_spared(box, world):
+def test_only_a_signals_save_and_stop_is_spared(box, group):
     """And only while a checkpoint is young; its record then names that one."""
     ledger = Ledger(box, 1e6)
     ledger.submit("save_and_stop")
     assert [call[2] for call in ledger.take()] == [False], "there is no checkpoint yet"
-    ledger.saved(2, "/c-2", world)
+    ledger.saved(2, "/c-2", group)
     for command, by_signal, spared in (("save_checkpoint", True, False), ("abort", False, False)):
         ledger.submit(command) if by_signal else box.submit(command, None)
         assert [call[2] for call in ledger.take()] == [spared]
 
 
-def test_a_spared_stop_names_the_checkpoint_there_is(box, world):
+def test_a_spared_stop_names_the_checkpoint_there_is(box, group):
     """It ends as a stop does, and saves nothing."""
     ledger, wishes = Ledger(box, 1e6), Wishes()
-    ledger.saved(2, "/c-2", world)
+    ledger.saved(2, "/c-2", group)
     ledger.submit("save_and_stop")
     (call,) = calls = ledger.take()
-    ledger.apply(calls, wishes, 3, world)
+    ledger.apply(calls, wishes, 3, group)
     assert call[2] and wishes.stop and wishes.spare and not wishes.save
-    ledger.end(3, None, world)
-    world.outcomes[call[0]](None)
+    ledger.end(3, None, group)
+    group.outcomes[call[0]](None)
     assert box.get(call[0]).result == {"step": 2, "path": "/c-2", "seconds": 0.0}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from forgather_control.jobs import rank_processes
 from forgather_control.processes.liveness import myself
-from forgather_control.ranks.group import Inquiry
+from forgather_control.ranks.group import RankQuery
 from forgather_control.server.dispatcher import PENDING, Later
 from forgather_control.training.progress import Progress
 from forgather_control.training.rank_report import Census
@@ -30,17 +30,17 @@ class Ranks:
         self.inquiry = None
         self._census = census
 
-    def inquire(self, what):
-        """As ``World``."""
-        self.inquiry = Inquiry({0: self._census.tell(what)})
+    def query(self, what):
+        """As ``RankGroup``."""
+        self.inquiry = RankQuery({0: self._census.tell(what)})
         return self.inquiry
 
     def state(self, rank):
-        """As ``World``."""
+        """As ``RankGroup``."""
         return self.states[rank]
 
-    def about(self, rank):
-        """As ``World``; an absent rank has said nothing."""
+    def description(self, rank):
+        """As ``RankGroup``; an absent rank has said nothing."""
         return {} if self.states[rank] == "absent" else {"host": f"node{rank}", "pid": 100 + rank}
 
 
@@ -63,10 +63,10 @@ def test_one_rank_answers_at_once(census):
 
 def test_the_answer_waits_for_the_others_and_no_longer(census):
     """For those that can answer: who has ended, or was never there, is not waited for."""
-    world = Ranks(census, "silent", "silent", "ended", "absent")
-    later = census.ask(world, "ranks", SOON)
+    group = Ranks(census, "silent", "silent", "ended", "absent")
+    later = census.ask(group, "ranks", SOON)
     assert isinstance(later, Later) and later.poll() is PENDING
-    world.inquiry.answers[1] = {"host": "node1", "pid": 101, "step": 4}
+    group.inquiry.answers[1] = {"host": "node1", "pid": 101, "step": 4}
     rows = later.poll()
     assert [row["state"] for row in rows] == ["answering", "answering", "ended", "absent"]
     assert [row["step"] for row in rows] == [5, 4, None, None]
@@ -75,8 +75,8 @@ def test_the_answer_waits_for_the_others_and_no_longer(census):
 
 def test_who_is_late_is_silent(census):
     """The deadline names him, with what is known of him, and holds up nobody else."""
-    world = Ranks(census, "silent", "silent")
-    later = census.ask(world, "stacks", 20 * MS)
+    group = Ranks(census, "silent", "silent")
+    later = census.ask(group, "stacks", 20 * MS)
     rows = until(lambda: (answer := later.poll()) is not PENDING and answer)
     assert time.monotonic() >= later.deadline
     assert [row["state"] for row in rows] == ["answering", "silent"]
@@ -93,9 +93,9 @@ def test_the_stacks_begin_with_the_thread_that_trains(census):
 def test_stacks_of_many_ranks_fit_into_one_reply(census, monkeypatch):
     """Each has its share of the room."""
     monkeypatch.setattr("forgather_control.training.rank_report._MAX_STACKS", 1000)
-    world = Ranks(census, *["silent"] * 10)
-    later = census.ask(world, "stacks", SOON)
-    world.inquiry.answers.update({rank: {"stacks": "x" * 5000} for rank in range(1, 10)})
+    group = Ranks(census, *["silent"] * 10)
+    later = census.ask(group, "stacks", SOON)
+    group.inquiry.answers.update({rank: {"stacks": "x" * 5000} for rank in range(1, 10)})
     assert sum(len(row["stacks"]) for row in later.poll()) <= 1000
 
 

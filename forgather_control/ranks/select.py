@@ -1,0 +1,116 @@
+"""Which group this job uses: one process, ranks with a shared store, or ranks that poll.
+
+The one module that asks torch.distributed, as it finds it loaded, whether there are other ranks and what store they
+share.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+from ..errors import InvalidParams, Unsupported
+from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
+from .store_group import StoreGroup
+
+log = logging.getLogger("forgather_control")
+
+#: Steps between two polls where ranks must poll and neither the caller nor the trainer says how many.
+POLL_STEPS: Final = 50
+
+
+def select_group(
+    delegate: RankGroupDelegate, name: str, step: int, poll_steps: int | None, log_steps: int | None = None
+) -> RankGroup:
+    """The group this process trains in. On the training thread of every rank; no collective.
+
+    The way must be the same on all ranks, so nothing but what is the same on all of them decides.
+
+    Args:
+        name: the job id that was asked for, or nothing; the same on all ranks.
+        step: where training begins.
+        poll_steps: ask at every so many steps, rather than never.
+        log_steps: how often to ask where ranks must and nothing is chosen.
+
+    Raises:
+        Unsupported: there are other ranks, and no way to agree with them. To act on one of them alone
+            would leave the others waiting in a collective for ever, so nothing is better than that.
+    """
+    dist = _distributed()
+    if dist is None:
+        return SingleProcess(delegate)
+    rank, size = int(dist.get_rank()), int(dist.get_world_size())
+    store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared_store(dist)
+    if store is None:
+        steps = poll_steps or log_steps or POLL_STEPS
+        if rank == 0:
+            log.info("ranks ask one another for commands at every %d steps: %s", steps, why)
+        return PollingGroup(delegate, rank, size, steps)
+    if rank == 0:
+        log.info("ranks agree on commands over the %s of torch.distributed, and ask nothing while there are none", why)
+    try:
+        return StoreGroup(delegate, rank, size, _connector(dist, store, name), step)
+    except RuntimeError as err:  # torch's DistError is one
+        raise Unsupported(
+            f"the {why} of torch.distributed cannot be reached: {str(err).partition(chr(10))[0]}"
+        ) from err
+
+
+def check_steps(steps: Any) -> int:
+    """``steps`` itself.
+
+    Raises:
+        InvalidParams: it is no positive whole number.
+    """
+    if type(steps) is not int or steps < 1:
+        raise InvalidParams(f"poll_steps must be a number of steps from 1, or None, not {ascii(steps)[:80]}")
+    return steps
+
+
+def _distributed() -> Any:
+    """torch.distributed, if this process is one of several ranks; ``None`` if it is alone."""
+    # Whoever trains with several ranks has imported torch; whoever has not must not pay for it here.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed if torch.distributed.get_world_size() > 1 else None
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    except ValueError:
+        size = 1
+    if size > 1:
+        raise Unsupported(
+            f"it is one of {size} ranks, and torch.distributed.init_process_group was not called before training began",
+            world_size=size,
+        )
+    return None
+
+
+def _shared_store(dist: Any) -> tuple[Any, str]:
+    """The default group's store and its kind; or nothing, and why it cannot be used."""
+    get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    store = get_store() if get_store is not None else None
+    base = store
+    while (under := getattr(base, "underlying_store", None)) is not None:
+        base = under
+    kind = type(base).__name__
+    if kind not in ("TCPStore", "HashStore"):  # a FileStore is read again and again to wait for a key
+        return None, f"a {kind} cannot wake who waits"
+    if not hasattr(store, "clone"):
+        return None, "the stores of this torch cannot be cloned"
+    return store, kind
+
+
+#: How many lines this process has opened under each name: each training run has keys of its own.
+_opened: Counter[str] = Counter()
+
+
+def _connector(dist: Any, store: Any, name: str) -> Callable[[], Any]:
+    _opened[name] += 1
+    # torchrun may give workers that begin anew the store of those before them, with all its keys.
+    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"forgather_control/{name}/{turn}.{_opened[name]}"
+    return lambda: dist.PrefixStore(prefix, store.clone())
