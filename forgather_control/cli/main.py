@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import states
 from ..client import api
 from ..client.connection import CALL_TIMEOUT, Client
 from ..errors import AmbiguousJob, ControlError, DeadlinePassed, InternalError, JobDead, JobNotAnswering, NoSuchJob
@@ -23,7 +24,7 @@ from . import output, parser
 if TYPE_CHECKING:
     import argparse
 
-    from ..client.recovery import Sight  # loaded when a verb needs it
+    from ..client.recovery import RankView  # loaded when a verb needs it
 
 DONE, REFUSED, USAGE, NO_SUCH_JOB, NO_ANSWER, TOO_LATE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -169,7 +170,7 @@ def _command(args: argparse.Namespace) -> int:
         _confirm(f"abort {name}? What it learnt since its last checkpoint is lost.{by_force}")
     if kill_after is not None and record is not None:
         return _abort_or_kill(args, record)
-    wait = {"wait": "finished", "timeout": args.wait} if hasattr(args, "wait") else {}
+    wait = {"wait": states.COMMAND_FINISHED, "timeout": args.wait} if hasattr(args, "wait") else {}
     with _open(args) as job:
         return _report(args, name, job.call(args.method, **wait))
 
@@ -205,15 +206,15 @@ def _abort_or_kill(args: argparse.Namespace, record: JobRecord) -> int:
         return _report(args, record.job_id, end.record or {})
     _complain(str(end.problem), DONE)
     if args.json:
-        _print_json({"error": jsonrpc.error_object(end.problem), "processes": end.fates})
+        _print_json({"error": jsonrpc.error_object(end.problem), "processes": end.outcomes})
     else:
-        _print_text(output.fates(end.fates))
+        _print_text(output.process_outcomes(end.outcomes))
     if end.missing:
         _complain(f"{end.missing} more of its processes are not recorded, and were left alone", DONE)
-    outcomes = {fate["outcome"] for fate in end.fates}
-    if outcomes & {"refused", "stuck"}:
+    outcomes = {process["outcome"] for process in end.outcomes}
+    if outcomes & {states.KILL_REFUSED, states.KILL_STUCK}:
         return REFUSED
-    return NO_ANSWER if end.missing or "elsewhere" in outcomes else DONE
+    return NO_ANSWER if end.missing or states.KILL_ELSEWHERE in outcomes else DONE
 
 
 def _ranks(args: argparse.Namespace) -> int:
@@ -238,13 +239,13 @@ def _stacks(args: argparse.Namespace) -> int:
     return DONE if any(row.get("stacks") for row in rows) else NO_ANSWER
 
 
-def _look(args: argparse.Namespace) -> Sight:
+def _look(args: argparse.Namespace) -> RankView:
     from ..client import recovery
 
     if _is_told(args):
         with _open(args) as job:
-            return recovery.told(job.call(args.method, timeout=args.timeout))
-    sight = recovery.look(api.find(args.job), args.method, args.timeout)
+            return recovery.from_reply(job.call(args.method, timeout=args.timeout))
+    sight = recovery.query(api.find(args.job), args.method, args.timeout)
     if sight.problem is not None:
         _complain(f"{sight.problem}; what can be seen from here:", DONE)
     return sight

@@ -10,27 +10,28 @@ import math
 import time
 from typing import Any, Final
 
+from .. import states
 from ..jobs.registry import Job
 
 _COLOURS: Final = {
-    "live": "32",
-    "answering": "32",
-    "silent": "33",
-    "dead": "31",
-    "absent": "31",
-    "foreign": "36",
-    "ended": "36",
+    states.JOB_LIVE: "32",
+    states.RANK_ANSWERING: "32",
+    states.JOB_SILENT: "33",
+    states.JOB_DEAD: "31",
+    states.RANK_ABSENT: "31",
+    states.JOB_FOREIGN: "36",
+    states.RANK_ENDED: "36",
 }
 _BAR: Final = 32
 #: Ranks that a sentence names one by one.
 _NAMED: Final = 8
-_FATES: Final = {
-    "ended": "ended when it was told to (SIGTERM)",
-    "killed": "killed (SIGKILL)",
-    "gone": "had ended already",
-    "elsewhere": "not reached: it runs on another host",
-    "refused": "not ended: it belongs to another user",
-    "stuck": "killed, and still there: it waits in the kernel",
+_KILL_OUTCOMES: Final = {
+    states.KILL_ENDED: "ended when it was told to (SIGTERM)",
+    states.KILL_KILLED: "killed (SIGKILL)",
+    states.KILL_GONE: "had ended already",
+    states.KILL_ELSEWHERE: "not reached: it runs on another host",
+    states.KILL_REFUSED: "not ended: it belongs to another user",
+    states.KILL_STUCK: "killed, and still there: it waits in the kernel",
 }
 
 
@@ -152,7 +153,7 @@ def outcome(job: str, record: dict[str, Any]) -> str:
     """What became of a command, in one line."""
     result, state = record.get("result") or {}, record["state"]
     where = f"{safe(job)}: "
-    if state != "finished":
+    if state != states.COMMAND_FINISHED:
         step = record.get("applied_at_step")
         return where + safe(f"{record['command']} {state}" + (f" at step {step}" if step is not None else ""))
     path = result.get("path")
@@ -201,11 +202,13 @@ def _cell(value: Any) -> str:
 
 def _remarks(rows: list[dict[str, Any]], behind: dict[int, int]) -> list[str]:
     late = [rank for rank, steps in behind.items() if steps]
-    states = {state: [row["rank"] for row in rows if row.get("state") == state] for state in ("silent", "absent")}
+    silent, absent = (
+        [row["rank"] for row in rows if row.get("state") == state] for state in (states.RANK_SILENT, states.RANK_ABSENT)
+    )
     return [
         *([f"behind, by {max(behind.values())} at most: {_ranks(late)}"] if late else []),
-        *([f"no answer in time: {_ranks(states['silent'])}"] if states["silent"] else []),
-        *([f"gone: {_ranks(states['absent'])}"] if states["absent"] else []),
+        *([f"no answer in time: {_ranks(silent)}"] if silent else []),
+        *([f"gone: {_ranks(absent)}"] if absent else []),
     ]
 
 
@@ -223,9 +226,9 @@ def _stacks(stacks: Any) -> str:
     return "  no stacks" if stacks is None else safe_lines(stacks).rstrip("\n")
 
 
-def fates(rows: list[dict[str, Any]]) -> str:
+def process_outcomes(rows: list[dict[str, Any]]) -> str:
     """What became of processes that were to end, a line each."""
-    return "\n".join(f"{_who(row)}: {_FATES[row['outcome']]}" for row in rows)
+    return "\n".join(f"{_who(row)}: {_KILL_OUTCOMES[row['outcome']]}" for row in rows)
 
 
 def _who(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import os
 import socket
 from typing import Any, Final
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import (
     AmbiguousJob,
@@ -187,7 +188,7 @@ def _connect_directly(record: JobRecord, timeout: float) -> Client:
     try:
         return Client(addresses.UnixEndpoint(record.socket), record.job_id, timeout, record)
     except JobDead as err:
-        if port is None or registry.judge(record) == "dead":  # then its port is somebody else's, if anybody's
+        if port is None or registry.judge(record) == states.JOB_DEAD:  # then its port is somebody else's, if anybody's
             raise _unreachable(record) from err
         return Client(port, record.job_id, timeout, record, record.token)
 
@@ -311,9 +312,9 @@ def _unreachable(record: JobRecord) -> ControlError:
         return connection.restarted(now, "")
     who = connection.who(record)
     state = registry.judge(record)
-    if state == "dead":
+    if state == states.JOB_DEAD:
         return JobDead(f"job {record.job_id} is dead: {who} is gone; forgather control cleanup removes it")
-    if state == "foreign":
+    if state == states.JOB_FOREIGN:
         return JobNotAnswering(f"job {record.job_id} runs on another host ({who}) and cannot be reached from here")
     return JobNotAnswering(f"job {record.job_id} lives ({who}), but nobody listens at its socket")
 

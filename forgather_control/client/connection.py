@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import CommandFailed, ControlError, JobDead, JobNotAnswering, NotAuthenticated
 from ..jobs import registry
@@ -39,16 +40,16 @@ def _hung_up(record: JobRecord, fate: str) -> ControlError:
     job, whose = record.job_id, who(record)
     if now is not None and now.owner != record.owner:
         return restarted(now, fate)
-    if state == "dead":
+    if state == states.JOB_DEAD:
         return JobDead(f"the process of job {job}, {whose}, ended before it answered{fate}", job=job)
     if now is None:
         return JobDead(f"job {job} ended before it answered{fate}", job=job)
-    if state == "silent":
+    if state == states.JOB_SILENT:
         return JobNotAnswering(f"job {job} hung up before it answered, though {whose} still runs{fate}", job=job)
     return JobDead(f"job {job} ({whose}) went away before it answered{fate}", job=job)
 
 
-def _settled(record: JobRecord) -> tuple[JobRecord | None, registry.State]:
+def _settled(record: JobRecord) -> tuple[JobRecord | None, states.JobState]:
     """The record that now has the job's name, and the state of ``record``'s process, once it had time to die."""
     deadline = Deadline(_DYING)
     while True:
@@ -57,7 +58,7 @@ def _settled(record: JobRecord) -> tuple[JobRecord | None, registry.State]:
         except ControlError:
             now = record  # what cannot be read names nobody else
         state = registry.judge(record)
-        if state != "silent" or now is None or now.owner != record.owner or deadline.passed():
+        if state != states.JOB_SILENT or now is None or now.owner != record.owner or deadline.passed():
             return now, state
         time.sleep(0.02)
 

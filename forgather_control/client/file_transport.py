@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, FindError, JobNotAnswering
 from ..jobs import registry, spool
@@ -99,7 +100,7 @@ class Errand:
                 raise self._gone()
             if deadline.passed() or (patient and watch.silent_for() > _SILENCE):
                 self._give_up(fate)
-            if watch.is_time() and registry.judge(self._job) == "dead":
+            if watch.is_time() and registry.judge(self._job) == states.JOB_DEAD:
                 raise self._gone()
             left = deadline.left()
             time.sleep(pause if left is None else min(pause, left))
@@ -184,6 +185,6 @@ class _Watch:
 def is_offered(record: JobRecord) -> bool:
     """Whether this way is to be tried: the job is out of reach of its socket, and takes requests by file."""
     state = registry.judge(record)
-    if state == "dead" or (state == "silent" and record.socket is not None):
+    if state == states.JOB_DEAD or (state == states.JOB_SILENT and record.socket is not None):
         return False
     return os.path.isdir(os.path.join(jobs_dir(), record.job_id, REQUESTS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final, NamedTuple
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, DeadlinePassed, FindError, InternalError, JobDead
 from ..jobs import rank_processes
@@ -17,6 +18,7 @@ from ..jobs.rank_processes import RankRecord
 from ..jobs.record import JobRecord, jobs_dir
 from ..processes import liveness, stack_dump
 from ..processes.liveness import Identity
+from ..processes.terminate import terminate
 from . import api
 
 #: Seconds beyond its own time-out that a job has for saying which of its ranks did not answer.
@@ -29,7 +31,7 @@ _DUMP: Final = 6.0
 _AT_ONCE: Final = 32
 
 
-class Crew(NamedTuple):
+class JobProcesses(NamedTuple):
     """The processes of a job, as it recorded them.
 
     Attributes:
@@ -44,10 +46,10 @@ class Crew(NamedTuple):
 
     def left(self) -> bool:
         """Whether any of them is not proven to be gone."""
-        return any(liveness.judge(rank.identity) != "gone" for rank in self.ranks)
+        return any(liveness.judge(rank.identity) != states.PROCESS_GONE for rank in self.ranks)
 
 
-def crew(record: JobRecord) -> Crew:
+def job_processes(record: JobRecord) -> JobProcesses:
     """The processes of a job, gone or not."""
     root = jobs_dir()
     try:
@@ -60,13 +62,13 @@ def crew(record: JobRecord) -> Crew:
         owner = os.lstat(os.path.join(root, record.job_id)).st_uid
     except OSError:
         owner = os.geteuid()
-    return Crew(ranks, max(0, record.world_size - len(ranks)), owner)
+    return JobProcesses(ranks, max(0, record.world_size - len(ranks)), owner)
 
 
 # Seeing...
 
 
-class Sight(NamedTuple):
+class RankView(NamedTuple):
     """What is known of the ranks of a job.
 
     Attributes:
@@ -75,40 +77,40 @@ class Sight(NamedTuple):
     """
 
     rows: list[dict[str, Any]]
-    crew: Crew
+    processes: JobProcesses
     problem: FindError | None = None
 
 
-def look(record: JobRecord, method: str, timeout: float) -> Sight:
+def query(record: JobRecord, method: str, timeout: float) -> RankView:
     """Ask the job for its ranks, by ``ranks`` or ``stacks``.
 
     Raises:
         FindError: it does not answer, and none of its processes is left.
     """
-    known = crew(record)
+    known = job_processes(record)
     try:
         with api.connect(record.job_id, timeout + _SLACK) as job:
-            return Sight(_judged(job.call(method, timeout=timeout), known), known)
+            return RankView(_judged(job.call(method, timeout=timeout), known), known)
     except FindError as err:
         if not known.left():
             raise
-        return Sight(_judged(_unasked(known), known), known, err)
+        return RankView(_judged(_from_records(known), known), known, err)
 
 
-def told(rows: Any) -> Sight:
+def from_reply(rows: Any) -> RankView:
     """What a job of another host answered, whose processes cannot be looked at from here."""
-    return Sight(_judged(rows, nobody := Crew([], 0, os.geteuid())), nobody)
+    return RankView(_judged(rows, nobody := JobProcesses([], 0, os.geteuid())), nobody)
 
 
-def _unasked(crew: Crew) -> list[dict[str, Any]]:
+def _from_records(processes: JobProcesses) -> list[dict[str, Any]]:
     unknown = ("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes", "stacks")
     return [
-        {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "state": "silent", **dict.fromkeys(unknown)}
-        for rank in crew.ranks
+        {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "state": states.RANK_SILENT, **dict.fromkeys(unknown)}
+        for rank in processes.ranks
     ]
 
 
-def _judged(rows: Any, crew: Crew) -> list[dict[str, Any]]:
+def _judged(rows: Any, processes: JobProcesses) -> list[dict[str, Any]]:
     """What was told of the ranks; a silent one whose process is proven to be gone is ``absent``.
 
     Raises:
@@ -116,21 +118,25 @@ def _judged(rows: Any, crew: Crew) -> list[dict[str, Any]]:
     """
     if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
         raise InternalError("the other side sent no ranks")
-    identities = {rank.rank: rank.identity for rank in crew.ranks}
-    return [{**row, "state": "absent"} if _is_gone(row, identities) else row for row in rows]
+    identities = {rank.rank: rank.identity for rank in processes.ranks}
+    return [{**row, "state": states.RANK_ABSENT} if _is_gone(row, identities) else row for row in rows]
 
 
 def _is_gone(row: dict[str, Any], identities: dict[int, Identity]) -> bool:
     identity = identities.get(row["rank"])
-    return row.get("state") == "silent" and identity is not None and liveness.judge(identity) == "gone"
+    return (
+        row.get("state") == states.RANK_SILENT
+        and identity is not None
+        and liveness.judge(identity) == states.PROCESS_GONE
+    )
 
 
-def read_stacks(sight: Sight) -> tuple[list[dict[str, Any]], dict[int, str]]:
+def read_stacks(sight: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """The rows of ``stacks`` with the stacks of the silent ranks of this host, and why those of others are missing."""
     from concurrent.futures import ThreadPoolExecutor
 
-    known = {rank.rank: rank for rank in sight.crew.ranks}
-    silent = [row["rank"] for row in sight.rows if row.get("state") == "silent" and not row.get("stacks")]
+    known = {rank.rank: rank for rank in sight.processes.ranks}
+    silent = [row["rank"] for row in sight.rows if row.get("state") == states.RANK_SILENT and not row.get("stacks")]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         found = dict(zip(silent, pool.map(lambda rank: _stacks_of(known.get(rank)), silent)))
     filled = []
@@ -139,7 +145,7 @@ def read_stacks(sight: Sight) -> tuple[list[dict[str, Any]], dict[int, str]]:
         if isinstance(stacks, str):
             row = {**row, "stacks": stacks}
         elif isinstance(stacks, JobDead):
-            row = {**row, "state": "absent"}
+            row = {**row, "state": states.RANK_ABSENT}
         filled.append(row)
     return filled, {rank: str(stacks) for rank, stacks in found.items() if isinstance(stacks, FindError)}
 
@@ -156,43 +162,43 @@ def _stacks_of(rank: RankRecord | None) -> str | FindError:
 # Ending...
 
 
-class End(NamedTuple):
+class AbortResult(NamedTuple):
     """How an abort that may kill has ended.
 
     Attributes:
         record: of the command, if it was over in time; then nothing was killed.
         problem: else, why not ...
-        fates: ... and what became of each recorded process: ``rank host pid``, ``outcome`` (``process.Outcome``).
+        outcomes: ... and what became of each recorded process: ``rank host pid``, ``outcome`` (``states.KillOutcome``).
         missing: processes that are not recorded, and so were left alone.
     """
 
     record: dict[str, Any] | None
     problem: ControlError | None
-    fates: list[dict[str, Any]]
+    outcomes: list[dict[str, Any]]
     missing: int
 
 
-def abort(record: JobRecord, kill_after: float) -> End:
+def abort(record: JobRecord, kill_after: float) -> AbortResult:
     """Abort a job, and end its processes on this host, if they are still the same ones, when that takes too long.
 
     Raises:
         ControlError: as any command, where none of its processes was there to begin with.
     """
-    known, deadline = crew(record), Deadline(kill_after)
+    known, deadline = job_processes(record), Deadline(kill_after)
     lived = known.left()
     try:
         with api.connect(record.job_id) as job:
-            return End(job.call("abort", wait="finished", timeout=kill_after), None, [], 0)
+            return AbortResult(job.call("abort", wait=states.COMMAND_FINISHED, timeout=kill_after), None, [], 0)
     except (DeadlinePassed, FindError) as err:
         if not lived:
             raise
-        return End(None, err, _end(known, deadline.left() or 0.0), known.missing)
+        return AbortResult(None, err, _end(known, deadline.left() or 0.0), known.missing)
 
 
-def _end(crew: Crew, patience: float) -> list[dict[str, Any]]:
-    identities = [rank.identity for rank in crew.ranks]
-    outcomes = liveness.end(identities, GRACE, patience=patience, owner=crew.owner)
+def _end(processes: JobProcesses, patience: float) -> list[dict[str, Any]]:
+    identities = [rank.identity for rank in processes.ranks]
+    outcomes = terminate(identities, GRACE, patience=patience, owner=processes.owner)
     return [
         {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "outcome": outcome}
-        for rank, (_, outcome) in zip(crew.ranks, outcomes)
+        for rank, (_, outcome) in zip(processes.ranks, outcomes)
     ]

@@ -28,6 +28,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .. import states
 from ..training.adapter import Adapter, hook
 
 
@@ -123,7 +124,7 @@ class TrainerControlCallback(Adapter):
         """A step begins, so evaluation and saving are over."""
         if self._controller is None:
             return
-        self._controller.phase = "training"
+        self._controller.phase = states.STATUS_TRAINING
         if self._late:  # the save that was to come first did not come
             self._apply(state)
 
@@ -141,7 +142,7 @@ class TrainerControlCallback(Adapter):
         if self._wishes.any or self._owed_evaluation:
             self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
-            controller.phase = "evaluating" if control.should_evaluate else "saving"
+            controller.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
 
     @hook
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -163,7 +164,7 @@ class TrainerControlCallback(Adapter):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation goes on."""
         if self._controller is not None:
-            self._controller.phase = "evaluating"
+            self._controller.phase = states.STATUS_EVALUATING
 
     @hook
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -173,14 +174,14 @@ class TrainerControlCallback(Adapter):
         self._evaluated_at = state.global_step
         if self._wishes.save:
             control.should_save = True
-        self._controller.phase = "saving" if control.should_save else "training"
+        self._controller.phase = states.STATUS_SAVING if control.should_save else states.STATUS_TRAINING
 
     @hook
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint is complete, whoever wanted it."""
         if self._controller is None:
             return
-        self._controller.phase = "training"
+        self._controller.phase = states.STATUS_TRAINING
         self._saved_at = state.global_step
         late = self._late
         if late:

@@ -36,6 +36,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
+from .. import states
 from ..training.adapter import Adapter, hook
 
 log = logging.getLogger("forgather_control")
@@ -149,7 +150,7 @@ class LightningControlCallback(Adapter):
     def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
         """Evaluation and saving are over, and the metrics of the last batch are there."""
         if self._controller is not None:
-            self._controller.phase = "training"
+            self._controller.phase = states.STATUS_TRAINING
             if self._fresh:
                 self._show(trainer)
 
@@ -175,13 +176,13 @@ class LightningControlCallback(Adapter):
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         """Evaluation begins; that of the sanity check finds no job."""
         if self._controller is not None:
-            self._controller.phase = "evaluating"
+            self._controller.phase = states.STATUS_EVALUATING
 
     @hook
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """Evaluation is over, and has left its metrics."""
         if self._controller is not None:
-            self._controller.phase = "training"
+            self._controller.phase = states.STATUS_TRAINING
             self._show(trainer)
 
     @hook
@@ -193,7 +194,7 @@ class LightningControlCallback(Adapter):
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
         """Somebody saves."""
         if self._controller is not None:
-            self._controller.phase = "saving"
+            self._controller.phase = states.STATUS_SAVING
 
     @hook
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -255,9 +256,9 @@ class LightningControlCallback(Adapter):
     def _save(self, trainer: Any) -> None:
         controller, step = self._controller, trainer.global_step
         assert controller is not None
-        controller.phase = "saving"
+        controller.phase = states.STATUS_SAVING
         path, trouble = _write(trainer)
-        controller.phase = "training"
+        controller.phase = states.STATUS_TRAINING
         self._wishes.save = self._wishes.evaluate = False
         self._awaited = None
         if trouble is not None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .. import states
 from ..errors import InvalidParams
 from ..training.adapter import Adapter, hook
 
@@ -120,7 +121,7 @@ class TrainingJob(Adapter):
             return
         if self._looked or (self._wishes.save and not controller.is_main):
             self._miss_save(controller)
-        controller.phase = "training"
+        controller.phase = states.STATUS_TRAINING
         if type(step) is not int:  # a NumPy or torch number would stand in records, and JSON has none of them
             step = _whole("step", step)
         controller.step(step, self._wishes, epoch if epoch is None else float(epoch))
@@ -137,7 +138,7 @@ class TrainingJob(Adapter):
         wanted = self._wishes.save and not self._wishes.abort
         if wanted and self._controller is not None:
             self._looked = True
-            self._controller.phase = "saving"
+            self._controller.phase = states.STATUS_SAVING
         return wanted
 
     @property
@@ -156,7 +157,7 @@ class TrainingJob(Adapter):
         self._wishes.save = self._looked = False
         if controller is None:
             return
-        controller.phase = "training"
+        controller.phase = states.STATUS_TRAINING
         try:
             where = os.path.abspath(os.fsdecode(path))
             exists = os.path.exists(where)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from ..processes import launcher, liveness
@@ -65,7 +66,7 @@ class JobDirectory:
         self._listen = listen
         self._short: str | None = None  # the private directory of a socket that found no place in ours
         self._files: dict[str, _FileId] = {}  # what we made, by path
-        me = liveness.myself()
+        me = liveness.current_process()
         self._record = record.JobRecord(
             job_id=job_id,
             host=me.host,
@@ -205,7 +206,7 @@ class JobDirectory:
         if mine is None or theirs is None or not mine.follows(theirs):
             return False
         answers = holder.socket is not None and _somebody_listens(holder.socket)
-        return registry.judge(holder) == "foreign" and not answers
+        return registry.judge(holder) == states.JOB_FOREIGN and not answers
 
     def _holder(self) -> record.JobRecord | None:
         try:

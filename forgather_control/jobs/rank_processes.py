@@ -26,7 +26,7 @@ class RankRecord(NamedTuple):
     """The process of one rank, and where it writes its stacks; members as in :class:`process.Identity`.
 
     Attributes:
-        stack_fd: the ``fd`` of its :class:`dump.Recorder`; ``None`` where it has none.
+        stack_fd: the ``fd`` of its :class:`stack_dump.StackDumper`; ``None`` where it has none.
     """
 
     rank: int

@@ -15,8 +15,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, InternalError, JobsDirUnusable, NoSuchJob
 from ..processes import liveness
@@ -34,9 +35,12 @@ _CONNECT: Final = 0.2
 #: How to open a directory that only names are looked up in: it need not be readable (open(2)).
 _PLACE: Final = getattr(os, "O_PATH", os.O_RDONLY)
 
-#: ``live``: the job answered. ``silent``: its process lives, its socket does not answer. ``dead``:
-#: its process is gone. ``foreign``: on another host, unknown.
-State = Literal["live", "silent", "dead", "foreign"]
+#: The state of a job whose socket did not answer, by the state of its process.
+_STATE_WITHOUT_ANSWER: Final[dict[states.ProcessState, states.JobState]] = {
+    states.PROCESS_RUNNING: states.JOB_SILENT,
+    states.PROCESS_GONE: states.JOB_DEAD,
+    states.PROCESS_ELSEWHERE: states.JOB_FOREIGN,
+}
 
 
 # Discovery...
@@ -50,7 +54,7 @@ class Job(NamedTuple):
     port: int | None
     pid: int
     started_at: float
-    state: State
+    state: states.JobState
     world_size: int = 1
     user: str = ""
     version: str = ""
@@ -72,7 +76,7 @@ class Job(NamedTuple):
         """
         try:
             record = parse_record(jsonrpc.encode(value), check_job_id(value["job_id"]))
-            if value["state"] not in ("running", *get_args(State)):  # running: as a job says of its neighbours
+            if value["state"] not in get_args(states.JobState):
                 raise ValueError("it has no state")
             status = value.get("status")
         except (LookupError, TypeError, ValueError, AttributeError) as err:
@@ -138,17 +142,16 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
 
 
 def _found(record: JobRecord, status: dict[str, Any] | None) -> Job:
-    return Job(**_known(record), state="live" if status is not None else judge(record), status=status)
+    return Job(**_known(record), state=states.JOB_LIVE if status is not None else judge(record), status=status)
 
 
 def _known(record: JobRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in _SHARED}
 
 
-def judge(record: JobRecord) -> State:
+def judge(record: JobRecord) -> states.JobState:
     """The state of a job whose socket did not answer."""
-    states: dict[liveness.Verdict, State] = {"running": "silent", "gone": "dead", "elsewhere": "foreign"}
-    return states[liveness.judge(record.owner)]
+    return _STATE_WITHOUT_ANSWER[liveness.judge(record.owner)]
 
 
 def ask(records: list[JobRecord], method: str, deadline: Deadline) -> dict[str, dict[str, Any]]:
@@ -297,7 +300,7 @@ def _record_in(directory: int, job_id: str) -> JobRecord | None:
 
 def is_dead(record: JobRecord) -> bool:
     """Whether the job's process is proven to be gone and nobody answers in its name."""
-    return judge(record) == "dead" and not _answers(record)
+    return judge(record) == states.JOB_DEAD and not _answers(record)
 
 
 def _answers(record: JobRecord) -> bool:

@@ -1,6 +1,6 @@
 """The stacks of a process that may run no Python any more: its own end, and that of who asks from outside.
 
-Floor 1: imports errors, clock and process. ``Recorder`` lives in the job, with a thread of its own that
+Floor 1: imports errors, clock and process. ``StackDumper`` lives in the job, with a thread of its own that
 sleeps until it is asked; ``dump_of`` runs in any process of the same user on the same host.
 
 A process writes its stacks into a memfd, a file in memory that others open as ``/proc/PID/fd/N``. Two
@@ -34,9 +34,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
+from .. import states
 from ..deadline import Deadline
 from ..errors import FindError, JobDead, JobNotAnswering
-from .liveness import Grip, Identity, judge
+from .liveness import Identity, judge
+from .terminate import Grip
 
 #: What the file is called, in /proc.
 NAME: Final = "forgather-stacks"
@@ -73,7 +75,7 @@ class _Facts(NamedTuple):
 # In the process itself...
 
 
-class Recorder:
+class StackDumper:
     """Has this process's stacks written for whoever asks from outside.
 
     A fork does not matter: the child has neither the witness nor the name of being asked.
@@ -202,12 +204,12 @@ def dump_of(identity: Identity, fd: int, deadline: Deadline) -> str:
 
 def _explained(identity: Identity, err: Exception) -> FindError:
     deadline = Deadline(_DYING if isinstance(err, (FileNotFoundError, ProcessLookupError)) else 0.0)
-    while (verdict := judge(identity)) == "running" and not deadline.passed():
+    while (verdict := judge(identity)) == states.PROCESS_RUNNING and not deadline.passed():
         time.sleep(_LOOK)
-    if verdict == "running":
+    if verdict == states.PROCESS_RUNNING:
         why = "it records none" if isinstance(err, FileNotFoundError) else err
         return FindError(f"the stacks of pid {identity.pid} cannot be read ({why})")
-    if verdict == "gone":
+    if verdict == states.PROCESS_GONE:
         return JobDead(f"pid {identity.pid} is gone")
     return FindError(f"pid {identity.pid} runs on another host ({identity.host})")
 

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 
-def vitals() -> dict[str, Any]:
+def process_stats() -> dict[str, Any]:
     """``host pid rss_bytes cpu_percent``, ``device``, ``device_memory_bytes`` and ``device_memory_reserved_bytes``.
 
     ``cpu_percent`` is that since the last call, 0.0 at the first. Each is ``None`` where it is unknown.

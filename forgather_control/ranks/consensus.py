@@ -40,6 +40,8 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, NamedTuple
 
+from .. import states
+
 #: Seconds in which all watchers must have answered. They answer in milliseconds, unless C code holds
 #: their interpreter's lock; holding training any longer for them would do more harm than asking again.
 PATIENCE: Final = 10.0
@@ -287,9 +289,15 @@ class Leader:
 
     # What follows from them...
 
-    def state(self, rank: int) -> Literal["absent", "ended", "silent"]:
+    def state(self, rank: int) -> states.RankState:
         """What is known of a rank that says nothing."""
-        return "absent" if rank in self._absent else "ended" if rank in self._gone else "silent"
+        return (
+            states.RANK_ABSENT
+            if rank in self._absent
+            else states.RANK_ENDED
+            if rank in self._gone
+            else states.RANK_SILENT
+        )
 
     @property
     def is_going(self) -> bool:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from .. import states
 from ..errors import Unsupported
 from ..wire import methods
 from . import poll
@@ -152,7 +153,7 @@ class _LocalGroup:
         return RankQuery({self.rank: self._delegate.answer(what)})
 
     def state(self, rank: int) -> str:
-        return "silent" if rank == self.rank else "absent"
+        return states.RANK_SILENT if rank == self.rank else states.RANK_ABSENT
 
     def description(self, rank: int) -> dict[str, Any]:
         return self._about if rank == self.rank else {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
+from .. import states
 from ..wire import methods
 from . import consensus
 from .channel import StoreChannel, StoreSender
@@ -158,7 +159,7 @@ class StoreGroup:
     def state(self, rank: int) -> str:
         """What is known of a rank that did not answer."""
         with self._lock:
-            return "silent" if self._leader is None else self._leader.state(rank)
+            return states.RANK_SILENT if self._leader is None else self._leader.state(rank)
 
     def description(self, rank: int) -> dict[str, Any]:
         """What a rank said of its process."""
@@ -353,7 +354,7 @@ class StoreGroup:
 
     def _others(self) -> list[int]:
         """The ranks that take part, but for this one."""
-        return [rank for rank in range(self.size) if rank != self.rank and self.state(rank) == "silent"]
+        return [rank for rank in range(self.size) if rank != self.rank and self.state(rank) == states.RANK_SILENT]
 
     def _name_missing(self) -> None:
         """Whoever has not said that he did his part by now: what he owes is not done."""

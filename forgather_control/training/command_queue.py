@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final
 
+from .. import states
 from ..errors import CommandNotFound, ControlError, InvalidParams, JobEnding, NotCancellable, TooManyCommands
 from ..wire.records import CommandRecord
 
@@ -72,7 +73,7 @@ class Mailbox:
                 raise JobEnding(self._closed.message, **self._closed.data)
             if sum(r.command == command and not r.is_final for r in self._records.values()) >= MAX_PENDING:
                 raise TooManyCommands(f"{MAX_PENDING} commands {command} are not over yet", limit=MAX_PENDING)
-            record = CommandRecord(command_id or uuid.uuid4().hex, command, "accepted", time.time())
+            record = CommandRecord(command_id or uuid.uuid4().hex, command, states.COMMAND_ACCEPTED, time.time())
             self._records[record.command_id] = record
             self.changes += 1
             self._forget()
@@ -105,11 +106,11 @@ class Mailbox:
         with self._lock:
             record = self._get(command_id)
             if command_id not in self._pending:
-                state = "being applied" if record.state == "accepted" else f"{record.state} already"
+                state = "being applied" if record.state == states.COMMAND_ACCEPTED else f"{record.state} already"
                 raise NotCancellable(f"the {record.command} is {state}", **record.to_json())
             self._pending.remove(command_id)
             self.pending = bool(self._pending)
-            record = self._put(record, state="cancelled", finished_at=time.time())
+            record = self._put(record, state=states.COMMAND_CANCELLED, finished_at=time.time())
         self._on_change()
         return record
 
@@ -148,11 +149,11 @@ class Mailbox:
 
     def applied(self, command_id: str, step: int) -> None:
         """Note that every rank applied the command after ``step``."""
-        self._change(command_id, state="applied", applied_at_step=step)
+        self._change(command_id, state=states.COMMAND_APPLIED, applied_at_step=step)
 
     def finished(self, command_id: str, result: dict[str, Any] | None) -> None:
         """Note that all the command asked for has happened."""
-        self._change(command_id, state="finished", finished_at=time.time(), result=result)
+        self._change(command_id, state=states.COMMAND_FINISHED, finished_at=time.time(), result=result)
 
     def failed(self, command_id: str, error: ControlError, result: dict[str, Any] | None = None) -> None:
         """Note that the command will not happen (or not wholly: ``result`` is what did), and why."""
@@ -204,4 +205,4 @@ class Mailbox:
 
 def _failure(error: ControlError) -> dict[str, Any]:
     fault = {"code": error.code, "message": error.message}
-    return {"state": "failed", "finished_at": time.time(), "error": fault}
+    return {"state": states.COMMAND_FAILED, "finished_at": time.time(), "error": fault}

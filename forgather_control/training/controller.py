@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from .. import states
 from ..errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken, StartError
 from ..jobs import directory, registry
 from ..jobs.record import JobRecord, check_job_id, jobs_dir
@@ -91,13 +92,13 @@ class Controller:
         self._poll_steps, self._log_steps = poll_steps, log_steps
         self._offer = offer
         #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
-        self.phase = "starting"
+        self.phase: states.TrainingStatus = states.STATUS_STARTING
         self._progress = Progress(step, max_steps)
         self._metrics: dict[str, Any] = {}
         self._logged = 0
         self._started_at = time.time()
         self._group: RankGroup = SingleProcess(self)
-        self._snapshot = Snapshot(self._tell, self._mark, usage.vitals)
+        self._snapshot = Snapshot(self._tell, self._mark, usage.process_stats)
         self._census = Census(self._progress, lambda: self._thread.ident)
         self._server = Server(self._answer, self._tick, self._last_look)
         self._mailbox = Mailbox(self._server.wake)
@@ -148,7 +149,7 @@ class Controller:
         return self._group.rank == 0
 
     def _publish(self) -> None:
-        usage.vitals()  # the first call only sets the mark to measure processor time from
+        usage.process_stats()  # the first call only sets the mark to measure processor time from
         self._directory = self._claim()
         self.job_id = self._directory.job_id
         self._files = Files(self._directory.path, self._server.ask, self.status, self._mark)
@@ -356,7 +357,7 @@ class Controller:
         params = method.bind(request.params)
         if not method.is_command:
             return method.run(self, **params)
-        if params["wait"] != "accepted" and not isinstance(request.id, jsonrpc.NoId):
+        if params["wait"] != states.COMMAND_ACCEPTED and not isinstance(request.id, jsonrpc.NoId):
             self._server.check_room()  # who is told that there is none must not be carried out all the same
         record = self._mailbox.submit(method.name, params["command_id"])
         self._group.command_queued()
@@ -373,7 +374,7 @@ class Controller:
                 raise DeadlinePassed(f"{now.command} is {now.state} after {timeout:g} s; it goes on", **now.to_json())
             return PENDING
 
-        if until == "accepted":
+        if until == states.COMMAND_ACCEPTED:
             return record.to_json()
         return Later(poll, deadline) if (answer := poll()) is PENDING else answer
 
@@ -434,8 +435,8 @@ class Controller:
 
     def _word(self) -> str:
         if self._closed:
-            return "ended"
-        return "stopping" if self._ledger.ends and self.phase == "training" else self.phase
+            return states.STATUS_ENDED
+        return states.STATUS_STOPPING if self._ledger.ends and self.phase == states.STATUS_TRAINING else self.phase
 
     def _recent(self) -> list[CommandRecord]:
         records = self._mailbox.records()
@@ -471,9 +472,11 @@ class Controller:
 
     def _judge(self, record: JobRecord) -> str:
         if record.job_id == self.job_id and record.pid == os.getpid():
-            return "live"
+            return states.JOB_LIVE
         state = registry.judge(record)
-        return "running" if state == "silent" else state  # nobody asked it, so it was not silent either
+        return (
+            states.JOB_RUNNING if state == states.JOB_SILENT else state
+        )  # nobody asked it, so it was not silent either
 
 
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")

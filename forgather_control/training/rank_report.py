@@ -1,6 +1,6 @@
 """What ranks say of themselves, also while their training hangs: who is where, and in which line of code.
 
-Floor 3, training side: imports dump, exchange, process, progress, roster, stacks, vitals and group. Made and
+Floor 3, training side: imports dump, exchange, process, progress, roster, stacks, process_stats and group. Made and
 closed on the training thread of every rank; ``tell`` runs on the ear's thread, on rank 0 the rest on the
 server's.
 """
@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from .. import states
 from ..jobs import rank_processes
 from ..processes import stacks, usage
-from ..processes.liveness import Identity, myself
-from ..processes.stack_dump import Recorder
+from ..processes.liveness import Identity, current_process
+from ..processes.stack_dump import StackDumper
 from ..ranks.group import RankGroup, RankQuery
 from ..server.dispatcher import PENDING, Later
 from .progress import Progress
@@ -41,13 +42,13 @@ class Census:
 
     def __init__(self, progress: Progress, thread: Callable[[], int | None]) -> None:
         self._progress, self._thread = progress, thread
-        self._recorder = Recorder(self._stacks)
+        self._recorder = StackDumper(self._stacks)
         self._ranks: list[rank_processes.RankRecord] = []
 
     def about(self) -> dict[str, Any]:
         """What the other ranks are told of this process; from here on its stacks can be had from outside, too."""
         self._recorder.start()
-        return {**myself()._asdict(), "stack_fd": self._recorder.fd}
+        return {**current_process()._asdict(), "stack_fd": self._recorder.fd}
 
     def close(self) -> None:
         """End. May be called twice."""
@@ -56,7 +57,7 @@ class Census:
     def tell(self, what: str) -> dict[str, Any]:
         """What this rank answers. Never raises: that would cut the line between the ranks."""
         try:
-            mine = usage.vitals()
+            mine = usage.process_stats()
             if what == "stacks":
                 return {"host": mine["host"], "pid": mine["pid"], "stacks": self._stacks()}
             report = self._progress.report()
@@ -86,7 +87,9 @@ class Census:
         deadline = time.monotonic() + timeout
 
         def poll() -> Any:
-            silent = any(rank not in inquiry.answers and group.state(rank) == "silent" for rank in range(group.size))
+            silent = any(
+                rank not in inquiry.answers and group.state(rank) == states.RANK_SILENT for rank in range(group.size)
+            )
             if silent and time.monotonic() < deadline:
                 return PENDING
             return [_row(group, inquiry, what, rank) for rank in range(group.size)]
@@ -103,7 +106,7 @@ def _row(group: RankGroup, inquiry: RankQuery, what: str, rank: int) -> dict[str
     answer = inquiry.answers.get(rank)
     about = group.description(rank)
     known = {"rank": rank, "host": about.get("host"), "pid": about.get("pid")}
-    state = group.state(rank) if answer is None else "answering"
+    state = group.state(rank) if answer is None else states.RANK_ANSWERING
     row = {**known, "state": state, **_UNKNOWN[what], **(answer or {})}
     if row.get("stacks") is not None:
         row["stacks"] = row["stacks"][: _MAX_STACKS // group.size]

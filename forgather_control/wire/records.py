@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
+from .. import states
 from ..errors import InternalError
 
 Json = Any
 
 #: The states of a command record, in the order of its life; the last three are final.
-STATES: Final = ("accepted", "applied", "finished", "failed", "cancelled")
+STATES: Final = get_args(states.CommandState)
 FINAL: Final = frozenset(STATES[2:])
 #: The states that a caller can wait for.
 AWAITED: Final = STATES[:3]
@@ -62,7 +63,7 @@ class CommandRecord(NamedTuple):
     @property
     def trouble(self) -> str | None:
         """What became of it if it will never be finished, in one sentence; ``None`` otherwise."""
-        if self.state not in ("failed", "cancelled"):
+        if self.state not in (states.COMMAND_FAILED, states.COMMAND_CANCELLED):
             return None
         return f"{self.command} {self.state}: {self.error.get('message') if self.error else 'somebody took it back'}"
 

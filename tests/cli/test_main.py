@@ -19,7 +19,7 @@ from forgather_control.cli import parser
 from forgather_control.errors import JobNotAnswering
 from forgather_control.jobs import record
 from forgather_control.jobs.rank_processes import RankRecord
-from forgather_control.processes.liveness import myself
+from forgather_control.processes.liveness import current_process
 from forgather_control.wire import methods
 from forgather_control.wire.addresses import MAX_PATH
 
@@ -432,7 +432,7 @@ def test_ranks_shows_who_is_behind_and_who_is_gone(jobs_dir):
 def test_the_time_out_reaches_the_job(jobs_dir, capsys):
     """--timeout is the job's for its ranks, and the client waits longer than that."""
     asked = []
-    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)])
+    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)])
     with serving(known.socket, lambda request: asked.append((request.method, request.params)) or []):
         assert run(capsys, "ranks", "job")[0] == 0
         assert run(capsys, "stacks", "job", "--timeout", "0.5")[0] == 4, "nothing to show"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from typing import get_args
 
 import pytest
 
+from forgather_control import states
 from forgather_control.cli import output
 from forgather_control.jobs.registry import Job
-from forgather_control.processes import liveness
 
 #: Text that a terminal would act on, or that would seem to stand elsewhere, and how it is shown.
 TRICKS = {
@@ -299,7 +300,7 @@ def test_ranks_are_safe(text, wanted):
     row = {**dict.fromkeys(RANK, text), "rank": 7}
     shown = harmless(output.rank_table([row], colour=False), 2)
     assert shown.count(wanted) == 5
-    assert output.fates([{**row, "outcome": "killed"}]).count(wanted) == 2
+    assert output.process_outcomes([{**row, "outcome": "killed"}]).count(wanted) == 2
 
 
 @pytest.mark.parametrize("odd", [True, math.nan, "NaN", [], {}, -1, 10**30, None])
@@ -326,11 +327,11 @@ def test_stacks_are_safe(text, wanted):
 
 
 @pytest.mark.parametrize("outcome", ["ended", "killed", "gone", "elsewhere", "refused", "stuck"])
-def test_fates(outcome):
+def test_process_outcomes(outcome):
     """Every outcome that there is has words, which say what was done."""
-    line = output.fates([{"rank": 3, "host": "node", "pid": 5, "outcome": outcome}])
+    line = output.process_outcomes([{"rank": 3, "host": "node", "pid": 5, "outcome": outcome}])
     assert line.startswith("rank 3, pid 5 on node: ") and len(line) > 30
-    assert set(output._FATES) == set(liveness.Outcome.__args__)
+    assert set(output._KILL_OUTCOMES) == set(get_args(states.KillOutcome))
 
 
 # Pieces...

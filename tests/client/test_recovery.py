@@ -17,7 +17,7 @@ from forgather_control.jobs import rank_processes
 from forgather_control.jobs.rank_processes import RankRecord
 from forgather_control.jobs.record import JobRecord
 from forgather_control.processes import liveness, stack_dump
-from forgather_control.processes.liveness import judge, myself
+from forgather_control.processes.liveness import current_process, judge
 
 from ..processes.test_stack_dump import recording
 from ..support.harness import MS, SOON, Process, needs_root, running_loop, serving, until
@@ -66,7 +66,9 @@ def ranks(*sources):
 @contextmanager
 def answering(jobs_dir, rows, others):
     """A job whose rank 0 is this process, which answers these rows; the record of it."""
-    known = publish(jobs_dir, [RankRecord.of(0, myself(), None), *(one._replace(rank=one.rank + 1) for one in others)])
+    known = publish(
+        jobs_dir, [RankRecord.of(0, current_process(), None), *(one._replace(rank=one.rank + 1) for one in others)]
+    )
     with serving(known.socket, lambda request: rows):
         yield known
 
@@ -81,36 +83,36 @@ def row(rank, state="silent", **more):
 
 def test_the_crew_is_what_ranks_json_says(jobs_dir):
     """All ranks, the owner of the directory, and how many are not recorded."""
-    two = [RankRecord.of(0, myself(), 3), RankRecord.of(1, myself()._replace(pid=7), None)]
-    crew = recovery.crew(publish(jobs_dir, two, world_size=4))
+    two = [RankRecord.of(0, current_process(), 3), RankRecord.of(1, current_process()._replace(pid=7), None)]
+    crew = recovery.job_processes(publish(jobs_dir, two, world_size=4))
     assert (crew.ranks, crew.missing, crew.owner) == (two, 2, os.getuid())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"nonsense", b"x" * (5 << 20)])
 def test_without_ranks_json_the_crew_is_who_published(jobs_dir, content):
     """The owner of endpoint.json is known in any case; the others are counted."""
-    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)], world_size=3, roster_too=False)
+    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], world_size=3, roster_too=False)
     if content is not None:
         (jobs_dir / "job" / "ranks.json").write_bytes(content)
-    crew = recovery.crew(known)
+    crew = recovery.job_processes(known)
     assert [rank.identity for rank in crew.ranks] == [known.owner] and crew.missing == 2
 
 
 def test_ranks_of_an_earlier_turn_are_nobodys(jobs_dir):
     """After a restart the old file, should it be there, names processes that are not this job's."""
-    old = [RankRecord.of(rank, myself()._replace(pid=100 + rank), 3) for rank in range(2)]
+    old = [RankRecord.of(rank, current_process()._replace(pid=100 + rank), 3) for rank in range(2)]
     publish(jobs_dir, old)
-    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)], roster_too=False)
-    assert [rank.pid for rank in recovery.crew(known).ranks] == [os.getpid()]
+    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], roster_too=False)
+    assert [rank.pid for rank in recovery.job_processes(known).ranks] == [os.getpid()]
 
 
 def test_a_directory_that_is_gone(jobs_dir):
     """A job that ended since it was found has nobody but its record's owner."""
-    known = publish(jobs_dir, [RankRecord.of(0, myself(), None)])
+    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)])
     for path in (jobs_dir / "job").iterdir():
         path.unlink()
     (jobs_dir / "job").rmdir()
-    assert recovery.crew(known).owner == os.geteuid()
+    assert recovery.job_processes(known).owner == os.geteuid()
 
 
 # Seeing them...
@@ -122,7 +124,7 @@ def test_look_tells_what_the_job_told(jobs_dir):
         dead.kill()
         told = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
         with answering(jobs_dir, told, others) as known:
-            sight = recovery.look(known, "ranks", 1.0)
+            sight = recovery.query(known, "ranks", 1.0)
         assert alive.popen.poll() is None
     assert [one["state"] for one in sight.rows] == ["answering", "silent", "absent", "silent", "ended"]
     assert sight.problem is None and sight.rows[0] == told[0]
@@ -132,7 +134,7 @@ def test_look_tells_what_the_job_told(jobs_dir):
 def test_what_is_no_list_of_ranks(jobs_dir, rows):
     """Another program's answer is refused, not shown."""
     with answering(jobs_dir, rows, []) as known, pytest.raises(InternalError):
-        recovery.look(known, "ranks", 1.0)
+        recovery.query(known, "ranks", 1.0)
 
 
 def test_look_at_a_job_that_does_not_answer(jobs_dir, impatient):
@@ -143,7 +145,7 @@ def test_look_at_a_job_that_does_not_answer(jobs_dir, impatient):
         known = publish(jobs_dir, records)
         until(lambda: (jobs_dir / "job" / "control.sock").exists())
         dead.kill()
-        sight = recovery.look(known, "ranks", 0.1)
+        sight = recovery.query(known, "ranks", 0.1)
     assert isinstance(sight.problem, JobNotAnswering)
     assert [(one["rank"], one["pid"], one["state"]) for one in sight.rows] == [
         (0, records[0].pid, "silent"), (1, records[1].pid, "silent"), (2, records[2].pid, "absent"),
@@ -156,12 +158,12 @@ def test_look_at_a_job_whose_rank_0_is_gone(jobs_dir):
     with ranks(WAITS, WAITS) as ((first, second), records):
         known = publish(jobs_dir, records)
         first.kill()
-        sight = recovery.look(known, "stacks", 1.0)
+        sight = recovery.query(known, "stacks", 1.0)
         assert isinstance(sight.problem, JobDead)
         assert [one["state"] for one in sight.rows] == ["absent", "silent"]
         second.kill()
         with pytest.raises(JobDead):
-            recovery.look(known, "stacks", 1.0)
+            recovery.query(known, "stacks", 1.0)
 
 
 # Their stacks...
@@ -170,12 +172,12 @@ def test_look_at_a_job_whose_rank_0_is_gone(jobs_dir):
 def test_stacks_of_silent_ranks_are_read_from_here(jobs_dir):
     """Those that wait tell themselves; what an answering rank told stays; the others are named, with the reason."""
     with ranks(WAITS, WAITS) as ((_, dead), others):
-        far = RankRecord.of(3, myself()._replace(host="another.example.org"), 5)
-        none = RankRecord.of(4, myself(), None)
+        far = RankRecord.of(3, current_process()._replace(host="another.example.org"), 5)
+        none = RankRecord.of(4, current_process(), None)
         told = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
         with answering(jobs_dir, told, others) as known:
-            rank_processes.write(str(jobs_dir / "job"), [*recovery.crew(known).ranks, far, none])
-            sight = recovery.look(known, "stacks", 1.0)
+            rank_processes.write(str(jobs_dir / "job"), [*recovery.job_processes(known).ranks, far, none])
+            sight = recovery.query(known, "stacks", 1.0)
         dead.kill()
         rows, why = recovery.read_stacks(sight)
     assert rows[0] == told[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
@@ -187,7 +189,7 @@ def test_stacks_of_silent_ranks_are_read_from_here(jobs_dir):
 def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
     """All at once, so that one does not hold up the others; afterwards they go on."""
     with ranks(KEEPS, KEEPS, KEEPS) as (processes, records):
-        sight = recovery.Sight([row(rank) for rank in range(3)], recovery.crew(publish(jobs_dir, records)))
+        sight = recovery.RankView([row(rank) for rank in range(3)], recovery.job_processes(publish(jobs_dir, records)))
 
         def told():
             rows, why = recovery.read_stacks(sight)
@@ -202,9 +204,9 @@ def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
 
 def test_nobody_silent_is_nobody_asked(jobs_dir):
     """Where all have answered, no process is looked at."""
-    crew = recovery.crew(publish(jobs_dir, [RankRecord.of(0, myself(), 5)]))
+    crew = recovery.job_processes(publish(jobs_dir, [RankRecord.of(0, current_process(), 5)]))
     rows = [row(0, "answering", stacks="x"), row(1, "ended")]
-    assert recovery.read_stacks(recovery.Sight(rows, crew)) == (rows, {})
+    assert recovery.read_stacks(recovery.RankView(rows, crew)) == (rows, {})
 
 
 # Their end...
@@ -214,7 +216,7 @@ def test_an_abort_that_works_kills_nobody(jobs_dir):
     """The job reaches its next step, and ends by itself: its record comes back, and this process lives."""
     with running_loop() as run:
         end = recovery.abort(api.find("job"), SOON)
-        assert end.record["state"] == "finished" and (end.problem, end.fates) == (None, [])
+        assert end.record["state"] == "finished" and (end.problem, end.outcomes) == (None, [])
         run.thread.join(SOON)
         assert run.job.aborted
 
@@ -227,8 +229,8 @@ def test_a_job_that_reaches_no_other_step_is_ended(jobs_dir, impatient):
         with serving(known.socket, lambda request: (_ for _ in ()).throw(DeadlinePassed("not yet"))):
             end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, DeadlinePassed) and end.record is None and end.missing == 0
-        assert [fate["outcome"] for fate in end.fates] == ["ended", "killed", "ended"]
-        assert [fate["pid"] for fate in end.fates] == [other.pid for other in processes]
+        assert [fate["outcome"] for fate in end.outcomes] == ["ended", "killed", "ended"]
+        assert [fate["pid"] for fate in end.outcomes] == [other.pid for other in processes]
         assert [other.popen.wait(SOON) for other in processes] == [-15, -9, -15]
 
 
@@ -241,7 +243,7 @@ def test_a_job_that_does_not_answer_is_ended(jobs_dir, impatient):
         until(lambda: (jobs_dir / "job" / "control.sock").exists())
         end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, JobNotAnswering)
-        assert [fate["outcome"] for fate in end.fates] == ["ended", "ended"]
+        assert [fate["outcome"] for fate in end.outcomes] == ["ended", "ended"]
         assert [other.popen.wait(SOON) for other in processes] == [-15, -15]
 
 
@@ -253,7 +255,7 @@ def test_what_rank_0_left_behind_is_ended(jobs_dir, impatient):
         leaves = threading.Timer(50 * MS, processes[1].say, ["go on"])
         leaves.start()
         end = recovery.abort(known, 300 * MS)
-        assert [fate["outcome"] for fate in end.fates] == ["gone", "gone", "ended"]
+        assert [fate["outcome"] for fate in end.outcomes] == ["gone", "gone", "ended"]
         assert processes[1].end() == 0
         leaves.join(SOON)
 
@@ -277,7 +279,7 @@ def test_only_recorded_processes_of_this_host_are_ended(jobs_dir, impatient):
         far = RankRecord.of(2, records[1].identity._replace(host="another.example.org"), None)
         known = publish(jobs_dir, [records[0], used_again, far], world_size=5)
         end = recovery.abort(known, 0.0)
-        assert [fate["outcome"] for fate in end.fates] == ["ended", "gone", "elsewhere"] and end.missing == 2
+        assert [fate["outcome"] for fate in end.outcomes] == ["ended", "gone", "elsewhere"] and end.missing == 2
         assert first.popen.wait(SOON) == -15 and judge(records[1].identity) == "running"
         assert bystander.popen.poll() is None
 
@@ -288,7 +290,7 @@ def test_root_ends_no_other_users_process(jobs_dir, impatient):
     with ranks(WAITS) as ((first,), records):
         known = publish(jobs_dir, records)
         os.chown(jobs_dir / "job", 65534, 65534)
-        assert [fate["outcome"] for fate in recovery.abort(known, 0.0).fates] == ["refused"]
+        assert [fate["outcome"] for fate in recovery.abort(known, 0.0).outcomes] == ["refused"]
         assert first.popen.poll() is None
 
 
@@ -296,8 +298,8 @@ def test_a_launcher_is_left_alone(jobs_dir, impatient):
     """The parent of the ranks, which is not among them, sees its children go and goes on."""
     source = """
     import json, subprocess, sys
-    code = "import json, sys\\nfrom forgather_control.processes.liveness import myself\\n"
-    code += "print(json.dumps(myself()._asdict()), flush=True)\\nsys.stdin.read()"
+    code = "import json, sys\\nfrom forgather_control.processes.liveness import current_process\\n"
+    code += "print(json.dumps(current_process()._asdict()), flush=True)\\nsys.stdin.read()"
     one = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=sys.stdout)
     print(one.wait(), flush=True)
     sys.stdin.readline()
@@ -305,5 +307,5 @@ def test_a_launcher_is_left_alone(jobs_dir, impatient):
     with Process(source) as launcher:
         identity = liveness.Identity(**json.loads(launcher.line()))
         end = recovery.abort(publish(jobs_dir, [RankRecord.of(0, identity, None)]), 0.0)
-        assert [fate["outcome"] for fate in end.fates] == ["ended"]
+        assert [fate["outcome"] for fate in end.outcomes] == ["ended"]
         assert launcher.line() == str(-signal.SIGTERM) and launcher.popen.poll() is None

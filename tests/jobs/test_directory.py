@@ -47,7 +47,7 @@ def claim(job_id):
 
 print(os.getpid(), flush=True)
 if len(sys.argv) > 1:
-    process.myself()  # what is imported late is imported now: the interpreter may be out of nobody's reach
+    process.current_process()  # what is imported late is imported now: the interpreter may be out of nobody's reach
     os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 job = None
 for line in sys.stdin:

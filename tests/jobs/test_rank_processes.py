@@ -12,7 +12,7 @@ import pytest
 from forgather_control.errors import BadJobId
 from forgather_control.jobs import directory, rank_processes, registry
 from forgather_control.jobs.rank_processes import RankRecord, parse, read, write
-from forgather_control.processes.liveness import myself
+from forgather_control.processes.liveness import current_process
 
 from ..support.harness import ROOT, SOON, Process, descriptors
 
@@ -38,9 +38,12 @@ def of_job(jobs_dir):
 
 def test_ranks_survive_the_way_through_their_file(place, jobs_dir):
     """What rank 0 writes is what a client reads, members that nobody knows included."""
-    ranks = [RankRecord.of(0, myself(), 5), RankRecord.of(1, myself()._replace(pid=7, machine=None), None)]
+    ranks = [
+        RankRecord.of(0, current_process(), 5),
+        RankRecord.of(1, current_process()._replace(pid=7, machine=None), None),
+    ]
     write(str(place.parent), ranks)
-    assert of_job(jobs_dir) == ranks and of_job(jobs_dir)[0].identity == myself()
+    assert of_job(jobs_dir) == ranks and of_job(jobs_dir)[0].identity == current_process()
     write(str(place.parent), ranks[:1])
     assert of_job(jobs_dir) == ranks[:1], "written again, it is replaced"
 
@@ -190,7 +193,7 @@ def test_a_file_of_a_later_version_is_read():
 
 def test_room_for_thousands():
     """Ten thousand ranks fit."""
-    me = myself()._replace(host="h" * 64)
+    me = current_process()._replace(host="h" * 64)
     many = [RankRecord.of(rank, me, 1000) for rank in range(10_000)]
     assert len(json.dumps([rank._asdict() for rank in many])) < rank_processes.MAX_ROSTER
 

@@ -32,7 +32,7 @@ def dead():
     started_at = psutil.Process(child.pid).create_time()
     child.kill()
     child.wait()
-    return liveness.myself()._replace(pid=child.pid, started_at=started_at)
+    return liveness.current_process()._replace(pid=child.pid, started_at=started_at)
 
 
 def publish(root, name, owner, **changes):
@@ -157,7 +157,7 @@ def test_live_is_who_answers_for_this_job(jobs_dir, dead):
 )
 def test_who_answers_something_else_is_not_live(jobs_dir, dead, answer):
     """Another job's answer, an error, garbage or a line without end is no sign of life of this job."""
-    record = publish(jobs_dir, "job", liveness.myself())
+    record = publish(jobs_dir, "job", liveness.current_process())
     with listening(record.socket) as listener:
 
         def speak():
@@ -180,7 +180,9 @@ def test_who_answers_something_else_is_not_live(jobs_dir, dead, answer):
 def test_a_reused_pid_reads_dead(jobs_dir):
     """A record that points at a live foreign pid with another start time is a dead job's, and is removed."""
     with Process("import sys; sys.stdin.read()") as other:
-        owner = liveness.myself()._replace(pid=other.pid, started_at=psutil.Process(other.pid).create_time() - 100)
+        owner = liveness.current_process()._replace(
+            pid=other.pid, started_at=psutil.Process(other.pid).create_time() - 100
+        )
         publish(jobs_dir, "job", owner)
         assert states(jobs_dir) == {"job": "dead"} and forgather_control.cleanup() == ["job"]
         assert other.popen.poll() is None
@@ -202,8 +204,8 @@ def test_a_thousand_dead_cost_no_deadline_each(jobs_dir, dead):
 @pytest.mark.once
 def test_many_silent_ones_share_one_deadline(jobs_dir):
     """Fifty jobs that never answer take as long as one, and the live one beside them is seen."""
-    listeners = [listening(publish(jobs_dir, f"mute{n}", liveness.myself()).socket) for n in range(50)]
-    record = publish(jobs_dir, "alive", liveness.myself(), started_at=1)
+    listeners = [listening(publish(jobs_dir, f"mute{n}", liveness.current_process()).socket) for n in range(50)]
+    record = publish(jobs_dir, "alive", liveness.current_process(), started_at=1)
     before, start = descriptors(), time.monotonic()
     with serving(record.socket, lambda request: {"job_id": "alive"}):
         found = states(jobs_dir, 0.5)
@@ -216,7 +218,9 @@ def test_many_silent_ones_share_one_deadline(jobs_dir):
 def test_more_jobs_than_are_asked_at_once(jobs_dir):
     """All of 300 live jobs are seen, though not all sockets are open at the same time."""
     names = sorted((f"job{number:03}" for number in range(300)), reverse=True)
-    listeners = [(n, listening(publish(jobs_dir, n, liveness.myself(), started_at=int(n[3:])).socket)) for n in names]
+    listeners = [
+        (n, listening(publish(jobs_dir, n, liveness.current_process(), started_at=int(n[3:])).socket)) for n in names
+    ]
 
     def serve():
         for name, listener in listeners:
@@ -279,7 +283,7 @@ def test_what_this_host_cannot_see_is_not_removed(jobs_dir, dead, monkeypatch, c
 
 def test_another_boot_is_a_death(jobs_dir):
     """After a reboot no pid counts, though a process may have it."""
-    publish(jobs_dir, "job", liveness.myself()._replace(boot_id="before the reboot"))
+    publish(jobs_dir, "job", liveness.current_process()._replace(boot_id="before the reboot"))
     assert states(jobs_dir) == {"job": "dead"} and forgather_control.cleanup() == ["job"]
 
 
@@ -336,7 +340,7 @@ def test_a_job_is_judged_again_under_the_lock(jobs_dir, dead):
         assert possible
         cleaner = threading.Thread(target=lambda: removed.append(registry.remove_dead(str(jobs_dir), "job")))
         cleaner.start()
-        publish(jobs_dir, "job", liveness.myself())
+        publish(jobs_dir, "job", liveness.current_process())
     cleaner.join(SOON)
     assert removed == [False] and read_record(str(jobs_dir), "job").pid == os.getpid()
 
@@ -431,7 +435,7 @@ def test_list_and_cleanup_while_jobs_start_and_stop(jobs_dir):
 
 def test_asking_takes_a_deadline_that_has_passed(jobs_dir):
     """With no time left nobody is waited for."""
-    record = publish(jobs_dir, "job", liveness.myself())
+    record = publish(jobs_dir, "job", liveness.current_process())
     with listening(record.socket):
         start = time.monotonic()
         assert registry.ask([record], "ping", Deadline(0)) == {} and time.monotonic() - start < 1

@@ -18,8 +18,8 @@ import pytest
 from forgather_control.deadline import Deadline
 from forgather_control.errors import FindError, JobDead, JobNotAnswering
 from forgather_control.processes import stack_dump
-from forgather_control.processes.liveness import Identity, judge, myself
-from forgather_control.processes.stack_dump import Recorder, dump_of
+from forgather_control.processes.liveness import Identity, current_process, judge
+from forgather_control.processes.stack_dump import StackDumper, dump_of
 from forgather_control.processes.stacks import python_stacks
 
 from ..support.harness import MS, SOON, Process, descriptors, until
@@ -29,18 +29,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 #: Begins to record, prints who it is, then runs what the test appends.
 RECORDS = """
 import ctypes, json, os, signal, socket, sys, threading, time
-from forgather_control.processes.stack_dump import Recorder
-from forgather_control.processes.liveness import myself
+from forgather_control.processes.stack_dump import StackDumper
+from forgather_control.processes.liveness import current_process
 from forgather_control.processes.stacks import python_stacks
 
 def keep_the_lock_in_c():
     # PyDLL does not release the interpreter lock; read(2) lasts until the test writes.
     return ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
 
-recorder = Recorder(python_stacks)
+recorder = StackDumper(python_stacks)
 assert recorder.start()
 threading.Thread(target=threading.Event().wait, name="idle", daemon=True).start()
-print(json.dumps([myself()._asdict(), recorder.fd]), flush=True)
+print(json.dumps([current_process()._asdict(), recorder.fd]), flush=True)
 """
 
 
@@ -61,7 +61,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def recorder():
     """A recorder of this process, closed in the end."""
-    one = Recorder(python_stacks)
+    one = StackDumper(python_stacks)
     assert one.start()
     yield one
     one.close()
@@ -219,7 +219,7 @@ def test_a_process_that_no_longer_catches_the_signal_lives(quick):
 def test_another_process_is_left_alone(recorder, changes, error):
     """Of the same pid but another start, on another host, in another namespace: nothing is opened."""
     with pytest.raises(error) as caught:
-        dump_of(myself()._replace(**changes), recorder.fd, Deadline(SOON))
+        dump_of(current_process()._replace(**changes), recorder.fd, Deadline(SOON))
     assert type(caught.value) is error
 
 
@@ -250,7 +250,7 @@ def test_a_number_that_is_another_file_by_now(tmp_path, recorder):
     with socket.socket() as sock:
         for number in (fifo, named, memory, sock.fileno(), free, 0, 2**31 - 1):
             with pytest.raises(FindError, match="cannot be read"):
-                dump_of(myself(), number, Deadline(SOON))
+                dump_of(current_process(), number, Deadline(SOON))
     assert (tmp_path / f"memfd:{stack_dump.NAME} (deleted)").read_text() == "mine"
     for file in (fifo, named, memory):
         os.close(file)
@@ -266,7 +266,7 @@ def test_a_record_that_lies(tmp_path, facts):
     fake = os.memfd_create(stack_dump.NAME)
     os.write(fake, facts.replace(b"{fifo}", b"%d" % theirs[1]).ljust(stack_dump._HEADER))
     with pytest.raises(FindError):
-        dump_of(myself(), fake, Deadline(300 * MS))
+        dump_of(current_process(), fake, Deadline(300 * MS))
     os.set_blocking(theirs[0], False)
     with pytest.raises(BlockingIOError):
         os.read(theirs[0], 1)
@@ -294,7 +294,7 @@ def test_who_waits_for_another_gives_up_in_time(recorder):
     other = os.open(f"/proc/self/fd/{recorder.fd}", os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(JobNotAnswering, match="somebody else"):
-        dump_of(myself(), recorder.fd, Deadline(50 * MS))
+        dump_of(current_process(), recorder.fd, Deadline(50 * MS))
     os.close(other)
 
 
@@ -302,25 +302,27 @@ def test_the_file_does_not_grow(recorder):
     """However often it is asked, one answer is kept."""
     sizes = set()
     for _ in range(5):
-        dump_of(myself(), recorder.fd, Deadline(SOON))
+        dump_of(current_process(), recorder.fd, Deadline(SOON))
         sizes.add(os.fstat(recorder.fd).st_size)
     assert max(sizes) < 64 * 1024 and max(sizes) - min(sizes) < 1000
 
 
 def test_an_error_of_the_witness_is_an_answer():
     """Whatever goes wrong in the job, who asks hears of it, and the next one, too."""
-    one = Recorder(lambda: 1 / 0)
+    one = StackDumper(lambda: 1 / 0)
     assert one.start()
     for _ in range(2):
-        assert dump_of(myself(), one.fd, Deadline(SOON)) == "no stacks: ZeroDivisionError('division by zero')\n"
+        assert (
+            dump_of(current_process(), one.fd, Deadline(SOON)) == "no stacks: ZeroDivisionError('division by zero')\n"
+        )
     one.close()
 
 
 def test_a_text_without_end_is_bounded():
     """What is read of another process has an end."""
-    one = Recorder(lambda: "x" * (1 << 20))
+    one = StackDumper(lambda: "x" * (1 << 20))
     assert one.start()
-    assert len(dump_of(myself(), one.fd, Deadline(SOON))) < 70_000
+    assert len(dump_of(current_process(), one.fd, Deadline(SOON))) < 70_000
     one.close()
 
 
@@ -345,7 +347,7 @@ def test_close_leaves_nothing():
     """Descriptors, threads and the signal are as before; it may be closed twice, and begun anew."""
     before = descriptors(), threading.active_count(), status(os.getpid(), "SigCgt")
     for _ in range(3):
-        one = Recorder(python_stacks)
+        one = StackDumper(python_stacks)
         assert one.start() and one.fd is not None
         one.close()
         assert one.fd is None
@@ -355,20 +357,20 @@ def test_close_leaves_nothing():
 
 def test_it_begins_on_any_thread(recorder):
     """Where training runs in another thread than the main one, and for a second job in the same process."""
-    second = Recorder(python_stacks)
+    second = StackDumper(python_stacks)
     began = []
     helper = threading.Thread(target=lambda: began.append(second.start()))
     helper.start()
     helper.join(SOON)
     assert began == [True] and second._signum != recorder._signum
-    assert "MainThread" in dump_of(myself(), second.fd, Deadline(SOON))
+    assert "MainThread" in dump_of(current_process(), second.fd, Deadline(SOON))
     second.close()
-    assert "MainThread" in dump_of(myself(), recorder.fd, Deadline(SOON))
+    assert "MainThread" in dump_of(current_process(), recorder.fd, Deadline(SOON))
 
 
 def test_close_waits_for_who_asks_and_no_longer():
     """While somebody asks, the signal must stay caught: all stays as it is, and training ends all the same."""
-    one = Recorder(python_stacks)
+    one = StackDumper(python_stacks)
     assert one.start()
     other = os.open(f"/proc/self/fd/{one.fd}", os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -416,13 +418,13 @@ def test_a_signal_in_use_is_not_taken():
     """Neither one that is caught by Python or by C, nor one that is ignored, or blocked (someone may wait for it)."""
     source = """
     import ctypes, signal
-    from forgather_control.processes.stack_dump import Recorder
+    from forgather_control.processes.stack_dump import StackDumper
     signal.signal(42, lambda *_: None)
     signal.signal(43, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [44])
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: None)
     ctypes.CDLL(None).signal(45, handler)
-    recorder = Recorder(str)
+    recorder = StackDumper(str)
     print(recorder.start(), recorder._signum, flush=True)
     recorder.close()
     print(signal.getsignal(43) == signal.SIG_IGN, flush=True)
@@ -435,20 +437,20 @@ def test_without_room_nothing_is_left_behind():
     """Out of files, out of threads, out of signals: False, and training has the rest for itself."""
     source = """
     import os, resource, signal, threading
-    from forgather_control.processes.stack_dump import Recorder
+    from forgather_control.processes.stack_dump import StackDumper
     import faulthandler, fcntl
     def count():
         return len(os.listdir("/proc/self/fd"))
     before = count()
     for files in range(3):
         resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + files, 4096))
-        one = Recorder(str)
+        one = StackDumper(str)
         print(one.start(), one.fd, flush=True)
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         assert count() == before, (count(), before)
     for signum in range(42, signal.SIGRTMAX + 1):
         signal.signal(signum, signal.SIG_IGN)
-    print(Recorder(str).start(), threading.active_count(), count() - before, flush=True)
+    print(StackDumper(str).start(), threading.active_count(), count() - before, flush=True)
     """
     with Process(source) as other:
         assert [other.line() for _ in range(4)] == ["False None"] * 3 + ["False 1 0"], other.errors

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from forgather_control.processes.usage import device, vitals
+from forgather_control.processes.usage import device, process_stats
 
 from ..support.harness import MS, SOON, Process, needs_torch, until
 
@@ -21,7 +21,7 @@ UNKNOWN = {"device": None, "device_memory_bytes": None, "device_memory_reserved_
 
 
 def cuda(memory, initialized=True):
-    """What ``vitals`` asks of torch, on a machine with these bytes on its devices."""
+    """What ``process_stats`` asks of torch, on a machine with these bytes on its devices."""
     return SimpleNamespace(
         cuda=SimpleNamespace(
             is_initialized=lambda: initialized,
@@ -35,7 +35,7 @@ def cuda(memory, initialized=True):
 
 def test_the_figures_are_the_systems():
     """Host, pid and memory as the operating system has them."""
-    told = vitals()
+    told = process_stats()
     assert told.keys() == NAMES
     assert (told["host"], told["pid"]) == (socket.gethostname(), os.getpid())
     assert told["rss_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
@@ -43,12 +43,12 @@ def test_the_figures_are_the_systems():
 
 def test_processor_time_is_that_since_the_last_call():
     """A second reading tells what was used in between, on whatever thread it is asked."""
-    vitals()
+    process_stats()
     end = time.monotonic() + 200 * MS
     while time.monotonic() < end:
         pass
     told = []
-    asker = threading.Thread(target=lambda: told.append(vitals()))
+    asker = threading.Thread(target=lambda: told.append(process_stats()))
     asker.start()
     asker.join(SOON)
     assert told[0]["cpu_percent"] > 10
@@ -58,10 +58,10 @@ def test_a_forked_child_tells_of_itself():
     """The figures of a child are not its parent's."""
     source = """
     import os, sys
-    from forgather_control.processes.usage import vitals
-    filled = vitals() and b"x" * (64 << 20)
+    from forgather_control.processes.usage import process_stats
+    filled = process_stats() and b"x" * (64 << 20)
     child = os.fork()
-    told = vitals()
+    told = process_stats()
     if child == 0:
         assert told["pid"] == os.getpid()
         os._exit(7 if told["cpu_percent"] == 0.0 else 1)
@@ -107,7 +107,7 @@ def test_a_torch_that_raises_costs_the_device_only(monkeypatch, torch):
     if hasattr(torch, "cuda"):
         torch.cuda.device_count = lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert"))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    told = vitals()
+    told = process_stats()
     assert told["device"] is None and told["rss_bytes"] > 0
 
 
@@ -116,9 +116,9 @@ def test_real_torch_on_the_processor():
     """In a process of its own: the processor is named, and CUDA stays as it was, while the training thread hangs."""
     source = """
     import sys, threading, torch
-    from forgather_control.processes.usage import vitals
+    from forgather_control.processes.usage import process_stats
     def ask():
-        print(vitals()["device"], torch.cuda.is_initialized(), flush=True)
+        print(process_stats()["device"], torch.cuda.is_initialized(), flush=True)
     threading.Timer(0.05, ask).start()
     sys.stdin.read()
     """
@@ -130,8 +130,8 @@ def test_it_answers_while_the_main_thread_hangs():
     """Asked by a helper again and again, it needs nothing of the thread that hangs."""
     source = """
     import sys, threading
-    from forgather_control.processes.usage import vitals
-    threading.Thread(target=lambda: [print(vitals()["pid"], flush=True) for _ in range(3)], daemon=True).start()
+    from forgather_control.processes.usage import process_stats
+    threading.Thread(target=lambda: [print(process_stats()["pid"], flush=True) for _ in range(3)], daemon=True).start()
     sys.stdin.read()
     """
     with Process(source) as other:

@@ -330,8 +330,8 @@ def target_reply(data: bytes) -> None:
         ]
         output.job_table(rows, colour=False)
     with contextlib.suppress(InternalError):
-        output.rank_table(recovery.told(reply.result).rows, colour=False)
-        output.stacks_text(recovery.told(reply.result).rows)
+        output.rank_table(recovery.from_reply(reply.result).rows, colour=False)
+        output.stacks_text(recovery.from_reply(reply.result).rows)
 
 
 def strict_enough(line: bytes) -> None:

@@ -51,12 +51,13 @@ from forgather_control.server import auth as gate
 from forgather_control.jobs import registry as jobs
 from forgather_control.jobs import spool as letters
 from forgather_control.processes import liveness as process
+from forgather_control.processes.terminate import terminate
 from forgather_control.jobs import record
 from forgather_control.client import recovery as rescue
 from forgather_control.jobs import rank_processes as roster
 from forgather_control import TrainingJob
 
-process.myself(), directory._user()
+process.current_process(), directory._user()
 os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 os.umask(0o022)
 os.environ["HOME"] = "/nonexistent"
@@ -102,7 +103,7 @@ def answering(path, job_id):
 def plant(root, name, **members):
     "A job's directory, as this user would like others to see it."
     os.makedirs(os.path.join(root, name))
-    me = process.myself()
+    me = process.current_process()
     mine = record.JobRecord(name, me.host, None, me.pid, time.time(), os.path.join(root, name, "control.sock"))
     with open(os.path.join(root, name, "endpoint.json"), "w") as file:
         json.dump({**mine.to_json(), "process_started_at": me.started_at, **members}, file)
@@ -381,7 +382,10 @@ def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code
     ("code", "error"),
     [
         ("by_file.Errand(record.JobRecord(job, 'h', None, pid, 1.0), lambda: None)", "FindError"),
-        ("dump.dump_of(process.myself()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))", "FindError"),
+        (
+            "dump.dump_of(process.current_process()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))",
+            "FindError",
+        ),
         ("jobs.remove_tree(root, job)", "JobsDirUnusable"),
         ("jobs.remove_dead(root, job)", "JobsDirUnusable"),
         ("jobs.locked(root, 0.0).__enter__()", "JobsDirUnusable"),
@@ -397,7 +401,7 @@ def test_no_part_of_the_package_gets_further(stranger, unmoved, code, error):
 def test_processes_are_ended_by_their_owner_alone(stranger, unmoved):
     """abort --kill-after with a record that names the job's process: the kernel refuses each signal."""
     code = """
-it = [word for _, word in process.end([process.myself()._replace(pid=pid, started_at=None)], 0.0)]
+it = [word for _, word in terminate([process.current_process()._replace(pid=pid, started_at=None)], 0.0)]
 """
     assert stranger.does(code, **unmoved.values()) == ["refused"]
 
@@ -777,14 +781,14 @@ def test_root_spares_processes_that_a_stranger_names(stranger, strangers, unmove
     named.update(job_id="exp", socket=None, token=None, port=None, address=None)
     rank = {
         "rank": 0,
-        "host": liveness.myself().host,
+        "host": liveness.current_process().host,
         "pid": unmoved.known["pid"],
         "started_at": named["process_started_at"],
     }
     code = "plant(root, 'exp', **named); open(root + '/exp/ranks.json', 'w').write(json.dumps([rank]))"
     stranger.does(code, root=strangers, named=named, rank=rank)
     known = api.find("exp")
-    assert [fate["outcome"] for fate in recovery.abort(known, 0.0).fates] == ["refused"]
+    assert [fate["outcome"] for fate in recovery.abort(known, 0.0).outcomes] == ["refused"]
 
 
 def test_the_very_deep_is_a_sentence(stranger, strangers):

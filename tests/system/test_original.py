@@ -290,7 +290,7 @@ def test_each_test_here_is_named():
 def left_by(folder, name, **changes):
     """What a job that was killed left, as far as its members are not changed."""
     folder.mkdir(parents=True)
-    owner = liveness.myself()._replace(pid=2**31 - 1)
+    owner = liveness.current_process()._replace(pid=2**31 - 1)
     record = {"job_id": name, "host": owner.host, "port": None, "pid": owner.pid, "started_at": 1.0}
     (folder / "endpoint.json").write_text(json.dumps({**record, "boot_id": owner.boot_id, **changes}))
 

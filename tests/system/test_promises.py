@@ -40,7 +40,7 @@ optimizer = torch.optim.Adam(model.parameters())
 if "BECOME" in os.environ:  # after the imports: another user may not be able to read this Python
     from forgather_control.jobs import directory
     from forgather_control.processes import liveness as process
-    process.myself(), directory._user()
+    process.current_process(), directory._user()
     os.setgid(int(os.environ["BECOME"]))
     os.setuid(int(os.environ["BECOME"]))
 with TrainingJob("victim", max_steps=400, enabled=sys.argv[1] == "controlled") as job:

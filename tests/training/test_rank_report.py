@@ -9,7 +9,7 @@ import time
 import pytest
 
 from forgather_control.jobs import rank_processes
-from forgather_control.processes.liveness import myself
+from forgather_control.processes.liveness import current_process
 from forgather_control.ranks.group import RankQuery
 from forgather_control.server.dispatcher import PENDING, Later
 from forgather_control.training.progress import Progress
@@ -101,25 +101,25 @@ def test_stacks_of_many_ranks_fit_into_one_reply(census, monkeypatch):
 
 def test_a_rank_that_cannot_tell_says_nothing(census, monkeypatch, caplog):
     """An exception there would cut the line between the ranks."""
-    monkeypatch.setattr("forgather_control.processes.usage.vitals", lambda: 1 / 0)
+    monkeypatch.setattr("forgather_control.processes.usage.process_stats", lambda: 1 / 0)
     assert census.tell("ranks") == {} and "ZeroDivisionError" in caplog.text
 
 
 def test_the_roster_names_all_who_are_there(census, tmp_path):
     """Each rank's process as it said it, in order."""
-    me = {**myself()._asdict(), "stack_fd": 7}
+    me = {**current_process()._asdict(), "stack_fd": 7}
     census.meet({1: {**me, "pid": 4711}, 0: me})
     census.write(str(tmp_path))
     (tmp_path / "jobs").mkdir()
     os.rename(tmp_path / rank_processes.ROSTER, tmp_path / "jobs" / rank_processes.ROSTER)
     ranks = rank_processes.read(str(tmp_path), "jobs")
     assert [(rank.rank, rank.pid, rank.stack_fd) for rank in ranks] == [(0, os.getpid(), 7), (1, 4711, 7)]
-    assert ranks[0].identity == myself()
+    assert ranks[0].identity == current_process()
 
 
 def test_a_roster_that_cannot_be_written_is_one_warning(census, tmp_path, caplog):
     """Training has no use for it."""
-    census.meet({0: myself()._asdict()})
+    census.meet({0: current_process()._asdict()})
     census.write(str(tmp_path / "nowhere"))
     (warning,) = caplog.records
     assert rank_processes.ROSTER in warning.getMessage()
