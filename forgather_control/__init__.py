@@ -1,7 +1,7 @@
-"""Find, watch, save, stop and abort a PyTorch training job from outside.
+"""Find, watch, save, stop and abort a PyTorch training job from outside the process.
 
-This door holds names only. Each is loaded when it is first used (PEP 562), so that a client never
-pays for the training side, nor a training script for the client's.
+This module holds names only. Each one is loaded when it is first used (PEP 562), so that a client never
+imports the training side, and a training script never imports the client.
 """
 
 from __future__ import annotations
@@ -25,18 +25,49 @@ if TYPE_CHECKING:
         save_checkpoint,
     )
     from .client.connection import Client
-    from .errors import ControlError
+    from .errors import (
+        AmbiguousJob,
+        BadJobId,
+        CommandError,
+        CommandFailed,
+        CommandNotFound,
+        ControlError,
+        DeadlinePassed,
+        FindError,
+        InternalError,
+        InvalidParams,
+        InvalidRequest,
+        JobDead,
+        JobEnding,
+        JobIdTaken,
+        JobNotAnswering,
+        JobsDirUnusable,
+        MethodNotFound,
+        NoSuchJob,
+        NotAuthenticated,
+        NotCancellable,
+        ParseError,
+        PortTaken,
+        StartError,
+        TlsUnusable,
+        TooManyCommands,
+        Unsupported,
+        WireError,
+    )
     from .integrations.huggingface import TrainerControlCallback
     from .integrations.lightning import LightningControlCallback
     from .integrations.loop import TrainingJob
     from .jobs.registry import Job
     from .wire.records import CommandRecord
 
-_HOME = {
+#: The module of each public name; those that are not here are error classes.
+_MODULES = {
+    "Client": "client.connection",
+    "CommandRecord": "wire.records",
+    "Job": "jobs.registry",
     "LightningControlCallback": "integrations.lightning",
     "TrainerControlCallback": "integrations.huggingface",
     "TrainingJob": "integrations.loop",
-    "Client": "client.connection",
     "abort": "client.api",
     "cancel_command": "client.api",
     "cleanup": "client.api",
@@ -47,19 +78,42 @@ _HOME = {
     "list_jobs": "client.api",
     "save_and_stop": "client.api",
     "save_checkpoint": "client.api",
-    "CommandRecord": "wire.records",
-    "ControlError": "errors",
-    "Job": "jobs.registry",
 }
 
 __all__ = [
+    "AmbiguousJob",
+    "BadJobId",
     "Client",
+    "CommandError",
+    "CommandFailed",
+    "CommandNotFound",
     "CommandRecord",
     "ControlError",
+    "DeadlinePassed",
+    "FindError",
+    "InternalError",
+    "InvalidParams",
+    "InvalidRequest",
     "Job",
+    "JobDead",
+    "JobEnding",
+    "JobIdTaken",
+    "JobNotAnswering",
+    "JobsDirUnusable",
     "LightningControlCallback",
+    "MethodNotFound",
+    "NoSuchJob",
+    "NotAuthenticated",
+    "NotCancellable",
+    "ParseError",
+    "PortTaken",
+    "StartError",
+    "TlsUnusable",
+    "TooManyCommands",
     "TrainerControlCallback",
     "TrainingJob",
+    "Unsupported",
+    "WireError",
     "__version__",
     "abort",
     "cancel_command",
@@ -75,11 +129,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    module = import_module(f".{_MODULES.get(name, 'errors')}", __name__)
+    value = globals()[name] = getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""The command line as a process: ``python -m forgather_control VERB ...``, and the two words that pip installs.
+"""The command line as a process: ``python -m forgather_control VERB ...`` and the two console scripts.
 
-Once all is printed, the process ends at once: taking a whole interpreter down in good order takes longer
-than most verbs' work, and a client has nothing that wants it.
+The process ends as soon as everything is printed: an orderly shutdown of the interpreter takes longer than
+most verbs do, and a client has nothing that needs one.
 """
 
 import gc
@@ -17,7 +17,7 @@ def control() -> NoReturn:
 
 
 def forgather() -> NoReturn:
-    """``forgather control VERB ...``; what the real Forgather does, ends as it wants."""
+    """``forgather control VERB ...``; any other first word is left to Forgather, which exits in its own way."""
     code = _cli().forgather()
     if sys.argv[1:2] == ["control"]:
         _end(code)
@@ -25,7 +25,7 @@ def forgather() -> NoReturn:
 
 
 def _cli() -> ModuleType:
-    """Loaded without looking for garbage meanwhile: there is none, and to look takes a thirtieth of a start."""
+    """Import the command line with garbage collection off: there is no garbage yet, and looking for it costs 3 %."""
     gc.disable()
     from .cli import main as cli
 
@@ -39,7 +39,7 @@ def _end(code: int) -> NoReturn:
             if stream is not None:
                 stream.flush()
         except OSError:
-            pass  # nobody reads it
+            pass  # the reader has gone
     os._exit(code)
 
 

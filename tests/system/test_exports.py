@@ -1,4 +1,4 @@
-"""The front door: lazy, complete, and light for those who only ask."""
+"""The public names: lazy, complete, and cheap to import for a client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import forgather_control
-from forgather_control import version
+from forgather_control import errors, version
 
 from ..support.harness import MS, ROOT, SOON, Process, job_process, needs_torch
 
@@ -28,12 +28,19 @@ def ends_well(source, *args):
         return json.loads(line)
 
 
+def module_of(name):
+    return forgather_control._MODULES.get(name, "errors")
+
+
+PUBLIC = [name for name in forgather_control.__all__ if name != "__version__"]
+
+
 def test_all_is_what_the_modules_give():
-    """Each public name is the object of its home module, and nothing else is public."""
+    """Each public name is the object that its own module defines."""
     assert sorted(forgather_control.__all__) == forgather_control.__all__
-    assert set(forgather_control.__all__) == {*forgather_control._HOME, "__version__"}
-    for name, home in forgather_control._HOME.items():
-        module = importlib.import_module(f"forgather_control.{home}")
+    assert forgather_control._MODULES.keys() < set(PUBLIC)
+    for name in PUBLIC:
+        module = importlib.import_module(f"forgather_control.{module_of(name)}")
         assert getattr(forgather_control, name) is getattr(module, name)
         assert getattr(forgather_control, name).__module__ == module.__name__
 
@@ -42,7 +49,15 @@ def test_type_checkers_see_the_same():
     """What stands under TYPE_CHECKING is what is loaded when it is used."""
     block = next(node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
-    assert seen == forgather_control._HOME
+    assert seen == {name: module_of(name) for name in PUBLIC}
+
+
+def test_every_error_is_public():
+    """A caller can name each class that it may want to catch."""
+    defined = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert defined == {name for name in PUBLIC if module_of(name) == "errors"}
 
 
 def test_contract():
