@@ -80,6 +80,13 @@ class Reply(NamedTuple):
     error: ControlError | None
 
 
+class Notification(NamedTuple):
+    """One notification, read by a client; ``params`` is whatever the job sent."""
+
+    method: str
+    params: Json
+
+
 # Reading a request...
 
 
@@ -263,11 +270,11 @@ def _without_surrogates(value: Json) -> Json:
 # Reading a reply...
 
 
-def parse_reply(line: bytes) -> Reply:
-    """The response object of one line, its error as the class that was raised on the other side.
+def parse_incoming(line: bytes) -> Reply | Notification:
+    """Parse one line that a job sent: a response, or a notification of an event.
 
     Raises:
-        InternalError: the line is no JSON-RPC 2.0 response; whoever sent it is not one of us.
+        InternalError: the line is neither.
     """
     try:
         text = line.decode("utf-8")
@@ -275,13 +282,29 @@ def parse_reply(line: bytes) -> Reply:
         value = json.loads(text)
     except (ValueError, RecursionError, InvalidRequest) as err:
         raise InternalError("the other side sent a line that is no JSON, or nested too deeply") from err
-    if not isinstance(value, dict) or value.get("jsonrpc") != "2.0" or ("result" in value) == ("error" in value):
+    if not isinstance(value, dict) or value.get("jsonrpc") != "2.0":
+        raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
+    if isinstance(value.get("method"), str) and "id" not in value:
+        return Notification(value["method"], value.get("params"))
+    if ("result" in value) == ("error" in value):
         raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
     if "error" not in value:
         return Reply(value.get("id"), value["result"], None)
     fault = value["error"]
     facts = fault if isinstance(fault, dict) else {"message": fault}
     return Reply(value.get("id"), None, from_wire(facts.get("code"), facts.get("message"), facts.get("data")))
+
+
+def parse_reply(line: bytes) -> Reply:
+    """Parse one response line; its error is of the class that was raised on the other side.
+
+    Raises:
+        InternalError: the line is no JSON-RPC 2.0 response.
+    """
+    found = parse_incoming(line)
+    if isinstance(found, Notification):
+        raise InternalError("the other side sent a notification instead of a response")
+    return found
 
 
 def response(id: Id, value: Json | ControlError) -> bytes:

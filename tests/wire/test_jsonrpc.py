@@ -478,6 +478,17 @@ def test_deepest_reply():
         jsonrpc.parse_reply(line.replace(b"NaN", b"[NaN]"))
 
 
+def test_notification_between_replies():
+    """An event is told from a response by its method and its missing id; it is no reply to anything."""
+    line = b'{"jsonrpc":"2.0","method":"event","params":{"seq":1}}\n'
+    assert jsonrpc.parse_incoming(line) == jsonrpc.Notification("event", {"seq": 1})
+    assert jsonrpc.parse_incoming(encode(success(1, 7))) == jsonrpc.Reply(7, 1, None)
+    with pytest.raises(InternalError):
+        jsonrpc.parse_reply(line)
+    with pytest.raises(InternalError):
+        jsonrpc.parse_incoming(line.replace(b'"method"', b'"id":1,"method"'))
+
+
 @pytest.mark.parametrize("result", [None, False, 0, "", [], {}, {"error": 1}])
 def test_empty_results_are_results(result):
     """A success is told by its member, not by its value."""
