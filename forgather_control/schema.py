@@ -1,0 +1,140 @@
+"""Load named tuples from JSON objects that are not trusted: files of other processes, replies of other programs.
+
+A table of :class:`Field` for each class says what its members may be. There are no annotations to read and no
+``dataclasses`` to import, because every start of the command line pays for both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+#: The types of a member as JSON has them; a boolean is no number. They add up: ``TEXT + NULL``.
+TEXT: Final = (str,)
+INTEGER: Final = (int,)
+NUMBER: Final = (int, float)
+BOOLEAN: Final = (bool,)
+OBJECT: Final = (dict,)
+ARRAY: Final = (list,)
+NULL: Final = (type(None),)
+
+_WORDS: Final = {
+    str: "a string", int: "an integer", float: "a number", bool: "a boolean", dict: "an object", list: "an array"
+}  # fmt: skip
+#: The year 10000, where calendars end.
+_END_OF_TIME: Final = 253402300800.0
+
+
+class Field(NamedTuple):
+    """The rules for one member.
+
+    Args:
+        types: see ``TEXT`` and the others above.
+        minimum, maximum: of a number. The default keeps out NaN, infinities and integers of 400 digits, which would be
+            no numbers to the programs that read our output.
+        longest: the most characters of a string.
+        printable: whether such a string must have at least one character, and only printable ones.
+        choices: the only values that are allowed.
+        convert: turns the checked value into the one to keep, or raises ValueError; not called for null.
+    """
+
+    types: tuple[type, ...]
+    minimum: float = -(1 << 63)
+    maximum: float = 1 << 63
+    longest: int | None = None
+    printable: bool = False
+    choices: Collection[Any] | None = None
+    convert: Callable[[Any], Any] | None = None
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether a value follows the rules."""
+        kind = type(value)
+        if kind not in self.types or (self.choices is not None and value not in self.choices):
+            return False
+        if kind is int or kind is float:
+            return self.minimum <= value <= self.maximum
+        if kind is str:
+            if self.longest is None:
+                return True
+            return len(value) <= self.longest and (not self.printable or (value != "" and value.isprintable()))
+        return True
+
+    @property
+    def expected(self) -> str:
+        """The rules in words, for the error message."""
+        if self.choices is not None:
+            return "one of " + ", ".join(map(str, self.choices))
+        text = " or ".join(word for kind, word in _WORDS.items() if kind in self.types)
+        text = text.replace("an integer or a number", "a number")
+        if int in self.types:
+            text += f" from {self.minimum} to {self.maximum}"
+        if self.longest is not None:
+            text += f" of {int(self.printable)} to {self.longest} {'printable ' * self.printable}characters"
+        return text + (" or null" if type(None) in self.types else "")
+
+
+#: Seconds since the epoch.
+TIME: Final = Field(NUMBER, -_END_OF_TIME, _END_OF_TIME)
+PID: Final = Field(INTEGER, 1, (1 << 31) - 1)
+
+
+def nullable(field: Field) -> Field:
+    """Return the same field with null allowed."""
+    return field._replace(types=field.types + NULL)
+
+
+def load(cls: Callable[..., T], fields: Mapping[str, Field], value: object, what: str) -> T:
+    """Return the named tuple ``cls`` that a JSON object holds.
+
+    Members without a field are ignored: a later version may have added them. A member that ``cls`` has no default for
+    is required.
+
+    Args:
+        fields: by member name.
+        value: from ``json``.
+        what: names the object in error messages, for example "the job record".
+
+    Raises:
+        ValueError: naming the member, what was expected and what was found, printably and in a few words.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be an object, not {shown(value)}")
+    members = {}
+    for name, field in fields.items():
+        if name in value:
+            item = value[name]
+            if not field.accepts(item):
+                raise ValueError(f"{name} of {what} must be {field.expected}, not {shown(item)}")
+            members[name] = item if field.convert is None or item is None else field.convert(item)
+    try:
+        return cls(**members)
+    except TypeError:
+        required = [name for name in cls._fields if name not in cls._field_defaults]  # type: ignore[attr-defined]
+        missing = [name for name in required if name not in members]
+        if not missing:
+            raise
+        raise ValueError(f"{what} has no {missing[0]}") from None
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message quotes it: in printable ASCII, at most 80 characters."""
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python converts
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parse(data: bytes) -> Any:
+    """Return the JSON value that ``data`` holds.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError as err:
+        raise ValueError("it is nested too deeply") from err
