@@ -55,7 +55,7 @@ class Field(NamedTuple):
         if kind not in self.types or (self.choices is not None and value not in self.choices):
             return False
         if kind is int or kind is float:
-            return self.minimum <= value <= self.maximum
+            return bool(self.minimum <= value <= self.maximum)
         if kind is str:
             if self.longest is None:
                 return True

@@ -121,16 +121,16 @@ class FileClient(Client):
 
         self._name, self._timeout, self._record = record.job_id, timeout, record
         self._fate, self._last_id = "", 0
-        self._errand = file_transport.Errand(record, self._gone)
+        self._transport = file_transport.FileTransport(record, self._gone)
 
     def close(self) -> None:
         """Nothing is open between calls. A command that was accepted goes on."""
 
     def _send(self, line: bytes) -> None:
-        self._errand.send(line)
+        self._transport.send(line)
 
     def _reply(self, id_: int, deadline: Deadline, patient: bool) -> jsonrpc.Reply:
-        return jsonrpc.parse_reply(self._errand.reply(deadline, patient, self._fate))
+        return jsonrpc.parse_reply(self._transport.reply(deadline, patient, self._fate))
 
 
 def connect(

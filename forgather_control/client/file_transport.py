@@ -34,7 +34,7 @@ _MAX_REPLY: Final = 4 << 20
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 
-class Errand:
+class FileTransport:
     """One request at a time, and its reply, through the files of one job.
 
     Args:
@@ -51,7 +51,7 @@ class Errand:
         self._path = os.path.join(jobs_dir(), record.job_id)
         self._request = ""
         try:
-            self._home = spool.place(self._path)
+            self._home = spool.directory_id(self._path)
             with spool.opened(self._path, REQUESTS, self._home):
                 pass
         except OSError as err:
@@ -149,7 +149,7 @@ class _Watch:
     Times of the file system are only compared for being equal: the clock of another host is none to count by.
     """
 
-    def __init__(self, path: str, home: spool.Place) -> None:
+    def __init__(self, path: str, home: spool.DirectoryId) -> None:
         self._path, self._home = path, home
         self._seen: object = None
         self._seen_at = self._looked_at = time.monotonic()
@@ -157,7 +157,7 @@ class _Watch:
     def is_there(self) -> bool:
         """Whether it is the directory that it was."""
         try:
-            return spool.place(self._path) == self._home
+            return spool.directory_id(self._path) == self._home
         except OSError as err:
             return err.errno not in _GONE
 

@@ -15,9 +15,9 @@ from typing import Any, Final, NamedTuple
 from ..processes.liveness import Identity
 from .record import check_job_id
 
-ROSTER: Final = "ranks.json"
+RANKS_FILE: Final = "ranks.json"
 #: Ten thousand ranks, generously.
-MAX_ROSTER: Final = 4 << 20
+MAX_RANKS_FILE: Final = 4 << 20
 #: The year 10000, as in ``record``.
 _END_OF_TIME: Final = 253402300800.0
 
@@ -67,12 +67,12 @@ def write(directory: str, ranks: list[RankRecord]) -> None:
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    path = os.path.join(directory, f".{ROSTER}.{os.getpid()}")
+    path = os.path.join(directory, f".{RANKS_FILE}.{os.getpid()}")
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with open(file, "wb") as out:
             out.write(json.dumps([rank._asdict() for rank in ranks]).encode("ascii"))
-        os.replace(path, os.path.join(directory, ROSTER))
+        os.replace(path, os.path.join(directory, RANKS_FILE))
     except OSError:
         os.unlink(path)
         raise
@@ -92,7 +92,7 @@ def read(root: str, job_id: str) -> list[RankRecord] | None:
         return None
     try:
         # Not blocking, should somebody have put a FIFO there; not through a link.
-        file = os.open(ROSTER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        file = os.open(RANKS_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     except OSError as err:
         _fail_unless(err, errno.ENOENT)
         return None
@@ -100,19 +100,19 @@ def read(root: str, job_id: str) -> list[RankRecord] | None:
         os.close(directory)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise ValueError(f"{ROSTER} is no regular file")
+        raise ValueError(f"{RANKS_FILE} is no regular file")
     try:
         with open(file, "rb") as data:
-            return parse(data.read(MAX_ROSTER + 1))
+            return parse(data.read(MAX_RANKS_FILE + 1))
     except OSError as err:
-        raise ValueError(f"{ROSTER} cannot be read ({err.strerror})") from err
+        raise ValueError(f"{RANKS_FILE} cannot be read ({err.strerror})") from err
 
 
 def _fail_unless(err: OSError, *means_none: int) -> None:
     if err.errno in (errno.EMFILE, errno.ENFILE):
         raise err
     if err.errno not in means_none:
-        raise ValueError(f"{ROSTER} cannot be opened ({err.strerror})") from None
+        raise ValueError(f"{RANKS_FILE} cannot be opened ({err.strerror})") from None
 
 
 def parse(data: bytes) -> list[RankRecord]:
@@ -121,8 +121,8 @@ def parse(data: bytes) -> list[RankRecord]:
     Raises:
         ValueError: which member of which rank is not what it should be.
     """
-    if len(data) > MAX_ROSTER:
-        raise ValueError(f"{ROSTER} is longer than {MAX_ROSTER} bytes")
+    if len(data) > MAX_RANKS_FILE:
+        raise ValueError(f"{RANKS_FILE} is longer than {MAX_RANKS_FILE} bytes")
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError as err:

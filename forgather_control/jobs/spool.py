@@ -27,7 +27,7 @@ STATUS: Final = "status.json"
 SUFFIX: Final = ".json"
 
 #: What open(2) says of what is not for us to read: a link, a socket, another user's.
-_NO_LETTER: Final = (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
+_NOT_A_SPOOL_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
 
 #: How a directory is opened: not through a link.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -36,22 +36,22 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 #: Device and inode: which directory it is, whatever its name is by now.
-Place = tuple[int, int]
+DirectoryId = tuple[int, int]
 
 
-def is_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether a letter may be called so: as a job; a leading dot hides what is not finished yet."""
     return is_job_id(name)
 
 
-def place(path: str) -> Place:
+def directory_id(path: str) -> DirectoryId:
     """Which directory has this path at present."""
     found = os.lstat(path)
     return found.st_dev, found.st_ino
 
 
 @contextmanager
-def opened(path: str, box: str, known: Place, *, make: bool = False) -> Iterator[int]:
+def opened(path: str, box: str, known: DirectoryId, *, make: bool = False) -> Iterator[int]:
     """A descriptor of ``box`` in the job's directory at ``path``; of the directory itself where ``box`` is ".".
 
     Args:
@@ -133,17 +133,17 @@ def read(box: int, name: str, limit: int) -> tuple[bytes, os.stat_result] | None
     try:
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=box)
     except OSError as err:
-        if err.errno in _NO_LETTER:
+        if err.errno in _NOT_A_SPOOL_FILE:
             return None
         raise
     try:
         facts = os.fstat(file)
-        return (os.read(file, limit), facts) if is_letter(facts, box) else None
+        return (os.read(file, limit), facts) if is_spool_file(facts, box) else None
     finally:
         os.close(file)
 
 
-def is_letter(facts: os.stat_result, box: int) -> bool:
+def is_spool_file(facts: os.stat_result, box: int) -> bool:
     """Whether it is a regular file of the right user, and of no other name: a second name can be a stranger's gift."""
     owners = (0, os.geteuid(), os.fstat(box).st_uid)
     return stat.S_ISREG(facts.st_mode) and facts.st_uid in owners and facts.st_nlink == 1

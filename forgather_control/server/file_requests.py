@@ -61,7 +61,7 @@ _LOOK: Final = 0.01
 _TAKEN: Final = ".taken-"
 
 
-class Letter:
+class FileReply:
     """Stands where a connection would: it takes the one reply of one request.
 
     Args:
@@ -94,7 +94,7 @@ class _Kept(NamedTuple):
     awaited: bool
 
 
-class Files:
+class FileRequestServer:
     """The letters of one job, and its ``status.json``.
 
     Args:
@@ -114,11 +114,11 @@ class Files:
         self._path, self._ask, self._status, self._mark = path, ask, status, mark
         self._born = time.monotonic()
         self._taken = _TAKEN + os.urandom(8).hex()
-        self._home: spool.Place = (0, 0)
+        self._home: spool.DirectoryId = (0, 0)
         self._stamps: tuple[object, object] = (None, None)  # of requests/, at the last two looks
         self._again = False  # something is left there for the next tick
         self._growing: dict[str, tuple[int, int]] = {}  # not JSON yet: size and time when last seen
-        self._open: list[Letter] = []
+        self._open: list[FileReply] = []
         self._unsent: dict[str, bytes] = {}  # replies that could not be written yet, oldest first
         self._kept: dict[str, _Kept] = {}  # those that were, oldest first
         self._touched: set[str] = set()  # replies to empty files: a person reads them some day, or does not
@@ -134,7 +134,7 @@ class Files:
         """The directory was made, or made anew: have the boxes in it."""
         self._stamps, self._told = (None, None), None
         try:
-            before, self._home = self._home, spool.place(self._path)
+            before, self._home = self._home, spool.directory_id(self._path)
             if self._home != before:
                 self._kept.clear()
             for box in (REQUESTS, REPLIES):
@@ -255,7 +255,7 @@ class Files:
         return 1
 
     def _answer(self, name: str, data: bytes, age: float) -> None:
-        letter = Letter(name.removesuffix(SUFFIX) + SUFFIX, self._post)
+        letter = FileReply(name.removesuffix(SUFFIX) + SUFFIX, self._post)
         self._forget(letter.name)
         (self._touched.discard if name.endswith(SUFFIX) else self._touched.add)(letter.name)
         self._open = [other for other in self._open if other.open]
@@ -393,7 +393,7 @@ def _stamp(facts: os.stat_result) -> object:
 
 
 def _is_request(name: str) -> bool:
-    return spool.is_name(name) and (name.endswith(SUFFIX) or name in methods.TABLE)
+    return spool.is_file_name(name) and (name.endswith(SUFFIX) or name in methods.TABLE)
 
 
 def _aged(entry: os.DirEntry[str], box: int) -> tuple[int, str] | None:
@@ -402,7 +402,7 @@ def _aged(entry: os.DirEntry[str], box: int) -> tuple[int, str] | None:
         facts = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return (facts.st_mtime_ns, entry.name) if spool.is_letter(facts, box) else None
+    return (facts.st_mtime_ns, entry.name) if spool.is_spool_file(facts, box) else None
 
 
 def _is_json(data: bytes) -> bool:

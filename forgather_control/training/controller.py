@@ -37,7 +37,7 @@ from ..ranks import select
 from ..ranks.consensus import Calls
 from ..ranks.group import RankGroup, SingleProcess
 from ..server.dispatcher import PENDING, Later
-from ..server.file_requests import Files
+from ..server.file_requests import FileRequestServer
 from ..server.server import LAST_WORDS, Server
 from ..server.tcp import Offer, Opened
 from ..version import PROTOCOL, VERSION
@@ -105,7 +105,7 @@ class Controller:
         self._ledger = Ledger(self._mailbox, fresh_seconds)
         self._directory: directory.JobDirectory | None = None
         self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
-        self._files: Files | None = None
+        self._file_requests: FileRequestServer | None = None
         self._directory_lock = threading.Lock()  # guards _directory against close() during a tick
         self._thread = threading.current_thread()
         self._closed = False
@@ -152,7 +152,7 @@ class Controller:
         usage.process_stats()  # the first call only sets the mark to measure processor time from
         self._directory = self._claim()
         self.job_id = self._directory.job_id
-        self._files = Files(self._directory.path, self._server.ask, self.status, self._mark)
+        self._file_requests = FileRequestServer(self._directory.path, self._server.ask, self.status, self._mark)
         self._server.start()
 
     def _open_port(self) -> Opened | None:
@@ -272,7 +272,7 @@ class Controller:
         if mine is None or not self._directory_lock.acquire(timeout=CLOSE_TIMEOUT):
             return  # a tick hangs in the file system: what stays is found to be dead, and cleaned up
         try:
-            if self._files is not None and self._files.end() and not self._server.is_this_thread:
+            if self._file_requests is not None and self._file_requests.end() and not self._server.is_this_thread:
                 mine.unlist()
                 self._leaving = mine
             else:
@@ -285,9 +285,9 @@ class Controller:
 
     def _leave(self) -> None:
         """Take away what was left for those who wait for a reply by file, once they had time to read it."""
-        if self._leaving is None or self._files is None:
+        if self._leaving is None or self._file_requests is None:
             return
-        self._files.linger(LAST_WORDS)
+        self._file_requests.linger(LAST_WORDS)
         try:
             self._leaving.remove()
         except ControlError as err:
@@ -390,10 +390,10 @@ class Controller:
             if self._directory is not None and self._directory.restore():
                 log.warning("the job directory was damaged; it is restored")
                 self._census.write(self._directory.path)
-                if self._files is not None:
-                    self._files.renew()
-            if self._directory is not None and self._files is not None:
-                self._files.tick()
+                if self._file_requests is not None:
+                    self._file_requests.renew()
+            if self._directory is not None and self._file_requests is not None:
+                self._file_requests.tick()
         except ControlError as err:
             if str(err) != self._warned:
                 log.warning("this job cannot be found at present: %s", err)
@@ -408,8 +408,8 @@ class Controller:
         return self._progress.step, self._word(), self._logged, self._mailbox.changes
 
     def _last_look(self) -> None:
-        if self._leaving is not None and self._files is not None:
-            self._files.look()
+        if self._leaving is not None and self._file_requests is not None:
+            self._file_requests.look()
 
     # ... as commands.Job
 

@@ -79,7 +79,7 @@ class Census:
         try:
             rank_processes.write(directory, self._ranks)
         except OSError as err:
-            log.warning("%s cannot be written: %s", rank_processes.ROSTER, err.strerror)
+            log.warning("%s cannot be written: %s", rank_processes.RANKS_FILE, err.strerror)
 
     def ask(self, group: RankGroup, what: str, timeout: float) -> Any:
         """All ranks' answers in order: now, or ``Later``, when all that can have answered, or after ``timeout`` s."""

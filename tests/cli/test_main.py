@@ -474,7 +474,7 @@ def test_a_job_without_ranks_json_has_nothing_to_read(jobs_dir, impatient, capsy
     path = jobs_dir / "job" / "control.sock"
     path.parent.mkdir(parents=True)
     with ranks(LISTENS.format(path=str(path)) + WAITS) as (_, records):
-        publish(jobs_dir, records, roster_too=False)
+        publish(jobs_dir, records, ranks_file_too=False)
         until(path.exists)
         code, out, err = run(capsys, "stacks", "job", "--timeout=0.1")
         assert code == 4 and "no stacks" in out and "records no stacks" in err

@@ -201,9 +201,9 @@ def test_a_directory_that_vanishes(job, jobs_dir):
 def test_a_reply_that_is_none(job, jobs_dir):
     """A link or a FIFO where the reply should be is no reply, and is not followed or waited on."""
     asked = FileClient(find("job"))
-    asked._errand._request = "x.json"
+    asked._transport._request = "x.json"
     os.mkfifo(jobs_dir / "job" / "replies" / "x.json")
-    assert asked._errand._taken() is None
+    assert asked._transport._taken() is None
 
 
 # The directory...
@@ -216,12 +216,12 @@ def test_another_user_is_refused(job, jobs_dir):
         path.chmod(0o755)
     source = """
         import os
-        from forgather_control.client import file_transport as by_file
+        from forgather_control.client import file_transport
         from forgather_control.jobs import record
         os.setgid(65534); os.setuid(65534)
         me = record.JobRecord("job", "h", None, 1, 1.0)
         try:
-            by_file.Errand(me, lambda: None)
+            file_transport.FileTransport(me, lambda: None)
         except Exception as err:
             print(type(err).__name__, err)
     """
@@ -233,7 +233,7 @@ def test_another_user_is_refused(job, jobs_dir):
 def test_a_directory_that_is_not_there(job):
     """Nothing to write into: the job has gone, in the words of whoever asks."""
     with pytest.raises(errors.JobDead, match="gone"):
-        file_transport.Errand(find("job")._replace(job_id="another"), lambda: errors.JobDead("gone"))
+        file_transport.FileTransport(find("job")._replace(job_id="another"), lambda: errors.JobDead("gone"))
 
 
 @needs_root
@@ -271,7 +271,7 @@ def publish_far(jobs_dir, **members):
     record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
     record |= {"host": "elsewhere", "socket": "/nowhere/control.sock", **members}
     letter = jobs_dir / "job" / "endpoint.json"
-    with spool.opened(str(letter.parent), ".", spool.place(str(letter.parent))) as home:
+    with spool.opened(str(letter.parent), ".", spool.directory_id(str(letter.parent))) as home:
         spool.write(home, letter.name, json.dumps(record).encode())
 
 

@@ -41,7 +41,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(connection, "_GRACE", 200 * MS)
 
 
-def publish(jobs_dir, ranks, world_size=None, roster_too=True, **changes):
+def publish(jobs_dir, ranks, world_size=None, ranks_file_too=True, **changes):
     """What a job of these ranks leaves in its directory; its record."""
     me = ranks[0].identity
     known = JobRecord("job", me.host, None, me.pid, 1.0, str(jobs_dir / "job" / "control.sock"), me.started_at)
@@ -49,7 +49,7 @@ def publish(jobs_dir, ranks, world_size=None, roster_too=True, **changes):
     known = known._replace(pid_namespace=me.pid_namespace, world_size=world_size or len(ranks))
     (jobs_dir / "job").mkdir(parents=True, exist_ok=True)
     (jobs_dir / "job" / "endpoint.json").write_text(json.dumps(known.to_json()))
-    if roster_too:
+    if ranks_file_too:
         rank_processes.write(str(jobs_dir / "job"), ranks)
     return known
 
@@ -91,7 +91,7 @@ def test_the_crew_is_what_ranks_json_says(jobs_dir):
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"nonsense", b"x" * (5 << 20)])
 def test_without_ranks_json_the_crew_is_who_published(jobs_dir, content):
     """The owner of endpoint.json is known in any case; the others are counted."""
-    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], world_size=3, roster_too=False)
+    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], world_size=3, ranks_file_too=False)
     if content is not None:
         (jobs_dir / "job" / "ranks.json").write_bytes(content)
     crew = recovery.job_processes(known)
@@ -102,7 +102,7 @@ def test_ranks_of_an_earlier_turn_are_nobodys(jobs_dir):
     """After a restart the old file, should it be there, names processes that are not this job's."""
     old = [RankRecord.of(rank, current_process()._replace(pid=100 + rank), 3) for rank in range(2)]
     publish(jobs_dir, old)
-    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], roster_too=False)
+    known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], ranks_file_too=False)
     assert [rank.pid for rank in recovery.job_processes(known).ranks] == [os.getpid()]
 
 

@@ -170,7 +170,7 @@ BROKEN = {
     "stack_fd -1": (data({"stack_fd": -1}), "stack_fd -1"),
     "stack_fd as float": (data({"stack_fd": 5.0}), "stack_fd must be int"),
     "the second one": (data({}, {"pid": "x\x1b"}), r"pid must be int, not 'x\\x1b'"),
-    "too long": (data({}) + b" " * rank_processes.MAX_ROSTER, "longer than"),
+    "too long": (data({}) + b" " * rank_processes.MAX_RANKS_FILE, "longer than"),
 }
 
 
@@ -195,18 +195,18 @@ def test_room_for_thousands():
     """Ten thousand ranks fit."""
     me = current_process()._replace(host="h" * 64)
     many = [RankRecord.of(rank, me, 1000) for rank in range(10_000)]
-    assert len(json.dumps([rank._asdict() for rank in many])) < rank_processes.MAX_ROSTER
+    assert len(json.dumps([rank._asdict() for rank in many])) < rank_processes.MAX_RANKS_FILE
 
 
 def test_out_of_files_is_nobodys_fault(tmp_path):
     """An OSError says so: it must not look as if the job had no ranks."""
     source = """
     import os, resource
-    from forgather_control.jobs import rank_processes as roster
-    os.makedirs("job"); roster.write("job", [])
+    from forgather_control.jobs import rank_processes
+    os.makedirs("job"); rank_processes.write("job", [])
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, 4096))
     try:
-        print(roster.read(".", "job"), flush=True)
+        print(rank_processes.read(".", "job"), flush=True)
     except OSError as err:
         print(err.strerror, flush=True)
     """

@@ -22,7 +22,7 @@ def home(tmp_path):
 @pytest.fixture
 def box(home):
     """The box, open."""
-    with spool.opened(str(home), "box", spool.place(str(home))) as box:
+    with spool.opened(str(home), "box", spool.directory_id(str(home))) as box:
         yield box
 
 
@@ -97,26 +97,26 @@ def test_a_strangers_file_is_no_letter(home, box):
 def test_a_strangers_box_is_refused(home):
     """A box that another user put into the directory is not opened."""
     os.chown(home / "box", 65534, 65534)
-    with pytest.raises(PermissionError), spool.opened(str(home), "box", spool.place(str(home))):
+    with pytest.raises(PermissionError), spool.opened(str(home), "box", spool.directory_id(str(home))):
         pass
 
 
 def test_only_the_directory_that_was_meant(home, tmp_path_factory):
     """Another directory of the same path is as good as gone; a link as box is not followed; a box can be made."""
     other = tmp_path_factory.mktemp("other")
-    known = spool.place(str(other))
+    known = spool.directory_id(str(other))
     with pytest.raises(FileNotFoundError), spool.opened(str(home), "box", known):
         pass
     (home / "link").symlink_to(other)
-    with pytest.raises(OSError), spool.opened(str(home), "link", spool.place(str(home))):
+    with pytest.raises(OSError), spool.opened(str(home), "link", spool.directory_id(str(home))):
         pass
-    with spool.opened(str(home), "new", spool.place(str(home)), make=True):
+    with spool.opened(str(home), "new", spool.directory_id(str(home)), make=True):
         assert (home / "new").stat().st_mode & 0o777 == 0o700
 
 
 def test_names():
     """As job ids: nothing hidden, nothing that leaves the box."""
-    assert [spool.is_name(name) for name in ("a.json", "save_checkpoint", ".a", "-a", "a/b", "..", "")] == [
+    assert [spool.is_file_name(name) for name in ("a.json", "save_checkpoint", ".a", "-a", "a/b", "..", "")] == [
         True, True, False, False, False, False, False
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from forgather_control.errors import InvalidParams
 from forgather_control.server import file_requests as module
 from forgather_control.server import listener, server
 from forgather_control.server.dispatcher import PENDING, Exchanges, Later
-from forgather_control.server.file_requests import Files
+from forgather_control.server.file_requests import FileRequestServer
 from forgather_control.wire import jsonrpc
 
 from ..support.harness import (
@@ -46,7 +46,9 @@ class Desk:
     def __init__(self, path: Path) -> None:
         self.path, self.asked, self.given, self.progress = path, [], {}, 0
         self.exchanges = Exchanges(self.answer)
-        self.files = Files(str(path), self.exchanges.ask, lambda: {"step": self.progress}, lambda: self.progress)
+        self.files = FileRequestServer(
+            str(path), self.exchanges.ask, lambda: {"step": self.progress}, lambda: self.progress
+        )
 
     def answer(self, request):
         self.asked.append(request.method)

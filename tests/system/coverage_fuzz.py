@@ -366,10 +366,10 @@ def target_words(data: bytes) -> None:
     assert args.verb in ("cleanup", "rpc", "dial-stdio") or args.method in methods.TABLE
 
 
-_boxes: list[tuple[Path, file_requests.Files, list[bytes]]] = []
+_boxes: list[tuple[Path, file_requests.FileRequestServer, list[bytes]]] = []
 
 
-def _desk() -> tuple[Path, file_requests.Files, list[bytes]]:
+def _desk() -> tuple[Path, file_requests.FileRequestServer, list[bytes]]:
     """A job's directory, made once a process; what was asked is noted."""
     if not _boxes:
         home = Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -380,7 +380,7 @@ def _desk() -> tuple[Path, file_requests.Files, list[bytes]]:
             asked.append(line)
             exchanges.ask(asker, line)
 
-        _boxes.append((home, file_requests.Files(str(home), ask, dict, lambda: 0), asked))
+        _boxes.append((home, file_requests.FileRequestServer(str(home), ask, dict, lambda: 0), asked))
     return _boxes[0]
 
 

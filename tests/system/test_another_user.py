@@ -41,7 +41,7 @@ import forgather_control
 for module in pkgutil.walk_packages(forgather_control.__path__, "forgather_control."):
     if module.name != "forgather_control.__main__":
         importlib.import_module(module.name)
-from forgather_control.client import file_transport as by_file
+from forgather_control.client import file_transport
 from forgather_control.cli import main as cli
 from forgather_control.client import api as client
 from forgather_control.jobs import directory
@@ -49,12 +49,12 @@ from forgather_control.processes import stack_dump as dump
 from forgather_control.wire import addresses as endpoint
 from forgather_control.server import auth as gate
 from forgather_control.jobs import registry as jobs
-from forgather_control.jobs import spool as letters
+from forgather_control.jobs import spool
 from forgather_control.processes import liveness as process
 from forgather_control.processes.terminate import terminate
 from forgather_control.jobs import record
 from forgather_control.client import recovery as rescue
-from forgather_control.jobs import rank_processes as roster
+from forgather_control.jobs import rank_processes
 from forgather_control import TrainingJob
 
 process.current_process(), directory._user()
@@ -381,7 +381,7 @@ def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ("by_file.Errand(record.JobRecord(job, 'h', None, pid, 1.0), lambda: None)", "FindError"),
+        ("file_transport.FileTransport(record.JobRecord(job, 'h', None, pid, 1.0), lambda: None)", "FindError"),
         (
             "dump.dump_of(process.current_process()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))",
             "FindError",
@@ -632,7 +632,7 @@ for _ in range(30):
         assert all(found in (None, [OWNER, 0o700, ["control.sock", "endpoint.json"]]) for found in outcomes), outcomes
 
 
-@pytest.mark.parametrize("code", ["directory._write(root, 'endpoint.json', b'token')", "roster.write(root, [])"])
+@pytest.mark.parametrize("code", ["directory._write(root, 'endpoint.json', b'token')", "rank_processes.write(root, [])"])
 def test_no_file_of_a_strangers_is_written_into(owner, stranger, shared, code):
     """What is written before it is renamed has a name that can be guessed: a file that lies there is not used."""
     pid = owner.does("it = os.getpid()")

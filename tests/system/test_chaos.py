@@ -238,7 +238,7 @@ class Commander:
         name, command_id = f"{self.dice.getrandbits(64):x}", f"{self.victim.name}-file-{self.dice.getrandbits(64):x}"
         age = self.dice.choice([0, 0, 0, 86400, -86400])
         line = {"jsonrpc": "2.0", "id": 1, "method": "save_checkpoint", "params": {"command_id": command_id}}
-        with spool.opened(str(self.victim.path), spool.REQUESTS, spool.place(str(self.victim.path))) as box:
+        with spool.opened(str(self.victim.path), spool.REQUESTS, spool.directory_id(str(self.victim.path))) as box:
             spool.write(box, f".{name}", json.dumps(line).encode())
             if age:
                 os.utime(f".{name}", (time.time() - age,) * 2, dir_fd=box)
@@ -249,14 +249,14 @@ class Commander:
 
     def by_touch(self) -> None:
         """As a person with nothing but a shell does."""
-        with spool.opened(str(self.victim.path), spool.REQUESTS, spool.place(str(self.victim.path))) as box:
+        with spool.opened(str(self.victim.path), spool.REQUESTS, spool.directory_id(str(self.victim.path))) as box:
             os.close(os.open("save_checkpoint", os.O_CREAT | os.O_NOFOLLOW | os.O_WRONLY, 0o600, dir_fd=box))
 
     def read_replies(self) -> None:
         """Take those that have come; others went with their directory, or never will come."""
         with contextlib.suppress(OSError):
             path = str(self.victim.path)
-            with spool.opened(path, spool.REPLIES, spool.place(path)) as box:
+            with spool.opened(path, spool.REPLIES, spool.directory_id(path)) as box:
                 for name, command_id in self.letters[-20:]:
                     with contextlib.suppress(FileNotFoundError):
                         found = spool.read(box, name, 1 << 20)
@@ -460,7 +460,7 @@ class Chaos:
             f"{dice.randrange(50)}.json",
         )
         with victim.hands, contextlib.suppress(OSError):
-            with spool.opened(str(victim.path), box, spool.place(str(victim.path))) as place:
+            with spool.opened(str(victim.path), box, spool.directory_id(str(victim.path))) as place:
                 match dice.randrange(6):
                     case 0:
                         os.symlink(self.sentinel / "box" / "save.json", name, dir_fd=place)

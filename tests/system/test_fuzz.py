@@ -511,7 +511,7 @@ def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, capl
             for name in dice.sample(sorted(good), len(good)):
                 others += [drop(dice, home / "requests", outside) for _ in range(5)]
                 line = jsonrpc.request("save_checkpoint", {"command_id": name}, name)
-                with spool.opened(str(home), spool.REQUESTS, spool.place(str(home))) as box:
+                with spool.opened(str(home), spool.REQUESTS, spool.directory_id(str(home))) as box:
                     spool.write(box, f"{name}.json", line)
             until(lambda good=good: all((home / "replies" / f"{name}.json").exists() for name in good))
             for name in good:

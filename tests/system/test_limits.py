@@ -137,7 +137,7 @@ INSIDE: dict[str, str] = {
     "server.file_requests.MAX_SEEN": "system.test_limits",
     "wire.jsonrpc.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
     "jobs.record.MAX_RECORD": "jobs.test_record",
-    "jobs.rank_processes.MAX_ROSTER": "jobs.test_rank_processes",
+    "jobs.rank_processes.MAX_RANKS_FILE": "jobs.test_rank_processes",
     "ranks.consensus.MAX_PAUSE": "ranks.test_consensus",
     "processes.stacks.MAX_TEXT": "processes.test_stacks",
     "processes.stacks._MAX_WORD": "processes.test_stacks",

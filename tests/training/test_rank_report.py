@@ -111,7 +111,7 @@ def test_the_roster_names_all_who_are_there(census, tmp_path):
     census.meet({1: {**me, "pid": 4711}, 0: me})
     census.write(str(tmp_path))
     (tmp_path / "jobs").mkdir()
-    os.rename(tmp_path / rank_processes.ROSTER, tmp_path / "jobs" / rank_processes.ROSTER)
+    os.rename(tmp_path / rank_processes.RANKS_FILE, tmp_path / "jobs" / rank_processes.RANKS_FILE)
     ranks = rank_processes.read(str(tmp_path), "jobs")
     assert [(rank.rank, rank.pid, rank.stack_fd) for rank in ranks] == [(0, os.getpid(), 7), (1, 4711, 7)]
     assert ranks[0].identity == current_process()
@@ -122,13 +122,13 @@ def test_a_roster_that_cannot_be_written_is_one_warning(census, tmp_path, caplog
     census.meet({0: current_process()._asdict()})
     census.write(str(tmp_path / "nowhere"))
     (warning,) = caplog.records
-    assert rank_processes.ROSTER in warning.getMessage()
+    assert rank_processes.RANKS_FILE in warning.getMessage()
 
 
 def test_a_running_job_leaves_its_roster_and_takes_it_away(jobs_dir):
     """As soon as it can be found, and whenever its directory is restored."""
     with running_loop("job"):
-        path = jobs_dir / "job" / rank_processes.ROSTER
+        path = jobs_dir / "job" / rank_processes.RANKS_FILE
         until(path.exists)
         assert rank_processes.read(str(jobs_dir), "job")[0].pid == os.getpid() and path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
