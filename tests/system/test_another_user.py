@@ -632,7 +632,9 @@ for _ in range(30):
         assert all(found in (None, [OWNER, 0o700, ["control.sock", "endpoint.json"]]) for found in outcomes), outcomes
 
 
-@pytest.mark.parametrize("code", ["directory._write(root, 'endpoint.json', b'token')", "rank_processes.write(root, [])"])
+@pytest.mark.parametrize(
+    "code", ["directory._write(root, 'endpoint.json', b'token')", "rank_processes.write(root, [])"]
+)
 def test_no_file_of_a_strangers_is_written_into(owner, stranger, shared, code):
     """What is written before it is renamed has a name that can be guessed: a file that lies there is not used."""
     pid = owner.does("it = os.getpid()")
