@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import states
-from ..training.adapter import Adapter, hook
+from ..training.adapter import Adapter, guarded
 
 
 class TrainerControlCallback(Adapter):
@@ -107,11 +107,11 @@ class TrainerControlCallback(Adapter):
 
     # The hooks...
 
-    @hook
+    @guarded
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Publish the job."""
         _unseal(control)  # still sealed where the last run was aborted, and then died of an exception
-        if self._stopping or self._wishes.abort:  # Forgather's control is made once, and its flags stay
+        if self._stopping or self._requested.abort:  # Forgather's control is made once, and its flags stay
             control.should_training_stop = False
             _set_abort(control, False)
         self._begin()
@@ -119,7 +119,7 @@ class TrainerControlCallback(Adapter):
         self._period = _period(args, state, control)
         self._open(state.global_step, state.max_steps, _log_steps(args, state))
 
-    @hook
+    @guarded
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins, so evaluation and saving are over."""
         if self._controller is None:
@@ -128,7 +128,7 @@ class TrainerControlCallback(Adapter):
         if self._late:  # the save that was to come first did not come
             self._apply(state)
 
-    @hook
+    @guarded
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Apply what is pending; carry out what is wished."""
         controller = self._controller
@@ -139,44 +139,44 @@ class TrainerControlCallback(Adapter):
             controller.beat(state.global_step, state.epoch)
         else:
             self._apply(state)
-        if self._wishes.any or self._owed_evaluation:
+        if self._requested.any or self._owed_evaluation:
             self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
             controller.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
 
-    @hook
+    @guarded
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last chance of a run, and of its last step."""
         if self._controller is None:
             return
-        if self._wishes.any or self._owed_evaluation:
+        if self._requested.any or self._owed_evaluation:
             self._steer(args, state, control)
         if self._forced_at == state.global_step:
             self._not_twice(args, state, control)
 
-    @hook
+    @guarded
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep what is logged; a rank that logs alone does no harm, as nothing is asked of the others."""
         if self._controller is not None and logs:
             self._controller.log(logs)
 
-    @hook
+    @guarded
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation goes on."""
         if self._controller is not None:
             self._controller.phase = states.STATUS_EVALUATING
 
-    @hook
+    @guarded
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation is over; saving may follow."""
         if self._controller is None:
             return
         self._evaluated_at = state.global_step
-        if self._wishes.save:
+        if self._requested.save:
             control.should_save = True
         self._controller.phase = states.STATUS_SAVING if control.should_save else states.STATUS_TRAINING
 
-    @hook
+    @guarded
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint is complete, whoever wanted it."""
         if self._controller is None:
@@ -186,8 +186,8 @@ class TrainerControlCallback(Adapter):
         late = self._late
         if late:
             self._apply(state)
-        self._wishes.save = self._wishes.evaluate = self._asked_to_save = False
-        if late and self._wishes.any:
+        self._requested.save = self._requested.evaluate = self._asked_to_save = False
+        if late and self._requested.any:
             self._steer(args, state, control)
         path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
         if path is None and not self._controller.is_main:  # of another host, say, without the same disk
@@ -197,7 +197,7 @@ class TrainerControlCallback(Adapter):
         else:
             self._controller.saved(state.global_step, path)
 
-    @hook
+    @guarded
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the job away."""
         _unseal(control)
@@ -216,25 +216,25 @@ class TrainerControlCallback(Adapter):
     def _apply(self, state: Any) -> None:
         self._late = False
         if self._controller is not None:
-            self._controller.step(state.global_step, self._wishes, state.epoch)
+            self._controller.step(state.global_step, self._requested, state.epoch)
 
     def _steer(self, args: Any, state: Any, control: Any) -> None:
-        wishes = self._wishes
-        if wishes.abort:
+        requested = self._requested
+        if requested.abort:
             self._stopping = True
             self._abort(state, control)
             return
-        if wishes.stop:
+        if requested.stop:
             control.should_training_stop = True
             if (
                 not self._stopping
-                and not wishes.spare
+                and not requested.skip_save
                 and _word(args.save_strategy) != "no"
                 and self._saved_at != state.global_step
             ):
-                wishes.save = wishes.evaluate = True
+                requested.save = requested.evaluate = True
             self._stopping = True
-        if wishes.save:
+        if requested.save:
             self._save(args, state, control)
         elif self._owed_evaluation and not self._stopping:
             self._owed_evaluation = False
@@ -246,9 +246,9 @@ class TrainerControlCallback(Adapter):
             if control.should_evaluate and self._evaluated_at != state.global_step:
                 self._owed_evaluation = True
             control.should_evaluate = False
-        elif self._wishes.evaluate and _evaluates_for_best(args):
+        elif self._requested.evaluate and _evaluates_for_best(args):
             control.should_evaluate = True
-        self._wishes.evaluate = False
+        self._requested.evaluate = False
         self._asked_to_save = True
         self._forced_at = state.global_step
 

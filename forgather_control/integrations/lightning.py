@@ -37,7 +37,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .. import states
-from ..training.adapter import Adapter, hook
+from ..training.adapter import Adapter, guarded
 
 log = logging.getLogger("forgather_control")
 
@@ -111,7 +111,7 @@ class LightningControlCallback(Adapter):
             keyfile=keyfile,
         )
         self._takes_sigterm = any(getattr(key, "name", key) == "SIGTERM" for key in signals or ())
-        self._shadows = _Shadows()
+        self._overrides = AttributeOverrides()
         self._begin()
 
     def __getattr__(self, name: str) -> Any:
@@ -122,7 +122,7 @@ class LightningControlCallback(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         """See ``Adapter``; nor does a copy set anything back."""
-        return {**super().__getstate__(), "_shadows": _Shadows()}
+        return {**super().__getstate__(), "_overrides": AttributeOverrides()}
 
     def _begin(self) -> None:
         self._ending = False
@@ -133,12 +133,12 @@ class LightningControlCallback(Adapter):
 
     # The hooks...
 
-    @hook
+    @guarded
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Any run begins; the last one may have died of an exception amid an abort."""
-        self._shadows.lift()
+        self._overrides.restore()
 
-    @hook
+    @guarded
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Publish the job; the sanity check is over, and what is resumed from is loaded."""
         self._begin()
@@ -146,7 +146,7 @@ class LightningControlCallback(Adapter):
             _put_sigterm_back(trainer)
         self._open(trainer.global_step, _max_steps(trainer, module), trainer.log_every_n_steps or None)
 
-    @hook
+    @guarded
     def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
         """Evaluation and saving are over, and the metrics of the last batch are there."""
         if self._controller is not None:
@@ -154,7 +154,7 @@ class LightningControlCallback(Adapter):
             if self._fresh:
                 self._show(trainer)
 
-    @hook
+    @guarded
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Apply what is pending, if this batch has ended a step; carry out what is wished."""
         controller = self._controller
@@ -168,50 +168,50 @@ class LightningControlCallback(Adapter):
         self._steps += 1
         every = trainer.log_every_n_steps
         self._fresh = self._fresh or bool(every and self._steps % every == 0)
-        controller.step(step, self._wishes, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
-        if self._wishes.any:
+        controller.step(step, self._requested, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+        if self._requested.any:
             self._carry_out(trainer, module)
 
-    @hook
+    @guarded
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         """Evaluation begins; that of the sanity check finds no job."""
         if self._controller is not None:
             self._controller.phase = states.STATUS_EVALUATING
 
-    @hook
+    @guarded
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """Evaluation is over, and has left its metrics."""
         if self._controller is not None:
             self._controller.phase = states.STATUS_TRAINING
             self._show(trainer)
 
-    @hook
+    @guarded
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """The metrics of the epoch come behind this."""
         self._fresh = True
 
-    @hook
+    @guarded
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
         """Somebody saves."""
         if self._controller is not None:
             self._controller.phase = states.STATUS_SAVING
 
-    @hook
+    @guarded
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """The last metrics; the job stays until ModelCheckpoint has saved its last."""
         if self._controller is not None:
             self._show(trainer)
 
-    @hook
+    @guarded
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Training ends by an error or Ctrl-C; after an abort not even then may a checkpoint be saved."""
-        self._shadows.lift(keep="on_exception")
+        self._overrides.restore(keep="on_exception")
         self._close(f"training ended by {type(exception).__name__}")
 
-    @hook
+    @guarded
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Take the job away: nothing is written any more."""
-        self._shadows.lift()
+        self._overrides.restore()
         if self._controller is not None:
             self._look_for_awaited(last=True)
             self._close()
@@ -219,39 +219,39 @@ class LightningControlCallback(Adapter):
     # What is wished, by the trainer's own means...
 
     def _carry_out(self, trainer: Any, module: Any) -> None:
-        wishes = self._wishes
-        if wishes.stop or wishes.abort:
+        requested = self._requested
+        if requested.stop or requested.abort:
             trainer.should_stop = True
             if not self._ending:
                 self._end(trainer)
-        if wishes.abort:
+        if requested.abort:
             if not self._silenced:
                 self._silence(trainer, module)
-        elif wishes.save:
+        elif requested.save:
             # Nothing is evaluated first: Lightning has no load_best_model_at_end.
             self._save(trainer)
 
     def _end(self, trainer: Any) -> None:
         """Nothing holds the trainer back, and it goes with a checkpoint."""
         self._ending = True
-        self._shadows.put(trainer.fit_loop, "min_epochs", 0)
-        self._shadows.put(trainer.fit_loop.epoch_loop, "min_steps", None)
-        if not self._wishes.spare and _saves(trainer):
-            self._wishes.save = True
+        self._overrides.set(trainer.fit_loop, "min_epochs", 0)
+        self._overrides.set(trainer.fit_loop.epoch_loop, "min_steps", None)
+        if not self._requested.skip_save and _saves(trainer):
+            self._requested.save = True
 
     def _silence(self, trainer: Any, module: Any) -> None:
         """From here to the end of the run nothing is written, and nobody misses a validation."""
         self._silenced = True
-        put = self._shadows.put
-        put(trainer, "save_checkpoint", _refuse_to_save)
-        put(trainer, "limit_val_batches", 0)
-        put(trainer.fit_loop.epoch_loop, "update_lr_schedulers", _nothing)
+        override = self._overrides.set
+        override(trainer, "save_checkpoint", _refuse_to_save)
+        override(trainer, "limit_val_batches", 0)
+        override(trainer.fit_loop.epoch_loop, "update_lr_schedulers", _nothing)
         for each in (*trainer.callbacks, module):
-            put(each, "on_train_epoch_end", _nothing)
+            override(each, "on_train_epoch_end", _nothing)
         for each in trainer.checkpoint_callbacks:
             # They would also take what they did not write into their books, and delete others for it.
             for name in [name for name in dir(each) if name.startswith("on_")]:
-                put(each, name, _nothing)
+                override(each, name, _nothing)
 
     def _save(self, trainer: Any) -> None:
         controller, step = self._controller, trainer.global_step
@@ -259,7 +259,7 @@ class LightningControlCallback(Adapter):
         controller.phase = states.STATUS_SAVING
         path, trouble = _write(trainer)
         controller.phase = states.STATUS_TRAINING
-        self._wishes.save = self._wishes.evaluate = False
+        self._requested.save = self._requested.evaluate = False
         self._awaited = None
         if trouble is not None:
             self._miss(trouble)
@@ -291,22 +291,22 @@ class LightningControlCallback(Adapter):
             self._controller.log(_metrics(trainer))
 
 
-class _Shadows:
+class AttributeOverrides:
     """Attributes set in objects of others, to be set back."""
 
     def __init__(self) -> None:
         self._own: list[tuple[Any, str, Any]] = []
 
-    def put(self, owner: Any, name: str, value: Any) -> None:
+    def set(self, owner: Any, name: str, value: Any) -> None:
         """Set one; an object that cannot be set is left as it is."""
         with contextlib.suppress(AttributeError, TypeError):
             own = vars(owner).get(name, _ABSENT)
             setattr(owner, name, value)
             self._own.append((owner, name, own))
 
-    def lift(self, keep: str = "") -> None:
+    def restore(self, keep: str = "") -> None:
         """Set all back, the last first, but those of the name ``keep``."""
-        kept = [shadow for shadow in self._own if shadow[1] == keep]
+        kept = [entry for entry in self._own if entry[1] == keep]
         for owner, name, own in reversed(self._own):
             if name == keep:
                 continue

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import states
 from ..errors import InvalidParams
-from ..training.adapter import Adapter, hook
+from ..training.adapter import Adapter, guarded
 
 
 class TrainingJob(Adapter):
@@ -100,15 +100,15 @@ class TrainingJob(Adapter):
         if self._depth == 0:
             self._end(error)
 
-    @hook
+    @guarded
     def _begin(self) -> None:
         self._open(self._start_step, self._max_steps)
 
-    @hook
+    @guarded
     def _end(self, error: BaseException | None) -> None:
         self._close(None if error is None else f"training ended by {type(error).__name__}")
 
-    @hook
+    @guarded
     def step(self, step: int, epoch: float | None = None) -> None:
         """Say that a step is done; commands are applied here. Every rank, after every optimizer step.
 
@@ -119,14 +119,14 @@ class TrainingJob(Adapter):
         controller = self._controller
         if controller is None:
             return
-        if self._looked or (self._wishes.save and not controller.is_main):
+        if self._looked or (self._requested.save and not controller.is_main):
             self._miss_save(controller)
         controller.phase = states.STATUS_TRAINING
         if type(step) is not int:  # a NumPy or torch number would stand in records, and JSON has none of them
             step = _whole("step", step)
-        controller.step(step, self._wishes, epoch if epoch is None else float(epoch))
+        controller.step(step, self._requested, epoch if epoch is None else float(epoch))
 
-    @hook
+    @guarded
     def log(self, /, **metrics: Any) -> None:
         """Show values in ``status``. Any rank, at any time; tensors cost no synchronisation here."""
         if self._controller is not None:
@@ -135,7 +135,7 @@ class TrainingJob(Adapter):
     @property
     def should_save(self) -> bool:
         """Whether a checkpoint is wanted now; say ``saved(path)`` when it is complete, before the next step."""
-        wanted = self._wishes.save and not self._wishes.abort
+        wanted = self._requested.save and not self._requested.abort
         if wanted and self._controller is not None:
             self._looked = True
             self._controller.phase = states.STATUS_SAVING
@@ -144,9 +144,9 @@ class TrainingJob(Adapter):
     @property
     def should_stop(self) -> bool:
         """Whether the loop should end now."""
-        return self._wishes.stop or self._wishes.abort
+        return self._requested.stop or self._requested.abort
 
-    @hook
+    @guarded
     def saved(self, path: str | os.PathLike[str]) -> None:
         """Say that a checkpoint is complete, whoever wanted it.
 
@@ -154,7 +154,7 @@ class TrainingJob(Adapter):
             path: its file or directory; a path that does not exist fails the command that waits for it.
         """
         controller = self._controller
-        self._wishes.save = self._looked = False
+        self._requested.save = self._looked = False
         if controller is None:
             return
         controller.phase = states.STATUS_TRAINING
@@ -170,7 +170,7 @@ class TrainingJob(Adapter):
 
     def _miss_save(self, controller: Any) -> None:
         # Else a loop that saves without saying so would save at every step from here on.
-        self._wishes.save = self._looked = False
+        self._requested.save = self._looked = False
         if not controller.is_main:  # often only rank 0 saves
             controller.saves_nothing()
             return

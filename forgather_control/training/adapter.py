@@ -23,14 +23,14 @@ log = logging.getLogger("forgather_control")
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def hook(method: Hook) -> Hook:
+def guarded(method: Hook) -> Hook:
     """The border between training and us: whatever goes wrong in the hook is one warning.
 
     The job is then no longer controllable, every waiting client is told so, and training goes on.
     """
 
     @functools.wraps(method)
-    def guarded(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except Exception:  # border: see above
@@ -38,10 +38,10 @@ def hook(method: Hook) -> Hook:
             self._give_up()
             return None
 
-    return cast(Hook, guarded)
+    return cast(Hook, call)
 
 
-class Wishes:
+class RequestedActions:
     """The ``Loop`` that commands see: what they want of the next steps, as flags for an adapter to carry out."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Wishes:
         self.save = False
         self.evaluate = False
         self.abort = False
-        self.spare = False  # stop without a last checkpoint
+        self.skip_save = False  # stop without a last checkpoint
 
     @property
     def any(self) -> bool:
@@ -70,7 +70,7 @@ class Wishes:
 
     def request_end(self) -> None:
         """See ``commands.Loop``."""
-        self.stop = self.spare = True
+        self.stop = self.skip_save = True
 
     def request_abort(self) -> None:
         """See ``commands.Loop``."""
@@ -116,7 +116,7 @@ class Adapter:
         self._offer = tcp.check(port, host, certfile, keyfile)
         self._controller: Controller | None = None
         self._finalizer: Any = None
-        self._wishes = Wishes()
+        self._requested = RequestedActions()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, pickled or deep, controls nothing: a run has one controller, with threads and sockets."""
@@ -130,12 +130,12 @@ class Adapter:
     @property
     def aborted(self) -> bool:
         """Whether an abort was applied in this run, so that a script can skip what it saves at its end."""
-        return self._wishes.abort
+        return self._requested.abort
 
     def _open(self, step: int, max_steps: int | None, log_steps: int | None = None) -> None:
         """Begin a run. A job that cannot be controlled says so once, and trains."""
         self._close("training was started again")
-        self._wishes = Wishes()
+        self._requested = RequestedActions()
         if not self._enabled:
             return
         controller = Controller(

@@ -18,7 +18,7 @@ from forgather_control import get_command, get_job_status, save_and_stop, save_c
 from forgather_control.client.api import find
 from forgather_control.errors import BadJobId, InvalidParams, JobsDirUnusable, NoSuchJob
 from forgather_control.server import server
-from forgather_control.training.adapter import Adapter, Wishes, hook
+from forgather_control.training.adapter import Adapter, RequestedActions, guarded
 from forgather_control.wire import methods
 
 from ..support.harness import MS, ROOT, Process, Wire, running_loop, until
@@ -29,23 +29,23 @@ JOB = "job"
 class Hooks(Adapter):
     """An adapter with a few hooks of its own."""
 
-    @hook
+    @guarded
     def begin(self, step: int = 0, max_steps: int | None = None) -> None:
         """Open."""
         self._open(step, max_steps)
 
-    @hook
+    @guarded
     def step(self, step: int) -> None:
         """Apply."""
         if self._controller is not None:
-            self._controller.step(step, self._wishes)
+            self._controller.step(step, self._requested)
 
-    @hook
+    @guarded
     def end(self) -> None:
         """Close."""
         self._close()
 
-    @hook
+    @guarded
     def do(self, call: Callable[[], Any], *, twice: bool = False) -> Any:
         """Whatever is asked."""
         return (call(), call()) if twice else call()
@@ -140,7 +140,7 @@ def test_what_is_no_error_passes(adapter, kind):
     assert get_job_status(JOB)["job_id"] == JOB
 
 
-# Wishes...
+# RequestedActions...
 
 
 @pytest.mark.parametrize(
@@ -152,20 +152,20 @@ def test_what_is_no_error_passes(adapter, kind):
         ("abort", {"abort"}),
     ],
 )
-def test_wishes_of_the_commands(command, wanted):
+def test_requests_of_the_commands(command, wanted):
     """Each command sets its flags and no others; an evaluation alone is nothing to do."""
-    wishes = Wishes()
-    assert not wishes.any
-    methods.TABLE[command].run(wishes)
-    assert {name for name in ("stop", "save", "evaluate", "abort") if getattr(wishes, name)} == wanted
-    assert wishes.any
+    requested = RequestedActions()
+    assert not requested.any
+    methods.TABLE[command].run(requested)
+    assert {name for name in ("stop", "save", "evaluate", "abort") if getattr(requested, name)} == wanted
+    assert requested.any
 
 
-def test_an_evaluation_alone_is_no_wish():
+def test_an_evaluation_alone_is_no_request():
     """``any`` asks for what must be carried out; nothing is only evaluated."""
-    wishes = Wishes()
-    wishes.request_evaluate()
-    assert wishes.evaluate and not wishes.any
+    requested = RequestedActions()
+    requested.request_evaluate()
+    assert requested.evaluate and not requested.any
 
 
 def test_aborted_is_of_the_last_run(adapter, waiting):
@@ -393,9 +393,9 @@ def test_a_signal_is_a_command_and_calls_who_was_there_before():
         job = Hooks(JOB, signals={"SIGUSR1": "save_checkpoint"})
         job.begin()
         signal.raise_signal(signal.SIGUSR1)
-        assert len(heard) == 1 and not job._wishes.save
+        assert len(heard) == 1 and not job._requested.save
         job.step(1)
-        assert job._wishes.save and [c["command"] for c in get_job_status(JOB)["commands"]] == ["save_checkpoint"]
+        assert job._requested.save and [c["command"] for c in get_job_status(JOB)["commands"]] == ["save_checkpoint"]
         job.end()
         signal.raise_signal(signal.SIGUSR1)
         assert len(heard) == 2
@@ -413,7 +413,7 @@ def test_a_young_checkpoint_is_spared(age, spared):
     with Wire(find(JOB).socket) as wire:
         signal.raise_signal(signal.SIGUSR1)
         job.step(2)
-        assert job._wishes.stop and (job._wishes.save, job._wishes.spare) == (not spared, spared)
+        assert job._requested.stop and (job._requested.save, job._requested.skip_save) == (not spared, spared)
         (record,) = wire.call("list_commands")["result"]
         assert (record["command"], record["applied_at_step"]) == ("save_and_stop", 2)
         # Asked again by its id, the same command: the answer comes at its end.
@@ -433,7 +433,7 @@ def test_a_command_saves_however_young_the_last_checkpoint_is():
     job._controller.saved(1, "/checkpoint-1")
     save_and_stop(JOB)
     job.step(2)
-    assert job._wishes.save and job._wishes.stop and not job._wishes.spare
+    assert job._requested.save and job._requested.stop and not job._requested.skip_save
     job.end()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control.training.adapter import Wishes
+from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.command_queue import Mailbox
 from forgather_control.training.command_tracker import Ledger
 from forgather_control.wire.methods import TABLE
@@ -54,13 +54,13 @@ def group():
 
 def apply(ledger, box, group, *commands, step=1):
     """Submit each command under its own name, and apply them all at one step."""
-    wishes = Wishes()
+    requested = RequestedActions()
     for command in commands:
         box.submit(command, command)
     calls = ledger.take()
-    ledger.apply(calls, wishes, step, group)
+    ledger.apply(calls, requested, step, group)
     ledger.confirm(calls, step, None)
-    return wishes
+    return requested
 
 
 def test_a_save_is_over_once_the_others_have_written_theirs(box, group):
@@ -136,10 +136,10 @@ def test_a_save_that_fails_takes_no_other_stop_with_it(box, group):
 
 def test_another_rank_has_no_records(box):
     """It runs the same effects and reports its part; the mailbox is rank 0's."""
-    ledger, group, wishes = Ledger(box, 0.0), Ranks(rank=1), Wishes()
+    ledger, group, requested = Ledger(box, 0.0), Ranks(rank=1), RequestedActions()
     calls = [["id", "save_checkpoint", False], ["other", "graceful_stop", False]]
-    ledger.apply(calls, wishes, 4, group)
-    assert wishes.save and wishes.stop and group.said == [("applied", ["id", "other"], 4)]
+    ledger.apply(calls, requested, 4, group)
+    assert requested.save and requested.stop and group.said == [("applied", ["id", "other"], 4)]
     ledger.saved(4, "/c-4", group)
     ledger.saves_nothing(group)
     ledger.fail_saves(group, "late", "late")
@@ -178,12 +178,12 @@ def test_only_a_signals_save_and_stop_is_spared(box, group):
 
 def test_a_spared_stop_names_the_checkpoint_there_is(box, group):
     """It ends as a stop does, and saves nothing."""
-    ledger, wishes = Ledger(box, 1e6), Wishes()
+    ledger, requested = Ledger(box, 1e6), RequestedActions()
     ledger.saved(2, "/c-2", group)
     ledger.submit("save_and_stop")
     (call,) = calls = ledger.take()
-    ledger.apply(calls, wishes, 3, group)
-    assert call[2] and wishes.stop and wishes.spare and not wishes.save
+    ledger.apply(calls, requested, 3, group)
+    assert call[2] and requested.stop and requested.skip_save and not requested.save
     ledger.end(3, None, group)
     group.outcomes[call[0]](None)
     assert box.get(call[0]).result == {"step": 2, "path": "/c-2", "seconds": 0.0}

@@ -20,7 +20,7 @@ import forgather_control.wire.methods
 from forgather_control import errors
 from forgather_control.server import server
 from forgather_control.training import controller as module
-from forgather_control.training.adapter import Wishes
+from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.controller import Controller
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
@@ -65,7 +65,7 @@ def test_status_follows_the_steps(job, wire):
     for step in range(1, 11):
         job.phase = "training"
         time.sleep(10 * MS)
-        job.step(step, Wishes(), epoch=step / 5)
+        job.step(step, RequestedActions(), epoch=step / 5)
     status = give(wire, "status")
     took = time.monotonic() - begin
     assert (status["global_step"], status["epoch"], status["progress"]) == (10, 2.0, 0.1)
@@ -89,7 +89,7 @@ def test_the_word_is_stopping_only_between_the_steps(job, wire, phase):
     give(wire, "graceful_stop")
     job.phase = phase
     assert give(wire, "status")["status"] == phase
-    job.step(1, Wishes())
+    job.step(1, RequestedActions())
     assert give(wire, "status")["status"] == ("stopping" if phase == "training" else phase)
 
 
@@ -98,9 +98,9 @@ def test_all_pending_commands_are_applied_at_one_step_in_order(job, wire):
     ids = {give(wire, "save_checkpoint")["command_id"] for _ in range(10)}
     give(wire, "save_checkpoint", command_id="mine")
     give(wire, "graceful_stop")
-    wishes = Wishes()
-    job.step(5, wishes)
-    assert len(ids) == 1 and wishes.save and wishes.stop
+    requested = RequestedActions()
+    job.step(5, requested)
+    assert len(ids) == 1 and requested.save and requested.stop
     records = give(wire, "list_commands")
     assert [record["command"] for record in records] == ["save_checkpoint", "save_checkpoint", "graceful_stop"]
     assert {record["applied_at_step"] for record in records} == {5}
@@ -110,7 +110,7 @@ def test_one_save_finishes_all_that_wait_for_it(job, wire, tmp_path):
     """Two saves of one step share the checkpoint; a later one waits for its own."""
     give(wire, "save_checkpoint", command_id="a")
     give(wire, "save_checkpoint", command_id="b")
-    job.step(1, Wishes())
+    job.step(1, RequestedActions())
     give(wire, "save_checkpoint", command_id="late")
     job.saved(1, str(tmp_path))
     states = {record["command_id"]: record["state"] for record in give(wire, "list_commands")}
@@ -121,7 +121,7 @@ def test_status_shows_what_is_pending_and_the_last_few(job, wire, tmp_path):
     """A hundred finished commands do not make status a hundred records long."""
     for step in range(1, 101):
         give(wire, "save_checkpoint", command_id=f"save-{step}")
-        job.step(step, Wishes())
+        job.step(step, RequestedActions())
         job.saved(step, str(tmp_path))
     give(wire, "graceful_stop")
     shown = give(wire, "status")["commands"]
