@@ -30,38 +30,18 @@ from typing import Any
 
 from .. import states
 from ..training.adapter import Adapter, guarded
+from ..training.options import ControlOptions
 
 
 class TrainerControlCallback(Adapter):
-    """Makes a training run controllable from outside: ``Trainer(..., callbacks=[TrainerControlCallback()])``.
+    """Callback that makes a training run controllable: ``Trainer(..., callbacks=[TrainerControlCallback()])``.
 
-    Works as a callback of ``transformers.Trainer`` and of Forgather's trainers, in a Forgather template::
+    For ``transformers.Trainer`` and for Forgather's trainers, there in a template::
 
         trainer_control: !singleton:forgather_control:TrainerControlCallback
 
-    It never raises into the trainer and never stops it on its own account. All its hooks run on the
-    training thread.
-
-    Args:
-        job_id: by which the job is found: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a
-            dot or dash. ``None`` makes ``job_{timestamp}_{hostname}_{pid}``.
-        port: a TCP port beside the socket, for other hosts: a number, 0 for any free one, ``"auto"`` for the first
-            free one from 8900; ``None`` for no port. Clients must show the token of ``endpoint.json``.
-        host: the address to bind it to; others than this host reach it at ``"0.0.0.0"`` only.
-        enabled: ``False`` turns everything off.
-        poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
-            ``None``: they need not ask, where the store of torch.distributed can tell them; else ``logging_steps``.
-        signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
-            "save_checkpoint"}``: one that reaches any rank is carried out on all. Earlier handlers are still called.
-        fresh_seconds: a checkpoint that is at most this old is not saved again when a signal saves and stops.
-        certfile: a PEM file with the certificate that has the port speak TLS.
-        keyfile: a PEM file with its key, if that is not in ``certfile``.
-
-    Under ``torchrun`` every rank has its own callback with the same arguments.
-
-    Raises:
-        BadJobId: ``job_id`` cannot be one.
-        InvalidParams: another argument cannot be what it is.
+    All arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
+    After that no hook raises into the trainer. All hooks run on the training thread.
     """
 
     #: Forgather names the callback that stopped its training.
@@ -80,17 +60,8 @@ class TrainerControlCallback(Adapter):
         certfile: str | None = None,
         keyfile: str | None = None,
     ) -> None:
-        super().__init__(
-            job_id,
-            port=port,
-            host=host,
-            enabled=enabled,
-            poll_steps=poll_steps,
-            signals=signals,
-            fresh_seconds=fresh_seconds,
-            certfile=certfile,
-            keyfile=keyfile,
-        )
+        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        super().__init__(options)
         self._begin()
 
     def _begin(self) -> None:

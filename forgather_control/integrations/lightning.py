@@ -38,6 +38,7 @@ from typing import Any, Final
 
 from .. import states
 from ..training.adapter import Adapter, guarded
+from ..training.options import ControlOptions
 
 log = logging.getLogger("forgather_control")
 
@@ -58,27 +59,8 @@ class LightningControlCallback(Adapter):
     ``global_step`` counts the steps of all optimizers; a model that optimizes by hand, without Lightning's
     optimizers, has no steps, and no command is applied.
 
-    Args:
-        job_id: by which the job is found: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a
-            dot or dash. ``None`` makes ``job_{timestamp}_{hostname}_{pid}``.
-        port: a TCP port beside the socket, for other hosts: a number, 0 for any free one, ``"auto"`` for the first
-            free one from 8900; ``None`` for no port. Clients must show the token of ``endpoint.json``.
-        host: the address to bind it to; others than this host reach it at ``"0.0.0.0"`` only.
-        enabled: ``False`` turns everything off.
-        poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
-            ``None``: they need not ask, where the store of torch.distributed can tell them; else ``log_every_n_steps``.
-        signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop"}``: one that reaches
-            any rank is carried out on all. Earlier handlers are still called, but not Lightning's own for SIGTERM,
-            which would end training by an error.
-        fresh_seconds: a checkpoint of ours that is at most this old is not saved again when a signal saves and stops.
-        certfile: a PEM file with the certificate that has the port speak TLS.
-        keyfile: a PEM file with its key, if that is not in ``certfile``.
-
-    Under DDP every rank has its own callback with the same arguments.
-
-    Raises:
-        BadJobId: ``job_id`` cannot be one.
-        InvalidParams: another argument cannot be what it is.
+    All arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
+    After that no hook raises into the trainer. All hooks run on the training thread.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LightningControlCallback:
@@ -99,17 +81,8 @@ class LightningControlCallback(Adapter):
         certfile: str | None = None,
         keyfile: str | None = None,
     ) -> None:
-        super().__init__(
-            job_id,
-            port=port,
-            host=host,
-            enabled=enabled,
-            poll_steps=poll_steps,
-            signals=signals,
-            fresh_seconds=fresh_seconds,
-            certfile=certfile,
-            keyfile=keyfile,
-        )
+        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        super().__init__(options)
         self._takes_sigterm = any(getattr(key, "name", key) == "SIGTERM" for key in signals or ())
         self._overrides = AttributeOverrides()
         self._begin()
@@ -142,7 +115,7 @@ class LightningControlCallback(Adapter):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Publish the job; the sanity check is over, and what is resumed from is loaded."""
         self._begin()
-        if self._takes_sigterm and self._enabled:
+        if self._takes_sigterm and self._options.enabled:
             _put_sigterm_back(trainer)
         self._open(trainer.global_step, _max_steps(trainer, module), trainer.log_every_n_steps or None)
 

@@ -13,6 +13,7 @@ from typing import Any
 from .. import states
 from ..errors import InvalidParams
 from ..training.adapter import Adapter, guarded
+from ..training.options import ControlOptions
 
 
 class TrainingJob(Adapter):
@@ -31,31 +32,18 @@ class TrainingJob(Adapter):
         if not job.aborted:
             save_final_model()
 
-    No method raises into the loop, and all of them run on the thread that trains.
+    No method raises into the loop, and all of them run on the training thread.
 
     Args:
-        job_id: by which the job is found; ``None`` makes one of time, host and pid.
-        max_steps: the step the loop will end at, if known; for progress and time left.
+        max_steps: the step at which the loop will end, if known, for progress and time left.
         start_step: the steps that are done already, in a loop that was resumed.
-        port: a TCP port beside the socket, for other hosts: a number, 0 for any free one, ``"auto"`` for the first
-            free one from 8900; ``None`` for no port. Clients must show the token of ``endpoint.json``.
-        host: the address to bind it to; others than this host reach it at ``"0.0.0.0"`` only.
-        enabled: ``False`` turns everything off; the flags then stay ``False``.
-        poll_steps: have several ranks ask one another for commands at every so many steps, by one small collective.
-            ``None``: they need not ask, where the store of torch.distributed can tell them; else 50.
-        signals: commands by the signals that give them, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
-            "save_checkpoint"}``: one that reaches any rank is carried out on all. Earlier handlers are still called.
-        fresh_seconds: a checkpoint that is at most this old is not saved again when a signal saves and stops.
-        certfile: a PEM file with the certificate that has the port speak TLS.
-        keyfile: a PEM file with its key, if that is not in ``certfile``.
 
-    Under ``torchrun`` every rank has its own ``TrainingJob`` with the same arguments, made after
-    ``init_process_group``, and calls ``step`` for every step. Where only rank 0 saves, only rank 0 says ``saved``;
-    where every rank writes its shard, every rank says so, and the checkpoint counts once all have.
+    All other arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks
+    them.
 
-    Raises:
-        BadJobId: ``job_id`` cannot be one.
-        InvalidParams: another argument cannot be what it is.
+    With several ranks every rank creates its own ``TrainingJob`` with the same arguments after
+    ``init_process_group``, and calls ``step`` for every step. If only rank 0 saves, only rank 0 calls ``saved``;
+    if every rank writes a shard, every rank calls it, and the checkpoint counts once all have.
     """
 
     def __init__(
@@ -73,17 +61,8 @@ class TrainingJob(Adapter):
         certfile: str | None = None,
         keyfile: str | None = None,
     ) -> None:
-        super().__init__(
-            job_id,
-            port=port,
-            host=host,
-            enabled=enabled,
-            poll_steps=poll_steps,
-            signals=signals,
-            fresh_seconds=fresh_seconds,
-            certfile=certfile,
-            keyfile=keyfile,
-        )
+        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        super().__init__(options)
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another

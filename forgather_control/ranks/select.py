@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import InvalidParams, Unsupported
+from ..errors import Unsupported
 from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
 from .store_group import StoreGroup
 
@@ -58,17 +58,6 @@ def select_group(
         raise Unsupported(
             f"the {why} of torch.distributed cannot be reached: {str(err).partition(chr(10))[0]}"
         ) from err
-
-
-def check_steps(steps: Any) -> int:
-    """``steps`` itself.
-
-    Raises:
-        InvalidParams: it is no positive whole number.
-    """
-    if type(steps) is not int or steps < 1:
-        raise InvalidParams(f"poll_steps must be a number of steps from 1, or None, not {ascii(steps)[:80]}")
-    return steps
 
 
 def _distributed() -> Any:

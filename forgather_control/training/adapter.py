@@ -8,14 +8,12 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from ..errors import ControlError
-from ..jobs.record import check_job_id
-from ..ranks.select import check_steps
-from ..server import tcp
-from .controller import Controller, check_seconds
+from .controller import Controller
+from .options import ControlOptions
 from .signals import Signals
 
 log = logging.getLogger("forgather_control")
@@ -81,39 +79,12 @@ class Adapter:
     """Opens and closes the controller of one training run after the other.
 
     Args:
-        job_id: by which the job is found; ``None`` makes one of time, host and pid.
-        port: a TCP port beside the socket: a number, 0 for any free one, ``"auto"`` for the first from 8900.
-        host: the address to bind it to.
-        enabled: ``False`` turns everything off.
-        poll_steps: have several ranks ask one another at every so many steps; ``None`` for never, where they can.
-        signals: commands by the signals that give them, on any rank.
-        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
-        certfile: a PEM file with the certificate that has the port speak TLS.
-        keyfile: a PEM file with its key, if that is not in ``certfile``.
-
-    Raises:
-        BadJobId, InvalidParams: when it is made, not when training has begun.
+        options: what the user chose.
     """
 
-    def __init__(
-        self,
-        job_id: str | None = None,
-        *,
-        port: int | str | None = None,
-        host: str = "127.0.0.1",
-        enabled: bool = True,
-        poll_steps: int | None = None,
-        signals: Mapping[Any, str] | None = None,
-        fresh_seconds: float = 0.0,
-        certfile: str | None = None,
-        keyfile: str | None = None,
-    ) -> None:
-        self._wanted_id = None if job_id is None else check_job_id(job_id)
-        self._enabled = enabled
-        self._poll_steps = None if poll_steps is None else check_steps(poll_steps)
-        self._signals = None if signals is None else Signals(signals)
-        self._fresh_seconds = check_seconds(fresh_seconds)
-        self._offer = tcp.check(port, host, certfile, keyfile)
+    def __init__(self, options: ControlOptions) -> None:
+        self._options = options
+        self._signals = None if options.signals is None else Signals(options.signals)
         self._controller: Controller | None = None
         self._finalizer: Any = None
         self._requested = RequestedActions()
@@ -125,7 +96,7 @@ class Adapter:
     @property
     def job_id(self) -> str | None:
         """The id by which the job can be found, once it can; before that the one that was asked for."""
-        return self._wanted_id if self._controller is None else self._controller.job_id
+        return self._options.job_id if self._controller is None else self._controller.job_id
 
     @property
     def aborted(self) -> bool:
@@ -136,17 +107,9 @@ class Adapter:
         """Begin a run. A job that cannot be controlled says so once, and trains."""
         self._close("training was started again")
         self._requested = RequestedActions()
-        if not self._enabled:
+        if not self._options.enabled:
             return
-        controller = Controller(
-            self._wanted_id,
-            step,
-            max_steps,
-            poll_steps=self._poll_steps,
-            log_steps=log_steps,
-            fresh_seconds=self._fresh_seconds,
-            offer=self._offer,
-        )
+        controller = Controller(self._options, step, max_steps, log_steps)
         try:
             controller.start()
         except ControlError as err:

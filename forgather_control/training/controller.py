@@ -29,9 +29,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from .. import states
-from ..errors import ControlError, DeadlinePassed, InvalidParams, JobEnding, JobIdTaken, StartError
+from ..errors import ControlError, DeadlinePassed, JobEnding, JobIdTaken, StartError
 from ..jobs import directory, registry
-from ..jobs.record import JobRecord, check_job_id, jobs_dir
+from ..jobs.record import JobRecord, jobs_dir
 from ..processes import usage
 from ..ranks import select
 from ..ranks.consensus import Calls
@@ -39,7 +39,7 @@ from ..ranks.group import RankGroup, SingleProcess
 from ..server.dispatcher import PENDING, Later
 from ..server.file_requests import FileRequestServer
 from ..server.server import LAST_WORDS, Server
-from ..server.tcp import Offer, Opened
+from ..server.tcp import Opened
 from ..version import PROTOCOL, VERSION
 from ..wire import jsonrpc, methods
 from ..wire.methods import Loop
@@ -47,6 +47,7 @@ from ..wire.records import CommandRecord
 from . import metrics
 from .command_queue import Mailbox
 from .command_tracker import Ledger
+from .options import ControlOptions
 from .progress import Progress
 from .rank_report import Census
 from .status_cache import Snapshot
@@ -65,32 +66,17 @@ class Controller:
     """The control side of one training run, in each of its ranks; the job's server is rank 0's.
 
     Args:
-        job_id: chosen by the user, or ``None`` for a generated one.
+        options: what the user chose.
         step: where training begins.
         max_steps: where it ends, if known.
-        poll_steps: have ranks ask one another at every so many steps, rather than never.
-        log_steps: how often, where they must ask and ``poll_steps`` does not say.
-        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
-        offer: the TCP port to open beside the socket, if any.
-
-    Raises:
-        BadJobId: the id cannot be one.
+        log_steps: after how many steps the trainer logs, if known.
     """
 
     def __init__(
-        self,
-        job_id: str | None,
-        step: int = 0,
-        max_steps: int | None = None,
-        *,
-        poll_steps: int | None = None,
-        log_steps: int | None = None,
-        fresh_seconds: float = 0.0,
-        offer: Offer | None = None,
+        self, options: ControlOptions, step: int = 0, max_steps: int | None = None, log_steps: int | None = None
     ) -> None:
-        self.job_id = None if job_id is None else check_job_id(job_id)
-        self._poll_steps, self._log_steps = poll_steps, log_steps
-        self._offer = offer
+        self._options, self._log_steps = options, log_steps
+        self.job_id = options.job_id
         #: One of ``starting training evaluating saving``; set by the adapter on the training thread.
         self.phase: states.TrainingStatus = states.STATUS_STARTING
         self._progress = Progress(step, max_steps)
@@ -102,7 +88,7 @@ class Controller:
         self._census = Census(self._progress, lambda: self._thread.ident)
         self._server = Server(self._answer, self._tick, self._last_look)
         self._mailbox = Mailbox(self._server.wake)
-        self._ledger = Ledger(self._mailbox, fresh_seconds)
+        self._ledger = Ledger(self._mailbox, options.fresh_seconds)
         self._directory: directory.JobDirectory | None = None
         self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
         self._file_requests: FileRequestServer | None = None
@@ -123,7 +109,7 @@ class Controller:
         """
         try:
             self._group = select.select_group(
-                self, self.job_id or "", self._progress.step, self._poll_steps, self._log_steps
+                self, self.job_id or "", self._progress.step, self._options.poll_steps, self._log_steps
             )
             self._join()
         except BaseException:
@@ -158,7 +144,8 @@ class Controller:
     def _open_port(self) -> Opened | None:
         """The port that was asked for; a job without it can still be controlled from this host."""
         try:
-            return None if self._offer is None else self._offer.open(self._server)
+            wanted = self._options.tcp_options()
+            return None if wanted is None else wanted.open(self._server)
         except StartError as err:
             log.warning("no control over TCP: %s", err)
             return None
@@ -480,17 +467,6 @@ class Controller:
 
 
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
-
-
-def check_seconds(seconds: Any) -> float:
-    """``seconds`` itself, as a float.
-
-    Raises:
-        InvalidParams: it is no number of seconds.
-    """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e9:
-        raise InvalidParams(f"fresh_seconds must be a number of seconds from 0 to 1e9, not {ascii(seconds)[:80]}")
-    return float(seconds)
 
 
 # As in ``server``: one handler for all, since a fork handler cannot be taken back.

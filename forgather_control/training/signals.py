@@ -46,14 +46,7 @@ class Signals:
     """
 
     def __init__(self, wanted: Mapping[str | signal.Signals, str]) -> None:
-        if not isinstance(wanted, Mapping):
-            raise _invalid(f"signals must map signals to commands, not {ascii(wanted)[:80]}")
-        self._commands: dict[signal.Signals, str] = {}
-        for name, command in wanted.items():
-            number = _signal(name)
-            if number in self._commands:
-                raise _invalid(f"signals names {number.name} twice")
-            self._commands[number] = _command(command)
+        self._commands = parse(wanted)
         self._handlers: list[_Handler] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,6 +142,23 @@ class _Handler:
             except ValueError:
                 pass  # not on the main thread: at its next call
         return current is not None
+
+
+def parse(wanted: Mapping[str | signal.Signals, str]) -> dict[signal.Signals, str]:
+    """Return the commands by signal.
+
+    Raises:
+        InvalidParams: a signal or a command does not exist or cannot be used here.
+    """
+    if not isinstance(wanted, Mapping):
+        raise _invalid(f"signals must map signals to commands, not {ascii(wanted)[:80]}")
+    commands: dict[signal.Signals, str] = {}
+    for name, command in wanted.items():
+        number = _signal(name)
+        if number in commands:
+            raise _invalid(f"signals names {number.name} twice")
+        commands[number] = _command(command)
+    return commands
 
 
 def _signal(name: object) -> signal.Signals:

@@ -14,6 +14,7 @@ from rows import Aim, Rounds, Table, each_of
 
 from forgather_control.server import server
 from forgather_control.training.controller import Controller
+from forgather_control.training.options import ControlOptions
 
 ROUNDS, CALLS = 40, 50
 #: Of one core, in per cent, while nobody asks: all of the housekeeping together.
@@ -49,7 +50,7 @@ def measure() -> Iterator[Table]:
     """One table."""
     tick, server.TICK = server.TICK, 3600.0
     table = Table("files")
-    controller = Controller("job", max_steps=1000)
+    controller = Controller(ControlOptions("job"), max_steps=1000)
     controller.start()
     ways, found = variants(controller), Rounds()
     for _ in range(ROUNDS):

@@ -38,13 +38,6 @@ def test_several_ranks_without_a_group_train_on_uncontrolled(monkeypatch, caplog
     assert "4 ranks" in warning.getMessage() and not (jobs_dir / "job").exists()
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", float("nan")])
-def test_poll_steps_that_are_none(steps):
-    """Every so many steps, from one."""
-    with pytest.raises(errors.InvalidParams, match="poll_steps"):
-        select.check_steps(steps)
-
-
 @needs_torch
 def test_a_group_of_one_is_one_process(tmp_path):
     """Whatever its store."""

@@ -22,6 +22,7 @@ from forgather_control.server import server
 from forgather_control.training import controller as module
 from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.controller import Controller
+from forgather_control.training.options import ControlOptions
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
 
@@ -29,7 +30,7 @@ from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop
 @pytest.fixture
 def job():
     """A published controller whose training thread is this one."""
-    controller = Controller("job", step=0, max_steps=100)
+    controller = Controller(ControlOptions("job"), step=0, max_steps=100)
     controller.start()
     yield controller
     controller.close()
@@ -257,7 +258,7 @@ def test_a_controller_that_is_forgotten_ends(jobs_dir):
 
 def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
     """No thread to be had: the directory goes again, and the descriptors do."""
-    Controller("warm-up")._server.close(1)
+    Controller(ControlOptions("warm-up"))._server.close(1)
     files = len(os.listdir("/proc/self/fd"))
 
     def no_thread(self) -> None:
@@ -265,7 +266,7 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     with pytest.raises(RuntimeError):
-        Controller("job").start()
+        Controller(ControlOptions("job")).start()
     assert not (jobs_dir / "job").exists()
     assert len(os.listdir("/proc/self/fd")) == files
 
@@ -314,7 +315,7 @@ def test_a_start_in_an_unusable_place_is_one_sentence(monkeypatch):
     for place in ("/dev/null/jobs", str(Path(__file__) / "jobs"), "/proc/nowhere"):
         monkeypatch.setenv("FORGATHER_JOBS_DIR", place)
         with pytest.raises(errors.JobsDirUnusable, match=place.split("/")[1]):
-            Controller("job").start()
+            Controller(ControlOptions("job")).start()
 
 
 def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_dir):

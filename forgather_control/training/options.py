@@ -1,0 +1,72 @@
+"""The options that every integration takes: documented, checked and stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidParams
+from ..jobs.record import check_job_id
+from ..server import tcp
+from . import signals
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """How a training run can be controlled, as given to a callback or a ``TrainingJob``.
+
+    Args:
+        job_id: the name of the job for clients: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a dot or dash.
+            ``None`` generates one.
+        port: a TCP port to open beside the Unix socket, for clients on other hosts: a number, 0 for any free port,
+            ``"auto"`` for the first free one from 8900, ``None`` for no port. Clients must send the token that is in
+            ``endpoint.json``.
+        host: the address to bind the port to; with ``"0.0.0.0"`` other hosts can connect.
+        enabled: ``False`` switches control off.
+        poll_steps: with several ranks, check for commands in a small collective every so many steps. ``None`` checks
+            without collectives where the store of ``torch.distributed`` can carry commands, else at every logging
+            step (``logging_steps``, ``log_every_n_steps``, or 50 in a plain loop).
+        signals: the command to run for each signal, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
+            "save_checkpoint"}``. A signal to one rank runs its command on all ranks. Handlers that the script
+            installed before are still called; Lightning's own for SIGTERM is not, as it ends training with an error.
+        fresh_seconds: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old.
+        certfile: a PEM file with a certificate, to use TLS on the port.
+        keyfile: a PEM file with its private key, unless ``certfile`` contains it.
+
+    With several ranks every rank passes the same options.
+
+    Raises:
+        BadJobId: the job id has the wrong form.
+        InvalidParams: another option has an impossible value. Files and ports are not tried before training starts.
+    """
+
+    job_id: str | None = None
+    port: int | str | None = None
+    host: str = "127.0.0.1"
+    enabled: bool = True
+    poll_steps: int | None = None
+    signals: Mapping[Any, str] | None = None
+    fresh_seconds: float = 0.0
+    certfile: str | None = None
+    keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.job_id is not None:
+            check_job_id(self.job_id)
+        if self.poll_steps is not None and (type(self.poll_steps) is not int or self.poll_steps < 1):
+            raise _invalid("poll_steps", "a number of steps from 1, or None", self.poll_steps)
+        seconds = self.fresh_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e9:
+            raise _invalid("fresh_seconds", "a number of seconds from 0 to 1e9", seconds)
+        if self.signals is not None:
+            signals.parse(self.signals)
+        self.tcp_options()
+
+    def tcp_options(self) -> tcp.Offer | None:
+        """Return the TCP port to open; ``None`` without one."""
+        return tcp.check(self.port, self.host, self.certfile, self.keyfile)
+
+
+def _invalid(name: str, expected: str, value: Any) -> InvalidParams:
+    return InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)
