@@ -1,7 +1,4 @@
-"""Time that runs out: a deadline for a wait of several steps, a budget for a thread.
-
-Floor 0: imports nothing of ours.
-"""
+"""Deadlines on the monotonic clock."""
 
 from __future__ import annotations
 
@@ -26,23 +23,3 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the moment is over."""
         return self.at is not None and time.monotonic() >= self.at
-
-
-class Budget:
-    """A share of one core for the thread that makes it: a bucket of processor seconds that fills with the clock.
-
-    Args:
-        share: processor seconds that come in a second.
-        burst: processor seconds that the bucket holds, and starts with.
-    """
-
-    def __init__(self, share: float, burst: float) -> None:
-        self._share, self._burst, self._left = share, burst, burst
-        self._clock, self._used = time.monotonic(), time.thread_time()
-
-    def nap(self) -> float:
-        """Seconds to do nothing until the bucket is no longer overdrawn; 0 while it is not."""
-        clock, used = time.monotonic(), time.thread_time()
-        self._left = min(self._burst, self._left + (clock - self._clock) * self._share) - (used - self._used)
-        self._clock, self._used = clock, used
-        return max(0.0, -self._left / self._share)

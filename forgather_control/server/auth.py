@@ -4,7 +4,7 @@ Floor 2: imports errors and jsonrpc. Runs on the server thread only; the clock i
 
 What is no ``authenticate`` request, or a notification of it, gets no reply at all: a web page's POST, a TLS
 hello or a port scan learns nothing, and nothing of it is ever read as a command. A wrong token is answered,
-late: each try takes ``PENALTY`` seconds and a place of its own, so nobody tries fast; but no address is
+late: each try takes ``AUTH_FAILURE_DELAY`` seconds and a place of its own, so nobody tries fast; but no address is
 locked out, as the owner may come from the same one. Against 256 random bits guessing is hopeless anyway.
 """
 
@@ -13,33 +13,24 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from ..errors import ControlError, NotAuthenticated
 from ..wire import jsonrpc
+from . import limits
 
 log = logging.getLogger("forgather_control")
 
-#: Bytes of randomness in a token.
-TOKEN_BYTES: Final = 32
-#: Longest line of a stranger, its newline not counted.
-MAX_FIRST_LINE: Final = 1024
-#: Seconds in which a stranger must have shown the token.
-TIME_TO_AUTHENTICATE: Final = 10.0
-#: Most strangers at once; beyond it the one that came first goes.
-MAX_STRANGERS: Final = 128
-#: Seconds until a wrong token is answered.
-PENALTY: Final = 1.0
 
 Verdict = Literal["welcome", "wrong", "noise"]
 
 
 def new_token() -> str:
     """A new secret, for one run of one job."""
-    return secrets.token_urlsafe(TOKEN_BYTES)
+    return secrets.token_urlsafe(limits.TOKEN_BYTES)
 
 
-class Gate:
+class TokenAuthenticator:
     """Knows the token, and counts who did not.
 
     Args:
@@ -77,7 +68,7 @@ class Gate:
 
 
 def _authenticate(line: bytes) -> jsonrpc.Request | None:
-    if len(line) > MAX_FIRST_LINE:
+    if len(line) > limits.MAX_FIRST_LINE:
         return None
     try:
         message = jsonrpc.parse_message(line)

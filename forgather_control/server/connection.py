@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from .dispatcher import Peer
+
 if TYPE_CHECKING:
     import ssl
 
@@ -32,14 +34,15 @@ class Connection:
         sock: connected; nothing here waits for it, though it is a blocking one: to change that is one more system call,
             and beside a loop of pure Python each may cost a wait for the interpreter lock.
         max_line: bytes after which a line without an end is handed out as it is, to be refused; may be set later.
+        peer: the process on the other end.
 
     Attributes:
         fd: its descriptor, whatever becomes of ``sock``.
         is_stranger: it came over TCP, and has not shown the token yet.
     """
 
-    def __init__(self, sock: socket.socket, max_line: int) -> None:
-        self.sock, self.fd = sock, sock.fileno()
+    def __init__(self, sock: socket.socket, max_line: int, peer: Peer = Peer()) -> None:  # noqa: B008 - immutable
+        self.sock, self.fd, self.peer = sock, sock.fileno(), peer
         self.max_line = max_line
         self.is_stranger = False
         #: When it came, in ``time.monotonic()`` seconds.
@@ -103,7 +106,7 @@ class Connection:
             return line
         return None
 
-    def stop_listening(self) -> None:
+    def stop_reading(self) -> None:
         """Read no more: where the next line begins is not known."""
         self._received.clear()
         self.at_end = True
@@ -159,7 +162,7 @@ class TlsConnection(Connection):
         self._context, self._refusal = context, refusal
         self._tls: ssl.SSLSocket | None = None
         self._shaken = False
-        super().__init__(sock, max_line)
+        super().__init__(sock, max_line, Peer("tcp"))
 
     def _recv(self, size: int) -> bytes:
         tls = self._shaken_hands()

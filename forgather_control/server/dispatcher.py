@@ -10,26 +10,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from ..errors import ControlError, InternalError, JobEnding, TooManyCommands
 from ..wire import jsonrpc
+from . import limits
 
 log = logging.getLogger("forgather_control")
 
-#: Most requests that may wait at once, over all connections, and bytes of replies that may wait with them in batches.
-MAX_WAITING: Final = 1024
-MAX_HELD: Final = 16 << 20
-#: Bytes of replies after which the rest of a batch is refused: a hundred of the longest would be far too much to keep,
-#: and to make while training waits for the interpreter.
-MAX_REPLY: Final = 1 << 20
 
-#: What ``Later.poll`` answers while there is no answer.
+#: What ``Deferred.poll`` answers while there is no answer.
 PENDING: Final = object()
 
 
 @dataclass(frozen=True)
-class Later:
+class Deferred:
     """An answer that is not there yet.
 
     Args:
@@ -42,24 +37,35 @@ class Later:
     deadline: float | None = None
 
 
-class Asker(Protocol):
-    """Who sent a line, and takes its reply: a connection, or a letter.
+class Peer(NamedTuple):
+    """The sender of a request, as the kernel tells; ``uid`` and ``pid`` are ``None`` where it does not."""
+
+    via: Literal["socket", "tcp", "file"] = "socket"
+    uid: int | None = None
+    pid: int | None = None
+
+
+class ReplySink(Protocol):
+    """The source of a line and the destination of its reply: a connection or a request file.
 
     Attributes:
-        open: how many lines of it are not answered yet; counted here.
-        broken: nobody takes a reply any more.
+        open: number of its lines that are not answered yet; counted by the dispatcher.
+        broken: replies can no longer be delivered.
     """
 
     open: int
 
     @property
+    def peer(self) -> Peer: ...
+
+    @property
     def broken(self) -> bool: ...
     def send(self, data: bytes) -> None: ...
-    def stop_listening(self) -> None: ...
+    def stop_reading(self) -> None: ...
 
 
-#: Answers one request with a JSON value or a :class:`Later`; raises ControlError; must not block.
-Answer = Callable[[jsonrpc.Request], Any]
+#: Answers one request with a JSON value or a :class:`Deferred`; raises ControlError; must not block.
+Handler = Callable[[jsonrpc.Request, ReplySink], Any]
 
 
 class _Exchange:
@@ -69,7 +75,7 @@ class _Exchange:
         room: bytes of replies after which a batch has had its share.
     """
 
-    def __init__(self, connection: Asker, is_batch: bool, room: int) -> None:
+    def __init__(self, connection: ReplySink, is_batch: bool, room: int) -> None:
         self.connection, self._is_batch, self.room = connection, is_batch, room
         #: Bytes of the replies so far.
         self.size = 0
@@ -104,33 +110,33 @@ class _Exchange:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A ``Later`` and the place that its value belongs to."""
+    """A ``Deferred`` and the place that its value belongs to."""
 
-    later: Later
+    later: Deferred
     exchange: _Exchange
     place: int
     id: Any
 
 
-class Exchanges:
+class Dispatcher:
     """All lines under way.
 
     Args:
-        answer: see ``Answer``.
+        handler: see ``Handler``.
     """
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
         self._waiting: list[_Waiting] = []
 
-    def ask(self, connection: Asker, line: bytes) -> None:
+    def dispatch(self, connection: ReplySink, line: bytes) -> None:
         """Answer a line, or keep what has to wait. Whatever the line, it never raises."""
         try:
             message = jsonrpc.parse_message(line)
         except ControlError as err:
             connection.send(jsonrpc.response(None, err))
             if len(line) > jsonrpc.MAX_LINE:
-                connection.stop_listening()
+                connection.stop_reading()
             return
         exchange = _Exchange(connection, message.is_batch, self._room() if message.is_batch else 0)
         for item in message.items:
@@ -145,10 +151,10 @@ class Exchanges:
         if exchange.is_full and not isinstance(item.id, jsonrpc.NoId):
             exchange.settle(place, jsonrpc.response(item.id, _too_long(exchange.room)))
             return
-        value = self._outcome(lambda: self._answer(item))
+        value = self._outcome(lambda: self._handler(item, exchange.connection))
         if isinstance(item.id, jsonrpc.NoId):
             exchange.settle(place, b"")
-        elif not isinstance(value, Later):
+        elif not isinstance(value, Deferred):
             exchange.settle(place, _response(item.id, value))
         else:
             self._keep(_Waiting(value, exchange, place, item.id))
@@ -165,13 +171,16 @@ class Exchanges:
         """For who will have to wait: before what they ask for has any effect.
 
         Raises:
-            TooManyCommands: ``MAX_WAITING`` wait already.
+            TooManyCommands: ``MAX_DEFERRED`` wait already.
         """
-        if len(self._waiting) >= MAX_WAITING:
-            raise TooManyCommands(f"{MAX_WAITING} requests are waiting already", limit=MAX_WAITING)
+        if len(self._waiting) >= limits.MAX_DEFERRED:
+            raise TooManyCommands(f"{limits.MAX_DEFERRED} requests are waiting already", limit=limits.MAX_DEFERRED)
 
     def _room(self) -> int:
-        return min(MAX_REPLY, MAX_HELD - sum(exchange.size for exchange in {item.exchange for item in self._waiting}))
+        return min(
+            limits.MAX_BATCH_REPLY,
+            limits.MAX_BATCHES_HELD - sum(exchange.size for exchange in {item.exchange for item in self._waiting}),
+        )
 
     def _outcome(self, ask: Callable[[], Any]) -> Any:
         """The value, or the error as a value: from here on both are answers."""
@@ -187,7 +196,7 @@ class Exchanges:
         """When the waiting want to be asked again, in ``time.monotonic()`` seconds."""
         return (item.later.deadline for item in self._waiting if item.later.deadline is not None)
 
-    def poll(self, woken: bool) -> list[Asker]:
+    def poll(self, woken: bool) -> list[ReplySink]:
         """Ask the waiting again, all of them or those whose deadline came; whose replies went out."""
         now = time.monotonic()
         waiting, self._waiting = self._waiting, []

@@ -24,39 +24,11 @@ from ..errors import ControlError, InvalidRequest, ParseError, TooManyCommands
 from ..jobs import spool
 from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
 from ..wire import jsonrpc, methods
-from .dispatcher import Asker
+from . import limits
+from .dispatcher import Peer, ReplySink
 
 log = logging.getLogger("forgather_control")
 
-#: Most requests that one tick takes; processor seconds after which it takes no more, a sixth of what the server's
-#: budget brings in that time; and seconds, for a slow file system.
-MAX_TAKEN: Final = 64
-SLICE: Final = 0.02
-PATIENCE: Final = 0.1
-#: Most requests that one tick looks at, and most names that it reads to find them.
-MAX_SEEN: Final = 1000
-MAX_NAMES: Final = 20_000
-#: Most requests by file that may wait for their reply at once.
-MAX_OPEN: Final = 256
-#: Most replies that lie there, their bytes together, and seconds until one that nobody takes goes.
-MAX_KEPT: Final = 256
-MAX_BYTES: Final = 16 << 20
-MAX_AGE: Final = 3600.0
-#: Longest reply in bytes.
-MAX_REPLY: Final = 1 << 20
-#: Seconds that a request may have lain when it is seen: who wrote it may no longer want it.
-STALE: Final = 300.0
-#: Seconds by which the times of a file system may be rounded.
-_ROUNDED: Final = 2.0
-#: Seconds after which ``status.json`` is written though nothing has changed: so its age tells whether the job is there.
-REFRESH: Final = 30.0
-#: The share of the time that writing it may take, and of one core while nobody reads it.
-_SHARE: Final = 0.01
-_CORE_SHARE: Final = 0.00008
-#: A reply as young as this may still be waited for when training ends.
-_YOUNG: Final = 2.0
-#: Seconds between two looks whether the last replies were taken.
-_LOOK: Final = 0.01
 #: What a request is called while it is taken, before a few letters of who takes it: hidden, and nobody else's.
 _TAKEN: Final = ".taken-"
 
@@ -71,6 +43,7 @@ class FileReply:
 
     #: Nobody hangs up on a file.
     broken = False
+    peer = Peer("file")
 
     def __init__(self, name: str, post: Callable[[str, bytes], None]) -> None:
         self.name, self._post = name, post
@@ -82,7 +55,7 @@ class FileReply:
         if data:
             self._post(self.name, data)
 
-    def stop_listening(self) -> None:
+    def stop_reading(self) -> None:
         """There is no more to hear."""
 
 
@@ -99,7 +72,7 @@ class FileRequestServer:
 
     Args:
         path: the job's directory, which exists.
-        ask: has a line answered by an asker; see ``exchange.Exchanges.ask``.
+        ask: has a line answered by an asker; see ``Dispatcher.dispatch``.
         status: what ``status`` answers.
         mark: differs when ``status`` has something new to tell; cheap, and compared by ``==``.
     """
@@ -107,7 +80,7 @@ class FileRequestServer:
     def __init__(
         self,
         path: str,
-        ask: Callable[[Asker, bytes], None],
+        ask: Callable[[ReplySink, bytes], None],
         status: Callable[[], Any],
         mark: Callable[[], object],
     ) -> None:
@@ -173,7 +146,7 @@ class FileRequestServer:
     def _take_some(self) -> None:
         if self._is_quiet():
             return
-        until, worked = time.monotonic() + PATIENCE, time.thread_time() + SLICE
+        until, worked = time.monotonic() + limits.FILES_TIMEOUT, time.thread_time() + limits.FILES_CPU_SLICE
         with spool.opened(self._path, REQUESTS, self._home, make=True) as box:
             found = self._look_into(box)
             if not found:
@@ -181,7 +154,7 @@ class FileRequestServer:
             now = self._now()
             taken = 0
             for name in found:
-                if taken == MAX_TAKEN or time.monotonic() >= until or time.thread_time() >= worked:
+                if taken == limits.MAX_FILES_TAKEN or time.monotonic() >= until or time.thread_time() >= worked:
                     self._again = True
                     return
                 try:
@@ -210,8 +183,8 @@ class FileRequestServer:
         self._stamps, self._again = (self._stamps[1], _stamp(facts)), False
         with os.scandir(box) as entries:
             # What is left lying there half written, a thousand times over, must not hide what is asked.
-            asked = (entry for entry in islice(entries, MAX_NAMES) if _is_request(entry.name))
-            found = [_aged(entry, box) for entry in islice(asked, MAX_SEEN)]
+            asked = (entry for entry in islice(entries, limits.MAX_NAMES_READ) if _is_request(entry.name))
+            found = [_aged(entry, box) for entry in islice(asked, limits.MAX_FILES_SEEN)]
         names = [name for _, name in sorted(item for item in found if item is not None)]
         self._growing = {name: self._growing[name] for name in names if name in self._growing}
         return names
@@ -271,30 +244,37 @@ class FileRequestServer:
     def _objection(self, name: str, data: bytes, age: float) -> ControlError | None:
         """Why a request is not carried out, whatever it says."""
         # Both ages are distances on one clock, so neither another host's clock nor a jump misleads them for long.
-        if age > time.monotonic() - self._born + _ROUNDED:
+        if age > time.monotonic() - self._born + limits.FILE_TIME_ROUNDING:
             return InvalidRequest("this request is older than the job; nothing was done, ask again", age_seconds=age)
-        if age > STALE:
+        if age > limits.REQUEST_FILE_TIMEOUT:
             text = f"this request lay for {age:.0f} s before the job saw it; nothing was done, ask again"
-            return InvalidRequest(text, age_seconds=age, limit=STALE)
+            return InvalidRequest(text, age_seconds=age, limit=limits.REQUEST_FILE_TIMEOUT)
         if not name.endswith(SUFFIX) and data.strip():
             return InvalidRequest(f"{name} is not empty: a request with parameters belongs into a file NAME{SUFFIX}")
-        if len(self._open) >= MAX_OPEN:
-            return TooManyCommands(f"{MAX_OPEN} requests by file are waiting already", limit=MAX_OPEN)
+        if len(self._open) >= limits.MAX_FILES_WAITING:
+            return TooManyCommands(
+                f"{limits.MAX_FILES_WAITING} requests by file are waiting already", limit=limits.MAX_FILES_WAITING
+            )
         return None
 
     # Replies...
 
     def _post(self, name: str, data: bytes) -> None:
-        if len(data) > MAX_REPLY:
-            text = f"it was carried out, but the reply is longer than {MAX_REPLY} bytes; ask for less at once"
-            data = jsonrpc.response(None, InvalidRequest(text, limit=MAX_REPLY))
+        if len(data) > limits.MAX_REPLY_FILE:
+            text = (
+                f"it was carried out, but the reply is longer than {limits.MAX_REPLY_FILE} bytes; ask for less at once"
+            )
+            data = jsonrpc.response(None, InvalidRequest(text, limit=limits.MAX_REPLY_FILE))
         self._unsent.pop(name, None)
         self._unsent[name] = data
         try:
             self._write_unsent()
         except OSError as err:  # a full disk: tried again at each tick
             self._warn(err)
-            while len(self._unsent) > MAX_KEPT or sum(map(len, self._unsent.values())) > MAX_BYTES:
+            while (
+                len(self._unsent) > limits.MAX_REPLY_FILES
+                or sum(map(len, self._unsent.values())) > limits.MAX_REPLY_FILES_BYTES
+            ):
                 del self._unsent[next(iter(self._unsent))]
 
     def _write_unsent(self) -> None:
@@ -316,10 +296,13 @@ class FileRequestServer:
             self._remove(box, next(iter(self._kept)))
 
     def _is_full(self, size: int) -> bool:
-        return len(self._kept) >= MAX_KEPT or sum(kept.size for kept in self._kept.values()) + size > MAX_BYTES
+        return (
+            len(self._kept) >= limits.MAX_REPLY_FILES
+            or sum(kept.size for kept in self._kept.values()) + size > limits.MAX_REPLY_FILES_BYTES
+        )
 
     def _drop_old(self) -> None:
-        limit = time.monotonic() - MAX_AGE
+        limit = time.monotonic() - limits.REPLY_FILE_TIMEOUT
         if not any(kept.at < limit for kept in islice(self._kept.values(), 1)):
             return
         with spool.opened(self._path, REPLIES, self._home, make=True) as box:
@@ -353,8 +336,11 @@ class FileRequestServer:
             self._told = mark
         finally:
             end, worked = time.monotonic(), time.thread_time() - worked
-            self._status_due, self._status_unread_due = end + (end - begin) / _SHARE, end + worked / _CORE_SHARE
-            self._status_stale = end + REFRESH
+            self._status_due, self._status_unread_due = (
+                end + (end - begin) / limits.STATUS_SHARE,
+                end + worked / limits.STATUS_CPU_SHARE,
+            )
+            self._status_stale = end + limits.STATUS_REFRESH
 
     def _is_read(self) -> bool:
         """Whether somebody has read it since it was written, where the file system notes that (relatime, mount(8))."""
@@ -380,10 +366,10 @@ class FileRequestServer:
         """Leave the readers of the last replies at most so many seconds."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self._untaken():
-            time.sleep(_LOOK)  # nothing wakes whoever waits for a file to go
+            time.sleep(limits.REPLY_POLL_PERIOD)  # nothing wakes whoever waits for a file to go
 
     def _untaken(self) -> list[str]:
-        limit = time.monotonic() - _YOUNG
+        limit = time.monotonic() - limits.YOUNG_REPLY
         young = [name for name, kept in list(self._kept.items()) if kept.awaited and kept.at > limit]
         return [name for name in young if os.path.lexists(os.path.join(self._path, REPLIES, name))]
 

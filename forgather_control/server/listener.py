@@ -14,15 +14,13 @@ import os
 import socket
 import socketserver
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from ..wire import addresses
+from . import limits
 
 log = logging.getLogger("forgather_control")
 
-#: Where ``port="auto"`` begins to look, and how many it tries.
-FIRST_PORT: Final = 8900
-_PORTS: Final = 100
 
 Adopt = Callable[[socket.socket], None]
 
@@ -72,7 +70,7 @@ class UnixListener(Listener, socketserver.UnixStreamServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Ask the kernel who that is."""
-        uid = addresses.peer_uid(request)
+        uid, _pid = addresses.peer_ids(request)
         welcome = uid is None or uid in (0, os.geteuid())
         if not welcome:
             log.warning("refused a connection from uid %s", uid)
@@ -106,18 +104,18 @@ def open_port(host: str, port: int | None, adopt: Adopt) -> TcpListener:
     """Listen at a port: bound at once, never tried first and bound later.
 
     Args:
-        port: a number, 0 for any, ``None`` for the first free one from ``FIRST_PORT``.
+        port: a number, 0 for any, ``None`` for the first free one from ``DEFAULT_PORT``.
 
     Raises:
         OSError: it cannot be bound, or none of the first hundred.
     """
     if port is not None:
         return TcpListener(host, port, adopt)
-    for candidate in range(FIRST_PORT, FIRST_PORT + _PORTS):
+    for candidate in range(limits.DEFAULT_PORT, limits.DEFAULT_PORT + limits.PORTS_TRIED):
         try:
             return TcpListener(host, candidate, adopt)
         except OSError as err:
-            if candidate == FIRST_PORT + _PORTS - 1 or not _is_taken(err):
+            if candidate == limits.DEFAULT_PORT + limits.PORTS_TRIED - 1 or not _is_taken(err):
                 raise
     raise AssertionError("unreachable")
 

@@ -1,4 +1,4 @@
-"""A line server in one thread: bytes from many connections to one ``answer`` function, and back.
+"""A line server in one thread: bytes from many connections to one handler, and back.
 
 Floor 3: imports clock, errors, jsonrpc, connection, exchange, gate and listener; knows nothing of training,
 and must not import torch. All but ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread.
@@ -32,12 +32,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from ..deadline import Budget
 from ..errors import NotAuthenticated
-from ..wire import jsonrpc
-from . import auth
+from ..wire import addresses, jsonrpc
+from . import auth, limits
+from .budget import CpuBudget
 from .connection import Connection, TlsConnection
-from .dispatcher import Answer, Asker, Exchanges
+from .dispatcher import Dispatcher, Handler, Peer, ReplySink
 from .listener import Listener, TcpListener, UnixListener, open_port
 
 if TYPE_CHECKING:
@@ -45,50 +45,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("forgather_control")
 
-#: Seconds between two calls of ``tick``: the thread's only wake-ups while nobody asks.
-TICK: Final = 3.0
-#: The share of one core that answering may take, and the processor seconds that may be saved up for a burst: with
-#: it, and the last slice, no six seconds see more than 5 %.
-SHARE: Final = 0.04
-BURST: Final = 0.05
-#: Longest run of answers before the budget is looked at again, in processor seconds.
-SLICE: Final = 0.005
-#: A client that leaves this many bytes of replies unread is not listened to ...
-MAX_UNSENT: Final = 256 * 1024
-#: ... and after this many seconds without any progress it is dropped.
-MAX_STALL: Final = 30.0
-#: Most connections; beyond it the one that is idle longest is closed, so that the owner still gets in.
-MAX_CONNECTIONS: Final = 4096
-#: Seconds after which a connection over TCP on which nothing happens is closed: the other host may be gone.
-MAX_IDLE: Final = 3600.0
-#: File descriptors of the process that the server leaves to its training.
-SPARE_FILES: Final = 256
-#: Seconds in which clients may read their last replies when the server closes.
-LAST_WORDS: Final = 0.5
-
-
-#: Most connections taken in one round.
-_AT_ONCE: Final = 64
 
 _NO_TLS: Final = jsonrpc.response(None, NotAuthenticated("this port speaks TLS: connect to tls://"))
 
 
 class Server:
-    """Serves ``answer`` over a Unix socket, and over TCP if that is asked for, in one daemon thread.
+    """Serves ``handler`` over a Unix socket, and over TCP if that is asked for, in one daemon thread.
 
     Args:
-        answer: called on the server thread for each request; see ``exchange.Answer``.
-        tick: called on the server thread every ``TICK`` seconds.
+        handler: called on the server thread for each request; see ``dispatcher.Handler``.
+        tick: called on the server thread every ``TICK_PERIOD`` seconds.
         last: called on the server thread once, before who still waits is told that the job is ending.
 
     The order of life: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
     """
 
-    def __init__(self, answer: Answer, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
-        self._exchanges, self._tick, self._last = Exchanges(answer), tick, last
+    def __init__(self, handler: Handler, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
+        self._dispatcher, self._tick, self._last = Dispatcher(handler), tick, last
         self._selector = selectors.DefaultSelector()
         self._listeners: list[Listener] = []
-        self._gate: auth.Gate | None = None
+        self._gate: auth.TokenAuthenticator | None = None
         self._accept_after: float | None = None  # monotonic; set while the process is out of files
         self._connections: dict[int, Connection] = {}
         self._punished: list[tuple[float, Connection, bytes]] = []  # when to answer whom, and what
@@ -122,13 +98,13 @@ class Server:
         """Listen at a port, too, for who shows the token; the address and port it has. Before ``start``, on any thread.
 
         Args:
-            port: a number, 0 for any, ``None`` for the first free one from ``listener.FIRST_PORT``.
+            port: a number, 0 for any, ``None`` for the first free one from ``limits.DEFAULT_PORT``.
             tls: what it speaks, if it speaks TLS.
 
         Raises:
             OSError, ValueError, TypeError: it cannot be bound.
         """
-        self._gate = auth.Gate(token)
+        self._gate = auth.TokenAuthenticator(token)
         listener: TcpListener = open_port(host, port, lambda sock: self._adopt_stranger(sock, tls))
         self._add_listener(listener)
         return listener.bound
@@ -155,7 +131,7 @@ class Server:
         """Answer what can be answered, then close everything.
 
         Who is connected, or stands in the backlog, is read once more; who still waits is told that
-        the job is ending; ``LAST_WORDS`` are left for reading the replies.
+        the job is ending; ``CLOSE_GRACE`` are left for reading the replies.
 
         Args:
             timeout: seconds after which the thread is left to itself.
@@ -194,13 +170,13 @@ class Server:
 
     # For who is called on the server thread...
 
-    def ask(self, asker: Asker, line: bytes) -> None:
+    def dispatch(self, sink: ReplySink, line: bytes) -> None:
         """Have a line answered that came in another way."""
-        self._exchanges.ask(asker, line)
+        self._dispatcher.dispatch(sink, line)
 
     def check_room(self) -> None:
         """Raise TooManyCommands where an answer that has to wait could not."""
-        self._exchanges.check_room()
+        self._dispatcher.check_room()
 
     @property
     def is_this_thread(self) -> bool:
@@ -212,18 +188,18 @@ class Server:
     def _run(self) -> None:
         # OpenSSL cannot be told MSG_NOSIGNAL; see ``connection``.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
-        budget = Budget(SHARE, BURST)
-        tick_at = time.monotonic() + TICK
+        budget = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST)
+        tick_at = time.monotonic() + limits.TICK_PERIOD
         while not self._closing:
             try:
                 self._round(tick_at, budget)
                 if time.monotonic() >= tick_at:
-                    tick_at = time.monotonic() + TICK
+                    tick_at = time.monotonic() + limits.TICK_PERIOD
                     self._sweep(time.monotonic())
                     self._tick()
             except Exception:  # border: a fault of ours ends neither this thread nor the training
                 log.exception("the control server stumbled, and goes on")
-                time.sleep(TICK)  # should it stumble each time: seldom
+                time.sleep(limits.TICK_PERIOD)  # should it stumble each time: seldom
         try:
             self._last_round()
         except Exception:  # border: as above
@@ -232,17 +208,17 @@ class Server:
         if self._closed_from_tick:
             self._close_pipe()
 
-    def _round(self, tick_at: float, budget: Budget) -> None:
-        nap = budget.nap()
+    def _round(self, tick_at: float, budget: CpuBudget) -> None:
+        nap = budget.throttle_delay()
         if nap > 0:
-            self._nap(min(nap, TICK))
+            self._nap(min(nap, limits.TICK_PERIOD))
         else:
             self._select(0.0 if self._queue else self._seconds_until(tick_at))
             self._answer_some()
         if self._punished:
             self._answer_punished(time.monotonic())
         woken, self._woken = self._woken, False
-        for asker in self._exchanges.poll(woken):
+        for asker in self._dispatcher.poll(woken):
             if isinstance(asker, Connection):
                 self._settle(asker)
 
@@ -253,7 +229,7 @@ class Server:
             self._drain_wake()
 
     def _seconds_until(self, tick_at: float) -> float:
-        moments = [tick_at, *self._exchanges.deadlines(), *(moment for moment, _, _ in self._punished)]
+        moments = [tick_at, *self._dispatcher.deadlines(), *(moment for moment, _, _ in self._punished)]
         if self._accept_after is not None:
             moments.append(self._accept_after)
         return max(0.0, min(moments) - time.monotonic())
@@ -284,7 +260,7 @@ class Server:
         try:
             # Most come alone, and to look in vain for another costs as much as a round. But where others are being
             # answered, who comes must soon stand among them: the listen queue knows no turns.
-            for _ in range(_AT_ONCE if self._queue else 1):
+            for _ in range(limits.ACCEPTS_PER_ROUND if self._queue else 1):
                 if not listener.accept():
                     return
         except OSError as err:
@@ -292,21 +268,21 @@ class Server:
                 return
             # Out of files: a backlog that cannot be taken would wake us for ever. Look again later.
             if self._accept_after is None:
-                self._accept_after = time.monotonic() + TICK
+                self._accept_after = time.monotonic() + limits.TICK_PERIOD
                 for each in self._listeners:
                     self._selector.unregister(each)
 
     def _adopt(self, sock: socket.socket) -> None:
-        self._admit(Connection(sock, jsonrpc.MAX_LINE))
+        self._admit(Connection(sock, jsonrpc.MAX_LINE, Peer("socket", *addresses.peer_ids(sock))))
 
     def _adopt_stranger(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         strangers = [connection for connection in self._connections.values() if connection.is_stranger]
-        if len(strangers) >= auth.MAX_STRANGERS:
+        if len(strangers) >= limits.MAX_UNAUTHENTICATED:
             self._drop(min(strangers, key=lambda connection: connection.came_at))
         if tls is None:
-            connection = Connection(sock, auth.MAX_FIRST_LINE)
+            connection = Connection(sock, limits.MAX_FIRST_LINE, Peer("tcp"))
         else:
-            connection = TlsConnection(sock, auth.MAX_FIRST_LINE, tls, _NO_TLS)
+            connection = TlsConnection(sock, limits.MAX_FIRST_LINE, tls, _NO_TLS)
         connection.is_stranger = True
         self._admit(connection)
 
@@ -335,7 +311,7 @@ class Server:
         if connection.broken or (connection.at_end and connection.is_idle):
             self._drop(connection)
             return
-        listens = not (connection.at_end or connection.queued or connection.unsent > MAX_UNSENT)
+        listens = not (connection.at_end or connection.queued or connection.unsent > limits.MAX_UNSENT)
         self._watch(
             connection,
             (selectors.EVENT_READ if listens else 0) | (selectors.EVENT_WRITE if connection.unsent else 0),
@@ -370,23 +346,23 @@ class Server:
     def _sweep(self, now: float) -> None:
         """Drop who stopped reading, who hung up while a request of theirs waits, who shows no token, who is silent."""
         for connection in list(self._connections.values()):
-            stalled = connection.unsent and now - connection.moved_at > MAX_STALL
-            hides = connection.is_stranger and now - connection.came_at > auth.TIME_TO_AUTHENTICATE
-            silent = connection.sock.family != socket.AF_UNIX and now - connection.moved_at > MAX_IDLE
+            stalled = connection.unsent and now - connection.moved_at > limits.STALL_TIMEOUT
+            hides = connection.is_stranger and now - connection.came_at > limits.AUTH_TIMEOUT
+            silent = connection.sock.family != socket.AF_UNIX and now - connection.moved_at > limits.IDLE_TIMEOUT
             if stalled or hides or (silent and not connection.open) or (connection.at_end and connection.hung_up()):
                 self._drop(connection)
 
     def _answer_some(self) -> None:
         """One line of each connection in turn, for at most a slice of processor time."""
-        until = time.thread_time() + SLICE
+        until = time.thread_time() + limits.CPU_SLICE
         while self._queue:
             connection = self._queue.popleft()
             connection.queued = False
-            has_room = not connection.broken and connection.unsent <= MAX_UNSENT
+            has_room = not connection.broken and connection.unsent <= limits.MAX_UNSENT
             if has_room and (line := connection.take_line()) is not None:
                 if connection.is_stranger and not self._passes(connection, line):
                     continue
-                self._exchanges.ask(connection, line)
+                self._dispatcher.dispatch(connection, line)
                 connection.queued = True
                 self._queue.append(connection)
                 if time.thread_time() >= until:
@@ -411,9 +387,9 @@ class Server:
             connection.max_line = jsonrpc.MAX_LINE
             return True
         if verdict == "wrong":
-            connection.stop_listening()
+            connection.stop_reading()
             self._watch(connection, 0)
-            self._punished.append((time.monotonic() + auth.PENALTY, connection, reply))
+            self._punished.append((time.monotonic() + limits.AUTH_FAILURE_DELAY, connection, reply))
         else:
             self._drop(connection)
         return False
@@ -435,10 +411,10 @@ class Server:
             connection.read()
             while not connection.broken and (line := connection.take_line()) is not None:
                 if not connection.is_stranger or self._passes(connection, line):
-                    self._exchanges.ask(connection, line)
+                    self._dispatcher.dispatch(connection, line)
         self._last()
-        self._exchanges.give_up()
-        self._flush_all(time.monotonic() + LAST_WORDS)
+        self._dispatcher.give_up()
+        self._flush_all(time.monotonic() + limits.CLOSE_GRACE)
 
     def _take_backlog(self, listener: Listener) -> None:
         try:
@@ -477,8 +453,8 @@ def _most_connections() -> int:
     """So many that the process keeps files for its training, however low its limit is (getrlimit(2))."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return max(8, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+        return limits.MAX_CONNECTIONS
+    return max(8, min(limits.MAX_CONNECTIONS, soft - limits.RESERVED_FILES))
 
 
 # A forked child (a DataLoader worker, say) would keep the socket open after the parent's death:

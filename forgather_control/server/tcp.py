@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("forgather_control")
 
 
-class Listens(Protocol):
+class TcpServer(Protocol):
     """The server, as far as it matters here."""
 
     def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]: ...
 
 
-class Opened(NamedTuple):
+class BoundPort(NamedTuple):
     """An open port, as the job's record tells of it; ``address`` is a number, so that no name leads elsewhere."""
 
     address: str
@@ -34,7 +34,7 @@ class Opened(NamedTuple):
     tls_sha256: str | None
 
 
-class Offer(NamedTuple):
+class TcpOptions(NamedTuple):
     """A port that is to be opened.
 
     Attributes:
@@ -49,7 +49,7 @@ class Offer(NamedTuple):
     certfile: str | None = None
     keyfile: str | None = None
 
-    def open(self, server: Listens) -> Opened:
+    def open(self, server: TcpServer) -> BoundPort:
         """Bind the port, and keep it.
 
         Raises:
@@ -71,7 +71,7 @@ class Offer(NamedTuple):
                 port,
                 address,
             )
-        return Opened(address, port, token, sha256)
+        return BoundPort(address, port, token, sha256)
 
     def _tls(self) -> tuple[ssl.SSLContext | None, str | None]:
         if self.certfile is None:
@@ -84,7 +84,7 @@ class Offer(NamedTuple):
             raise TlsUnusable(str(err)) from err
 
 
-def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> Offer | None:
+def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> TcpOptions | None:
     """What the arguments of an adapter ask for; ``None`` without a port.
 
     Raises:
@@ -103,4 +103,4 @@ def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> Offer | None:
         raise InvalidParams(
             "keyfile needs a certfile: a key without its certificate shows nothing", parameter="keyfile"
         )
-    return Offer(port, host, certfile, keyfile)
+    return TcpOptions(port, host, certfile, keyfile)

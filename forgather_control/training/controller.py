@@ -36,10 +36,11 @@ from ..processes import usage
 from ..ranks import select
 from ..ranks.consensus import Calls
 from ..ranks.group import RankGroup, SingleProcess
-from ..server.dispatcher import PENDING, Later
+from ..server import limits
+from ..server.dispatcher import PENDING, Deferred, ReplySink
 from ..server.file_requests import FileRequestServer
-from ..server.server import LAST_WORDS, Server
-from ..server.tcp import Opened
+from ..server.server import Server
+from ..server.tcp import BoundPort
 from ..version import PROTOCOL, VERSION
 from ..wire import jsonrpc, methods
 from ..wire.methods import Loop
@@ -138,10 +139,10 @@ class Controller:
         usage.process_stats()  # the first call only sets the mark to measure processor time from
         self._directory = self._claim()
         self.job_id = self._directory.job_id
-        self._file_requests = FileRequestServer(self._directory.path, self._server.ask, self.status, self._mark)
+        self._file_requests = FileRequestServer(self._directory.path, self._server.dispatch, self.status, self._mark)
         self._server.start()
 
-    def _open_port(self) -> Opened | None:
+    def _open_port(self) -> BoundPort | None:
         """The port that was asked for; a job without it can still be controlled from this host."""
         try:
             wanted = self._options.tcp_options()
@@ -274,7 +275,7 @@ class Controller:
         """Take away what was left for those who wait for a reply by file, once they had time to read it."""
         if self._leaving is None or self._file_requests is None:
             return
-        self._file_requests.linger(LAST_WORDS)
+        self._file_requests.linger(limits.CLOSE_GRACE)
         try:
             self._leaving.remove()
         except ControlError as err:
@@ -339,7 +340,7 @@ class Controller:
 
     # On the server thread...
 
-    def _answer(self, request: jsonrpc.Request) -> Any:
+    def _answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
         method = methods.lookup(request.method)
         params = method.bind(request.params)
         if not method.is_command:
@@ -363,7 +364,7 @@ class Controller:
 
         if until == states.COMMAND_ACCEPTED:
             return record.to_json()
-        return Later(poll, deadline) if (answer := poll()) is PENDING else answer
+        return Deferred(poll, deadline) if (answer := poll()) is PENDING else answer
 
     def _tick(self) -> None:
         if self._orphaned is not None or not self._thread.is_alive():

@@ -18,7 +18,7 @@ from ..processes import stacks, usage
 from ..processes.liveness import Identity, current_process
 from ..processes.stack_dump import StackDumper
 from ..ranks.group import RankGroup, RankQuery
-from ..server.dispatcher import PENDING, Later
+from ..server.dispatcher import PENDING, Deferred
 from .progress import Progress
 
 log = logging.getLogger("forgather_control")
@@ -82,7 +82,7 @@ class Census:
             log.warning("%s cannot be written: %s", rank_processes.RANKS_FILE, err.strerror)
 
     def ask(self, group: RankGroup, what: str, timeout: float) -> Any:
-        """All ranks' answers in order: now, or ``Later``, when all that can have answered, or after ``timeout`` s."""
+        """All ranks' answers in order: now, or deferred, when all that can have answered, or after ``timeout`` s."""
         inquiry = group.query(what)
         deadline = time.monotonic() + timeout
 
@@ -94,7 +94,7 @@ class Census:
                 return PENDING
             return [_row(group, inquiry, what, rank) for rank in range(group.size)]
 
-        return Later(poll, deadline) if (answers := poll()) is PENDING else answers
+        return Deferred(poll, deadline) if (answers := poll()) is PENDING else answers
 
 
 def _record(rank: int, about: dict[str, Any]) -> rank_processes.RankRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
+import struct
 import time
 from typing import Final, NamedTuple
 
@@ -64,7 +64,7 @@ class UnixEndpoint(NamedTuple):
     def _check_peer(sock: socket.socket) -> None:
         """What another user bound in the place of a socket that is gone is no job of ours; root talks to anybody's."""
         me = os.geteuid()
-        if me != 0 and peer_uid(sock) not in (None, 0, me):
+        if me != 0 and peer_ids(sock)[0] not in (None, 0, me):
             raise PermissionError(errno.EACCES, "another user listens there")
 
     def _explain(self, err: OSError) -> FindError:
@@ -171,13 +171,14 @@ def bind(sock: socket.socket, path: str) -> None:
     os.chmod(path, 0o600)
 
 
-def peer_uid(sock: socket.socket) -> int | None:
-    """The user id of the process on the other end, as the kernel noted it at ``connect``.
+def peer_ids(sock: socket.socket) -> tuple[int | None, int | None]:
+    """Return the user id and process id of the other end, as the kernel noted them at ``connect``.
 
-    ``None`` where the system does not tell: there, the 0700 directory alone keeps others out.
-    Source: socket(7), SO_PEERCRED.
+    Both are ``None`` where the system does not tell: there, only the 0700 directory keeps others out. The process id
+    is ``None`` for a process outside this PID namespace. Source: socket(7), SO_PEERCRED.
     """
     if not hasattr(socket, "SO_PEERCRED"):
-        return None
+        return None, None
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(credentials[4:8], sys.byteorder)  # struct ucred: pid, uid, gid, of 32 bits each
+    pid, uid, _gid = struct.unpack("=iII", credentials)  # struct ucred
+    return uid, pid or None

@@ -49,7 +49,7 @@ class Loop(Protocol):
 class Job(Protocol):
     """What a query may ask of a job. Runs on the server thread; must not block.
 
-    What takes other ranks to answer may be an ``exchange.Later``: nothing here looks into it.
+    What takes other ranks to answer may be an ``dispatcher.Deferred``: nothing here looks into it.
     """
 
     def ping(self) -> dict[str, Json]: ...

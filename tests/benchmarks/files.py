@@ -1,7 +1,7 @@
 """What control by file costs the server thread: an idle tick beside one without it, and full ones.
 
 The ticks are made here, on a controller that has none of its own; its directory lies where temporary files do. As a
-share of a core each stands for one tick every ``server.TICK`` seconds, which is all there is while nobody asks.
+share of a core each stands for one tick every ``limits.TICK_PERIOD`` seconds, which is all there is while nobody asks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from rows import Aim, Rounds, Table, each_of
 
-from forgather_control.server import server
+from forgather_control.server import limits
 from forgather_control.training.controller import Controller
 from forgather_control.training.options import ControlOptions
 
@@ -48,7 +48,7 @@ def fill(boxes: str, count: int) -> None:
 
 def measure() -> Iterator[Table]:
     """One table."""
-    tick, server.TICK = server.TICK, 3600.0
+    tick, limits.TICK_PERIOD = limits.TICK_PERIOD, 3600.0
     table = Table("files")
     controller = Controller(ControlOptions("job"), max_steps=1000)
     controller.start()

@@ -96,10 +96,10 @@ class Servers:
 
     def _ours(self, wanted: dict[str, Any]) -> Any:
         from forgather_control import connect
-        from forgather_control.server import server
+        from forgather_control.server import limits
 
         if wanted["share"]:
-            server.SHARE = server.BURST = wanted["share"]
+            limits.CPU_SHARE = limits.CPU_BURST = wanted["share"]
         self.begin()
         self.job.log(**METRICS)
         self.job.step(1)

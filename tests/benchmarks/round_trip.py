@@ -4,7 +4,7 @@
 Back to back, the job is held on one processor and the client on the other ("split" in anchors/perf.md: unpinned, the
 scheduler moves a ping between 10 and 80 us). Each round has a few calls of each variant in turn, and lasts as long as
 our server's budget needs to fill again: so these are the calls of a person or a script, not of a flood; the rows that
-say "budget lifted" have ``server.SHARE`` at a whole core and no such pauses. Paced at 20 Hz nothing is pinned.
+say "budget lifted" have ``limits.CPU_SHARE`` at a whole core and no such pauses. Paced at 20 Hz nothing is pinned.
 """
 
 from __future__ import annotations

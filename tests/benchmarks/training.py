@@ -23,7 +23,7 @@ from round_trip import HTTP, MINIMAL, PING, PLAIN, everything, variants
 from rows import Aim, Samples, Table
 
 from forgather_control import connect, get_job_status
-from forgather_control.server import server
+from forgather_control.server import limits
 
 LOADS = ("python", "torch")
 #: Seconds that nobody asks.
@@ -41,7 +41,7 @@ QUIET, FLOODED, PATIENCE = 0.7, 4.0, 5.0
 EVERY, WITHIN = 0.2, 1.0
 
 #: What the budget lets through at once, and a tenth of its savings, may fall into the window or not: % of a core.
-EDGE = (server.SLICE + server.BURST / 10) / FLOODED * 100
+EDGE = (limits.CPU_SLICE + limits.CPU_BURST / 10) / FLOODED * 100
 
 CORE, WAKES = "% of a core", "a second"
 
@@ -185,7 +185,7 @@ def drain(host: Host) -> None:
     while now.at - begin.at < PATIENCE:
         time.sleep(0.02)
         now = host.use()
-        if now.seconds - begin.seconds >= 0.9 * server.BURST + server.SHARE * (now.at - begin.at):
+        if now.seconds - begin.seconds >= 0.9 * limits.CPU_BURST + limits.CPU_SHARE * (now.at - begin.at):
             return
 
 

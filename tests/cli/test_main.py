@@ -433,7 +433,7 @@ def test_the_time_out_reaches_the_job(jobs_dir, capsys):
     """--timeout is the job's for its ranks, and the client waits longer than that."""
     asked = []
     known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)])
-    with serving(known.socket, lambda request: asked.append((request.method, request.params)) or []):
+    with serving(known.socket, lambda request, sink: asked.append((request.method, request.params)) or []):
         assert run(capsys, "ranks", "job")[0] == 0
         assert run(capsys, "stacks", "job", "--timeout", "0.5")[0] == 4, "nothing to show"
     assert asked == [("ranks", {"timeout": 5.0}), ("stacks", {"timeout": 0.5})]
@@ -726,7 +726,7 @@ def test_a_token_file_without_end_is_not_read_whole(capsys):
 )
 def test_a_hostile_list_is_one_sentence(rows, capsys):
     """Whatever the other side sends, no traceback and nothing raw on the terminal."""
-    with serving_tcp(lambda request: rows if request.method == "list_jobs" else {"job_id": "x"}) as control:
+    with serving_tcp(lambda request, sink: rows if request.method == "list_jobs" else {"job_id": "x"}) as control:
         at = f"{HERE}:{control.at[1]}"
         code, out, err = run(capsys, "list", "--remote", at, "--token-file", _token_file())
     assert (code, out) == (1, "") and err == "the other side sent no list of jobs\n"
@@ -741,7 +741,7 @@ def _token_file() -> str:
 def test_a_list_from_elsewhere_is_shown_as_ours(capsys):
     """The states that a job knows of its neighbours, hostile names made safe."""
     rows = [{**RECORD, "state": "running"}, {**RECORD, "state": "live", "host": "\x1b[2J", "port": 8900}]
-    with serving_tcp(lambda request: rows if request.method == "list_jobs" else {"job_id": "x"}) as control:
+    with serving_tcp(lambda request, sink: rows if request.method == "list_jobs" else {"job_id": "x"}) as control:
         at = f"{HERE}:{control.at[1]}"
         code, out, err = run(capsys, "list", "--remote", at, "--token-file", _token_file())
         assert (code, err) == (0, "") and "\x1b" not in out

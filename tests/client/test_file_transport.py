@@ -17,7 +17,7 @@ from forgather_control import errors
 from forgather_control.client import api, file_transport
 from forgather_control.client.api import FileClient, find
 from forgather_control.jobs import spool
-from forgather_control.server import server
+from forgather_control.server import limits
 
 from ..server.test_file_requests import needs_mount, small_disk
 from ..support.harness import (
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.once
 @pytest.fixture
 def quick(monkeypatch):
     """Servers of this process tick often."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
 
 
 @pytest.fixture

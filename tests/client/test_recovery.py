@@ -69,7 +69,7 @@ def answering(jobs_dir, rows, others):
     known = publish(
         jobs_dir, [RankRecord.of(0, current_process(), None), *(one._replace(rank=one.rank + 1) for one in others)]
     )
-    with serving(known.socket, lambda request: rows):
+    with serving(known.socket, lambda request, sink: rows):
         yield known
 
 
@@ -226,7 +226,7 @@ def test_a_job_that_reaches_no_other_step_is_ended(jobs_dir, impatient):
     with ranks(WAITS, DEAF + WAITS, KEEPS) as (processes, records):
         assert processes[1].line() == "deaf"
         known = publish(jobs_dir, records)
-        with serving(known.socket, lambda request: (_ for _ in ()).throw(DeadlinePassed("not yet"))):
+        with serving(known.socket, lambda request, sink: (_ for _ in ()).throw(DeadlinePassed("not yet"))):
             end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, DeadlinePassed) and end.record is None and end.missing == 0
         assert [fate["outcome"] for fate in end.outcomes] == ["ended", "killed", "ended"]

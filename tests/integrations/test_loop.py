@@ -15,7 +15,7 @@ import pytest
 import forgather_control
 from forgather_control import TrainingJob, errors
 from forgather_control.integrations import loop
-from forgather_control.server import server
+from forgather_control.server import limits
 
 from ..support.harness import MS, SOON, Process, Wire, running_loop, until
 
@@ -267,7 +267,7 @@ def test_the_interpreter_ends_with_a_job_open():
 
 def test_a_training_thread_that_vanishes_ends_the_job(jobs_dir, monkeypatch):
     """A loop whose thread ends without saying so is noticed, and its clients are told."""
-    monkeypatch.setattr(server, "TICK", 100 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 100 * MS)
     job = TrainingJob("job")
     opened = threading.Thread(target=job.__enter__)
     opened.start()

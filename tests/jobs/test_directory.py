@@ -20,7 +20,7 @@ from forgather_control.errors import JobIdTaken, JobsDirUnusable, StartError
 from forgather_control.jobs import directory, registry
 from forgather_control.jobs.directory import JobDirectory, generate_job_id
 from forgather_control.jobs.record import is_job_id, read_record
-from forgather_control.server import server
+from forgather_control.server import limits
 from forgather_control.server.server import Server
 from forgather_control.training import controller
 from forgather_control.training.options import ControlOptions
@@ -36,7 +36,7 @@ from forgather_control.errors import StartError
 from forgather_control.server.server import Server
 
 def claim(job_id):
-    server = Server(lambda request: {"job_id": job_id, "pid": os.getpid()}, lambda: None)
+    server = Server(lambda request, sink: {"job_id": job_id, "pid": os.getpid()}, lambda: None)
     job = JobDirectory(job_id, server.listen, 1)
     try:
         job.claim()
@@ -71,7 +71,7 @@ def make():
     servers = []
 
     def make(job_id="job", listen=None):
-        def answer(request):
+        def answer(request, sink):
             return {"job_id": job_id, "pid": os.getpid()}
 
         servers.append(Server(answer, lambda: None))
@@ -365,7 +365,7 @@ def test_without_a_runtime_directory_the_temporary_one_serves(jobs_dir, make, mo
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL])
 def test_a_file_system_without_sockets_gets_a_link(jobs_dir, make, number):
     """Where bind(2) refuses, the socket lies elsewhere and its name links to it."""
-    real = Server(lambda request: {"job_id": "job"}, lambda: None)
+    real = Server(lambda request, sink: {"job_id": "job"}, lambda: None)
     real.start()
 
     def listen(path):
@@ -461,7 +461,7 @@ def test_open_connections_survive_a_restore(jobs_dir, make):
 
 def test_a_live_job_restores_itself_within_seconds(jobs_dir, monkeypatch):
     """A running job notices by itself that its directory is gone, and is found again."""
-    monkeypatch.setattr(server, "TICK", 50 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 50 * MS)
     with running_loop() as run:
         shutil.rmtree(jobs_dir)
         until(lambda: (jobs_dir / "job" / "endpoint.json").exists())

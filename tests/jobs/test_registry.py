@@ -133,7 +133,7 @@ def test_no_value_that_a_record_may_hold_breaks_the_list(jobs_dir, dead):
 def test_live_is_who_answers_for_this_job(jobs_dir, dead):
     """A socket that answers with the job's id makes it live, whatever its record says of pids and hosts."""
     record = publish(jobs_dir, "job", dead._replace(host="another"))
-    with serving(record.socket, lambda request: {"job_id": "job", "global_step": 7}):
+    with serving(record.socket, lambda request, sink: {"job_id": "job", "global_step": 7}):
         job = registry.discover(str(jobs_dir), SOON)[0][0]
         assert (job.state, job.global_step, job.to_json()["global_step"]) == ("live", 7, 7)
     assert states(jobs_dir) == {"job": "foreign"}
@@ -207,7 +207,7 @@ def test_many_silent_ones_share_one_deadline(jobs_dir):
     listeners = [listening(publish(jobs_dir, f"mute{n}", liveness.current_process()).socket) for n in range(50)]
     record = publish(jobs_dir, "alive", liveness.current_process(), started_at=1)
     before, start = descriptors(), time.monotonic()
-    with serving(record.socket, lambda request: {"job_id": "alive"}):
+    with serving(record.socket, lambda request, sink: {"job_id": "alive"}):
         found = states(jobs_dir, 0.5)
     assert found.pop("alive") == "live" and set(found.values()) == {"silent"} and len(found) == 50
     assert 0.5 <= time.monotonic() - start < 2 and descriptors() == before
@@ -290,7 +290,7 @@ def test_another_boot_is_a_death(jobs_dir):
 def test_who_answers_is_not_removed(jobs_dir, dead):
     """A record whose pid is gone here, but in whose name somebody answers, is a live job's."""
     record = publish(jobs_dir, "job", dead)
-    with serving(record.socket, lambda request: {"job_id": "job"}):
+    with serving(record.socket, lambda request, sink: {"job_id": "job"}):
         assert not registry.is_dead(record) and not registry.remove_dead(str(jobs_dir), "job")
     assert registry.remove_dead(str(jobs_dir), "job")
 
@@ -298,7 +298,7 @@ def test_who_answers_is_not_removed(jobs_dir, dead):
 def test_a_dead_jobs_record_costs_no_live_job_its_directory(jobs_dir, dead):
     """Somebody copied it there: who answers at the socket beside it is not asked by what the record says."""
     record = publish(jobs_dir, "job", dead, socket=None)
-    with serving(jobs_dir / "job" / "control.sock", lambda request: {"job_id": "job"}):
+    with serving(jobs_dir / "job" / "control.sock", lambda request, sink: {"job_id": "job"}):
         assert registry.is_dead(record) and not registry.remove_dead(str(jobs_dir), "job")
     assert registry.remove_dead(str(jobs_dir), "job")
 
@@ -396,7 +396,7 @@ from forgather_control.server.server import Server
 for number in range(int(sys.argv[2])):
     child = os.fork()
     if child == 0:
-        server = Server(lambda request: {"job_id": job.job_id}, lambda: None)
+        server = Server(lambda request, sink: {"job_id": job.job_id}, lambda: None)
         job = JobDirectory(f"{sys.argv[1]}-{number % 4}", server.listen, 1)
         job.claim()
         server.start()

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from forgather_control.server import auth, server
-from forgather_control.server.auth import Gate
+from forgather_control.server import auth, limits
+from forgather_control.server.auth import TokenAuthenticator
 from forgather_control.wire import jsonrpc
 
 from ..support.harness import MS, SOON, TOKEN, Wire, descriptors, serving_tcp, until
@@ -35,7 +35,7 @@ class Answers:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, request):
+    def __call__(self, request, sink):
         self.asked.append(request.method)
         return request.params
 
@@ -93,7 +93,7 @@ def test_a_token_is_long_random_and_fit_for_a_shell():
 )
 def test_only_the_token_itself_is_welcome(params, verdict):
     """Not a beginning of it, not more than it, nothing that only looks like it; the refusal does not repeat it."""
-    found, reply = Gate(TOKEN).judge(line({**AUTH, "params": params}))
+    found, reply = TokenAuthenticator(TOKEN).judge(line({**AUTH, "params": params}))
     assert found == verdict
     assert (b"-32025" in reply) == (verdict == "wrong") and TOKEN.encode()[:-1] not in reply
 
@@ -120,7 +120,7 @@ def test_only_the_token_itself_is_welcome(params, verdict):
 )
 def test_what_is_no_authenticate_request_is_noise(first):
     """A batch and a notification, too; noise gets no word of an answer."""
-    assert Gate(TOKEN).judge(first.rstrip(b"\n")) == ("noise", b"")
+    assert TokenAuthenticator(TOKEN).judge(first.rstrip(b"\n")) == ("noise", b"")
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_what_is_no_authenticate_request_is_noise(first):
 )
 def test_what_can_become_no_first_line_is_known_by_its_beginning(start, noise):
     """Who begins otherwise than a JSON object is not waited for."""
-    assert Gate(TOKEN).is_noise(start) is noise
+    assert TokenAuthenticator(TOKEN).is_noise(start) is noise
 
 
 def test_refusals_are_counted_and_logged_ever_more_seldom(caplog):
     """1, 10, 100: a scan fills no log; and the log does not hold what was shown."""
-    judge = Gate(TOKEN)
+    judge = TokenAuthenticator(TOKEN)
     for number in range(150):
         judge.judge(line({**AUTH, "params": {"token": f"guess-{number}"}}))
     assert judge.refused == 150
@@ -205,7 +205,7 @@ def test_a_token_without_a_newline_before_the_end(control):
 
 def test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs(control, answers, monkeypatch):
     """After the penalty there is one error, then the end; others are served meanwhile."""
-    monkeypatch.setattr(auth, "PENALTY", 300 * MS)
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 300 * MS)
     with Wire(control.at) as wire, Wire(control.at) as owner:
         owner.authenticate()
         start = time.monotonic()
@@ -220,7 +220,7 @@ def test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs(control, answ
 
 def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeypatch):
     """What arrives while the penalty runs is not executed, and does not cost the client its answer."""
-    monkeypatch.setattr(auth, "PENALTY", 200 * MS)
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 200 * MS)
     with Wire(control.at) as wire, Wire(control.at) as other:
         wire.send(line({**AUTH, "params": {"token": "guess"}}))
         other.authenticate()  # by now the first line was judged
@@ -232,7 +232,7 @@ def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeyp
 
 def test_who_leaves_before_the_penalty_costs_nothing(control, monkeypatch):
     """The late answer to nobody is no fault."""
-    monkeypatch.setattr(auth, "PENALTY", 50 * MS)
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 50 * MS)
     for _ in range(20):
         with Wire(control.at) as wire:
             wire.send(line({**AUTH, "params": {"token": "guess"}}))
@@ -269,7 +269,7 @@ def test_a_megabyte_without_a_newline_is_not_kept(control, answers):
 def test_the_longest_first_line_and_one_more(control, more):
     """1,024 bytes are a line; one more ends the connection, with the right token in it."""
     with Wire(control.at) as wire:
-        wire.send(padded(auth.MAX_FIRST_LINE + more))
+        wire.send(padded(limits.MAX_FIRST_LINE + more))
         if more > 0:
             assert wire.is_closed()
         else:
@@ -278,8 +278,8 @@ def test_the_longest_first_line_and_one_more(control, more):
 
 def test_half_a_line_and_silence_end_in_time(answers, monkeypatch):
     """Nobody occupies a place for long; who has shown the token may be silent."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(auth, "TIME_TO_AUTHENTICATE", 300 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "AUTH_TIMEOUT", 300 * MS)
     with serving_tcp(answers) as control, Wire(control.at) as owner:
         start = time.monotonic()
         owner.authenticate()
@@ -292,8 +292,8 @@ def test_half_a_line_and_silence_end_in_time(answers, monkeypatch):
 
 def test_trickling_wins_no_time(answers, monkeypatch):
     """A byte now and then is no reason to wait longer."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(auth, "TIME_TO_AUTHENTICATE", 200 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "AUTH_TIMEOUT", 200 * MS)
     with serving_tcp(answers) as control, Wire(control.at) as wire:
 
         def trickle():
@@ -309,7 +309,7 @@ def test_trickling_wins_no_time(answers, monkeypatch):
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_beyond_the_limit_the_first_stranger_goes(answers, monkeypatch, more):
     """MAX_STRANGERS have a place; for one more the one that came first goes, and no other."""
-    monkeypatch.setattr(auth, "MAX_STRANGERS", 8)
+    monkeypatch.setattr(limits, "MAX_UNAUTHENTICATED", 8)
     with serving_tcp(answers) as control:
         before = descriptors()
         socks = [socket.create_connection(control.at, SOON) for _ in range(8 + more)]
@@ -351,7 +351,7 @@ def test_two_hundred_strangers_do_not_lock_the_owner_out(control, jobs_dir):
 
 def test_strangers_take_no_place_of_the_owners(answers, monkeypatch, jobs_dir):
     """Where connections are few altogether, strangers push out strangers."""
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(limits, "MAX_CONNECTIONS", 8)
     jobs_dir.mkdir(mode=0o700)
     with (
         serving_tcp(answers, path=jobs_dir / "s") as control,

@@ -121,7 +121,7 @@ def test_deaf_after_an_overlong_line(rest):
         client.sendall(b"x" * (MAX + 1))
         while connection.take_line() is None:
             arrived(connection).read()
-        connection.stop_listening()
+        connection.stop_reading()
         client.sendall(rest)
         arrived(connection).read()
         assert (connection.at_end, connection.take_line(), connection.is_idle) == (True, None, True)

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from forgather_control.errors import JobDead, NotCancellable
-from forgather_control.server import dispatcher
+from forgather_control.server import limits
 from forgather_control.server.connection import Connection
-from forgather_control.server.dispatcher import PENDING, Exchanges, Later
+from forgather_control.server.dispatcher import PENDING, Deferred, Dispatcher
 from forgather_control.wire import jsonrpc
 
 from ..support.harness import SOON, strict
@@ -25,19 +25,19 @@ def _circle():
 
 
 class Talk:
-    """Exchanges with one client. The methods: echo, later KEY, fail, crash, odd."""
+    """A dispatcher with one client. The methods: echo, later KEY, fail, crash, odd."""
 
     def __init__(self):
         self.given, self.asked, self.polls = {}, [], 0
-        self.exchanges = Exchanges(self.answer)
+        self.dispatcher = Dispatcher(self.answer)
         ours, self.client = socket.socketpair()
         self.client.settimeout(SOON)
         self.connection, self.file = Connection(ours, jsonrpc.MAX_LINE), self.client.makefile("rb")
 
-    def answer(self, request):
+    def answer(self, request, sink):
         self.asked.append(request.method)
         if request.method == "later":
-            return Later(lambda: self.poll(request.params[0]), *request.params[1:])
+            return Deferred(lambda: self.poll(request.params[0]), *request.params[1:])
         return {
             "echo": lambda: request.params,
             "fail": lambda: self._raise(NotCancellable("no", state="applied")),
@@ -62,7 +62,7 @@ class Talk:
             if id_ is ...:
                 del call["id"]
             calls.append(call)
-        self.exchanges.ask(self.connection, json.dumps(calls if batch else calls[0]).encode())
+        self.dispatcher.dispatch(self.connection, json.dumps(calls if batch else calls[0]).encode())
 
     def reply(self):
         return strict(self.file.readline())
@@ -84,7 +84,7 @@ class Talk:
 
 @pytest.fixture
 def talk():
-    """One client and its exchanges."""
+    """One client and its dispatcher."""
     talk = Talk()
     yield talk
     talk.close()
@@ -108,7 +108,7 @@ def test_a_notification_is_done_and_not_answered(talk):
         talk.ask((..., method, "x"))
     assert talk.asked == ["echo", "fail", "crash", "odd", "later"]
     talk.given["x"] = 1
-    assert talk.exchanges.poll(True) == [] and talk.polls == 0 and talk.is_quiet()
+    assert talk.dispatcher.poll(True) == [] and talk.polls == 0 and talk.is_quiet()
     assert talk.connection.is_idle
 
 
@@ -118,14 +118,14 @@ def test_later_is_answered_when_it_is_there(talk):
     talk.ask((2, "later", "two"))
     talk.ask((3, "echo"))
     assert talk.reply()["id"] == 3 and talk.connection.open == 2 and not talk.connection.is_idle
-    assert talk.exchanges.poll(True) == [] and talk.is_quiet()
+    assert talk.dispatcher.poll(True) == [] and talk.is_quiet()
     talk.given["two"] = "second"
-    assert talk.exchanges.poll(True) == [talk.connection]
+    assert talk.dispatcher.poll(True) == [talk.connection]
     assert talk.reply() == {"jsonrpc": "2.0", "id": 2, "result": "second"}
     talk.given["one"] = None
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert talk.reply() == {"jsonrpc": "2.0", "id": 1, "result": None}
-    assert talk.exchanges.poll(True) == [] and talk.is_quiet() and talk.connection.is_idle
+    assert talk.dispatcher.poll(True) == [] and talk.is_quiet() and talk.connection.is_idle
 
 
 def test_the_waiting_are_asked_when_woken_or_due(talk):
@@ -134,14 +134,14 @@ def test_the_waiting_are_asked_when_woken_or_due(talk):
     talk.ask((1, "later", "never"))
     talk.ask((2, "later", "far", far))
     talk.ask((3, "later", "due", time.monotonic()))
-    assert sorted(talk.exchanges.deadlines())[1:] == [far]
-    talk.exchanges.poll(False)
+    assert sorted(talk.dispatcher.deadlines())[1:] == [far]
+    talk.dispatcher.poll(False)
     assert talk.polls == 1
     talk.given.update(never=1, far=2, due=3)
-    talk.exchanges.poll(False)
+    talk.dispatcher.poll(False)
     assert talk.polls == 2 and talk.reply()["id"] == 3 and talk.is_quiet()
-    talk.exchanges.poll(True)
-    assert [talk.reply()["id"], talk.reply()["id"]] == [1, 2] and list(talk.exchanges.deadlines()) == []
+    talk.dispatcher.poll(True)
+    assert [talk.reply()["id"], talk.reply()["id"]] == [1, 2] and list(talk.dispatcher.deadlines()) == []
 
 
 def test_a_batch_is_answered_in_one_line_when_its_last_is(talk):
@@ -150,10 +150,10 @@ def test_a_batch_is_answered_in_one_line_when_its_last_is(talk):
     talk.ask(later[0], *at_once, (4, "crash"), later[1], batch=True)
     assert talk.is_quiet() and talk.connection.open == 1
     talk.given["slower"] = "b"
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert talk.is_quiet()
     talk.given["slow"] = "a"
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     replies = talk.reply()
     assert [reply["id"] for reply in replies] == [1, 2, 3, 4, 5] and talk.connection.is_idle
     assert _outcomes(replies) == {1: "a", 2: ["x"], 3: NotCancellable.code, 4: -32603, 5: "b"}
@@ -161,7 +161,7 @@ def test_a_batch_is_answered_in_one_line_when_its_last_is(talk):
 
 def test_a_batch_with_what_is_no_request(talk):
     """Each element that is no request has its own error, the others are done; notifications alone bring nothing."""
-    talk.exchanges.ask(talk.connection, b'[1, {"jsonrpc":"2.0","id":7,"method":"echo"}, {"id":8}, "x"]')
+    talk.dispatcher.dispatch(talk.connection, b'[1, {"jsonrpc":"2.0","id":7,"method":"echo"}, {"id":8}, "x"]')
     replies = talk.reply()
     assert [(reply["id"], reply.get("error", {}).get("code")) for reply in replies] == [
         (None, -32600), (7, None), (8, -32600), (None, -32600),
@@ -171,7 +171,7 @@ def test_a_batch_with_what_is_no_request(talk):
     talk.ask((1, "echo"), batch=True)
     assert isinstance(talk.reply(), list), "a batch of one is a batch"
     for line, code in ((b"[]", -32600), (b"[1,", -32700), (json.dumps([0] * 101).encode(), -32600)):
-        talk.exchanges.ask(talk.connection, line)
+        talk.dispatcher.dispatch(talk.connection, line)
         assert talk.reply()["error"]["code"] == code
 
 
@@ -182,7 +182,7 @@ def test_an_error_travels_with_its_facts(talk):
     assert talk.reply()["error"] == expected
     talk.given["x"] = NotCancellable("no", state="applied")
     talk.ask((2, "later", "x"))
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert talk.reply()["error"] == expected
 
 
@@ -192,7 +192,7 @@ def test_a_crash_is_answered_and_logged_and_not_told(talk, caplog, later):
     talk.given["x"] = RuntimeError("secret traceback")
     talk.ask((1, "later", "x") if later else (1, "crash"))
     with caplog.at_level(logging.ERROR):
-        talk.exchanges.poll(True)
+        talk.dispatcher.poll(True)
     error = talk.reply()["error"]
     assert error["code"] == -32603 and "secret" not in json.dumps(error) and "secret traceback" in caplog.text
 
@@ -202,12 +202,12 @@ def test_an_answer_that_is_no_json_is_an_internal_error(talk, value):
     """An answer that cannot be encoded is our fault, and still an answer: alone, later, or in a batch."""
     talk.given["x"] = value
     talk.ask((1, "later", "x"))
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert _outcomes([talk.reply()]) == {1: -32603}
     talk.ask((1, "odd"))
     assert _outcomes([talk.reply()]) == {1: -32603}
     talk.ask((2, "circle"), (..., "odd"), (3, "later", "x"), batch=True)
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert _outcomes(talk.reply()) == {2: -32603, 3: -32603}
     talk.ask((4, "echo", "still here"))
     assert talk.reply()["result"] == ["still here"] and talk.connection.is_idle
@@ -217,20 +217,20 @@ def test_nan_and_surrogates_travel_as_text(talk):
     """A loss of NaN and a broken string in an answer still make one line of strict JSON."""
     talk.given["x"] = {"loss": float("nan"), "name": "\ud800"}
     talk.ask((1, "later", "x"))
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert talk.reply()["result"] == {"loss": "NaN", "name": "\ufffd"}
 
 
 def test_only_so_many_may_wait(talk, monkeypatch):
     """Beyond the bound a request is refused with the number, in a batch, too; an answer makes room again."""
-    monkeypatch.setattr(dispatcher, "MAX_WAITING", 2)
+    monkeypatch.setattr(limits, "MAX_DEFERRED", 2)
     talk.ask((1, "later", "a"))
     talk.ask((2, "later", "b"), (3, "later", "c"), batch=True)
     talk.ask((4, "later", "d"))
     error = talk.reply()
     assert (error["id"], error["error"]["data"]) == (4, {"limit": 2})
     talk.given["b"] = "b"
-    talk.exchanges.poll(True)
+    talk.dispatcher.poll(True)
     assert _outcomes(talk.reply()) == {2: "b", 3: error["error"]["code"]}
     talk.ask((5, "later", "a"))
     assert talk.is_quiet() and talk.connection.open == 2
@@ -240,8 +240,8 @@ def test_a_caller_that_is_gone_is_not_waited_for(talk):
     """The waiting requests of a broken connection are forgotten unasked."""
     talk.ask((1, "later", "a", time.monotonic()))
     talk.connection.broken = True
-    assert talk.exchanges.poll(True) == [] and talk.polls == 0 and list(talk.exchanges.deadlines()) == []
-    talk.exchanges.give_up()
+    assert talk.dispatcher.poll(True) == [] and talk.polls == 0 and list(talk.dispatcher.deadlines()) == []
+    talk.dispatcher.give_up()
     assert talk.is_quiet()
 
 
@@ -250,18 +250,18 @@ def test_given_up_everybody_hears_how_it_ended(talk):
     talk.ask((1, "later", "ready"))
     talk.ask((2, "later", "never"), (3, "echo"), (4, "later", "ready"), (5, "later", "failed"), batch=True)
     talk.given.update(ready="just in time", failed=JobDead("gone"))
-    talk.exchanges.give_up()
+    talk.dispatcher.give_up()
     assert talk.reply()["result"] == "just in time"
     assert _outcomes(talk.reply()) == {2: -32006, 3: [], 4: "just in time", 5: JobDead.code}
-    talk.exchanges.give_up()
-    assert talk.is_quiet() and talk.connection.is_idle and list(talk.exchanges.deadlines()) == []
+    talk.dispatcher.give_up()
+    assert talk.is_quiet() and talk.connection.is_idle and list(talk.dispatcher.deadlines()) == []
 
 
 def test_a_line_beyond_the_limit_ends_the_listening(talk):
     """The error goes out, and nothing more is read: where the next line begins is not known."""
-    talk.exchanges.ask(talk.connection, b" " * jsonrpc.MAX_LINE)
+    talk.dispatcher.dispatch(talk.connection, b" " * jsonrpc.MAX_LINE)
     assert talk.reply()["error"]["code"] == -32700 and not talk.connection.at_end
-    talk.exchanges.ask(talk.connection, b" " * (jsonrpc.MAX_LINE + 1))
+    talk.dispatcher.dispatch(talk.connection, b" " * (jsonrpc.MAX_LINE + 1))
     assert talk.reply()["error"]["code"] == -32600 and talk.connection.at_end and talk.asked == []
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from forgather_control.errors import InvalidParams
-from forgather_control.server import file_requests as module
-from forgather_control.server import listener, server
-from forgather_control.server.dispatcher import PENDING, Exchanges, Later
+from forgather_control.server import limits, listener
+from forgather_control.server.dispatcher import PENDING, Deferred, Dispatcher
 from forgather_control.server.file_requests import FileRequestServer
 from forgather_control.wire import jsonrpc
 
@@ -41,19 +40,19 @@ pytestmark = pytest.mark.once
 
 
 class Desk:
-    """The files of one job with real exchanges behind them, whose ticks the test makes."""
+    """The files of one job with a real dispatcher behind them, whose ticks the test makes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.asked, self.given, self.progress = path, [], {}, 0
-        self.exchanges = Exchanges(self.answer)
+        self.dispatcher = Dispatcher(self.answer)
         self.files = FileRequestServer(
-            str(path), self.exchanges.ask, lambda: {"step": self.progress}, lambda: self.progress
+            str(path), self.dispatcher.dispatch, lambda: {"step": self.progress}, lambda: self.progress
         )
 
-    def answer(self, request):
+    def answer(self, request, sink):
         self.asked.append(request.method)
         if request.method == "later":
-            return Later(lambda: self.given.get("later", PENDING))
+            return Deferred(lambda: self.given.get("later", PENDING))
         if request.method == "big":
             return "x" * request.params[0]
         if request.method == "refuse":
@@ -88,7 +87,7 @@ def desk(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Servers of this process tick often."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
 
 
 def warnings(caplog) -> list[str]:
@@ -97,8 +96,8 @@ def warnings(caplog) -> list[str]:
 
 def patient(monkeypatch) -> None:
     """A tick lasts as long as it takes."""
-    monkeypatch.setattr(module, "SLICE", SOON)
-    monkeypatch.setattr(module, "PATIENCE", SOON)
+    monkeypatch.setattr(limits, "FILES_CPU_SLICE", SOON)
+    monkeypatch.setattr(limits, "FILES_TIMEOUT", SOON)
 
 
 # Requests...
@@ -160,7 +159,7 @@ def test_the_reply_comes_when_it_is_there(desk):
     desk.tick()
     assert desk.lying("replies") == []
     desk.given["later"] = "now"
-    desk.exchanges.poll(woken=True)
+    desk.dispatcher.poll(woken=True)
     assert desk.reply("a.json")["result"] == "now"
 
 
@@ -261,11 +260,11 @@ def test_stale_requests_are_refused(desk):
     desk.tick()
     assert "older than the job" in desk.reply("abort.json")["error"]["message"]
     desk.files._born -= 3600
-    aged(desk.put("abort"), module.STALE + 5)
+    aged(desk.put("abort"), limits.REQUEST_FILE_TIMEOUT + 5)
     desk.tick()
     assert "lay for 305 s" in desk.reply("abort.json")["error"]["message"]
     assert desk.asked == []
-    aged(desk.put("abort"), module.STALE - 5)
+    aged(desk.put("abort"), limits.REQUEST_FILE_TIMEOUT - 5)
     desk.tick()
     assert desk.asked == ["abort"]
 
@@ -294,21 +293,23 @@ def test_a_request_from_the_future_is_taken(desk):
 def test_at_most_so_many_a_tick(desk, monkeypatch):
     """The rest waits for the next ticks; the oldest go first; all are answered."""
     patient(monkeypatch)
-    total = module.MAX_TAKEN * 2 + 5
+    total = limits.MAX_FILES_TAKEN * 2 + 5
     for number in range(total):
         desk.ask(f"{number}.json", f"m{number}")
-    for expected in (module.MAX_TAKEN, module.MAX_TAKEN * 2, total, total):
+    for expected in (limits.MAX_FILES_TAKEN, limits.MAX_FILES_TAKEN * 2, total, total):
         desk.tick()
         assert len(desk.asked) == expected
-    first = {f"m{number}" for number in range(module.MAX_TAKEN)}
-    assert len(first & set(desk.asked[: module.MAX_TAKEN])) > module.MAX_TAKEN // 2, "oldest first, as times can tell"
+    first = {f"m{number}" for number in range(limits.MAX_FILES_TAKEN)}
+    assert len(first & set(desk.asked[: limits.MAX_FILES_TAKEN])) > limits.MAX_FILES_TAKEN // 2, (
+        "oldest first, as times can tell"
+    )
 
 
-@pytest.mark.parametrize("bound", ["SLICE", "PATIENCE"])
+@pytest.mark.parametrize("bound", ["FILES_CPU_SLICE", "FILES_TIMEOUT"])
 def test_time_ends_a_tick(desk, monkeypatch, bound):
     """When the time of a tick is over, of the processor or of a slow file system, no more is taken."""
     patient(monkeypatch)
-    monkeypatch.setattr(module, bound, 0.0)
+    monkeypatch.setattr(limits, bound, 0.0)
     desk.ask("a.json", "echo")
     desk.tick()
     assert desk.asked == []
@@ -333,18 +334,18 @@ def test_an_idle_tick_looks_at_nothing(desk, monkeypatch):
 def test_replies_are_kept_within_bounds(desk, monkeypatch):
     """The newest 256, the newest few megabytes, and none that is older than an hour."""
     patient(monkeypatch)
-    count = module.MAX_KEPT + 10
+    count = limits.MAX_REPLY_FILES + 10
     for number in range(count):
         desk.ask(f"{number}.json", "echo")
     for _ in range(5):
         desk.tick()
-    assert len(desk.lying("replies")) == module.MAX_KEPT
-    monkeypatch.setattr(module, "MAX_BYTES", 100_000)
+    assert len(desk.lying("replies")) == limits.MAX_REPLY_FILES
+    monkeypatch.setattr(limits, "MAX_REPLY_FILES_BYTES", 100_000)
     for name in "abc":
         desk.ask(f"{name}.json", "big", 40_000)
         desk.tick()
     assert {"b.json", "c.json"} <= set(desk.lying("replies")) and "a.json" not in desk.lying("replies")
-    monkeypatch.setattr(module, "MAX_AGE", 0.0)
+    monkeypatch.setattr(limits, "REPLY_FILE_TIMEOUT", 0.0)
     desk.tick()
     assert desk.lying("replies") == []
 
@@ -354,7 +355,7 @@ def test_replies_that_were_taken_leave_room(desk, monkeypatch):
     patient(monkeypatch)
     desk.put("save_checkpoint")
     desk.tick()
-    for number in range(module.MAX_KEPT * 2):
+    for number in range(limits.MAX_REPLY_FILES * 2):
         desk.ask("p.json", "echo", number)
         desk.tick()
         (desk.path / "replies" / "p.json").unlink()
@@ -363,23 +364,23 @@ def test_replies_that_were_taken_leave_room(desk, monkeypatch):
 
 def test_a_reply_too_long_says_so(desk):
     """Its request was carried out, and that is what is told."""
-    desk.ask("a.json", "big", module.MAX_REPLY)
+    desk.ask("a.json", "big", limits.MAX_REPLY_FILE)
     desk.tick()
     assert "it was carried out, but the reply is longer" in desk.reply("a.json")["error"]["message"]
 
 
 def test_so_many_may_wait(desk, monkeypatch):
     """One more than may wait is refused; once one is answered, there is room again."""
-    monkeypatch.setattr(module, "MAX_OPEN", 2)
+    monkeypatch.setattr(limits, "MAX_FILES_WAITING", 2)
     for name in "abc":
         desk.ask(f"{name}.json", "later")
     desk.tick()
     assert [desk.reply(name)["error"]["code"] for name in desk.lying("replies")] == [-32005]
     desk.given["later"] = 1
-    desk.exchanges.poll(woken=True)
+    desk.dispatcher.poll(woken=True)
     desk.ask("d.json", "later")
     desk.tick()
-    desk.exchanges.poll(woken=True)
+    desk.dispatcher.poll(woken=True)
     assert desk.reply("d.json")["result"] == 1
 
 
@@ -497,8 +498,8 @@ def test_a_read_only_disk_is_one_warning(tmp_path, caplog):
 
 def test_status_is_written_when_it_changes(desk, monkeypatch):
     """At first, then only for something new, or so that its age shows that the job lives."""
-    monkeypatch.setattr(module, "_SHARE", float("inf"))
-    monkeypatch.setattr(module, "_CORE_SHARE", float("inf"))
+    monkeypatch.setattr(limits, "STATUS_SHARE", float("inf"))
+    monkeypatch.setattr(limits, "STATUS_CPU_SHARE", float("inf"))
     path = desk.path / "status.json"
     stamp = lambda: (path.stat().st_ino, path.stat().st_mtime_ns)  # noqa: E731
     desk.tick()
@@ -509,7 +510,7 @@ def test_status_is_written_when_it_changes(desk, monkeypatch):
     desk.progress = 5
     desk.tick()
     assert strict(path.read_bytes()) == {"step": 5}
-    monkeypatch.setattr(module, "REFRESH", 0.0)
+    monkeypatch.setattr(limits, "STATUS_REFRESH", 0.0)
     desk.tick()  # the moment for this one was set before
     desk.progress = 6
     desk.tick()
@@ -521,7 +522,7 @@ def test_status_is_written_when_it_changes(desk, monkeypatch):
 @pytest.mark.parametrize("busy", [False, True], ids=["the file system is", "the processor is"])
 def test_slow_status_is_written_seldom(desk, monkeypatch, busy):
     """Writing takes at most its share of the time, and of a core, whatever is slow."""
-    monkeypatch.setattr(module, "_SHARE" if busy else "_CORE_SHARE", float("inf"))
+    monkeypatch.setattr(limits, "STATUS_SHARE" if busy else "STATUS_CPU_SHARE", float("inf"))
 
     def slow():
         until = time.thread_time() + MS
@@ -541,7 +542,7 @@ def test_slow_status_is_written_seldom(desk, monkeypatch, busy):
 
 def test_status_that_is_read_is_written_often(desk, monkeypatch):
     """While nobody reads it, writing it is spared; who has read it, or deleted it, finds it new."""
-    monkeypatch.setattr(module, "_SHARE", float("inf"))
+    monkeypatch.setattr(limits, "STATUS_SHARE", float("inf"))
     path = desk.path / "status.json"
     for _ in range(5):
         desk.tick()
@@ -622,7 +623,7 @@ def test_ten_thousand_files_at_once(jobs_dir):
                 assert wire.call("ping")["result"]["pid"] == process.pid
             step = wire.call("status")["result"]["global_step"]
             until(lambda: wire.call("status")["result"]["global_step"] > step)
-            assert answered() <= 4 * module.MAX_TAKEN
+            assert answered() <= 4 * limits.MAX_FILES_TAKEN
 
 
 def test_a_deleted_directory_comes_back(jobs_dir, quick):

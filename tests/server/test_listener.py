@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from forgather_control.server import listener
+from forgather_control.server import limits
 from forgather_control.server.listener import TcpListener, UnixListener, open_port
 
 from ..support.harness import SOON, Process, descriptors, needs_root, until
@@ -44,14 +44,14 @@ def range_of_ports(monkeypatch):
                 continue
             break
         stack.close()
-    monkeypatch.setattr(listener, "FIRST_PORT", first)
-    monkeypatch.setattr(listener, "_PORTS", 5)
+    monkeypatch.setattr(limits, "DEFAULT_PORT", first)
+    monkeypatch.setattr(limits, "PORTS_TRIED", 5)
     return range(first, first + 5)
 
 
 def test_auto_begins_at_8900():
     """As the documentation says."""
-    assert listener.FIRST_PORT == 8900
+    assert limits.DEFAULT_PORT == 8900
 
 
 def test_any_port_and_a_number():
@@ -109,8 +109,8 @@ def test_auto_gives_up_in_the_end(range_of_ports):
 #: Binds "auto" as soon as it is told to, says which port it has, and keeps it.
 RACER = """
 import sys
-from forgather_control.server import listener
-listener.FIRST_PORT, listener._PORTS = int(sys.argv[1]), 5
+from forgather_control.server import limits, listener
+limits.DEFAULT_PORT, limits.PORTS_TRIED = int(sys.argv[1]), 5
 print("ready", flush=True)
 sys.stdin.readline()
 held = listener.open_port("127.0.0.1", None, print)

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from forgather_control.errors import InvalidParams, NotCancellable
-from forgather_control.server import server
-from forgather_control.server.dispatcher import PENDING, Later
+from forgather_control.server import limits
+from forgather_control.server.dispatcher import PENDING, Deferred
 from forgather_control.server.server import Server
 from forgather_control.wire import jsonrpc
 
@@ -49,10 +49,10 @@ class Answers:
         self.given, self.asked = {}, []
         self.held, self.release = threading.Event(), threading.Event()
 
-    def __call__(self, request):
+    def __call__(self, request, sink):
         self.asked.append(request.method)
         if request.method == "later":
-            return Later(lambda: self.given.get(request.params[0], PENDING))
+            return Deferred(lambda: self.given.get(request.params[0], PENDING))
         if request.method == "big":
             return "x" * request.params[0]
         if request.method == "fail":
@@ -101,7 +101,7 @@ def control(path, answers):
 @pytest.fixture
 def unbounded(monkeypatch):
     """A server that may take a whole core: for tests of much work that are not about the budget."""
-    monkeypatch.setattr(server, "SHARE", 1.0)
+    monkeypatch.setattr(limits, "CPU_SHARE", 1.0)
 
 
 def _line(method, *params, id=1):
@@ -307,8 +307,8 @@ def test_no_request_is_forgotten_behind_a_full_buffer(control, path, unbounded, 
 
 def test_a_reader_that_stands_still_is_dropped(path, answers, monkeypatch):
     """After MAX_STALL without progress, and no earlier; who waits in silence for an answer is not meant."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(server, "MAX_STALL", 300 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "STALL_TIMEOUT", 300 * MS)
     with serving(path, answers) as control, Wire(path) as slow, Wire(path) as patient:
         patient.send(_line("later", "x"))
         start = time.monotonic()
@@ -322,7 +322,7 @@ def test_a_reader_that_stands_still_is_dropped(path, answers, monkeypatch):
 
 def test_who_hung_up_while_waiting_is_let_go(path, answers, monkeypatch):
     """A client that disappears before its answer costs no descriptor until then."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
     with serving(path, answers):
         before = descriptors()
         with Wire(path) as wire:
@@ -358,7 +358,7 @@ def test_two_hundred_idle_and_one_real_client(control, path, many_files):
 @pytest.mark.parametrize("half", [b"", b'{"jsonrpc"'], ids=["silent", "half a line"])
 def test_beyond_the_limit_the_idlest_goes(path, answers, monkeypatch, half):
     """The owner always gets in: it takes the place of who is silent longest, be it with half a line."""
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(limits, "MAX_CONNECTIONS", 8)
     with serving(path, answers), Wire(path) as first:
         first.still_answers()
         base = descriptors() - 2
@@ -384,7 +384,7 @@ STARVED = """
 import resource, sys, threading, time
 from forgather_control.server.server import Server
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
-server = Server(lambda request: request.params, lambda: None)
+server = Server(lambda request, sink: request.params, lambda: None)
 server.listen(sys.argv[1])
 server.start()
 files = []
@@ -474,7 +474,7 @@ def test_a_flood_is_held_to_its_share(path):
 
 def test_the_burst_stays_within_what_is_promised():
     """The README's "at most 5 % of one core" holds over any six seconds, with all that may be saved up in them."""
-    assert 6 * server.SHARE + server.BURST + server.SLICE <= 6 * 0.05
+    assert 6 * limits.CPU_SHARE + limits.CPU_BURST + limits.CPU_SLICE <= 6 * 0.05
     assert "at most 5 % of one core" in " ".join((ROOT / "README.md").read_text().split())
 
 
@@ -485,7 +485,7 @@ FORKS = """
 import os, sys
 from forgather_control.jobs.directory import JobDirectory
 from forgather_control.server.server import Server
-server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
+server = Server(lambda request, sink: {"pid": os.getpid()}, lambda: None)
 job = JobDirectory("job", server.listen, 1)
 job.claim()
 server.start()
@@ -589,7 +589,7 @@ def test_root_may_control_an_ordinary_users_job(path):
     import os, sys
     from forgather_control.server.server import Server
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    server = Server(lambda request: os.getuid(), lambda: None)
+    server = Server(lambda request, sink: os.getuid(), lambda: None)
     server.listen(sys.argv[1]); server.start()
     print("ready", flush=True)
     sys.stdin.read()
@@ -616,7 +616,7 @@ def test_a_crash_in_an_answer_ends_nothing(control, path):
 
 def test_a_crash_in_a_tick_ends_nothing(path, answers, monkeypatch, caplog):
     """It is logged, the thread rests and goes on, ticking."""
-    monkeypatch.setattr(server, "TICK", 10 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 10 * MS)
     ticks = []
 
     def tick():
@@ -631,7 +631,7 @@ def test_a_crash_in_a_tick_ends_nothing(path, answers, monkeypatch, caplog):
 
 def test_a_tick_comes_by_itself_and_under_load(path, answers, monkeypatch):
     """The housekeeping is neither waiting for a request nor kept from its turn by many."""
-    monkeypatch.setattr(server, "TICK", 50 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 50 * MS)
     ticks = []
     with serving(path, answers, lambda: ticks.append(threading.current_thread().name)), Wire(path) as wire:
         until(lambda: len(ticks) > 2)
@@ -661,11 +661,11 @@ def test_a_client_that_hangs_up_is_no_signal(path):
     """Even where SIGPIPE kills, as in a script that set it so, a reply to who is gone does not."""
     program = """
     import signal, sys
-    from forgather_control.server.dispatcher import PENDING, Later
+    from forgather_control.server.dispatcher import PENDING, Deferred
     from forgather_control.server.server import Server
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     given = []
-    answer = lambda request: Later(lambda: given[0] if given else PENDING) if request.method == "later" else 1
+    answer = lambda request, sink: Deferred(lambda: given[0] if given else PENDING) if request.method == "later" else 1
     server = Server(answer, lambda: None)
     server.listen(sys.argv[1]); server.start()
     print("ready", flush=True)
@@ -700,7 +700,9 @@ def test_listening_again_keeps_who_is_connected(path, answers):
             control.listen(str(moved))
             ticked.set()
 
-        control._exchanges._answer = lambda request: again() if request.method == "again" else answers(request)
+        control._dispatcher._handler = lambda request, sink: (
+            again() if request.method == "again" else answers(request, sink)
+        )
         assert wire.call("again")["result"] is None and ticked.is_set()
         wire.still_answers()
         with Wire(moved) as late:
@@ -713,13 +715,13 @@ def test_listening_again_loses_nobody_who_has_connected(path, answers):
     """Who stands in the backlog of the old socket, with a request, is answered over it."""
     entered, go = threading.Event(), threading.Event()
 
-    def answer(request):
+    def answer(request, sink):
         if request.method == "move":
             entered.set()
             assert go.wait(SOON)
             os.unlink(path)
             control.listen(str(path))
-        return answers(request)
+        return answers(request, sink)
 
     with serving(path, answer) as control, Wire(path) as one:
         one.send(b'{"jsonrpc":"2.0","id":1,"method":"move"}\n')
@@ -761,7 +763,7 @@ def test_closing_is_not_delayed_by_the_silent(path, answers):
         idle[0].sendall(b'{"half')
         start = time.monotonic()
         control.close(SOON)
-        assert time.monotonic() - start < server.LAST_WORDS
+        assert time.monotonic() - start < limits.CLOSE_GRACE
         assert all(_is_closed(sock) for sock in idle)
         _close(idle)
     path.unlink()
@@ -770,7 +772,7 @@ def test_closing_is_not_delayed_by_the_silent(path, answers):
         until(lambda: "big" in answers.asked)
         start = time.monotonic()
         control.close(SOON)
-        assert time.monotonic() - start < server.LAST_WORDS + 1
+        assert time.monotonic() - start < limits.CLOSE_GRACE + 1
 
 
 def test_a_slow_reader_may_take_its_last_reply(path, answers):
@@ -804,7 +806,7 @@ def test_every_order_of_life_ends_well(path, answers):
 
 def test_a_server_closed_by_its_own_tick_leaves_nothing(path, answers, monkeypatch):
     """When the thread that trained is gone, the server ends itself: thread, sockets and pipe."""
-    monkeypatch.setattr(server, "TICK", 10 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 10 * MS)
     control = Server(answers, lambda: control.close(SOON))
     control.listen(str(path))
     control.start()
@@ -861,8 +863,8 @@ def test_ten_thousand_pipelined_requests_over_tcp_come_back_in_order(answers, un
 
 def test_who_sends_and_never_reads_over_tcp_is_not_listened_to_and_then_dropped(answers, monkeypatch, unbounded):
     """Beyond MAX_UNSENT its requests wait; after MAX_STALL without progress it is gone; others notice nothing."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(server, "MAX_STALL", 300 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "STALL_TIMEOUT", 300 * MS)
     with serving_tcp(answers) as control, _let_in(control) as other, _let_in(control) as deaf:
         before = descriptors()
         deaf.send(_line("big", 32 << 20) + _line("echo", "never asked"))
@@ -875,8 +877,8 @@ def test_who_sends_and_never_reads_over_tcp_is_not_listened_to_and_then_dropped(
 
 def test_who_is_silent_for_long_over_tcp_is_let_go(answers, monkeypatch, path):
     """The other host may be gone without a word; who waits for an answer stays, and so does the socket's client."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(server, "MAX_IDLE", 300 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "IDLE_TIMEOUT", 300 * MS)
     with serving_tcp(answers, path=path) as control, Wire(path) as local, _let_in(control) as waiting:
         local.still_answers()
         waiting.send(_line("later", "x"))
@@ -925,7 +927,7 @@ def test_connections_over_tcp_cost_no_thread_and_leave_nothing(answers, many_fil
 FORKS_TCP = """
 import os, sys
 from forgather_control.server.server import Server
-server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
+server = Server(lambda request, sink: {"pid": os.getpid()}, lambda: None)
 os.write(1, (str(server.listen_tcp("127.0.0.1", 0, sys.argv[1], None)[1]) + "\\n").encode())
 server.start()
 sys.stdin.readline()

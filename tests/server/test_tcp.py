@@ -16,7 +16,7 @@ from forgather_control import get_job_status, list_jobs
 from forgather_control.errors import InvalidParams, PortTaken, TlsUnusable
 from forgather_control.server import tcp
 from forgather_control.server.server import Server
-from forgather_control.server.tcp import Offer
+from forgather_control.server.tcp import TcpOptions
 from forgather_control.wire import addresses
 
 from ..support.harness import SOON, TOKEN, Wire, cli, descriptors, needs, running_loop, until
@@ -27,7 +27,7 @@ HERE = "127.0.0.1"
 @pytest.fixture
 def server():
     """One that is closed unstarted."""
-    server = Server(lambda request: None, lambda: None)
+    server = Server(lambda request, sink: None, lambda: None)
     yield server
     server.close(SOON)
 
@@ -46,7 +46,7 @@ def published(jobs_dir, job_id="job"):
 @pytest.mark.parametrize("port", [0, 1, 8900, 65535, "auto"])
 def test_ports(port):
     """Any number that a port can have, and auto."""
-    assert tcp.check(port, HERE, None, None) == Offer(port, HERE)
+    assert tcp.check(port, HERE, None, None) == TcpOptions(port, HERE)
 
 
 def test_without_a_port_nothing_is_offered():
@@ -90,7 +90,7 @@ def test_a_host_that_cannot_be_bound(server, host):
     """It is a StartError, whatever Python makes of such a name, and prints on one line."""
     before = descriptors()
     with pytest.raises(PortTaken) as caught:
-        Offer(0, host).open(server)
+        TcpOptions(0, host).open(server)
     assert str(caught.value).isprintable() and descriptors() == before
 
 
@@ -115,7 +115,7 @@ def test_certificates_that_cannot_be_used(server, pem, tmp_path):
         (str(trusted), pem.key, "BEGIN CERTIFICATE"),
     ):
         with pytest.raises(TlsUnusable, match=word):
-            Offer(0, HERE, cert, key).open(server)
+            TcpOptions(0, HERE, cert, key).open(server)
     assert server._listeners == []
 
 
@@ -124,7 +124,7 @@ def test_certificates_that_cannot_be_used(server, pem, tmp_path):
 def test_the_fingerprint_is_what_openssl_says(server, pem, form):
     """So that a person can compare them."""
     files = (pem.cert, pem.key) if form == "two files" else (pem.both, None)
-    opened = Offer(0, HERE, *files).open(server)
+    opened = TcpOptions(0, HERE, *files).open(server)
     assert opened.tls_sha256 == pem.sha256.replace(":", "").lower() and (opened.address, opened.port > 0) == (
         HERE,
         True,
@@ -133,7 +133,7 @@ def test_the_fingerprint_is_what_openssl_says(server, pem, form):
 
 def test_the_address_is_a_number(server):
     """A name may lead a client elsewhere (::1, where another user listens)."""
-    assert Offer(0, "localhost").open(server).address == HERE
+    assert TcpOptions(0, "localhost").open(server).address == HERE
 
 
 # A job with a port...
@@ -238,9 +238,9 @@ def test_a_job_whose_id_is_taken_leaves_no_port():
 
 def test_a_deleted_directory_comes_back_with_its_port(jobs_dir, monkeypatch):
     """What the housekeeping restores can be reached over TCP as before."""
-    from forgather_control.server import server
+    from forgather_control.server import limits
 
-    monkeypatch.setattr(server, "TICK", 0.02)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 0.02)
     with running_loop(port=0):
         record = published(jobs_dir)
         shutil.rmtree(jobs_dir)

@@ -40,7 +40,7 @@ with _instrumented():
     from forgather_control.client import api, recovery
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
     from forgather_control.jobs import rank_processes, record, registry
-    from forgather_control.server import auth, connection, dispatcher, file_requests
+    from forgather_control.server import auth, connection, dispatcher, file_requests, limits
     from forgather_control.wire import addresses, jsonrpc, methods, records
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
@@ -162,6 +162,7 @@ class Sink:
     """Stands where a connection would."""
 
     broken = False
+    peer = dispatcher.Peer()
 
     def __init__(self) -> None:
         self.open, self.data, self.listens = 0, b"", True
@@ -169,11 +170,11 @@ class Sink:
     def send(self, data: bytes) -> None:
         self.data += data
 
-    def stop_listening(self) -> None:
+    def stop_reading(self) -> None:
         self.listens = False
 
 
-def echo(request: jsonrpc.Request) -> Any:
+def echo(request: jsonrpc.Request, sink: dispatcher.ReplySink) -> Any:
     """A method of every name; some refuse, and one is broken."""
     if request.method == "refuse":
         raise InvalidParams("no", given=request.params)
@@ -190,7 +191,7 @@ def echo_refuses(method: str) -> bool:
 def answered(line: bytes) -> bytes:
     """What a line is answered by ``echo``."""
     sink = Sink()
-    dispatcher.Exchanges(echo).ask(sink, line)
+    dispatcher.Dispatcher(echo).dispatch(sink, line)
     assert sink.open == 0 and sink.listens == (len(line) <= jsonrpc.MAX_LINE)
     return sink.data
 
@@ -251,7 +252,7 @@ def _framed(pieces: list[bytes]) -> list[bytes]:
                 while (line := taken.take_line()) is not None:
                     found.append(line[: LIMIT + 1])
                     if len(line) > LIMIT:
-                        taken.stop_listening()
+                        taken.stop_reading()
         assert not taken.broken and taken.at_end
     return found
 
@@ -259,18 +260,18 @@ def _framed(pieces: list[bytes]) -> list[bytes]:
 def target_gate(data: bytes) -> None:
     """A stranger's first line: in with the token alone, an answer for a wrong one, silence for all else."""
     line = data.partition(b"\n")[0]
-    verdict, reply = auth.Gate(TOKEN).judge(line)
+    verdict, reply = auth.TokenAuthenticator(TOKEN).judge(line)
     assert verdict == _verdict(line), verdict
     assert (reply != b"") == (verdict == "wrong")
     if reply:
         agrees(reply, Expected([(reference(line)["id"], True)]))
     if verdict == "welcome":
-        assert not any(auth.Gate(TOKEN).is_noise(line[:end][:LIMIT]) for end in range(len(line) + 1))
+        assert not any(auth.TokenAuthenticator(TOKEN).is_noise(line[:end][:LIMIT]) for end in range(len(line) + 1))
 
 
 def _verdict(line: bytes) -> str:
     want = expected(line, lambda method: method != "authenticate")
-    if len(line) > auth.MAX_FIRST_LINE or want.is_batch or want.replies is None or want.replies[0][1]:
+    if len(line) > limits.MAX_FIRST_LINE or want.is_batch or want.replies is None or want.replies[0][1]:
         return "noise"
     params = reference(line).get("params", {})
     shown = params.get("token") if isinstance(params, dict) else params[0] if len(params) == 1 else None
@@ -374,11 +375,11 @@ def _desk() -> tuple[Path, file_requests.FileRequestServer, list[bytes]]:
     if not _boxes:
         home = Path(tempfile.mkdtemp(prefix="fuzz"))
         asked: list[bytes] = []
-        exchanges = dispatcher.Exchanges(echo)
+        dispatch = dispatcher.Dispatcher(echo).dispatch
 
-        def ask(asker: dispatcher.Asker, line: bytes) -> None:
+        def ask(sink: dispatcher.ReplySink, line: bytes) -> None:
             asked.append(line)
-            exchanges.ask(asker, line)
+            dispatch(sink, line)
 
         _boxes.append((home, file_requests.FileRequestServer(str(home), ask, dict, lambda: 0), asked))
     return _boxes[0]

@@ -615,7 +615,7 @@ flipper.start()
 os.environ["FORGATHER_JOBS_DIR"] = root
 it = []
 for _ in range(30):
-    server = forgather_control.server.server.Server(lambda request: None, lambda: None)
+    server = forgather_control.server.server.Server(lambda request, sink: None, lambda: None)
     mine = directory.JobDirectory("exp", server.listen, 1)
     try:
         mine.claim()

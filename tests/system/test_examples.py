@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control.server import server
+from forgather_control.server import limits
 
 from ..support.harness import (
     MS,
@@ -151,7 +151,7 @@ def test_all_lines_of_the_wire_page_are_run():
 @pytest.mark.parametrize("line", wire_lines()[1])
 def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem, monkeypatch):
     """Each one-liner answers strict JSON without an error, or, as a notification, acts."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)  # it looks into requests/ at once
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)  # it looks into requests/ at once
     tls = {"certfile": pem.cert, "keyfile": pem.key} if "CERT" in line else {}
     with running_loop("my_experiment", port=0, **tls) as run:
         script = "\n".join([*wire_lines()[0], line]).replace("~/.config/forgather/jobs", str(jobs_dir))

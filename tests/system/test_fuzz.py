@@ -30,7 +30,7 @@ from forgather_control.client import api
 from forgather_control.errors import ControlError
 from forgather_control.jobs import spool
 from forgather_control.server.connection import Connection
-from forgather_control.server.dispatcher import Exchanges
+from forgather_control.server.dispatcher import Dispatcher
 from forgather_control.wire import jsonrpc
 
 from ..support.harness import MS, SOON, Wire, descriptors, running_loop, serving_tcp, strict, until
@@ -50,10 +50,10 @@ def some(number: int) -> int:
 @pytest.fixture
 def quick(monkeypatch):
     """The budget would make this last for hours, the ticks for minutes; both are tested by themselves."""
-    from forgather_control.server import server
+    from forgather_control.server import limits
 
-    monkeypatch.setattr(server, "SHARE", 1.0)
-    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(limits, "CPU_SHARE", 1.0)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
 
 
 # Lines...
@@ -202,13 +202,13 @@ def served(pieces: list[bytes]) -> bytes:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
-        served, exchanges, replies = Connection(ours, jsonrpc.MAX_LINE), Exchanges(echo), b""
+        served, dispatcher, replies = Connection(ours, jsonrpc.MAX_LINE), Dispatcher(echo), b""
         for piece in [*pieces, b""]:
             theirs.sendall(piece) if piece else theirs.shutdown(socket.SHUT_WR)
             for _ in range(len(piece) // jsonrpc.MAX_LINE + 1):
                 served.read()
                 while (line := served.take_line()) is not None:
-                    exchanges.ask(served, line)
+                    dispatcher.dispatch(served, line)
             with suppress(BlockingIOError):
                 replies += theirs.recv(1 << 20)
         assert served.at_end and served.is_idle and not served.broken
@@ -262,7 +262,7 @@ def test_a_stranger_may_send_in_pieces():
             wire.sock.shutdown(socket.SHUT_WR)
             return wire.file.read()
 
-    with serving_tcp(lambda request: echo(request)) as server, Wire(server.at) as other:
+    with serving_tcp(echo) as server, Wire(server.at) as other:
         assert other.authenticate(coverage_fuzz.TOKEN)["id"] == "auth"
         whole = asked([data])
         assert whole.count(b"\n") == 6, "all but the notification"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control.errors import CommandNotFound, InvalidParams, InvalidRequest, NotAuthenticated, TooManyCommands
-from forgather_control.server import auth, dispatcher, file_requests, server
+from forgather_control.server import limits
 from forgather_control.training import command_queue, metrics
 from forgather_control.wire import jsonrpc
 
@@ -32,7 +32,8 @@ KIB = 1 << 10
 
 # What the README says...
 
-KEPT = f"{file_requests.MAX_KEPT}, {file_requests.MAX_BYTES >> 20} MiB, {file_requests.MAX_AGE / 3600:.0f} h"
+FIRST_LINE = f"a first line of {limits.MAX_FIRST_LINE // KIB} KiB"
+KEPT = f"{limits.MAX_REPLY_FILES}, {limits.MAX_REPLY_FILES_BYTES >> 20} MiB, {limits.REPLY_FILE_TIMEOUT / 3600:.0f} h"
 #: The rows of its table: what, the number as the code has it, what happens beyond it; and the tests of each, at the
 #: number and beside it. Tests of this file are named alone.
 ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
@@ -50,7 +51,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "replies to a batch; those that wait in batches",
-        f"{dispatcher.MAX_REPLY >> 20} MiB; {dispatcher.MAX_HELD >> 20} MiB",
+        f"{limits.MAX_BATCH_REPLY >> 20} MiB; {limits.MAX_BATCHES_HELD >> 20} MiB",
         f"{TooManyCommands.code} for the rest of the batch",
     ): ("test_the_rest_of_a_batch_is_refused", "test_batches_that_wait_hold_little"),
     ("`command_id`", "128 characters", f"{InvalidParams.code}"): ("test_the_longest_command_id_and_one_more",),
@@ -64,18 +65,18 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ): ("test_the_oldest_record_goes",),
     (
         "requests that wait; those by file",
-        f"{dispatcher.MAX_WAITING:,}; {file_requests.MAX_OPEN}",
+        f"{limits.MAX_DEFERRED:,}; {limits.MAX_FILES_WAITING}",
         f"{TooManyCommands.code}",
     ): ("test_the_last_wait_that_fits_and_one_more", "server.test_file_requests.test_so_many_may_wait"),
     (
         "connections",
-        f"{server.MAX_CONNECTIONS:,}, and {server.SPARE_FILES} below `ulimit -n`",
+        f"{limits.MAX_CONNECTIONS:,}, and {limits.RESERVED_FILES} below `ulimit -n`",
         "one is closed: a stranger, else who is silent longest",
     ): ("test_the_last_connection_that_fits_and_one_more", "server.test_server.test_beyond_the_limit_the_idlest_goes"),
     (
         "replies that a client has not read",
-        f"{server.MAX_UNSENT // KIB} KiB",
-        f"it is not listened to, and after {server.MAX_STALL:.0f} s without progress closed",
+        f"{limits.MAX_UNSENT // KIB} KiB",
+        f"it is not listened to, and after {limits.STALL_TIMEOUT:.0f} s without progress closed",
     ): (
         "server.test_server.test_ten_thousand_requests_before_the_first_reply_is_read",
         "server.test_server.test_a_reader_that_stands_still_is_dropped",
@@ -83,7 +84,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "connections over TCP that have shown no token",
-        f"{auth.MAX_STRANGERS}; {auth.TIME_TO_AUTHENTICATE:.0f} s; a first line of {auth.MAX_FIRST_LINE // KIB} KiB",
+        f"{limits.MAX_UNAUTHENTICATED}; {limits.AUTH_TIMEOUT:.0f} s; {FIRST_LINE}",
         "closed, the oldest first",
     ): (
         "server.test_auth.test_beyond_the_limit_the_first_stranger_goes",
@@ -92,15 +93,17 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "server.test_auth.test_the_longest_first_line_and_one_more",
         "wire.test_tls.test_first_lines_have_their_limit",
     ),
-    ("wrong tokens", "1 a connection", f"{NotAuthenticated.code} after {auth.PENALTY:.0f} s, and closed"): (
-        "server.test_auth.test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs",
-    ),
-    ("silence over TCP", f"{server.MAX_IDLE / 3600:.0f} h", "closed"): (
+    (
+        "wrong tokens",
+        "1 a connection",
+        f"{NotAuthenticated.code} after {limits.AUTH_FAILURE_DELAY:.0f} s, and closed",
+    ): ("server.test_auth.test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs",),
+    ("silence over TCP", f"{limits.IDLE_TIMEOUT / 3600:.0f} h", "closed"): (
         "server.test_server.test_who_is_silent_for_long_over_tcp_is_let_go",
     ),
     (
         "requests by file",
-        f"{file_requests.MAX_TAKEN} each {server.TICK:.0f} s; {file_requests.STALE / 60:.0f} minutes old",
+        f"{limits.MAX_FILES_TAKEN} each {limits.TICK_PERIOD:.0f} s; {limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old",
         f"the others wait; {InvalidRequest.code}",
     ): (
         "server.test_file_requests.test_at_most_so_many_a_tick",
@@ -108,7 +111,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "`replies/`",
-        f"{KEPT}; each {file_requests.MAX_REPLY >> 20} MiB",
+        f"{KEPT}; each {limits.MAX_REPLY_FILE >> 20} MiB",
         f"the oldest go; {InvalidRequest.code} says that it was carried out",
     ): (
         "server.test_file_requests.test_replies_are_kept_within_bounds",
@@ -119,7 +122,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"{metrics.MAX_NAMES}; {metrics.MAX_TEXT}",
         "the oldest names go; the rest is cut off",
     ): ("training.test_metrics.test_names_are_bounded", "training.test_metrics.test_any_name"),
-    ("processor time", f"{server.SHARE * 100:.0f} % of one core", "answers come later"): (
+    ("processor time", f"{limits.CPU_SHARE * 100:.0f} % of one core", "answers come later"): (
         "server.test_server.test_a_flood_is_held_to_its_share",
     ),
 }
@@ -133,8 +136,8 @@ INSIDE: dict[str, str] = {
     "processes.stack_dump._MAX_DUMP": "processes.test_stack_dump",
     "processes.stack_dump._MAX_TEXT": "processes.test_stack_dump",
     "wire.addresses.MAX_PATH": "jobs.test_directory",
-    "server.file_requests.MAX_NAMES": "system.test_limits",
-    "server.file_requests.MAX_SEEN": "system.test_limits",
+    "server.limits.MAX_NAMES_READ": "system.test_limits",
+    "server.limits.MAX_FILES_SEEN": "system.test_limits",
     "wire.jsonrpc.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
     "jobs.record.MAX_RECORD": "jobs.test_record",
     "jobs.rank_processes.MAX_RANKS_FILE": "jobs.test_rank_processes",
@@ -252,12 +255,12 @@ def test_the_last_wait_that_fits_and_one_more(job):
     waits = lambda count: request("save_checkpoint", id="wait", wait="finished") * count  # noqa: E731
     with Wire(job) as other:
         with Wire(job) as wire:
-            for count in (dispatcher.MAX_WAITING - 1, 1):
+            for count in (limits.MAX_DEFERRED - 1, 1):
                 wire.send(waits(count))
                 assert wire.call("ping", id="next")["id"] == "next"
             wire.send(waits(1))
             refused = wire.reply()["error"]
-            assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": dispatcher.MAX_WAITING})
+            assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": limits.MAX_DEFERRED})
             assert "error" in other.call("abort", {"wait": "finished"})
             commands = other.call("list_commands")["result"]
             assert [record["command"] for record in commands] == ["save_checkpoint"], (
@@ -300,7 +303,7 @@ def test_the_rest_of_a_batch_is_refused(quick_job):
         wire.send(batch_of_lists(request("abort")))
         reply = wire.reply()
         done = [answer for answer in reply if "result" in answer]
-        assert len(reply) == 100 and dispatcher.MAX_REPLY < len(json.dumps(done)) < 2 * dispatcher.MAX_REPLY
+        assert len(reply) == 100 and limits.MAX_BATCH_REPLY < len(json.dumps(done)) < 2 * limits.MAX_BATCH_REPLY
         assert {answer["error"]["code"] for answer in reply[len(done) :]} == {TooManyCommands.code}
         assert wire.call("list_commands")["result"][-1]["command"] == "save_checkpoint"
         wire.send(batch_of_lists(b'{"jsonrpc": "2.0", "method": "abort"}'))
@@ -312,7 +315,7 @@ def test_batches_that_wait_hold_little(quick_job):
     few = json.dumps([json.loads(request("list_commands"))] * 8 + [json.loads(request("abort", wait="finished"))])
     with Wire(quick_job) as wire, Wire(quick_job) as owner:
         with_records(owner)
-        for _ in range(dispatcher.MAX_HELD // dispatcher.MAX_REPLY * 2):
+        for _ in range(limits.MAX_BATCHES_HELD // limits.MAX_BATCH_REPLY * 2):
             wire.send(few.encode() + b"\n")
         assert wire.reply()[-1]["error"]["code"] == TooManyCommands.code
         assert len(owner.call("list_commands")["result"]) == command_queue.MAX_RECORDS
@@ -321,7 +324,7 @@ def test_batches_that_wait_hold_little(quick_job):
 def test_the_last_connection_that_fits_and_one_more(jobs_dir):
     """As many as the process has files for, but 256: one more takes the place of the one silent longest."""
     most = 12
-    lower = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (server.SPARE_FILES + most,) * 2)  # noqa: E731
+    lower = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limits.RESERVED_FILES + most,) * 2)  # noqa: E731
     with job_process("job", preexec_fn=lower), ExitStack() as stack:
         path = jobs_dir / "job" / "control.sock"
         wires = []
@@ -339,7 +342,7 @@ def test_the_last_connection_that_fits_and_one_more(jobs_dir):
 
 def test_what_is_no_request_hides_none(tmp_path, monkeypatch):
     """Names that ask nothing are no part of the thousand that a tick looks at, however many are left lying there."""
-    monkeypatch.setattr(file_requests, "MAX_SEEN", 3)
+    monkeypatch.setattr(limits, "MAX_FILES_SEEN", 3)
     desk = Desk(tmp_path)
     for number in range(500):
         (tmp_path / "requests" / f"left-over-{number}.tmp").touch()
@@ -357,8 +360,8 @@ def test_what_is_no_request_hides_none(tmp_path, monkeypatch):
 BUSY = """
 import sys, time
 from forgather_control import TrainingJob
-from forgather_control.server import server
-server.SHARE, server.TICK = 1.0, 0.05
+from forgather_control.server import limits, limits
+limits.CPU_SHARE, limits.TICK_PERIOD = 1.0, 0.05
 tls = dict(zip(("certfile", "keyfile"), sys.argv[1:]))
 with TrainingJob(job_id="job", max_steps=10**9, port=0, **tls) as job:
     print("ready", flush=True)
@@ -469,17 +472,17 @@ def waits(target: Target) -> None:
             while (reply := wire.reply())["id"] != "next":
                 assert reply["error"]["code"] == TooManyCommands.code
                 waiting -= 1
-    assert waiting == dispatcher.MAX_WAITING
+    assert waiting == limits.MAX_DEFERRED
 
 
-def letters(target: Target, count: int = file_requests.MAX_SEEN + 100) -> None:
+def letters(target: Target, count: int = limits.MAX_FILES_SEEN + 100) -> None:
     """More requests by file than are looked at at once; ten thousand are in test_files."""
     box = target.home / "requests"
     for number in range(count):
         (box / f".{number}").write_bytes(request("rpc.discover"))
     for number in range(count):
         (box / f".{number}").rename(box / f"{number}.json")
-    until(lambda: len(os.listdir(target.home / "replies")) >= 2 * file_requests.MAX_TAKEN)
+    until(lambda: len(os.listdir(target.home / "replies")) >= 2 * limits.MAX_FILES_TAKEN)
 
 
 def strangers(target: Target) -> None:
@@ -492,7 +495,7 @@ def strangers(target: Target) -> None:
     before, first = Facts.of(target.pid).files, hello.read()
     for sock in target.connect(200, socket.AF_INET):
         sock.send(first)
-    until(lambda: Facts.of(target.pid).files == before + auth.MAX_STRANGERS)
+    until(lambda: Facts.of(target.pid).files == before + limits.MAX_UNAUTHENTICATED)
     target.owner.still_answers()
 
 

@@ -30,9 +30,9 @@ TRAIN = """
 import hashlib, os, sys
 import torch
 from forgather_control import TrainingJob
-from forgather_control.server import server
+from forgather_control.server import limits, server
 
-server.SHARE = float(os.environ.get("SHARE", server.SHARE))
+limits.CPU_SHARE = float(os.environ.get("SHARE", limits.CPU_SHARE))
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))

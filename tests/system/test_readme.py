@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import forgather_control
-from forgather_control.server import server
+from forgather_control.server import limits
 from forgather_control.wire import methods
 
 from ..support.harness import MS, ROOT, SOON, job_process, needs, running_loop, strict, until
@@ -96,7 +96,7 @@ def by_hand() -> list[str]:
 )
 def test_the_lines_by_hand_say_how_far_it_is(lines, jobs_dir, pem, monkeypatch):
     """In the job's directory, with this job's port; each prints the status, and what it says before is the welcome."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
     tls = {"certfile": pem.cert, "keyfile": pem.key} if "cert.pem" in lines else {}
     with running_loop("my_experiment", port=0, **tls):
         port = json.loads((jobs_dir / "my_experiment" / "endpoint.json").read_text())["port"]

@@ -17,7 +17,7 @@ import pytest
 from forgather_control import get_command, get_job_status, save_and_stop, save_checkpoint
 from forgather_control.client.api import find
 from forgather_control.errors import JobsDirUnusable, NoSuchJob
-from forgather_control.server import server
+from forgather_control.server import limits
 from forgather_control.training.adapter import Adapter, RequestedActions, guarded
 from forgather_control.training.options import ControlOptions
 from forgather_control.wire import methods
@@ -263,7 +263,7 @@ def test_an_adapter_that_is_gone(waiting, jobs_dir):
 
 def test_an_adapter_that_is_gone_on_another_thread(waiting, jobs_dir, monkeypatch):
     """Collected on a thread that may hold our locks, such as the server's: its next tick ends the job."""
-    monkeypatch.setattr(server, "TICK", 100 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 100 * MS)
     kept = [Hooks(JOB)]
     kept[0].begin()
     wire = waiting("save_checkpoint")
@@ -276,7 +276,7 @@ def test_an_adapter_that_is_gone_on_another_thread(waiting, jobs_dir, monkeypatc
 
 def test_a_training_thread_that_is_gone(waiting, monkeypatch):
     """A thread that trained and ended without an end of the run: the job ends too."""
-    monkeypatch.setattr(server, "TICK", 100 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 100 * MS)
     hooks = Hooks(JOB)
     thread = threading.Thread(target=hooks.begin)
     thread.start()

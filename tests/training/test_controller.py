@@ -18,7 +18,7 @@ import pytest
 import forgather_control
 import forgather_control.wire.methods
 from forgather_control import errors
-from forgather_control.server import server
+from forgather_control.server import limits
 from forgather_control.training import controller as module
 from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.controller import Controller
@@ -167,7 +167,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
     with running_loop() as run, Wire(jobs_dir / "job" / "control.sock") as old:
         path = jobs_dir / "job" / victim
         shutil.rmtree(path) if victim == "." else path.unlink()
-        until(lambda: [job.state for job in forgather_control.list_jobs()] == ["live"], 5 * server.TICK)
+        until(lambda: [job.state for job in forgather_control.list_jobs()] == ["live"], 5 * limits.TICK_PERIOD)
         assert forgather_control.get_job_status("job")["pid"] == os.getpid()
         old.still_answers()
         assert run.thread.is_alive()
@@ -192,7 +192,10 @@ def test_an_id_that_was_taken_over_is_left_to_the_other(jobs_dir, caplog):
         with Process(source) as other:
             if other.line() != "True":
                 pytest.skip("the first job was faster, and restored its directory")
-            until(lambda: any("belongs to pid" in record.getMessage() for record in caplog.records), 5 * server.TICK)
+            until(
+                lambda: any("belongs to pid" in record.getMessage() for record in caplog.records),
+                5 * limits.TICK_PERIOD,
+            )
             assert forgather_control.get_job_status("job")["pid"] == other.pid
             other.say("")
             assert other.end() == 0

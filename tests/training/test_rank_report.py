@@ -11,7 +11,7 @@ import pytest
 from forgather_control.jobs import rank_processes
 from forgather_control.processes.liveness import current_process
 from forgather_control.ranks.group import RankQuery
-from forgather_control.server.dispatcher import PENDING, Later
+from forgather_control.server.dispatcher import PENDING, Deferred
 from forgather_control.training.progress import Progress
 from forgather_control.training.rank_report import Census
 
@@ -65,7 +65,7 @@ def test_the_answer_waits_for_the_others_and_no_longer(census):
     """For those that can answer: who has ended, or was never there, is not waited for."""
     group = Ranks(census, "silent", "silent", "ended", "absent")
     later = census.ask(group, "ranks", SOON)
-    assert isinstance(later, Later) and later.poll() is PENDING
+    assert isinstance(later, Deferred) and later.poll() is PENDING
     group.inquiry.answers[1] = {"host": "node1", "pid": 101, "step": 4}
     rows = later.poll()
     assert [row["state"] for row in rows] == ["answering", "answering", "ended", "absent"]

@@ -13,7 +13,7 @@ import pytest
 from forgather_control.deadline import Deadline
 from forgather_control.errors import InvalidParams, JobDead, JobNotAnswering
 from forgather_control.wire import addresses
-from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint, bind, fits, is_loopback, parse, peer_uid
+from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint, bind, fits, is_loopback, parse, peer_ids
 
 from ..support.harness import SOON, Process, descriptors, needs_root
 
@@ -27,7 +27,7 @@ os.setgroups([]); os.setgid(65534); os.setuid(65534)
 for line in sys.stdin:
     try:
         sock = endpoint.UnixEndpoint(line.strip()).connect(Deadline(20))
-        print("connected", endpoint.peer_uid(sock), flush=True)
+        print("connected", endpoint.peer_ids(sock)[0], flush=True)
     except errors.ControlError as err:
         print(type(err).__name__, err, flush=True)
 """
@@ -107,7 +107,7 @@ def test_a_connection_blocks_and_knows_its_peer(place, listener):
         other, _ = listener.accept()
         with other:
             other.sendall(b"hello")
-            assert sock.recv(10) == b"hello" and peer_uid(sock) == peer_uid(other) == os.geteuid()
+            assert sock.recv(10) == b"hello" and peer_ids(sock) == peer_ids(other) == (os.geteuid(), os.getpid())
 
 
 def test_nobody_there_is_dead(place):
@@ -173,16 +173,16 @@ def test_another_users_socket_is_not_called_dead(place, listener):
         assert nobody.line() == f"connected {os.geteuid()}"
         sock, _ = listener.accept()
         with sock:
-            assert peer_uid(sock) == 65534
+            assert peer_ids(sock) == (65534, nobody.pid)
 
 
 def test_a_system_without_peer_credentials_says_nothing(monkeypatch):
     """Where the kernel does not tell, nobody is judged by it."""
     one, two = socket.socketpair()
     with one, two:
-        assert peer_uid(one) == os.geteuid()
+        assert peer_ids(one) == (os.geteuid(), os.getpid())
         monkeypatch.delattr(socket, "SO_PEERCRED")
-        assert peer_uid(one) is None
+        assert peer_ids(one) == (None, None)
 
 
 # TCP...

@@ -23,7 +23,7 @@ from forgather_control.errors import (
     ParseError,
 )
 from forgather_control.server.connection import Connection
-from forgather_control.server.dispatcher import Exchanges
+from forgather_control.server.dispatcher import Dispatcher
 from forgather_control.wire import jsonrpc
 from forgather_control.wire.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_LINE, Message, NoId, Refusal, Request, encode
 
@@ -35,7 +35,7 @@ PING = b'{"jsonrpc":"2.0","method":"ping","id":1}'
 # The specification's examples (section 7)...
 
 
-def answer(request):
+def answer(request, sink):
     """The server that the specification's examples imagine."""
     if request.method == "subtract":
         params = request.params
@@ -57,7 +57,7 @@ def talk(line):
     with ours, theirs:
         theirs.settimeout(SOON)
         connection = Connection(ours, MAX_LINE)
-        Exchanges(answer).ask(connection, line)
+        Dispatcher(answer).dispatch(connection, line)
         assert connection.open == connection.unsent == 0 and not connection.broken
         ours.shutdown(socket.SHUT_WR)
         with theirs.makefile("rb") as file:

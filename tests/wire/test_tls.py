@@ -17,7 +17,7 @@ import pytest
 from forgather_control import connect, errors
 from forgather_control.client.connection import Client
 from forgather_control.deadline import Deadline
-from forgather_control.server import auth, server
+from forgather_control.server import limits, server
 from forgather_control.wire import jsonrpc, tls
 from forgather_control.wire.addresses import TcpEndpoint
 
@@ -50,7 +50,7 @@ class Answers:
     def __init__(self):
         self.asked, self.held, self.release = [], threading.Event(), threading.Event()
 
-    def __call__(self, request):
+    def __call__(self, request, sink):
         self.asked.append(request.method)
         if request.method == "big":
             return "x" * request.params[0]
@@ -163,7 +163,7 @@ def test_a_server_that_speaks_no_tls_is_named(answers):
         start = time.monotonic()
         with pytest.raises(errors.JobNotAnswering, match="does not speak TLS"):
             TcpEndpoint(*control.at, True, "0" * 64).connect(Deadline(SOON))
-        assert time.monotonic() - start < auth.TIME_TO_AUTHENTICATE
+        assert time.monotonic() - start < limits.AUTH_TIMEOUT
 
 
 def test_a_server_that_says_nothing_is_given_up():
@@ -221,8 +221,8 @@ def test_a_slow_handshake_keeps_nobody_waiting(control):
 
 def test_half_a_handshake_ends_in_time(answers, pem, monkeypatch):
     """The time to authenticate holds for it, too."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(auth, "TIME_TO_AUTHENTICATE", 200 * MS)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "AUTH_TIMEOUT", 200 * MS)
     with serving_tcp(answers, tls=tls.server_context(pem.cert, pem.key)) as control:
         with Wire(control.at) as half, Wire(control.at) as silent:
             half.send(b"\x16\x03\x01\x02\x00")
@@ -338,7 +338,7 @@ def test_a_goodbye_is_said_to_whom_the_server_leaves(answers, pem):
 
 def test_a_wrong_token_is_answered_late(control, monkeypatch):
     """As without TLS, and with a goodbye."""
-    monkeypatch.setattr(auth, "PENALTY", 100 * MS)
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 100 * MS)
     with wire(control) as spoke:
         spoke.sock.suppress_ragged_eofs = False
         start = time.monotonic()
@@ -361,9 +361,9 @@ def test_large_replies_arrive_whole(control, version):
 
 def test_a_slow_reader_that_moves_is_not_dropped(answers, pem, monkeypatch):
     """Progress within one large reply is progress."""
-    monkeypatch.setattr(server, "TICK", 20 * MS)
-    monkeypatch.setattr(server, "MAX_STALL", 600 * MS)
-    monkeypatch.setattr(server, "SHARE", 1.0)  # else it is the server that stands still
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "STALL_TIMEOUT", 600 * MS)
+    monkeypatch.setattr(limits, "CPU_SHARE", 1.0)  # else it is the server that stands still
     with serving_tcp(answers, tls=tls.server_context(pem.cert, pem.key)) as control, wire(control) as spoke:
         spoke.authenticate()
         spoke.send(line("big", 24 << 20))
@@ -379,7 +379,7 @@ def test_a_slow_reader_that_moves_is_not_dropped(answers, pem, monkeypatch):
 
 def test_ten_thousand_pipelined_requests_are_answered_in_order(answers, pem, monkeypatch):
     """Written whenever there is room, read whenever something is there."""
-    monkeypatch.setattr(server, "SHARE", 1.0)
+    monkeypatch.setattr(limits, "CPU_SHARE", 1.0)
     lines = b"".join(line("echo", number, id=number) for number in range(10_000))
     with serving_tcp(answers, tls=tls.server_context(pem.cert, pem.key)) as wide, wire(wide) as spoke:
         spoke.authenticate()
@@ -406,7 +406,7 @@ def test_first_lines_have_their_limit(control):
     """A line of 1,024 bytes, and one more, in records of any size."""
     for more in (0, 1):
         with wire(control) as spoke:
-            first = AUTH.rstrip().ljust(auth.MAX_FIRST_LINE + more) + b"\n"
+            first = AUTH.rstrip().ljust(limits.MAX_FIRST_LINE + more) + b"\n"
             for cut in (first[:700], first[700:]):
                 spoke.send(cut)
             assert spoke.is_closed() if more else spoke.reply()["id"] == 1
@@ -468,7 +468,7 @@ import signal, sys, time
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 from forgather_control.wire import tls
 from forgather_control.server.server import Server
-server = Server(lambda request: "x" * 100_000, lambda: None)
+server = Server(lambda request, sink: "x" * 100_000, lambda: None)
 address, port = server.listen_tcp("127.0.0.1", 0, sys.argv[1], tls.server_context(sys.argv[2], sys.argv[3]))
 server.start()
 print(port, flush=True)
@@ -501,7 +501,7 @@ def test_a_forked_child_says_no_goodbye(pem):
     import os, sys
     from forgather_control.wire import tls
     from forgather_control.server.server import Server
-    server = Server(lambda request: {"pid": os.getpid()}, lambda: None)
+    server = Server(lambda request, sink: {"pid": os.getpid()}, lambda: None)
     address, port = server.listen_tcp("127.0.0.1", 0, sys.argv[1], tls.server_context(sys.argv[2], sys.argv[3]))
     server.start()
     print(port, flush=True)
