@@ -63,7 +63,7 @@ class ControlOptions:
             signals.parse(self.signals)
         self.tcp_options()
 
-    def tcp_options(self) -> tcp.Offer | None:
+    def tcp_options(self) -> tcp.TcpOptions | None:
         """Return the TCP port to open; ``None`` without one."""
         return tcp.check(self.port, self.host, self.certfile, self.keyfile)
 
