@@ -2,14 +2,14 @@
 
 Floor 0: imports nothing of ours; no torch, no thread, no clock of its own, so that a test can drive it
 through every order of events. Each object is guarded by its owner's lock, but for the two attributes
-that an idle step touches (see :class:`Member`).
+that an idle step touches (see :class:`Participant`).
 
-Each rank has a *clock*: the number of its last step that is done, which only grows. A *round* carries
+Each rank has a *step*: the number of its last step that is done, which only grows. A *round* carries
 one list of commands to all ranks. One key of the store, ``go``, is its decision: it is written once,
 by compare-and-set, and holds either (T, commands) or "off". ::
 
-    leader (rank 0)                     member (every rank)
-    ask ──────────────────────────────▶ holding = True, then reads its clock
+    coordinator (rank 0)                     participant (every rank)
+    ask ──────────────────────────────▶ must_wait = True, then reads its clock
         ◀────────────────────────────── at: that clock
     all are in: T = highest + 1
     go := (T, commands) ──────────────▶ a training thread that came to the end of a step in between
@@ -18,15 +18,15 @@ by compare-and-set, and holds either (T, commands) or "off". ::
     all are in: "applied" is true       kept, once its part of a checkpoint is on disk
     all are in: "finished" is true
 
-*Why no rank can pass T.* A member raises ``holding`` before it reads its clock, and a training thread
-advances its clock before it reads ``holding``. So a step end that the answer does not count is one
+*Why no rank can pass T.* A participant raises ``must_wait`` before it reads its clock, and a training thread
+advances its clock before it reads ``must_wait``. So a step end that the answer does not count is one
 at which the thread holds: until it knows the decision it stands at the first step end after its
 answer, and no earlier step end is at T or later, as T is greater than every answer. Hence every rank is
 still before its first step end at T or later when it learns T, and all apply the list there.
 
 *Why nobody waits for ever.* A thread holds for the answer of watchers, which are not training threads: a
 rank that evaluates, saves or hangs in a collective answers all the same. If one does not answer in
-``PATIENCE`` seconds, the leader proposes "off"; if the leader does not decide, the member proposes it
+``PATIENCE`` seconds, the coordinator proposes "off"; if the coordinator does not decide, the participant proposes it
 itself. Whoever's proposal is written first, all obey it: a round that one rank gave up, nobody applies.
 A command of a round that is off stays queued, and is tried again.
 
@@ -57,28 +57,28 @@ Calls = list[list[Any]]
 # What ranks say to one another...
 
 
-class Here(NamedTuple):
+class Join(NamedTuple):
     """A rank takes part from now on; ``about`` is what it says of its process."""
 
     rank: int
     about: dict[str, Any]
 
 
-class Ask(NamedTuple):
+class Prepare(NamedTuple):
     """To all: where are you? Hold at the end of your next step until this round is decided."""
 
     number: int
 
 
-class At(NamedTuple):
-    """The answer: what was done when ``holding`` was already raised."""
+class Ready(NamedTuple):
+    """The answer: what was done when ``must_wait`` was already raised."""
 
     number: int
     rank: int
-    clock: int
+    step: int
 
 
-class Go(NamedTuple):
+class Commit(NamedTuple):
     """To all: this round is decided; ``due`` is T, or ``None`` if it is off."""
 
     number: int
@@ -86,14 +86,14 @@ class Go(NamedTuple):
     calls: Calls
 
 
-class Did(NamedTuple):
+class Applied(NamedTuple):
     """A rank applied the commands of the round."""
 
     number: int
     rank: int
 
 
-class Kept(NamedTuple):
+class Reported(NamedTuple):
     """A rank's part of the round's checkpoint is on disk, or will not be: ``fault`` says why."""
 
     number: int
@@ -101,26 +101,26 @@ class Kept(NamedTuple):
     fault: str | None
 
 
-class Gone(NamedTuple):
-    """A rank takes part no more after the step ``clock``; ``fault`` says why, if its training goes on."""
+class Leave(NamedTuple):
+    """A rank takes part no more after the step ``step``; ``fault`` says why, if its training goes on."""
 
     rank: int
-    clock: int
+    step: int
     fault: str | None
 
 
-# What the leader wants done...
+# What the coordinator wants done...
 
 
 class Post(NamedTuple):
     """Send ``message`` to each of ``ranks``."""
 
     ranks: tuple[int, ...]
-    message: Ask | Go
+    message: Prepare | Commit
 
 
 class Propose(NamedTuple):
-    """Write the round's decision, unless there is one, and tell ``Leader.decided`` what stands there.
+    """Write the round's decision, unless there is one, and tell ``Coordinator.decided`` what stands there.
 
     ``due`` is T, to be written with the commands that are pending now, or ``None`` for "off".
     """
@@ -129,84 +129,84 @@ class Propose(NamedTuple):
     due: int | None
 
 
-class Applied(NamedTuple):
+class AllApplied(NamedTuple):
     """All ranks applied the round; ``fault`` says why not all, if so."""
 
     number: int
     fault: str | None
 
 
-class Stored(NamedTuple):
+class AllReported(NamedTuple):
     """All ranks have written their part of the round's checkpoint; ``fault`` says why not all, if so."""
 
     number: int
     fault: str | None
 
 
-Action = Post | Propose | Applied | Stored
+Action = Post | Propose | AllApplied | AllReported
 
 
-class Member:
+class Participant:
     """One rank's side of the rounds.
 
-    ``clock`` is written by the training thread alone, without a lock, before it reads ``holding``;
+    ``step`` is written by the training thread alone, without a lock, before it reads ``must_wait``;
     the rest under the owner's lock.
     """
 
-    def __init__(self, rank: int, clock: int = 0) -> None:
+    def __init__(self, rank: int, step: int = 0) -> None:
         self.rank = rank
-        self.clock = clock
+        self.step = step
         #: Whether the end of a step must be looked at. All that an idle step reads.
-        self.holding = False
+        self.must_wait = False
         #: The round that waits for its decision or for its step, or the last one there was.
         self.number = 0
-        self._decision: Go | None = None
+        self._decision: Commit | None = None
 
     def tick(self, step: int) -> bool:
         """The end of a step: whether it must be looked at. On the training thread, every step.
 
         Numbers that do not grow (each epoch counted from 1, say) count on from the last.
         """
-        clock = self.clock
-        self.clock = step if step > clock else clock + 1
-        return self.holding
+        last = self.step
+        self.step = step if step > last else last + 1
+        return self.must_wait
 
-    def ask(self, number: int) -> At:
-        """The leader wants to know where this rank is. A question that comes after its round's end changes nothing."""
+    def prepare(self, number: int) -> Ready:
+        """Answer at which step this rank is, and hold at the end of the next one. A late question changes nothing."""
         if number > self.number:
             self.number, self._decision = number, None
-            self.holding = True  # before the clock is read: see above
-        return At(number, self.rank, self.clock)
+            self.must_wait = True  # before the clock is read: see above
+        return Ready(number, self.rank, self.step)
 
-    def decided(self, go: Go) -> None:
+    def commit(self, decision: Commit) -> None:
         """The round is decided. What comes late or twice changes nothing."""
-        if go.number > self.number:  # off before its question came, as are all before it
+        if decision.number > self.number:  # off before its question came, as are all before it
             self.forget()
-            self.number = go.number
-        elif go.number == self.number and self.undecided:
-            self._decision = go
-            self.holding = go.due is not None
+            self.number = decision.number
+        elif decision.number == self.number and self.undecided:
+            self._decision = decision
+            self.must_wait = decision.due is not None
 
     @property
     def undecided(self) -> bool:
         """Whether the end of a step has to wait."""
-        return self.holding and self._decision is None
+        return self.must_wait and self._decision is None
 
     def forget(self) -> None:
         """Nothing more will be heard of a round that is not decided; one that is will be carried out."""
         if self.undecided:
-            self.holding = False
+            self.must_wait = False
 
     def take(self) -> Calls | None:
         """At the end of a step, of a decided round: its commands, if they are due; else ``None``."""
-        go = self._decision
-        if not self.holding or go is None or go.due is None or self.clock < go.due:
+        decision = self._decision
+        if not self.must_wait or decision is None or decision.due is None or self.step < decision.due:
             return None
-        self.holding = False
-        return go.calls
+        self.must_wait = False
+        return decision.calls
 
 
-class Leader:
+class Coordinator:
     """Rank 0's side of the rounds, one at a time. Events go in by methods, :meth:`next` says what is to be done.
 
     Args:
@@ -236,13 +236,13 @@ class Leader:
 
     # Events...
 
-    def here(self, rank: int) -> None:
+    def join(self, rank: int) -> None:
         """A rank takes part from now on."""
         self._absent.discard(rank)
 
-    def gone(self, rank: int, clock: int, fault: str | None) -> None:
+    def leave(self, rank: int, step: int, fault: str | None) -> None:
         """A rank takes part no more: what it has passed, the others must not apply."""
-        self._passed = max(self._passed, clock)
+        self._passed = max(self._passed, step)
         self._absent.discard(rank)
         self._gone.add(rank)
         if fault is not None:
@@ -256,31 +256,31 @@ class Leader:
         for waiting in self._keeping.values():
             waiting.discard(rank)
 
-    def at(self, number: int, rank: int, clock: int) -> None:
+    def ready(self, number: int, rank: int, step: int) -> None:
         """A rank answered where it is."""
         if self._phase == "asking" and number == self.number:
-            self._answers[rank] = clock
+            self._answers[rank] = step
 
-    def decided(self, go: Go, keeps: bool, now: float) -> Post:
+    def decided(self, decision: Commit, keeps: bool, now: float) -> Post:
         """What stands in the store as the round's decision; ``keeps``: whether its commands save."""
         if not keeps:
-            del self._keeping[go.number]
-            self._faults.pop(go.number, None)
-        if go.due is None and self._asked and len(self._answers) == len(self._asked):
+            del self._keeping[decision.number]
+            self._faults.pop(decision.number, None)
+        if decision.due is None and self._asked and len(self._answers) == len(self._asked):
             self._phase, self._deadline = "idle", now  # all answered, and what was wanted had been taken back
-        elif go.due is None:
+        elif decision.due is None:
             self._phase, self._deadline = "idle", now + self._pause
             self._pause = min(2 * self._pause, MAX_PAUSE)
         else:
             self._phase, self._deadline, self._pause = "going", now, PAUSE
-        return Post(tuple(sorted(self._asked)), go)
+        return Post(tuple(sorted(self._asked)), decision)
 
-    def did(self, number: int, rank: int) -> None:
+    def applied(self, number: int, rank: int) -> None:
         """A rank applied the round."""
         if number == self.number:
             self._waiting.discard(rank)
 
-    def kept(self, number: int, rank: int, fault: str | None) -> None:
+    def reported(self, number: int, rank: int, fault: str | None) -> None:
         """A rank has written its part of the round's checkpoint, or never will."""
         if number in self._keeping:
             self._keeping[number].discard(rank)
@@ -327,7 +327,7 @@ class Leader:
             actions += self._count(now)
         elif self._phase == "going" and not self._waiting:
             self._phase = "idle"
-            actions.append(Applied(self.number, self._unapplied))
+            actions.append(AllApplied(self.number, self._unapplied))
         if self._phase == "idle" and pending and self._may_ask and now >= self._deadline:
             actions += self._ask(now)
         return actions + self._stored()
@@ -346,7 +346,7 @@ class Leader:
         self.number += 1
         self._asked, self._answers = set(self._everybody - self._gone), {}
         self._phase, self._deadline = "asking", now + self._patience
-        return [Post(tuple(sorted(self._asked)), Ask(self.number))]
+        return [Post(tuple(sorted(self._asked)), Prepare(self.number))]
 
     def _count(self, now: float) -> list[Action]:
         answers = [self._answers[rank] for rank in self._asked if rank in self._answers]
@@ -364,7 +364,7 @@ class Leader:
         over = [number for number, waiting in self._keeping.items() if not waiting and not self._is_on(number)]
         for number in over:
             del self._keeping[number]
-        return [Stored(number, self._faults.pop(number, None)) for number in over]
+        return [AllReported(number, self._faults.pop(number, None)) for number in over]
 
     def _is_on(self, number: int) -> bool:
         return number == self.number and self._phase in ("deciding", "going")

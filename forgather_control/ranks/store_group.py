@@ -31,8 +31,8 @@ _ROUNDS: Final = 256
 class StoreGroup:
     """Several ranks that agree over the line.
 
-    ``_lock`` guards the member, the leader (rank 0 has one) and what belongs to their rounds; nothing is sent, and
-    no method of ``delegate`` is called, while it is held. The training thread waits on it for a decision.
+    ``_lock`` guards the participant, the coordinator (rank 0 has one) and what belongs to their rounds; nothing is
+    sent, and no method of ``delegate`` is called, while it is held. The training thread waits on it for a decision.
 
     Args:
         connect: makes a connection to the store that all ranks share, private to this run.
@@ -45,8 +45,8 @@ class StoreGroup:
         self.rank, self.size = rank, size
         self._delegate = delegate
         self._lock = threading.Condition()
-        self._member = consensus.Member(rank, step)
-        self._leader = consensus.Leader(size) if rank == 0 else None
+        self._participant = consensus.Participant(rank, step)
+        self._coordinator = consensus.Coordinator(size) if rank == 0 else None
         self._line = StoreChannel(connect, rank, self._on_message, self._pause, self._advance, self._on_cut)
         self._cut: str | None = None
         self._saving: list[int] = []  # rounds whose checkpoint this rank has not reported; training thread only
@@ -66,45 +66,45 @@ class StoreGroup:
         """Take part from now on. Without rank 0 the others wait for nothing: it never asks."""
         if fault is not None:
             return
-        here = consensus.Here(self.rank, self._delegate.describe())  # before there are threads that would have to end
+        here = consensus.Join(self.rank, self._delegate.describe())  # before there are threads that would have to end
         self._line.start()
-        self._tell_leader(here)
+        self._tell_coordinator(here)
 
     def due(self, step: int) -> bool:
         """Whether a round is on."""
-        return self._member.tick(step)
+        return self._participant.tick(step)
 
     def receive(self, step: int) -> Calls:
         """Hold until the round is decided; its commands, if this is the step."""
         if not self._wait(1.5 * consensus.PATIENCE):
-            number = self._member.number
+            number = self._participant.number
             self._line.say(lambda voice: self._give_up(number, voice))
             if not self._wait(consensus.PATIENCE):
                 self._lose("the store does not answer")  # training goes before agreement
                 self._line.say(lambda voice: self._part("the store did not answer", voice))
                 self._line.close(0.0)
         with self._lock:
-            return self._member.take() or []
+            return self._participant.take() or []
 
     def _wait(self, seconds: float) -> bool:
         with self._lock:
-            return self._lock.wait_for(lambda: not self._member.undecided, seconds)
+            return self._lock.wait_for(lambda: not self._participant.undecided, seconds)
 
     def applied(self, calls: Calls, step: int) -> None:
         """Tell rank 0."""
-        number = self._member.number
+        number = self._participant.number
         with self._lock:
             self._step = step
-            self._calls.setdefault(number, calls)  # who gave the round up may know them before its leader does
+            self._calls.setdefault(number, calls)  # who gave the round up may know them before its coordinator does
         if _saves(calls):
             self._saving.append(number)
-        self._tell_leader(consensus.Did(number, self.rank))
+        self._tell_coordinator(consensus.Applied(number, self.rank))
 
     def kept(self, fault: str | None = None) -> None:
         """Tell rank 0, of all rounds that wait for it."""
         why = None if fault is None else f"rank {self.rank}: {fault}"
         for number in self._saving:
-            self._tell_leader(consensus.Kept(number, self.rank, why))
+            self._tell_coordinator(consensus.Reported(number, self.rank, why))
         self._saving.clear()
 
     def settle(self, command_id: str, outcome: Outcome) -> None:
@@ -121,9 +121,9 @@ class StoreGroup:
     def close(self, seconds: float, fault: str | None = None) -> None:
         """See ``RankGroup``."""
         self.kept(fault)
-        if self._leader is None:
+        if self._coordinator is None:
             fault = None if fault is None else f"rank {self.rank}: {fault}"
-            self._tell_leader(consensus.Gone(self.rank, self._member.clock, fault))
+            self._tell_coordinator(consensus.Leave(self.rank, self._participant.step, fault))
         else:
             self._line.say(self._end_round)
             with self._lock:
@@ -134,7 +134,7 @@ class StoreGroup:
 
     def _is_settled(self) -> bool:
         """Whether all that this rank did is said, by it and by the others."""
-        return self._leader is not None and self._ended and not self._leader.owes
+        return self._coordinator is not None and self._ended and not self._coordinator.owes
 
     # On any thread...
 
@@ -159,7 +159,7 @@ class StoreGroup:
     def state(self, rank: int) -> str:
         """What is known of a rank that did not answer."""
         with self._lock:
-            return states.RANK_SILENT if self._leader is None else self._leader.state(rank)
+            return states.RANK_SILENT if self._coordinator is None else self._coordinator.state(rank)
 
     def description(self, rank: int) -> dict[str, Any]:
         """What a rank said of its process."""
@@ -168,14 +168,14 @@ class StoreGroup:
     # Messages, on the threads of the line...
 
     @contextmanager
-    def _leading(self) -> Iterator[consensus.Leader]:
-        """The leader, under the lock; whoever waits for it looks again."""
-        assert self._leader is not None
+    def _leading(self) -> Iterator[consensus.Coordinator]:
+        """The coordinator, under the lock; whoever waits for it looks again."""
+        assert self._coordinator is not None
         with self._lock:
-            yield self._leader
+            yield self._coordinator
             self._lock.notify_all()
 
-    def _tell_leader(self, message: tuple[Any, ...]) -> None:
+    def _tell_coordinator(self, message: tuple[Any, ...]) -> None:
         self._line.say(lambda voice: self._deliver(0, _wire(message), voice))
 
     def _deliver(self, rank: int, message: list[Any], voice: StoreSender) -> None:
@@ -187,42 +187,42 @@ class StoreGroup:
     def _on_message(self, message: list[Any], voice: StoreSender) -> None:
         kind, *fields = message
         _HANDLERS[kind](self, voice, *fields)
-        if self._leader is not None:
+        if self._coordinator is not None:
             self._advance(voice)
 
-    def _on_ask(self, voice: StoreSender, number: int) -> None:
+    def _on_prepare(self, voice: StoreSender, number: int) -> None:
         with self._lock:
             if self._cut is not None:
                 return
-            answer = self._member.ask(number)
+            answer = self._participant.prepare(number)
         self._deliver(0, _wire(answer), voice)
 
-    def _on_go(self, voice: StoreSender, number: int, due: int | None, calls: Calls) -> None:
+    def _on_commit(self, voice: StoreSender, number: int, due: int | None, calls: Calls) -> None:
         with self._lock:
-            self._member.decided(consensus.Go(number, due, calls))
+            self._participant.commit(consensus.Commit(number, due, calls))
             self._lock.notify_all()
 
-    def _on_at(self, voice: StoreSender, *fields: Any) -> None:
-        with self._leading() as leader:
-            leader.at(*fields)
+    def _on_ready(self, voice: StoreSender, *fields: Any) -> None:
+        with self._leading() as coordinator:
+            coordinator.ready(*fields)
 
-    def _on_did(self, voice: StoreSender, *fields: Any) -> None:
-        with self._leading() as leader:
-            leader.did(*fields)
+    def _on_applied(self, voice: StoreSender, *fields: Any) -> None:
+        with self._leading() as coordinator:
+            coordinator.applied(*fields)
 
-    def _on_kept(self, voice: StoreSender, *fields: Any) -> None:
-        with self._leading() as leader:
-            leader.kept(*fields)
+    def _on_reported(self, voice: StoreSender, *fields: Any) -> None:
+        with self._leading() as coordinator:
+            coordinator.reported(*fields)
 
-    def _on_gone(self, voice: StoreSender, rank: int, clock: int, fault: str | None) -> None:
-        with self._leading() as leader:
-            leader.gone(rank, clock, fault)
+    def _on_leave(self, voice: StoreSender, rank: int, step: int, fault: str | None) -> None:
+        with self._leading() as coordinator:
+            coordinator.leave(rank, step, fault)
         if fault is not None:
             self._delegate.agreement_lost(fault)
 
-    def _on_here(self, voice: StoreSender, rank: int, about: dict[str, Any]) -> None:
-        with self._leading() as leader:
-            leader.here(rank)
+    def _on_join(self, voice: StoreSender, rank: int, about: dict[str, Any]) -> None:
+        with self._leading() as coordinator:
+            coordinator.join(rank)
         self._abouts[rank] = about
         if len(self._abouts) == self.size:
             self._delegate.all_joined(self._abouts)
@@ -241,8 +241,8 @@ class StoreGroup:
 
     def _on_over(self, voice: StoreSender) -> None:
         """Rank 0 has ended. Who is held for its decision reads what stands there, so that all obey the same."""
-        if self._member.undecided:
-            self._give_up(self._member.number, voice)
+        if self._participant.undecided:
+            self._give_up(self._participant.number, voice)
         with self._lock:
             self._cut = self._cut or "rank 0 has ended"
         self._line.close(0.0)
@@ -250,8 +250,8 @@ class StoreGroup:
     def _on_cut(self, why: str, voice: StoreSender) -> None:
         """On the thread that broke, whose own voice may still reach the store: who is held learns the decision."""
         with suppress(Exception):  # border: or it may not
-            if self._member.undecided:
-                self._give_up(self._member.number, voice)
+            if self._participant.undecided:
+                self._give_up(self._participant.number, voice)
         self._lose(why)
         with suppress(Exception):  # border: as above
             self._part(why, voice)
@@ -260,36 +260,36 @@ class StoreGroup:
         """Take part no more, as this rank cannot be reached."""
         with self._lock:
             self._cut = self._cut or why
-            self._member.forget()
-            if self._leader is not None:
-                self._leader.fault = self._leader.fault or why
+            self._participant.forget()
+            if self._coordinator is not None:
+                self._coordinator.fault = self._coordinator.fault or why
             self._lock.notify_all()
         self._delegate.agreement_lost(why)
         self._blame(f"no rank can be asked any more: {why}")
 
     def _part(self, why: str, voice: StoreSender) -> None:
-        if self._leader is not None:
+        if self._coordinator is not None:
             self._dismiss(voice)
         else:
-            gone = consensus.Gone(self.rank, self._member.clock, f"rank {self.rank} is cut off: {why}")
+            gone = consensus.Leave(self.rank, self._participant.step, f"rank {self.rank} is cut off: {why}")
             self._deliver(0, _wire(gone), voice)
 
     # Rounds, on the threads of the line...
 
     def _give_up(self, number: int, voice: StoreSender) -> None:
-        self._on_go(voice, number, *voice.decide(f"go/{number}", [None, []]))
+        self._on_commit(voice, number, *voice.decide(f"go/{number}", [None, []]))
 
     def _pause(self) -> float | None:
-        if self._leader is None:
+        if self._coordinator is None:
             return None
         with self._lock:
-            return self._leader.wait(time.monotonic(), self._delegate.pending)
+            return self._coordinator.wait(time.monotonic(), self._delegate.pending)
 
     def _advance(self, voice: StoreSender) -> None:
         """Do what is to be done, until there is nothing."""
         while True:
-            with self._leading() as leader:
-                actions = leader.next(time.monotonic(), self._delegate.pending)
+            with self._leading() as coordinator:
+                actions = coordinator.next(time.monotonic(), self._delegate.pending)
             if not actions:
                 return
             for action in actions:
@@ -300,7 +300,7 @@ class StoreGroup:
             self._post(action, voice)
         elif isinstance(action, consensus.Propose):
             self._propose(action, voice)
-        elif isinstance(action, consensus.Applied):
+        elif isinstance(action, consensus.AllApplied):
             self._delegate.all_applied(self._calls.get(action.number, []), self._step, action.fault)
         else:
             self._store(action.number, action.fault)
@@ -328,10 +328,10 @@ class StoreGroup:
         finally:  # where the store is gone, too, they must not be lost
             if due is None and calls:
                 self._delegate.put_back(calls)
-        with self._leading() as leader:
+        with self._leading() as coordinator:
             self._calls[proposal.number] = agreed
-            post = leader.decided(consensus.Go(proposal.number, due, agreed), _saves(agreed), time.monotonic())
-            self._forget_rounds(leader.number - _ROUNDS)
+            post = coordinator.decided(consensus.Commit(proposal.number, due, agreed), _saves(agreed), time.monotonic())
+            self._forget_rounds(coordinator.number - _ROUNDS)
         self._post(post, voice)
 
     def _forget_rounds(self, up_to: int) -> None:
@@ -343,9 +343,9 @@ class StoreGroup:
     # The end of rank 0...
 
     def _end_round(self, voice: StoreSender) -> None:
-        with self._leading() as leader:
+        with self._leading() as coordinator:
             self._ended = True
-            actions = leader.close()
+            actions = coordinator.close()
         for action in actions:
             self._do(action, voice)
 
@@ -358,18 +358,18 @@ class StoreGroup:
 
     def _name_missing(self) -> None:
         """Whoever has not said that he did his part by now: what he owes is not done."""
-        missing = self._leader.missing if self._leader is not None else []
+        missing = self._coordinator.missing if self._coordinator is not None else []
         if missing:
             self._blame(f"rank {', '.join(map(str, missing))} did not say before rank 0 ended that it did its part")
 
     def _blame(self, fault: str) -> None:
         """What is not known to be done by all has failed."""
-        leader = self._leader
-        if leader is None:
+        coordinator = self._coordinator
+        if coordinator is None:
             return
-        if leader.is_going:
-            self._delegate.all_applied(self._calls.get(leader.number, []), self._step, fault)
-        for number in leader.keeping:
+        if coordinator.is_going:
+            self._delegate.all_applied(self._calls.get(coordinator.number, []), self._step, fault)
+        for number in coordinator.keeping:
             self._store(number, fault)
 
 
@@ -387,13 +387,13 @@ def _look_at_the_clock(voice: StoreSender) -> None:
 
 
 _HANDLERS: Final[dict[str, Callable[..., None]]] = {
-    "here": StoreGroup._on_here,
-    "ask": StoreGroup._on_ask,
-    "at": StoreGroup._on_at,
-    "go": StoreGroup._on_go,
-    "did": StoreGroup._on_did,
-    "kept": StoreGroup._on_kept,
-    "gone": StoreGroup._on_gone,
+    "join": StoreGroup._on_join,
+    "prepare": StoreGroup._on_prepare,
+    "ready": StoreGroup._on_ready,
+    "commit": StoreGroup._on_commit,
+    "applied": StoreGroup._on_applied,
+    "reported": StoreGroup._on_reported,
+    "leave": StoreGroup._on_leave,
     "call": StoreGroup._on_call,
     "question": StoreGroup._on_question,
     "answer": StoreGroup._on_answer,

@@ -1,7 +1,7 @@
 """The rounds through every order of events: two and three ranks exhaustively, eight at random; no torch, no threads.
 
 The objects under test are pure, so whatever threads, sockets and clocks do to them is played here, as ``ranks``
-plays it: each rank has an ear, a mouth and a training thread, rank 0's ear and mouth carry out the leader's
+plays it: each rank has an ear, a mouth and a training thread, rank 0's ear and mouth carry out the coordinator's
 actions one by one, and between any two of them anything else may happen. A state of the whole is a value;
 ``World.moves`` says what can happen next in it, and each promise is an ``assert`` on the way or at the end.
 """
@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control.ranks import consensus
-from forgather_control.ranks.consensus import Ask, At, Did, Go, Gone, Here, Kept, Leader, Member
+from forgather_control.ranks.consensus import (
+    Applied,
+    Commit,
+    Coordinator,
+    Join,
+    Leave,
+    Participant,
+    Prepare,
+    Ready,
+    Reported,
+)
 
 #: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
@@ -29,7 +39,7 @@ RUNS = int(os.environ.get("ROUNDS_RUNS", IN_SUITE))
 SEED = int(os.environ.get("ROUNDS_SEED", "1"))
 
 SAVE, STOP = "s", "c"  # a command's id begins with what it is
-#: What the leader's clock says when nobody has waited long enough, and when somebody has.
+#: What the coordinator's clock says when nobody has waited long enough, and when somebody has.
 EARLY, LATE = 0.5, 2.0
 
 
@@ -40,12 +50,12 @@ def saves(calls: Any) -> bool:
 # Objects as values...
 
 
-class Probe(Member):
-    """A member that lets another thread in at the nth touch of what its training thread touches without a lock."""
+class Probe(Participant):
+    """A participant that lets another thread in at the nth touch of what its training thread touches without a lock."""
 
-    def __init__(self, rank: int, clock: int = 0) -> None:
+    def __init__(self, rank: int, step: int = 0) -> None:
         self.between: list[Callable[[], None] | None] = []
-        super().__init__(rank, clock)
+        super().__init__(rank, step)
 
     def _touch(self) -> None:
         if self.between and (step_in := self.between.pop()) is not None:
@@ -53,37 +63,37 @@ class Probe(Member):
             step_in()
 
     @property
-    def clock(self) -> int:
+    def step(self) -> int:
         self._touch()
-        return self._clock
+        return self._step
 
-    @clock.setter
-    def clock(self, value: int) -> None:
+    @step.setter
+    def step(self, value: int) -> None:
         self._touch()
-        self._clock = value
+        self._step = value
 
     @property
-    def holding(self) -> bool:
+    def must_wait(self) -> bool:
         self._touch()
-        return self._holding
+        return self._must_wait
 
-    @holding.setter
-    def holding(self, value: bool) -> None:
+    @must_wait.setter
+    def must_wait(self, value: bool) -> None:
         self._touch()
-        self._holding = value
+        self._must_wait = value
 
-    def ask_while(self, number: int, step: int, at: int) -> tuple[At, bool] | None:
+    def prepare_while(self, number: int, step: int, at: int) -> tuple[Ready, bool] | None:
         """Asked by the ear; at the nth touch of this the training thread ends a step. ``None``: there is no nth."""
         ticked = []
         self.between = [lambda: ticked.append(self.tick(step)), *[None] * at]
-        answer = self.ask(number)
+        answer = self.prepare(number)
         self.between.clear()
         return (answer, ticked[0]) if ticked else None
 
-    def tick_while(self, number: int, step: int, at: int) -> tuple[At, bool] | None:
+    def tick_while(self, number: int, step: int, at: int) -> tuple[Ready, bool] | None:
         """The other way round: a step ends, and at the nth touch of that the ear is asked."""
         answers = []
-        self.between = [lambda: answers.append(self.ask(number)), *[None] * at]
+        self.between = [lambda: answers.append(self.prepare(number)), *[None] * at]
         ticked = self.tick(step)
         self.between.clear()
         return (answers[0], ticked) if answers else None
@@ -145,43 +155,43 @@ class Values:
         return self._facts[key]
 
 
-#: There are few states of a member, however many worlds there are.
-MEMBERS = Values(Probe)
+#: There are few states of a participant, however many worlds there are.
+PARTICIPANTS = Values(Probe)
 
 
 def settle(thing: Any) -> None:
     """Forget how far a deadline is: it has passed, or it has not, and any may pass at any moment."""
-    if isinstance(thing, Leader):
+    if isinstance(thing, Coordinator):
         thing._deadline = EARLY + EARLY if thing._deadline > EARLY else 0.0
         thing._pause = consensus.PAUSE
 
 
-def undecided(member: Member) -> bool:
-    return member.undecided
+def undecided(participant: Participant) -> bool:
+    return participant.undecided
 
 
 def number_of(thing: Any) -> int:
     return thing.number
 
 
-def owes(leader: Leader) -> bool:
-    return leader.owes
+def owes(coordinator: Coordinator) -> bool:
+    return coordinator.owes
 
 
-def missing(leader: Leader) -> list[int]:
-    return leader.missing
+def missing(coordinator: Coordinator) -> list[int]:
+    return coordinator.missing
 
 
-def silent(leader: Leader) -> tuple[int, ...]:
-    return tuple(rank for rank in sorted(leader._everybody) if rank != 0 and leader.state(rank) == "silent")
+def silent(coordinator: Coordinator) -> tuple[int, ...]:
+    return tuple(rank for rank in sorted(coordinator._everybody) if rank != 0 and coordinator.state(rank) == "silent")
 
 
-def overdue(leader: Leader) -> tuple[bool, tuple[int, ...]]:
-    return leader.is_going, tuple(leader.keeping)
+def overdue(coordinator: Coordinator) -> tuple[bool, tuple[int, ...]]:
+    return coordinator.is_going, tuple(coordinator.keeping)
 
 
-def may_wait(leader: Leader) -> bool:
-    return leader.wait(EARLY, True) is not None
+def may_wait(coordinator: Coordinator) -> bool:
+    return coordinator.wait(EARLY, True) is not None
 
 
 # The whole...
@@ -190,7 +200,7 @@ def may_wait(leader: Leader) -> bool:
 class Rank(NamedTuple):
     """One rank. Its ear and its mouth each send to rank 0 in order, but not in step with each other."""
 
-    member: int
+    participant: int
     mode: str = "run"  # run, held, ended, off (it gave up), dead; of rank 0 also closing and over
     passed: int = 0  # the clock of the last step end that is behind it
     steps: int = 0
@@ -214,7 +224,7 @@ class Rank(NamedTuple):
 class State(NamedTuple):
     """Everything. ``ear`` and ``mouth`` are what those threads of rank 0 still have to do, the next at the end."""
 
-    leader: int
+    coordinator: int
     ranks: tuple[Rank, ...]
     decisions: tuple[Any, ...]  # by round - 1: (due, calls), or None
     queue: tuple[Any, ...] = ()
@@ -265,16 +275,16 @@ class World:
     ) -> None:
         self.size, self.numbers, self.most, self.faults = size, numbers, most, faults
         self.early, self.late, self.split, self.raced = early, late, split, raced
-        self.members, self.leaders = MEMBERS, Values(Leader)
-        leader = Leader(size)
-        ranks = [Rank(self.members.number(Probe(rank))) for rank in range(size)]
+        self.participants, self.coordinators = PARTICIPANTS, Values(Coordinator)
+        coordinator = Coordinator(size)
+        ranks = [Rank(self.participants.number(Probe(rank))) for rank in range(size)]
         if absent:
-            ranks = [rank._replace(mouth=(Here(index, ()),)) for index, rank in enumerate(ranks)]
+            ranks = [rank._replace(mouth=(Join(index, ()),)) for index, rank in enumerate(ranks)]
         else:
             for rank in range(size):
-                leader.here(rank)
+                coordinator.join(rank)
         self.start = State(
-            self.leaders.number(leader),
+            self.coordinators.number(coordinator),
             tuple(ranks),
             (None,) * most,
             unsent=tuple((name, name) for name in submitted),
@@ -316,7 +326,7 @@ class World:
         """Rank 0 waits for the others, but for a dead one not for ever; before that it says what it did itself."""
         if ("end",) in state.says or state.mouth:
             return False
-        return not self.leaders.ask(state.leader, owes) or any(other.mode == "dead" for other in state.ranks)
+        return not self.coordinators.ask(state.coordinator, owes) or any(other.mode == "dead" for other in state.ranks)
 
     def _run(self, state: State, rank: int, me: Rank) -> Moves:
         if me.keep:
@@ -325,23 +335,23 @@ class World:
                 yield f"{rank} could not store", self._kept(state._replace(faults=state.faults - 1), rank, "full")
             return
         if me.steps < len(self.numbers):
-            member, holds = self.members.call(me.member, "tick", self.numbers[me.steps])
-            yield f"{rank} ends a step", self._ticked(state, rank, member, holds)
+            participant, holds = self.participants.call(me.participant, "tick", self.numbers[me.steps])
+            yield f"{rank} ends a step", self._ticked(state, rank, participant, holds)
         if me.steps == len(self.numbers) or self.early:
             yield f"{rank} ends", self._end(state, rank, None)
         if state.faults and "gives up" in self.faults:
             yield f"{rank} gives up", self._end(state._replace(faults=state.faults - 1), rank, "broken")
 
-    def _ticked(self, state: State, rank: int, member: int, holds: bool) -> State:
+    def _ticked(self, state: State, rank: int, participant: int, holds: bool) -> State:
         steps = state.ranks[rank].steps + 1
         if holds:
-            return state.rank(rank, member=member, steps=steps, mode="held")
-        return self._pass(state.rank(rank, member=member, steps=steps), rank)
+            return state.rank(rank, participant=participant, steps=steps, mode="held")
+        return self._pass(state.rank(rank, participant=participant, steps=steps), rank)
 
     def _pass(self, state: State, rank: int) -> State:
         """A step end is behind a rank."""
         me = state.ranks[rank]
-        clock = self.members.thing(me.member).clock
+        clock = self.participants.thing(me.participant).step
         state = state.rank(rank, mode="run", passed=clock)
         assert self._none_passed(state), f"rank {rank} passes {clock}"
         return state
@@ -357,16 +367,16 @@ class World:
         )
 
     def _hold(self, state: State, rank: int, me: Rank) -> Moves:
-        if self.members.ask(me.member, undecided):
+        if self.participants.ask(me.participant, undecided):
             if self.late and not me.giving:
-                number = self.members.ask(me.member, number_of)
+                number = self.participants.ask(me.participant, number_of)
                 state = state.rank(rank, giving=(number,))
                 says = (*state.says, ("give", number)) if rank == 0 else state.says
                 yield f"{rank} loses patience", state._replace(says=says)
             return
-        number = self.members.ask(me.member, number_of)
-        member, calls = self.members.call(me.member, "take")
-        state = state.rank(rank, member=member)
+        number = self.participants.ask(me.participant, number_of)
+        participant, calls = self.participants.call(me.participant, "take")
+        state = state.rank(rank, participant=participant)
         if not calls:
             yield f"{rank} goes on", self._pass(state, rank)
             return
@@ -377,26 +387,26 @@ class World:
     def _apply(self, state: State, rank: int, number: int, calls: Any) -> State:
         me = state.ranks[rank]
         due, agreed = state.decisions[number - 1]
-        clock = self.members.thing(me.member).clock
+        clock = self.participants.thing(me.participant).step
         assert calls == agreed, "another list than agreed"
         assert not me.did(number), "a list is applied twice"
         assert me.passed < due <= clock, "not at the first step end at T"
         assert all(clock == at for other in state.ranks for done, at in other.applied if done == number), "not together"
         state = state.rank(rank, applied=(*me.applied, (number, clock)), keep=(number,) if saves(calls) else ())
-        return self._pass(self._tell(state, rank, Did(number, rank)), rank)
+        return self._pass(self._tell(state, rank, Applied(number, rank)), rank)
 
     def _kept(self, state: State, rank: int, fault: str | None) -> State:
         me = state.ranks[rank]
         for number in me.keep:
-            state = self._tell(state, rank, Kept(number, rank, fault))
+            state = self._tell(state, rank, Reported(number, rank, fault))
         return state.rank(rank, keep=(), kept=(*me.kept, *((number, fault) for number in me.keep)))
 
     def _end(self, state: State, rank: int, fault: str | None) -> State:
         state = self._kept(state, rank, fault)
         if rank == 0:
             return state._replace(says=(*state.says, ("end",))).rank(0, mode="closing")
-        clock = self.members.thing(state.ranks[rank].member).clock
-        return self._tell(state, rank, Gone(rank, clock, fault)).rank(rank, mode="off" if fault else "ended")
+        clock = self.participants.thing(state.ranks[rank].participant).step
+        return self._tell(state, rank, Leave(rank, clock, fault)).rank(rank, mode="off" if fault else "ended")
 
     def _tell(self, state: State, rank: int, message: Any) -> State:
         if rank == 0:
@@ -412,38 +422,38 @@ class World:
             return
         message, rest = me.inbox[0], me.inbox[1:]
         state = state.rank(rank, inbox=rest)
-        if isinstance(message, Ask):
+        if isinstance(message, Prepare):
             for what, after, answer in self._asked(state, rank, message.number):
                 yield f"{rank} is asked{what}", after.rank(rank, ear=(*me.ear, answer))
-        elif isinstance(message, Go):
-            member, _ = self.members.call(me.member, "decided", message)
-            yield f"{rank} hears {message}", state.rank(rank, member=member)
+        elif isinstance(message, Commit):
+            participant, _ = self.participants.call(me.participant, "commit", message)
+            yield f"{rank} hears {message}", state.rank(rank, participant=participant)
         else:
             yield f"{rank} is dismissed", self._dismissed(state, rank)
 
     def _dismissed(self, state: State, rank: int) -> State:
         """Rank 0 has ended: who waits for a decision of it reads what stands there, so that all obey the same."""
-        member = state.ranks[rank].member
-        if self.members.ask(member, undecided):
-            number = self.members.ask(member, number_of)
+        participant = state.ranks[rank].participant
+        if self.participants.ask(participant, undecided):
+            number = self.participants.ask(participant, number_of)
             state, decision = self._decide(state, number, (None, ()))
-            member, _ = self.members.call(member, "decided", Go(number, *decision))
-        return state.rank(rank, member=member, lost=True)
+            participant, _ = self.participants.call(participant, "commit", Commit(number, *decision))
+        return state.rank(rank, participant=participant, lost=True)
 
-    def _asked(self, state: State, rank: int, number: int) -> Iterator[tuple[str, State, At]]:
+    def _asked(self, state: State, rank: int, number: int) -> Iterator[tuple[str, State, Ready]]:
         """Asked, with the training thread in the middle of nothing, or ending a step meanwhile."""
         me = state.ranks[rank]
-        member, answer = self.members.call(me.member, "ask", number)
-        yield "", state.rank(rank, member=member), answer
+        participant, answer = self.participants.call(me.participant, "prepare", number)
+        yield "", state.rank(rank, participant=participant), answer
         if not self.raced or me.mode != "run" or me.keep or me.steps >= len(self.numbers):
             return
-        for method in ("ask_while", "tick_while"):
+        for method in ("prepare_while", "tick_while"):
             for at in range(10):
-                member, result = self.members.call(me.member, method, number, self.numbers[me.steps], at)
+                participant, result = self.participants.call(me.participant, method, number, self.numbers[me.steps], at)
                 if result is None:
                     break
                 answer, holds = result
-                yield f" ({method} {at})", self._ticked(state, rank, member, holds), answer
+                yield f" ({method} {at})", self._ticked(state, rank, participant, holds), answer
 
     def talk(self, state: State, rank: int) -> Moves:
         me = state.ranks[rank]
@@ -453,8 +463,8 @@ class World:
             state, (due, calls) = self._decide(state, me.giving[0], (None, ()))
             yield f"{rank} proposes off", state.rank(rank, giving=(me.giving[0], due, calls))
         else:
-            member, _ = self.members.call(me.member, "decided", Go(*me.giving))
-            yield f"{rank} learns {me.giving}", state.rank(rank, member=member, giving=())
+            participant, _ = self.participants.call(me.participant, "commit", Commit(*me.giving))
+            yield f"{rank} learns {me.giving}", state.rank(rank, participant=participant, giving=())
 
     # The store...
 
@@ -484,10 +494,10 @@ class World:
             for rank, other in enumerate(state.ranks):
                 if other.ear:
                     after = state.rank(rank, ear=other.ear[1:])
-                    yield f"0 hears {other.ear[0]}", self._tell_leader(after, "ear", other.ear[0])
+                    yield f"0 hears {other.ear[0]}", self._tell_coordinator(after, "ear", other.ear[0])
                 if other.mouth:
                     after = state.rank(rank, mouth=other.mouth[1:])
-                    yield f"0 hears {other.mouth[0]}", self._tell_leader(after, "ear", other.mouth[0])
+                    yield f"0 hears {other.mouth[0]}", self._tell_coordinator(after, "ear", other.mouth[0])
 
     def own_mouth(self, state: State) -> Moves:
         if state.ranks[0].mode == "dead" or (state.ranks[0].lost and not state.mouth):
@@ -496,24 +506,24 @@ class World:
             yield from self._work(state, "mouth")
         elif state.says:
             yield f"0 says {state.says[0]}", self._say(state._replace(says=state.says[1:]), state.says[0])
-        elif self.late and self.leaders.ask(state.leader, may_wait):
+        elif self.late and self.coordinators.ask(state.coordinator, may_wait):
             yield from self._advance(state, "mouth", LATE)
 
     def _say(self, state: State, item: Any) -> State:
         if item[0] == "msg":
-            return self._tell_leader(state, "mouth", item[1])
+            return self._tell_coordinator(state, "mouth", item[1])
         if item[0] == "advance" or item[0] == "give":
             return state._replace(mouth=(item,))
         if item[0] == "end":
-            leader, actions = self.leaders.call(state.leader, "close")
-            return self._push(state._replace(leader=leader), "mouth", actions)
+            coordinator, actions = self.coordinators.call(state.coordinator, "close")
+            return self._push(state._replace(coordinator=coordinator), "mouth", actions)
         if item[0] == "dismiss":
-            return self._send(state, self.leaders.ask(state.leader, silent), "over")
+            return self._send(state, self.coordinators.ask(state.coordinator, silent), "over")
         return state.rank(0, lost=True)
 
-    def _tell_leader(self, state: State, thread: str, message: Any) -> State:
-        leader, _ = self.leaders.call(state.leader, type(message).__name__.lower(), *_fields(message))
-        return self._then(state._replace(leader=leader), thread, ("advance",))
+    def _tell_coordinator(self, state: State, thread: str, message: Any) -> State:
+        coordinator, _ = self.coordinators.call(state.coordinator, type(message).__name__.lower(), *_fields(message))
+        return self._then(state._replace(coordinator=coordinator), thread, ("advance",))
 
     def _then(self, state: State, thread: str, *todo: Any) -> State:
         """Have the thread do these next; but a look that finds nothing to do is over at once, to save states."""
@@ -523,12 +533,12 @@ class World:
         return state._replace(**{thread: todo})
 
     def _nothing_to_do(self, state: State) -> bool:
-        if self.late and self.leaders.ask(state.leader, may_wait):
+        if self.late and self.coordinators.ask(state.coordinator, may_wait):
             return False
-        return self.leaders.call(state.leader, *self._next(state, EARLY)) == (state.leader, ())
+        return self.coordinators.call(state.coordinator, *self._next(state, EARLY)) == (state.coordinator, ())
 
     def _next(self, state: State, now: float) -> tuple[Any, ...]:
-        pending = bool(state.queue) and self.leaders.ask(state.leader, number_of) < self.most
+        pending = bool(state.queue) and self.coordinators.ask(state.coordinator, number_of) < self.most
         return "next", now, pending
 
     def _work(self, state: State, thread: str) -> Moves:
@@ -538,16 +548,19 @@ class World:
         state = state._replace(**{thread: tuple(rest)})
         if kind == "advance":
             yield from self._advance(state, thread, EARLY)
-            if self.late and self.leaders.ask(state.leader, may_wait):
+            if self.late and self.coordinators.ask(state.coordinator, may_wait):
                 yield from self._advance(state, thread, LATE)
         elif kind == "post":
             yield f"0 posts {fields} ({thread})", self._post(state, thread, *fields)
-        elif kind == "self" and isinstance(fields[0], Ask):
+        elif kind == "self" and isinstance(fields[0], Prepare):
             for what, after, answer in self._asked(state, 0, fields[0].number):
-                yield f"0 asks itself{what}", self._tell_leader(after, thread, answer)
+                yield f"0 asks itself{what}", self._tell_coordinator(after, thread, answer)
         elif kind == "self":
-            member, _ = self.members.call(state.ranks[0].member, "decided", fields[0])
-            yield f"0 tells itself {fields[0]}", self._then(state.rank(0, member=member), thread, ("advance",))
+            participant, _ = self.participants.call(state.ranks[0].participant, "commit", fields[0])
+            yield (
+                f"0 tells itself {fields[0]}",
+                self._then(state.rank(0, participant=participant), thread, ("advance",)),
+            )
         elif kind == "propose":
             yield f"0 proposes {fields} ({thread})", self._propose(state, thread, *fields)
         elif kind == "decided":
@@ -556,12 +569,12 @@ class World:
             state, decision = self._decide(state, fields[0], (None, ()))
             yield "0 proposes off", self._then(state, thread, ("given", fields[0], *decision))
         else:
-            member, _ = self.members.call(state.ranks[0].member, "decided", Go(*fields))
-            yield f"0 learns {fields}", state.rank(0, member=member, giving=())
+            participant, _ = self.participants.call(state.ranks[0].participant, "commit", Commit(*fields))
+            yield f"0 learns {fields}", state.rank(0, participant=participant, giving=())
 
     def _advance(self, state: State, thread: str, now: float) -> Moves:
-        leader, actions = self.leaders.call(state.leader, *self._next(state, now))
-        state = state._replace(leader=leader)
+        coordinator, actions = self.coordinators.call(state.coordinator, *self._next(state, now))
+        state = state._replace(coordinator=coordinator)
         when = ", late" if now == LATE else ""
         yield f"0 looks ({thread}): {actions}{when}", self._push(state, thread, actions, ("advance",))
 
@@ -581,7 +594,7 @@ class World:
 
     def _post(self, state: State, thread: str, ranks: tuple[int, ...], message: Any) -> State:
         others = tuple(rank for rank in ranks if rank != 0)
-        if isinstance(message, Ask) and not state.asked[message.number - 1]:
+        if isinstance(message, Prepare) and not state.asked[message.number - 1]:
             asked = state.asked
             asked = (*asked[: message.number - 1], ranks, *asked[message.number :])
             state = state._replace(asked=asked)
@@ -609,8 +622,10 @@ class World:
         due, calls = state.decisions[number - 1]
         if due is None and taken:
             state = state._replace(queue=(*taken, *state.queue))
-        leader, post = self.leaders.call(state.leader, "decided", Go(number, due, calls), saves(calls), EARLY)
-        return self._then(state._replace(leader=leader), thread, ("post", *post))
+        coordinator, post = self.coordinators.call(
+            state.coordinator, "decided", Commit(number, due, calls), saves(calls), EARLY
+        )
+        return self._then(state._replace(coordinator=coordinator), thread, ("post", *post))
 
     # What rank 0 says of rounds...
 
@@ -618,7 +633,7 @@ class World:
         number, fault = action
         asked = [state.ranks[rank] for rank in state.asked[number - 1]]
         assert all((type(said), said[0]) != (type(action), number) for said in state.log), "said twice"
-        if isinstance(action, consensus.Applied):
+        if isinstance(action, consensus.AllApplied):
             idle = [me for me in asked if not me.did(number)]
             assert all(me.mode in ("ended", "off") for me in idle), "applied, but not by all"
             assert (fault is not None) == any(me.mode == "off" for me in idle), f"applied with the fault {fault}"
@@ -632,15 +647,17 @@ class World:
 
     def _name_missing(self, state: State) -> State:
         """As ``Ranks`` does when it has waited long enough for those whom rank 0 waits for."""
-        if not self.leaders.ask(state.leader, owes):
+        if not self.coordinators.ask(state.coordinator, owes):
             return state
-        assert self.leaders.ask(state.leader, missing)
+        assert self.coordinators.ask(state.coordinator, missing)
         assert any(other.mode == "dead" for other in state.ranks), (
             "rank 0 ended before the others could say what they did"
         )
-        going, keeping = self.leaders.ask(state.leader, overdue)
-        said = [consensus.Applied(self.leaders.ask(state.leader, number_of), "missing")] if going else []
-        return state._replace(log=(*state.log, *said, *(consensus.Stored(number, "missing") for number in keeping)))
+        going, keeping = self.coordinators.ask(state.coordinator, overdue)
+        said = [consensus.AllApplied(self.coordinators.ask(state.coordinator, number_of), "missing")] if going else []
+        return state._replace(
+            log=(*state.log, *said, *(consensus.AllReported(number, "missing") for number in keeping))
+        )
 
     # When nothing can happen any more...
 
@@ -661,13 +678,13 @@ class World:
         if first.mode == "dead" or not first.did(number):
             return
         said = {type(action): action.fault for action in state.log if action.number == number}
-        assert consensus.Applied in said, "nobody said that it was applied"
-        assert not stores or consensus.Stored in said, "nobody said that it was stored"
+        assert consensus.AllApplied in said, "nobody said that it was applied"
+        assert not stores or consensus.AllReported in said, "nobody said that it was stored"
 
 
 def _fields(message: Any) -> tuple[Any, ...]:
-    """As ``Leader`` takes them: what a rank says of its process is not the leader's."""
-    return (message.rank,) if isinstance(message, Here) else tuple(message)
+    """As ``Coordinator`` takes them: what a rank says of its process is not the coordinator's."""
+    return (message.rank,) if isinstance(message, Join) else tuple(message)
 
 
 def explore(world: World) -> int:
@@ -819,185 +836,200 @@ def test_random_orders_of_eight_ranks():
 # One thing at a time...
 
 
-def leader(size: int = 2) -> Leader:
+def coordinator(size: int = 2) -> Coordinator:
     """One that everybody has come to."""
-    made = Leader(size)
+    made = Coordinator(size)
     for rank in range(size):
-        made.here(rank)
+        made.join(rank)
     return made
 
 
-def decide(of: Leader, *clocks: int, keeps: bool = False, now: float = 0.0) -> int:
+def decide(of: Coordinator, *clocks: int, keeps: bool = False, now: float = 0.0) -> int:
     """Ask, have all answer, and let what is proposed stand; T."""
     (post,) = of.next(now, True)
-    assert post == consensus.Post(tuple(range(len(clocks))), Ask(of.number))
+    assert post == consensus.Post(tuple(range(len(clocks))), Prepare(of.number))
     for rank, clock in enumerate(clocks):
         assert of.next(now, True) == []
-        of.at(of.number, rank, clock)
+        of.ready(of.number, rank, clock)
     ((number, due),) = of.next(now, True)
-    assert of.decided(Go(number, due, []), keeps, now) == consensus.Post(post.ranks, Go(number, due, []))
+    assert of.decided(Commit(number, due, []), keeps, now) == consensus.Post(post.ranks, Commit(number, due, []))
     return due
 
 
-def test_a_clock_only_grows():
+def test_a_step_only_grows():
     """Steps that jump are the clock; those that repeat or begin anew count on from it."""
-    member = Member(0, 3)
+    participant = Participant(0, 3)
     clocks = []
     for step in (4, 10, 20, 1, 2, 25, 25, -5):
-        assert member.tick(step) is False
-        clocks.append(member.clock)
+        assert participant.tick(step) is False
+        clocks.append(participant.step)
     assert clocks == [4, 10, 20, 21, 22, 25, 26, 27]
 
 
 def test_a_member_holds_until_it_knows():
     """From the question to the decision; and then once more, where the list is due."""
-    member = Member(1)
-    assert (member.ask(1), member.tick(1), member.undecided, member.take()) == (At(1, 1, 0), True, True, None)
-    member.decided(Go(1, 3, [["a"]]))
-    assert (member.undecided, member.take(), member.tick(2), member.take()) == (False, None, True, None)
-    assert (member.tick(3), member.take(), member.take(), member.tick(4)) == (True, [["a"]], None, False)
+    participant = Participant(1)
+    assert (participant.prepare(1), participant.tick(1), participant.undecided, participant.take()) == (
+        Ready(1, 1, 0),
+        True,
+        True,
+        None,
+    )
+    participant.commit(Commit(1, 3, [["a"]]))
+    assert (participant.undecided, participant.take(), participant.tick(2), participant.take()) == (
+        False,
+        None,
+        True,
+        None,
+    )
+    assert (participant.tick(3), participant.take(), participant.take(), participant.tick(4)) == (
+        True,
+        [["a"]],
+        None,
+        False,
+    )
 
 
 def test_what_comes_late_or_twice():
     """A decision that is known, an old one, an old question: nothing changes."""
-    member = Member(0)
+    participant = Participant(0)
     for _ in range(2):
-        member.ask(1)
-        member.decided(Go(1, None, []))
-    assert (member.holding, member.ask(2), member.undecided) == (False, At(2, 0, 0), True)
-    member.decided(Go(1, 5, [["old"]]))
-    assert member.undecided
-    member.decided(Go(2, 1, [["new"]]))
-    member.decided(Go(2, None, []))
-    member.ask(1)
-    assert (member.tick(1), member.take(), member.holding) == (True, [["new"]], False)
+        participant.prepare(1)
+        participant.commit(Commit(1, None, []))
+    assert (participant.must_wait, participant.prepare(2), participant.undecided) == (False, Ready(2, 0, 0), True)
+    participant.commit(Commit(1, 5, [["old"]]))
+    assert participant.undecided
+    participant.commit(Commit(2, 1, [["new"]]))
+    participant.commit(Commit(2, None, []))
+    participant.prepare(1)
+    assert (participant.tick(1), participant.take(), participant.must_wait) == (True, [["new"]], False)
 
 
 def test_a_round_that_is_off_before_it_is_asked():
     """Both of rank 0's threads send, so the word may overtake the question: which then holds nobody."""
-    member = Member(0)
-    member.decided(Go(1, None, []))
-    member.ask(1)
-    assert not member.tick(1) and not member.undecided
-    member.ask(2)
-    member.decided(Go(3, None, []))
-    member.ask(3)
-    assert not member.tick(2) and not member.undecided
+    participant = Participant(0)
+    participant.commit(Commit(1, None, []))
+    participant.prepare(1)
+    assert not participant.tick(1) and not participant.undecided
+    participant.prepare(2)
+    participant.commit(Commit(3, None, []))
+    participant.prepare(3)
+    assert not participant.tick(2) and not participant.undecided
 
 
 def test_nobody_is_asked_before_all_are_there():
     """Not even then, if nothing is pending."""
-    made = Leader(2)
-    made.here(0)
+    made = Coordinator(2)
+    made.join(0)
     assert (made.next(0.0, True), made.wait(0.0, True), made.state(1)) == ([], None, "absent")
-    made.here(1)
+    made.join(1)
     assert (made.next(0.0, False), made.wait(0.0, False), made.state(1)) == ([], None, "silent")
-    assert made.next(0.0, True) == [consensus.Post((0, 1), Ask(1))]
+    assert made.next(0.0, True) == [consensus.Post((0, 1), Prepare(1))]
 
 
 def test_the_step_is_past_all_answers():
     """Also past the last step of who has gone: the others must not apply what it has passed."""
-    made = leader(3)
+    made = coordinator(3)
     assert decide(made, 4, 9, 7) == 10
-    made = leader(3)
-    made.gone(2, 12, None)
+    made = coordinator(3)
+    made.leave(2, 12, None)
     assert decide(made, 4, 9) == 13
-    made = leader(3)
+    made = coordinator(3)
     made.next(0.0, True)
     for rank, clock in enumerate((4, 9, 20)):
-        made.at(1, rank, clock)
-    made.gone(2, 20, None)
+        made.ready(1, rank, clock)
+    made.leave(2, 20, None)
     assert made.next(0.0, True) == [consensus.Propose(1, 21)]
 
 
 def test_patience_and_pauses():
     """A round that is not answered in time is off; the next one waits, twice as long each time, up to a minute."""
-    made, now, pauses = leader(2), 0.0, []
+    made, now, pauses = coordinator(2), 0.0, []
     for _ in range(9):
-        assert made.next(now, True) == [consensus.Post((0, 1), Ask(made.number))]
-        made.at(made.number, 0, 0)
+        assert made.next(now, True) == [consensus.Post((0, 1), Prepare(made.number))]
+        made.ready(made.number, 0, 0)
         assert (made.next(now + consensus.PATIENCE - 0.01, True), made.wait(now, True)) == ([], consensus.PATIENCE)
         now += consensus.PATIENCE
         assert made.next(now, True) == [consensus.Propose(made.number, None)]
-        made.decided(Go(made.number, None, []), False, now)
+        made.decided(Commit(made.number, None, []), False, now)
         pauses.append(made.wait(now, True))
         assert made.next(now + pauses[-1] - 0.01, True) == [] and made.wait(now, False) is None
         now += pauses[-1]
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert decide(made, 0, 0, now=now) == 1
-    made.did(made.number, 0)
-    made.did(made.number, 1)
-    assert made.next(now, False) == [consensus.Applied(made.number, None)]
+    made.applied(made.number, 0)
+    made.applied(made.number, 1)
+    assert made.next(now, False) == [consensus.AllApplied(made.number, None)]
 
 
 def test_an_answer_that_comes_too_late_counts_for_nothing():
     """Neither in its own round nor in the next one."""
-    made = leader(2)
+    made = coordinator(2)
     made.next(0.0, True)
-    made.at(1, 0, 5)
+    made.ready(1, 0, 5)
     assert made.next(consensus.PATIENCE, True) == [consensus.Propose(1, None)]
-    made.decided(Go(1, None, []), False, consensus.PATIENCE)
-    made.at(1, 1, 50)
-    assert made.next(100.0, True) == [consensus.Post((0, 1), Ask(2))]
-    made.at(1, 1, 50)
-    made.at(2, 0, 6)
+    made.decided(Commit(1, None, []), False, consensus.PATIENCE)
+    made.ready(1, 1, 50)
+    assert made.next(100.0, True) == [consensus.Post((0, 1), Prepare(2))]
+    made.ready(1, 1, 50)
+    made.ready(2, 0, 6)
     assert made.next(100.0, True) == []
-    made.at(2, 1, 7)
+    made.ready(2, 1, 7)
     assert made.next(100.0, True) == [consensus.Propose(2, 8)]
 
 
 def test_what_a_member_does_before_the_decision_is_noted():
-    """Whoever read it in the store may be done, or gone with a fault, before the leader has noted it: that counts."""
-    made = leader(3)
+    """A rank that read it in the store may have applied it, or left by a fault, before the coordinator learns it."""
+    made = coordinator(3)
     made.next(0.0, True)
     for rank in range(3):
-        made.at(1, rank, 0)
+        made.ready(1, rank, 0)
     assert made.next(0.0, True) == [consensus.Propose(1, 1)]
-    made.did(1, 1)
-    made.kept(1, 1, "full")
-    made.gone(2, 1, "broken")
-    made.decided(Go(1, 1, []), True, 0.0)
-    made.did(1, 0)
-    assert made.next(0.0, True) == [consensus.Applied(1, "broken")]
-    made.kept(1, 0, None)
+    made.applied(1, 1)
+    made.reported(1, 1, "full")
+    made.leave(2, 1, "broken")
+    made.decided(Commit(1, 1, []), True, 0.0)
+    made.applied(1, 0)
+    assert made.next(0.0, True) == [consensus.AllApplied(1, "broken")]
+    made.reported(1, 0, None)
     ((number, fault),) = made.next(0.0, True)
     assert number == 1 and fault in ("full", "broken")
 
 
 def test_checkpoints_outlive_their_round():
     """Those of several rounds are open at once, each is told when it is whole, and spoilt by its own fault only."""
-    made = leader(2)
+    made = coordinator(2)
     for _ in range(2):
         decide(made, 0, 0, keeps=True)
         for rank in range(2):
-            made.did(made.number, rank)
-        assert made.next(0.0, False) == [consensus.Applied(made.number, None)]
+            made.applied(made.number, rank)
+        assert made.next(0.0, False) == [consensus.AllApplied(made.number, None)]
     assert made.keeping == [1, 2] and made.missing == []
-    made.kept(2, 0, None)
+    made.reported(2, 0, None)
     assert made.owes and made.missing == [1]
-    made.kept(1, 1, None)
-    made.kept(2, 1, "full")
-    assert made.next(0.0, False) == [consensus.Stored(2, "full")]
-    made.gone(1, 5, "it broke, but its part of the first was whole")
-    made.kept(1, 0, None)
-    assert made.next(0.0, False) == [consensus.Stored(1, None)] and not made.owes
+    made.reported(1, 1, None)
+    made.reported(2, 1, "full")
+    assert made.next(0.0, False) == [consensus.AllReported(2, "full")]
+    made.leave(1, 5, "it broke, but its part of the first was whole")
+    made.reported(1, 0, None)
+    assert made.next(0.0, False) == [consensus.AllReported(1, None)] and not made.owes
 
 
 def test_the_end_of_rank_0():
     """A round that is not decided is off, and no other begins."""
-    made = leader(2)
+    made = coordinator(2)
     made.next(0.0, True)
     assert made.close() == [consensus.Propose(1, None)]
-    made.decided(Go(1, None, []), False, 0.0)
+    made.decided(Commit(1, None, []), False, 0.0)
     assert made.next(1000.0, True) == [] and made.close() == []
 
 
 def test_a_fault_ends_all_agreement():
     """The round that is on is off, and no other begins."""
-    made = leader(3)
+    made = coordinator(3)
     made.next(0.0, True)
-    made.at(1, 0, 0)
-    made.gone(1, 0, "it broke")
+    made.ready(1, 0, 0)
+    made.leave(1, 0, "it broke")
     assert made.next(0.0, True) == [consensus.Propose(1, None)]
-    made.decided(Go(1, None, []), False, 0.0)
+    made.decided(Commit(1, None, []), False, 0.0)
     assert (made.next(1000.0, True), made.fault, made.state(1)) == ([], "it broke", "ended")

@@ -528,7 +528,7 @@ def goes_on(*made: Rank) -> None:
     until(lambda: all(rank.step > then + 20 for rank, then in zip(made, begun)))
 
 
-class Leader:
+class Coordinator:
     """Rank 0 of a line, played by hand: what it sends, and in which order, is the test's."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
@@ -544,19 +544,19 @@ class Leader:
 
 
 @contextmanager
-def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Leader, Rank]]:
-    """A leader, and rank 1, which is held at the end of its next step: round 1 is asked, and T is decided."""
-    leader, rank = Leader(connect), Rank(connect, 1, 2)
+def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Coordinator, Rank]]:
+    """A coordinator, and rank 1, which is held at the end of its next step: round 1 is asked, and T is decided."""
+    coordinator, rank = Coordinator(connect), Rank(connect, 1, 2)
     rank.begin()
     try:
-        assert leader.hear() == ["here", 1, {"pid": 1}]
-        leader.send("ask", 1)
-        kind, number, who, clock = leader.hear()
-        assert (kind, number, who) == ("at", 1, 1)
-        leader.due = clock + 5
-        leader.calls = [["name", "save_checkpoint", False]]
+        assert coordinator.hear() == ["join", 1, {"pid": 1}]
+        coordinator.send("prepare", 1)
+        kind, number, who, clock = coordinator.hear()
+        assert (kind, number, who) == ("ready", 1, 1)
+        coordinator.due = clock + 5
+        coordinator.calls = [["name", "save_checkpoint", False]]
         until(lambda: rank.holds)
-        yield leader, rank
+        yield coordinator, rank
     finally:
         rank.stop = True
         rank.thread.join(SOON)
@@ -566,38 +566,38 @@ def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Leader, Rank]]:
 @needs_torch
 def test_a_farewell_overtakes_the_decision(store, patient):
     """Rank 0 ends between its decision and the word of it: who is held reads what stands in the store, and obeys."""
-    with one_rank(store) as (leader, rank):
-        leader.voice.decide("go/1", [leader.due, leader.calls])
-        leader.send("over")
+    with one_rank(store) as (coordinator, rank):
+        coordinator.voice.decide("go/1", [coordinator.due, coordinator.calls])
+        coordinator.send("over")
         until(lambda: rank.applied)
-        assert rank.applied == [(leader.due, leader.calls)]
+        assert rank.applied == [(coordinator.due, coordinator.calls)]
         goes_on(rank)
 
 
 @needs_torch
 def test_a_farewell_while_nothing_is_decided(store, patient):
     """The round is off from then on, and nobody is held."""
-    with one_rank(store) as (leader, rank):
-        leader.send("over")
+    with one_rank(store) as (coordinator, rank):
+        coordinator.send("over")
         goes_on(rank)
-        assert leader.voice.decide("go/1", [leader.due, leader.calls]) == [None, []] and not rank.applied
+        assert coordinator.voice.decide("go/1", [coordinator.due, coordinator.calls]) == [None, []] and not rank.applied
 
 
 @needs_torch
 def test_a_question_that_comes_too_late(store, patient):
     """A round is off before a rank hears of it: it is not held by it, and a later one is not forgotten for it."""
-    with one_rank(store) as (leader, rank):
-        leader.send("go", 2, None, [])
+    with one_rank(store) as (coordinator, rank):
+        coordinator.send("commit", 2, None, [])
         goes_on(rank)
-        leader.send("ask", 2)
+        coordinator.send("prepare", 2)
         goes_on(rank)
-        leader.send("ask", 3)
-        while (answer := leader.hear())[:2] != ["at", 3]:
+        coordinator.send("prepare", 3)
+        while (answer := coordinator.hear())[:2] != ["ready", 3]:
             pass
-        leader.send("go", 3, answer[3] + 50, leader.calls)
-        leader.send("ask", 1)
+        coordinator.send("commit", 3, answer[3] + 50, coordinator.calls)
+        coordinator.send("prepare", 1)
         until(lambda: rank.applied)
-        assert rank.applied == [(answer[3] + 50, leader.calls)]
+        assert rank.applied == [(answer[3] + 50, coordinator.calls)]
 
 
 @needs_torch
@@ -642,7 +642,7 @@ def test_a_leader_that_falls_silent_after_asking(store, hasty):
 
 
 @needs_torch
-def test_a_rank_is_told_before_the_leader(store, hasty):
+def test_a_rank_is_told_before_the_coordinator(store, hasty):
     """Rank 0 has written its decision and not heard so when another, out of patience, has read it and done its part."""
     back, real = threading.Event(), store()
 
@@ -653,8 +653,8 @@ def test_a_rank_is_told_before_the_leader(store, hasty):
 
     def send(key: str, data: str) -> None:
         real.set(key, data)
-        if '"ask"' in data:  # so that it is the mouth that decides, and the ear that hears what comes too early
-            until(lambda: 1 in made[0].group._leader._answers)
+        if '"prepare"' in data:  # so that it is the mouth that decides, and the ear that hears what comes too early
+            until(lambda: 1 in made[0].group._coordinator._answers)
 
     with training(store, 2, begin=False) as made:
         torn(made[0], lambda: Torn(store(), compare_set=stuck, set=send))
@@ -681,7 +681,7 @@ def test_an_ear_breaks_while_its_rank_is_held(store, patient):
         if asked:
             raise RuntimeError("Connection reset by peer")
         data = real.get(key)
-        asked.extend([1] if b"ask" in data else [])
+        asked.extend([1] if b"prepare" in data else [])
         return data
 
     with training(store, 2, begin=False) as made:
@@ -707,7 +707,7 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
 
     def get(key: str) -> bytes:
         data = real.get(key)
-        if b"go" in data:
+        if b"commit" in data:
             back.wait(SOON)
         return data
 
