@@ -25,7 +25,7 @@ from . import api
 _SLACK: Final = 3.0
 #: Seconds between SIGTERM and SIGKILL.
 GRACE: Final = 10.0
-#: Seconds for the stacks of one rank: see ``dump.dump_of``.
+#: Seconds for the stacks of one rank: see ``dump.dump_stacks``.
 _DUMP: Final = 6.0
 #: Ranks whose stacks are read at once.
 _AT_ONCE: Final = 32
@@ -154,7 +154,7 @@ def _stacks_of(rank: RankRecord | None) -> str | FindError:
     if rank is None or rank.stack_fd is None:
         return FindError("it does not answer, and its process records no stacks")
     try:
-        return stack_dump.dump_of(rank.identity, rank.stack_fd, Deadline(_DUMP))
+        return stack_dump.dump_stacks(rank.identity, rank.stack_fd, Deadline(_DUMP))
     except FindError as err:
         return err
 

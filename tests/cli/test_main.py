@@ -461,7 +461,7 @@ def test_stacks_of_a_job_that_keeps_the_interpreter_lock(jobs_dir, impatient, ca
         publish(jobs_dir, records)
         until(path.exists)
         code, out, err = run(capsys, "stacks", "job", "--timeout=0.1")
-        assert code == 0 and "in keep_the_lock_in_c" in out and out.count("MainThread") == 1
+        assert code == 0 and "in hold_the_lock_in_c" in out and out.count("MainThread") == 1
         assert "what can be seen from here" in err
         code, out, err = run(capsys, "ranks", "job", "--timeout=0.1")
         assert code == 4 and "no answer in time: ranks 0, 1" in out and str(first.pid) in out

@@ -19,14 +19,14 @@ from forgather_control.jobs.record import JobRecord
 from forgather_control.processes import liveness, stack_dump
 from forgather_control.processes.liveness import current_process, judge
 
-from ..processes.test_stack_dump import recording
+from ..processes.test_stack_dump import dumping
 from ..support.harness import MS, SOON, Process, needs_root, running_loop, serving, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has memfds and /proc")
 
 #: A rank that hangs without the interpreter lock, and one that keeps it.
 WAITS = "sys.stdin.readline()\nprint('unhurt', flush=True)"
-KEEPS = "keep_the_lock_in_c()\nprint('unhurt', flush=True)"
+KEEPS = "hold_the_lock_in_c()\nprint('unhurt', flush=True)"
 #: As above, and clients can connect, as to a job whose interpreter lock is held.
 LISTENS = "one = socket.socket(socket.AF_UNIX)\none.bind({path!r})\none.listen()\n"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\n"
@@ -35,7 +35,7 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)
 @pytest.fixture
 def impatient(monkeypatch):
     """Nobody waits as long as a person would."""
-    monkeypatch.setattr(stack_dump, "_SILENCE", 300 * MS)
+    monkeypatch.setattr(stack_dump, "_LOCK_HELD", 300 * MS)
     monkeypatch.setattr(recovery, "_SLACK", 200 * MS)
     monkeypatch.setattr(recovery, "GRACE", 300 * MS)
     monkeypatch.setattr(connection, "_GRACE", 200 * MS)
@@ -58,7 +58,7 @@ def publish(jobs_dir, ranks, world_size=None, ranks_file_too=True, **changes):
 def ranks(*sources):
     """A process for each source; yields them and their records."""
     with ExitStack() as stack:
-        found = [stack.enter_context(recording(source)) for source in sources]
+        found = [stack.enter_context(dumping(source)) for source in sources]
         records = [RankRecord.of(rank, identity, fd) for rank, (_, identity, fd) in enumerate(found)]
         yield [other for other, _, _ in found], records
 
@@ -196,7 +196,7 @@ def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
             return all("most recent call first" in one["stacks"] for one in rows) and (rows, why)
 
         rows, why = until(told)
-        assert all("in keep_the_lock_in_c" in one["stacks"] for one in rows) and why == {}
+        assert all("in hold_the_lock_in_c" in one["stacks"] for one in rows) and why == {}
         for other in processes:
             other.say("go on")
             assert other.line() == "unhurt"

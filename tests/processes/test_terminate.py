@@ -13,41 +13,27 @@ import threading
 import psutil
 import pytest
 
+from forgather_control.processes import terminate as terminate_module
 from forgather_control.processes.liveness import Identity, current_process, judge
-from forgather_control.processes.terminate import Grip, terminate
+from forgather_control.processes.terminate import terminate
 
 from ..support.harness import MS, ROOT, SOON, Process, descriptors, needs_root, until
 from .conftest import WHO
 
-#: As WHO, but SIGTERM does not end it.
+#: As WHO, but it ignores SIGTERM.
 DEAF = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{WHO}"
 LAST_PID = "/proc/sys/kernel/ns_last_pid"
 
-both_ways = pytest.mark.parametrize("pidfd", [True, False], ids=["pidfd", "without"])
-
-
-@pytest.fixture
-def choose(monkeypatch):
-    """Lets a test run on a system without pidfd_open(2)."""
-
-    def choose(pidfd):
-        if not pidfd:
-            monkeypatch.setattr(os, "pidfd_open", lambda pid: (_ for _ in ()).throw(OSError(38, "not here")))
-
-    return choose
-
 
 def who(other):
-    """The identity that a child of WHO prints."""
+    """Return the identity that a child of WHO prints."""
     return Identity(**json.loads(other.line()))
 
 
 @pytest.mark.once
-@both_ways
-def test_end_asks_first_and_then_kills(choose, pidfd):
-    """SIGTERM to all at once, SIGKILL after the grace to the deaf and the stopped; each is told as it went."""
-    choose(pidfd)
-    gc.collect()  # what earlier tests left is not ours to count
+def test_sigterm_first_then_sigkill():
+    """All get SIGTERM at once; after the grace, those that ignore it or are stopped get SIGKILL."""
+    gc.collect()  # descriptors that earlier tests left are not counted
     before = descriptors()
     with Process(WHO) as good, Process(DEAF) as deaf, Process(WHO) as stopped, Process(WHO) as dead:
         all_of_them = [who(one) for one in (good, deaf, stopped, dead)]
@@ -61,20 +47,16 @@ def test_end_asks_first_and_then_kills(choose, pidfd):
     assert descriptors() == before
 
 
-@both_ways
-def test_end_waits_no_longer_than_it_takes(choose, pidfd):
-    """A grace of an hour is over when the last one has ended; a zombie has ended."""
-    choose(pidfd)
+def test_it_returns_when_the_last_process_has_ended():
+    """A grace of an hour is not waited for; a zombie counts as ended, and is left for its parent to reap."""
     with Process(WHO) as other:
         identity = who(other)
         assert terminate([identity], 3600.0) == [(identity, "ended")]
         assert other.popen.wait(SOON) == -15
 
 
-@both_ways
-def test_end_hits_no_process_that_only_has_the_pid(choose, pidfd, child):
-    """An identity of another start, boot or namespace: nothing is sent."""
-    choose(pidfd)
+def test_a_process_that_only_has_the_pid_is_spared(child):
+    """For an identity of another start, boot or namespace nothing is sent."""
     other, identity = child
     for changes in ({"started_at": identity.started_at - 60}, {"boot_id": "another"}):
         assert terminate([identity._replace(**changes)], 0.0)[0][1] == "gone"
@@ -83,8 +65,8 @@ def test_end_hits_no_process_that_only_has_the_pid(choose, pidfd, child):
     assert other.end() == 0
 
 
-def test_end_lets_them_end_by_themselves_first(child):
-    """Who goes within the patience is told as gone, and was sent nothing."""
+def test_processes_may_end_by_themselves_first(child):
+    """A process that ends within the patience is reported as gone, and is sent nothing."""
     other, identity = child
     ended = threading.Timer(50 * MS, other.popen.stdin.close)
     ended.start()
@@ -93,8 +75,8 @@ def test_end_lets_them_end_by_themselves_first(child):
     ended.join(SOON)
 
 
-def test_end_spares_others_users_and_itself(child):
-    """Root is not talked into ending another user's process, and nobody into ending himself."""
+def test_other_users_processes_and_this_one_are_spared(child):
+    """With an owner, root ends no other user's process; and no process ends itself."""
     _, identity = child
     assert terminate([identity], 0.0, owner=os.getuid() + 1) == [(identity, "refused")]
     assert terminate([current_process()], 0.0) == [(current_process(), "refused")]
@@ -103,8 +85,8 @@ def test_end_spares_others_users_and_itself(child):
 
 
 @needs_root
-def test_end_of_what_may_not_be_signalled():
-    """Where the kernel says no, it is told as refused."""
+def test_a_process_that_may_not_be_signalled():
+    """Where the kernel refuses the signal, the outcome is "refused"."""
     source = f"""
     import os, select, signal
     from forgather_control.processes.liveness import Identity, judge
@@ -119,24 +101,25 @@ def test_end_of_what_may_not_be_signalled():
 
 @needs_root
 @pytest.mark.skipif(not os.path.exists(LAST_PID), reason="this kernel does not let us choose a pid")
-def test_a_signal_never_reaches_the_next_owner_of_a_pid():
-    """The pid is really used again, within the two seconds in which a start time proves nothing."""
+def test_a_signal_is_not_sent_to_the_next_owner_of_a_pid():
+    """The pid really is reused, after the identity was checked and before the signal."""
+    outcomes = {}
     with Process(WHO) as first:
         identity = who(first)
-        with Grip(identity) as grip:
-            first.popen.stdin.close()
-            first.end()
-            with _of_pid(identity.pid) as second:
-                with pytest.raises(ProcessLookupError):
-                    grip.send(signal.SIGKILL)
-                assert grip.has_ended() and second.poll() is None
-                assert terminate([identity._replace(started_at=1.0)], 0.0)[0][1] == "gone" and second.poll() is None
-                second.kill()
-                second.wait(SOON)
+        process = terminate_module._acquire(identity, None, outcomes)
+        first.popen.stdin.close()
+        first.end()
+        with _of_pid(identity.pid) as second:
+            assert terminate_module._has_ended(process)
+            left = terminate_module._send({identity: process}, signal.SIGKILL, "ended", outcomes)
+            assert (left, outcomes) == ({}, {identity: "ended"}) and second.poll() is None
+            assert terminate([identity._replace(started_at=1.0)], 0.0)[0][1] == "gone" and second.poll() is None
+            second.kill()
+            second.wait(SOON)
 
 
 def _of_pid(pid):
-    """A process of this very pid."""
+    """Start a process of this pid."""
     for _ in range(1000):
         with open(LAST_PID, "w", encoding="ascii") as file:
             file.write(str(pid - 1))
@@ -145,19 +128,4 @@ def _of_pid(pid):
             return child
         child.kill()
         child.wait(SOON)
-    raise AssertionError(f"pid {pid} did not come again")
-
-
-def test_a_grip_sees_the_end_and_lets_go(child):
-    """Held, a process ends as any other; what holds it is one descriptor, until it is closed."""
-    other, identity = child
-    before = descriptors()
-    with Grip(identity) as grip:
-        assert not grip.has_ended()
-        other.kill()
-        assert grip.has_ended()
-        with pytest.raises(ProcessLookupError):
-            grip.send(0)
-    assert descriptors() == before
-    with pytest.raises(ProcessLookupError):
-        Grip(identity)
+    raise AssertionError(f"pid {pid} was not assigned again")

@@ -383,7 +383,7 @@ def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code
     [
         ("file_transport.FileTransport(record.JobRecord(job, 'h', None, pid, 1.0), lambda: None)", "FindError"),
         (
-            "dump.dump_of(process.current_process()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))",
+            "dump.dump_stacks(process.current_process()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))",
             "FindError",
         ),
         ("jobs.remove_tree(root, job)", "JobsDirUnusable"),

@@ -1,0 +1,71 @@
+"""Threads and their signals, as /proc shows them (proc(5)), and signals to one thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+#: The first real-time signal that may be free: glibc keeps the first two, and other libraries begin at the next.
+FIRST_SIGNAL: Final = 42
+_STATES: Final = {
+    "D": "its main thread waits in the kernel, for a disk, a network file system or a device",
+    "T": "it is stopped (SIGSTOP)",
+    "t": "a debugger has stopped it",
+    "R": "its main thread runs",
+    "S": "its main thread sleeps",
+}
+
+
+def field(path: str, name: str) -> str:
+    """Return a field of a ``status`` file.
+
+    Raises:
+        OSError: there is no such process or thread.
+        ValueError: it has no such field.
+    """
+    with open(path, encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return line.partition(":")[2].strip()
+    raise ValueError(f"{path} has no {name}")
+
+
+def is_in(path: str, name: str, signum: int) -> bool:
+    """Whether a signal is in a mask of a ``status`` file, such as ``SigCgt``, the signals that are caught."""
+    return bool(int(field(path, name), 16) >> signum - 1 & 1)
+
+
+def state(pid: int) -> str:
+    """Return in words what the main thread of a process is doing."""
+    letter = field(f"/proc/{pid}/status", "State")[:1]
+    return _STATES.get(letter, f"its state is {ascii(letter)}")
+
+
+def free_signal() -> int | None:
+    """Return a real-time signal that this process neither catches, ignores, blocks nor waits for."""
+    try:
+        candidates = range(max(FIRST_SIGNAL, signal.SIGRTMIN), signal.SIGRTMAX + 1)
+        blocked_here = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        for signum in candidates:
+            used = (is_in("/proc/self/status", mask, signum) for mask in ("SigCgt", "SigIgn", "SigBlk"))
+            if signum not in blocked_here and not any(used):
+                return signum
+    except (OSError, AttributeError):  # this system has no /proc, or no real-time signals
+        pass
+    return None
+
+
+def send_to_thread(pid: int, thread: int, signum: int) -> None:
+    """Send a signal to one thread of a process (tgkill(2)).
+
+    Raises:
+        OSError: there is no such thread, it belongs to another user, or this system cannot do it.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "tgkill"):  # glibc has it since 2.30
+        raise OSError("this system's C library cannot send a signal to one thread")
+    if libc.tgkill(pid, thread, signum) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
