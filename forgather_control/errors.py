@@ -3,7 +3,7 @@
 The question each branch answers is *whose fault*::
 
     ControlError                    -32000
-    ├── WireError                   -32099   the line: nothing was done
+    ├── WireError                   -31099   the line: nothing was done
     │   ├── ParseError              -32700
     │   ├── InvalidRequest          -32600
     │   ├── MethodNotFound          -32601
@@ -15,20 +15,22 @@ The question each branch answers is *whose fault*::
     │   ├── NotCancellable          -32004   already applied, or already over
     │   ├── TooManyCommands         -32005   a bound was reached; nothing was queued
     │   ├── JobEnding               -32006   training ends: the command could not be applied
-    │   └── DeadlinePassed          -32007   (also a TimeoutError) the command itself goes on
-    ├── FindError                   -32020   the name of a job, or its silence
-    │   ├── NoSuchJob               -32021   (also a LookupError)
-    │   ├── AmbiguousJob            -32022   (also a LookupError) a prefix of several, or none named
-    │   ├── JobDead                 -32023   (also a ConnectionError) nobody is there any more
-    │   ├── JobNotAnswering         -32024   (also a TimeoutError) the process lives, its socket is silent
-    │   └── NotAuthenticated        -32025   (also a PermissionError) one side could not prove who it is
-    └── StartError                  -32040   a job that cannot be made controllable; it trains on
-        ├── BadJobId                -32041   (also a ValueError)
-        ├── JobIdTaken              -32042
-        ├── JobsDirUnusable         -32043
-        ├── Unsupported             -32044
-        ├── PortTaken               -32045
-        └── TlsUnusable             -32046
+    │   ├── DeadlinePassed          -32007   (also a TimeoutError) the wait ended; the command is still pending
+    │   ├── CommandRefused          -32008   this job cannot do it; nothing was queued
+    │   └── CommandExpired          -32009   read after its expires_at; nothing was queued
+    ├── FindError                   -31020   the name of a job, or its silence
+    │   ├── NoSuchJob               -31021   (also a LookupError)
+    │   ├── AmbiguousJob            -31022   (also a LookupError) a prefix of several, or none named
+    │   ├── JobDead                 -31023   (also a ConnectionError) nobody is there any more
+    │   ├── JobNotAnswering         -31024   (also a TimeoutError) the process lives, its socket is silent
+    │   └── NotAuthenticated        -31025   (also a PermissionError) one side could not prove who it is
+    └── StartError                  -31040   a job that cannot be made controllable; it trains on
+        ├── BadJobId                -31041   (also a ValueError)
+        ├── JobIdTaken              -31042
+        ├── JobsDirUnusable         -31043
+        ├── Unsupported             -31044
+        ├── PortTaken               -31045
+        └── TlsUnusable             -31046
 
 An error keeps its facts in ``data``, a JSON object that travels with it; ``from_wire`` makes the
 same class again on the other side.
@@ -59,7 +61,7 @@ class ControlError(Exception):
 class WireError(ControlError):
     """The request line was at fault; nothing was done."""
 
-    code = -32099
+    code = -31099
 
 
 class ParseError(WireError):
@@ -134,82 +136,94 @@ class DeadlinePassed(CommandError, TimeoutError):
     code = -32007
 
 
+class CommandRefused(CommandError):
+    """This job cannot do what was asked; nothing was queued. ``data["needs"]`` names what it lacks."""
+
+    code = -32008
+
+
+class CommandExpired(CommandError):
+    """The job read the request after its ``expires_at``; nothing was queued."""
+
+    code = -32009
+
+
 class FindError(ControlError):
     """No job could be talked to."""
 
-    code = -32020
+    code = -31020
 
 
 class NoSuchJob(FindError, LookupError):
     """No job of this id or prefix, or no live job at all."""
 
-    code = -32021
+    code = -31021
 
 
 class AmbiguousJob(FindError, LookupError):
     """Several jobs fit; ``data["candidates"]`` names them."""
 
-    code = -32022
+    code = -31022
 
 
 class JobDead(FindError, ConnectionError):
     """The job's process is gone, or went away before it answered."""
 
-    code = -32023
+    code = -31023
 
 
 class JobNotAnswering(FindError, TimeoutError):
     """The job's process lives, or its host is another one, and its socket did not answer in time."""
 
-    code = -32024
+    code = -31024
 
 
 class NotAuthenticated(FindError, PermissionError):
     """The token is not the job's, or the certificate is not."""
 
-    code = -32025
+    code = -31025
 
 
 class StartError(ControlError):
     """This job cannot be controlled. Adapters turn it into one warning; training goes on."""
 
-    code = -32040
+    code = -31040
 
 
 class BadJobId(StartError, ValueError):
     """A job id is 1 to 128 of ``A-Z a-z 0-9 . _ -`` and starts with neither a dot nor a dash."""
 
-    code = -32041
+    code = -31041
 
 
 class JobIdTaken(StartError):
     """Another live job holds this id; ``data`` has its ``pid`` and ``host``."""
 
-    code = -32042
+    code = -31042
 
 
 class JobsDirUnusable(StartError):
     """The jobs directory cannot be made, is not safe, or belongs to somebody else."""
 
-    code = -32043
+    code = -31043
 
 
 class Unsupported(StartError):
     """What was asked for is not in this version."""
 
-    code = -32044
+    code = -31044
 
 
 class PortTaken(StartError):
     """The TCP port cannot be had; the job is controlled over its socket alone."""
 
-    code = -32045
+    code = -31045
 
 
 class TlsUnusable(StartError):
     """Certificate and key cannot be used; the port is not opened, as it would be open without them."""
 
-    code = -32046
+    code = -31046
 
 
 def _classes(base: type[ControlError]) -> dict[int, type[ControlError]]:

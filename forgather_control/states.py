@@ -6,7 +6,7 @@ The types below list the words of each group for the type checker and for ``typi
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 # A process, judged from this host (processes.liveness.judge).
 
@@ -36,6 +36,7 @@ JOB_FOREIGN: Final = "foreign"  #: It is on another host: unknown.
 JOB_RUNNING: Final = "running"  #: Its process runs, and its socket was not tried (in answers to ``list_jobs``).
 
 JobState = Literal["live", "silent", "dead", "foreign", "running"]
+JOB_STATES: Final[tuple[str, ...]] = get_args(JobState)
 
 # A rank of a job, as ``ranks`` and ``stacks`` answer.
 
@@ -45,6 +46,7 @@ RANK_ENDED: Final = "ended"  #: Its training ended.
 RANK_ABSENT: Final = "absent"  #: It never joined, or was lost, or its process is gone.
 
 RankState = Literal["answering", "silent", "ended", "absent"]
+RANK_STATES: Final[tuple[str, ...]] = get_args(RankState)
 
 # A command, in the order of its life; the last three states are final.
 
@@ -55,6 +57,45 @@ COMMAND_FAILED: Final = "failed"  #: It ended with an error.
 COMMAND_CANCELLED: Final = "cancelled"  #: A client took it back before it was applied.
 
 CommandState = Literal["accepted", "applied", "finished", "failed", "cancelled"]
+COMMAND_STATES: Final[tuple[str, ...]] = get_args(CommandState)
+FINAL_STATES: Final = frozenset(COMMAND_STATES[2:])
+#: The states that a caller can wait for.
+AWAITED_STATES: Final = COMMAND_STATES[:3]
+
+# What must have happened before a command is finished (``Method.finishes_when``).
+
+WHEN_APPLIED: Final = "applied"  #: Every rank has applied it.
+WHEN_SAVED: Final = "saved"  #: Every rank has written its part of a checkpoint.
+WHEN_EVALUATED: Final = "evaluated"  #: Every rank has evaluated.
+WHEN_REPORTED: Final = "reported"  #: Every rank has reported its result.
+WHEN_ENDED: Final = "ended"  #: Training has ended.
+#: Those that each rank reports for itself, after it has applied the command.
+RANK_REPORTS: Final = frozenset((WHEN_SAVED, WHEN_EVALUATED, WHEN_REPORTED))
+
+# How a command reached the job: ``requested_by.via`` in its record.
+
+VIA_SOCKET: Final = "socket"
+VIA_TCP: Final = "tcp"
+VIA_FILE: Final = "file"
+VIA_SIGNAL: Final = "signal"
+VIA_RULE: Final = "rule"
+
+Via = Literal["socket", "tcp", "file", "signal", "rule"]
+VIAS: Final[tuple[str, ...]] = get_args(Via)
+
+# The kinds of events (``subscribe``).
+
+EVENT_STARTED: Final = "started"  #: The job can be controlled.
+EVENT_PROGRESS: Final = "progress"  #: Step and speed; at most five a second, only while a client subscribes.
+EVENT_PHASE: Final = "phase"  #: ``status`` changed.
+EVENT_COMMAND: Final = "command"  #: A command's record changed.
+EVENT_CHECKPOINT: Final = "checkpoint"  #: A checkpoint is complete on disk.
+EVENT_METRICS: Final = "metrics"  #: Values were logged; at most five a second, only while a client subscribes.
+EVENT_RANK: Final = "rank"  #: A rank joined, or can no longer be reached.
+EVENT_ENDED: Final = "ended"  #: Training has ended.
+
+EventKind = Literal["started", "progress", "phase", "command", "checkpoint", "metrics", "rank", "ended"]
+EVENT_KINDS: Final[tuple[str, ...]] = get_args(EventKind)
 
 # What training is doing: ``status`` in the answer to ``status``.
 
@@ -67,3 +108,4 @@ STATUS_STOPPING: Final = "stopping"  #: A command that ends training was applied
 STATUS_ENDED: Final = "ended"
 
 TrainingStatus = Literal["starting", "training", "evaluating", "saving", "paused", "stopping", "ended"]
+TRAINING_STATUSES: Final[tuple[str, ...]] = get_args(TrainingStatus)

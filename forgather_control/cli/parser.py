@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Final
 
 from ..errors import ControlError
-from ..wire import addresses, methods
+from ..wire import addresses, builtin, methods, schemas
 
 #: Characters of a token's file that are read; ours have 43.
 _MAX_TOKEN: Final = 4096
@@ -69,7 +69,7 @@ def _parser(prog: str, verb: str | None = None) -> argparse.ArgumentParser:
     )
     _add_ssh(parser, None)
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog=prog, dest="verb")
-    for method in methods.TABLE.values():
+    for method in builtin.BUILTIN:
         if method.verb is not None and verb in (None, method.verb):
             _add_method(verbs, method)
     for name, add in _MORE.items():
@@ -104,7 +104,7 @@ _MORE: Final[dict[str, Callable[[Any], None]]] = {
     "rpc": _add_rpc,
     "dial-stdio": _add_dial,
 }
-_VERBS: Final = {*_MORE, *(method.verb for method in methods.TABLE.values() if method.verb)}
+_VERBS: Final = {*_MORE, *(method.verb for method in builtin.BUILTIN if method.verb)}
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -148,12 +148,13 @@ def _add_method(verbs: Any, method: methods.Method) -> None:
     _add_ways(parser)
     if method.name == "abort":
         parser.add_argument("--force", action="store_true", help="do not ask")
-    if methods.PATIENCE in method.params:
+    timeout = method.param("timeout")
+    if timeout is not None and not method.is_command:
         parser.add_argument(
             "--timeout",
             metavar="SECONDS",
-            type=lambda text: _checked(text, methods.PATIENCE),
-            default=methods.PATIENCE.default,
+            type=lambda text: _checked(text, timeout),
+            default=timeout.default,
             help="how long to wait for each rank (default %(default)g)",
         )
     if method.is_command:
@@ -237,7 +238,7 @@ def _add_waits(parser: argparse.ArgumentParser, method: methods.Method) -> None:
 
 def _checked(text: str, param: methods.Param) -> float:
     try:
-        return float(param.check(float(text)))
+        return float(schemas.check(param.schema, float(text)))
     except ValueError as err:
         most = f"{param.schema['maximum']:g}"
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {most}") from err

@@ -14,7 +14,7 @@ from ..deadline import Deadline
 from ..errors import CommandFailed, ControlError, JobDead, JobNotAnswering, NotAuthenticated
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
-from ..wire import addresses, jsonrpc, methods
+from ..wire import addresses, builtin, jsonrpc
 from ..wire.records import CommandRecord
 
 #: Seconds for a call that waits for nothing but the answer.
@@ -144,7 +144,7 @@ class Client:
     def call_raw(self, method: str, params: dict[str, Any] | list[Any]) -> Any:
         """As :meth:`call`, with parameters by name or by position as they stand on the wire."""
         self._last_id += 1
-        known = methods.TABLE.get(method)
+        known = builtin.BUILTIN.get(method)
         self._fate = f"; whether its {method} was carried out is not known" if known and known.is_command else ""
         seconds = self._seconds(method, params)
         self._send(jsonrpc.request(method, params, self._last_id))
@@ -154,7 +154,7 @@ class Client:
         return reply.result
 
     def _seconds(self, method: str, params: dict[str, Any] | list[Any]) -> float | None:
-        known = methods.TABLE.get(method)
+        known = builtin.BUILTIN.get(method)
         given = known.by_name(params) if known is not None and known.is_command else {}
         if given.get("wait", "accepted") == "accepted":
             return self._timeout

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 from .. import states
 from ..errors import Unsupported
-from ..wire import methods
+from ..wire import builtin
 from . import poll
 from .consensus import Calls
 
@@ -191,7 +191,7 @@ class PollingGroup(_LocalGroup):
         self._steps, self._count = steps, 0
         self._outcomes: list[Outcome] = []
         self._closed = False
-        names = tuple(method.name for method in methods.TABLE.values() if method.is_command)
+        names = tuple(method.name for method in builtin.BUILTIN if method.is_command)
         self._ring = poll.CollectivePoll((*names, _FAULT))
 
     def start(self, fault: str | None = None) -> None:

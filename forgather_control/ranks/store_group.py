@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from .. import states
-from ..wire import methods
+from ..wire import builtin
 from . import consensus
 from .channel import StoreChannel, StoreSender
 from .consensus import Calls
@@ -374,7 +374,7 @@ class StoreGroup:
 
 
 def _saves(calls: Calls) -> bool:
-    return any("saved" in methods.TABLE[call[1]].completes for call in calls)
+    return any("saved" in builtin.BUILTIN[call[1]].finishes_when for call in calls)
 
 
 def _wire(message: tuple[Any, ...]) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from ..errors import ControlError, InternalError, JobEnding, TooManyCommands
 from ..wire import jsonrpc
+from ..wire.limits import MAX_LINE
 from . import limits
 
 log = logging.getLogger("forgather_control")
@@ -135,7 +136,7 @@ class Dispatcher:
             message = jsonrpc.parse_message(line)
         except ControlError as err:
             connection.send(jsonrpc.response(None, err))
-            if len(line) > jsonrpc.MAX_LINE:
+            if len(line) > MAX_LINE:
                 connection.stop_reading()
             return
         exchange = _Exchange(connection, message.is_batch, self._room() if message.is_batch else 0)

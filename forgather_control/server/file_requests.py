@@ -23,7 +23,8 @@ from typing import Any, Final, NamedTuple
 from ..errors import ControlError, InvalidRequest, ParseError, TooManyCommands
 from ..jobs import spool
 from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
-from ..wire import jsonrpc, methods
+from ..wire import builtin, jsonrpc
+from ..wire.limits import MAX_LINE
 from . import limits
 from .dispatcher import Peer, ReplySink
 
@@ -200,7 +201,7 @@ class FileRequestServer:
         if not name.endswith(SUFFIX):
             return True
         try:
-            found = spool.read(box, name, jsonrpc.MAX_LINE + 2)
+            found = spool.read(box, name, MAX_LINE + 2)
         except FileNotFoundError:
             return False
         if found is None or _is_json(found[0]):
@@ -216,7 +217,7 @@ class FileRequestServer:
         """How many requests that was: one, unless it is gone."""
         try:
             os.rename(name, self._taken, src_dir_fd=box, dst_dir_fd=box)
-            found = spool.read(box, self._taken, jsonrpc.MAX_LINE + 2)
+            found = spool.read(box, self._taken, MAX_LINE + 2)
         except FileNotFoundError:  # its writer took it back
             return 0
         finally:
@@ -379,7 +380,7 @@ def _stamp(facts: os.stat_result) -> object:
 
 
 def _is_request(name: str) -> bool:
-    return spool.is_file_name(name) and (name.endswith(SUFFIX) or name in methods.TABLE)
+    return spool.is_file_name(name) and (name.endswith(SUFFIX) or name in builtin.BUILTIN)
 
 
 def _aged(entry: os.DirEntry[str], box: int) -> tuple[int, str] | None:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import NotAuthenticated
 from ..wire import addresses, jsonrpc
+from ..wire.limits import MAX_LINE
 from . import auth, limits
 from .budget import CpuBudget
 from .connection import Connection, TlsConnection
@@ -273,7 +274,7 @@ class Server:
                     self._selector.unregister(each)
 
     def _adopt(self, sock: socket.socket) -> None:
-        self._admit(Connection(sock, jsonrpc.MAX_LINE, Peer("socket", *addresses.peer_ids(sock))))
+        self._admit(Connection(sock, MAX_LINE, Peer("socket", *addresses.peer_ids(sock))))
 
     def _adopt_stranger(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         strangers = [connection for connection in self._connections.values() if connection.is_stranger]
@@ -384,7 +385,7 @@ class Server:
         verdict, reply = self._gate.judge(line)
         if verdict == "welcome":
             connection.is_stranger = False
-            connection.max_line = jsonrpc.MAX_LINE
+            connection.max_line = MAX_LINE
             return True
         if verdict == "wrong":
             connection.stop_reading()

@@ -55,23 +55,27 @@ class RequestedActions:
         return self.stop or self.save or self.abort
 
     def request_stop(self) -> None:
-        """See ``commands.Loop``."""
+        """See ``builtin.TrainingLoop``."""
         self.stop = True
 
-    def request_save(self) -> None:
-        """See ``commands.Loop``."""
-        self.save = True
+    def request_save(self, evaluate: Any = "auto") -> None:
+        """See ``builtin.TrainingLoop``."""
+        self.save, self.evaluate = True, evaluate is not False
 
     def request_evaluate(self) -> None:
-        """See ``commands.Loop``."""
+        """See ``builtin.TrainingLoop``."""
         self.evaluate = True
 
+    def cannot(self, need: str, params: dict[str, Any]) -> str | None:
+        """See ``builtin.TrainingLoop``."""
+        return "this training loop cannot evaluate on request" if need == "evaluate" else None
+
     def request_end(self) -> None:
-        """See ``commands.Loop``."""
+        """See ``builtin.TrainingLoop``."""
         self.stop = self.skip_save = True
 
     def request_abort(self) -> None:
-        """See ``commands.Loop``."""
+        """See ``builtin.TrainingLoop``."""
         self.abort = True
 
 

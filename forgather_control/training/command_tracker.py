@@ -17,8 +17,9 @@ from typing import Any, Final
 from ..errors import CommandFailed, ControlError
 from ..ranks.consensus import Calls
 from ..ranks.group import RankGroup
-from ..wire import methods
-from ..wire.methods import Loop
+from ..wire import builtin
+from ..wire.builtin import TrainingLoop
+from ..wire.methods import COMMON
 from ..wire.records import CommandRecord
 from .command_queue import Mailbox
 
@@ -52,13 +53,14 @@ class Ledger:
         """Whether training is to end."""
         return bool(self._ending)
 
-    def apply(self, calls: Calls, loop: Loop, step: int, group: RankGroup) -> None:
+    def apply(self, calls: Calls, loop: TrainingLoop, step: int, group: RankGroup) -> None:
         """Run the commands that all ranks run after this step."""
         for _, command, spare in calls:
             if spare:
                 loop.request_end()
             else:
-                methods.TABLE[command].run(loop)
+                method = builtin.BUILTIN[command]
+                method.run(loop, **{p.name: p.default for p in method.params[len(COMMON) :]})
         group.applied(calls, step)
         for call in calls:
             self._follow(group, *call)
@@ -67,7 +69,7 @@ class Ledger:
 
     def _follow(self, group: RankGroup, command_id: str, command: str, spare: bool) -> None:
         now = time.monotonic()
-        completes = methods.TABLE[command].completes
+        completes = builtin.BUILTIN[command].finishes_when
         if "ended" in completes:
             self._ending[command_id] = now
         if spare and self._checkpoint is not None:

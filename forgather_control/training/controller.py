@@ -42,8 +42,8 @@ from ..server.file_requests import FileRequestServer
 from ..server.server import Server
 from ..server.tcp import BoundPort
 from ..version import PROTOCOL, VERSION
-from ..wire import jsonrpc, methods
-from ..wire.methods import Loop
+from ..wire import builtin, discovery, jsonrpc
+from ..wire.builtin import TrainingLoop
 from ..wire.records import CommandRecord
 from . import metrics
 from .command_queue import Mailbox
@@ -176,7 +176,7 @@ class Controller:
 
     # Work, on the training thread...
 
-    def step(self, step: int, loop: Loop, epoch: float | None = None) -> None:
+    def step(self, step: int, loop: TrainingLoop, epoch: float | None = None) -> None:
         """Note that ``step`` is done, and apply what is pending. Every rank, after every step."""
         self._progress.beat(step, epoch)
         if threading.get_ident() != self._thread.ident:
@@ -188,7 +188,7 @@ class Controller:
         """Note that ``step`` is done, where what is pending is to be applied a little later."""
         self._progress.beat(step, epoch)
 
-    def _apply(self, step: int, loop: Loop) -> None:
+    def _apply(self, step: int, loop: TrainingLoop) -> None:
         calls = self._group.receive(step)
         if calls:
             self._ledger.apply(calls, loop, step, self._group)
@@ -341,7 +341,9 @@ class Controller:
     # On the server thread...
 
     def _answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
-        method = methods.lookup(request.method)
+        if request.method == "rpc.discover":
+            return discovery.document(builtin.BUILTIN)
+        method = builtin.BUILTIN.lookup(request.method)
         params = method.bind(request.params)
         if not method.is_command:
             return method.run(self, **params)
@@ -403,7 +405,13 @@ class Controller:
 
     def ping(self) -> dict[str, Any]:
         """Who is there."""
-        return {"job_id": self.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
+        return {
+            "job_id": self.job_id,
+            "pid": os.getpid(),
+            "protocol": PROTOCOL,
+            "version": VERSION,
+            "time": time.time(),
+        }
 
     def status(self) -> jsonrpc.Encoded:
         """How far it is."""

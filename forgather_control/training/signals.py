@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, Final
 
 from ..errors import InvalidParams, Unsupported
-from ..wire import methods
+from ..wire import builtin
 
 log = logging.getLogger("forgather_control")
 
@@ -173,7 +173,7 @@ def _signal(name: object) -> signal.Signals:
 
 
 def _command(name: object) -> str:
-    known = [method.name for method in methods.TABLE.values() if method.is_command]
+    known = [method.name for method in builtin.BUILTIN if method.is_command]
     if not isinstance(name, str) or name not in known:
         raise _invalid(f"{ascii(name)[:80]} is no command that a signal can give; expected one of {', '.join(known)}")
     return name

@@ -24,15 +24,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from ..errors import ControlError, InternalError, InvalidRequest, ParseError, from_wire
-
-#: Longest request line in bytes, its newline not counted (Redis takes 64 KiB inline, too).
-MAX_LINE: Final = 64 * 1024
-#: Deepest nesting of arrays and objects; far from where CPython's parser raises RecursionError.
-MAX_DEPTH: Final = 32
-#: Deepest nesting of a reply, of which ours reach a fraction; what walks through it can do so without a check.
-MAX_REPLY_DEPTH: Final = 2 * MAX_DEPTH
-#: Most requests in one batch; without it a line of "1,1,1" costs us fifty times its length in errors.
-MAX_BATCH: Final = 100
+from .limits import MAX_BATCH, MAX_DEPTH, MAX_LINE, MAX_REPLY_DEPTH
 
 Json = Any
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from .. import states
 from ..errors import InternalError
 
 Json = Any
-
-#: The states of a command record, in the order of its life; the last three are final.
-STATES: Final = get_args(states.CommandState)
-FINAL: Final = frozenset(STATES[2:])
-#: The states that a caller can wait for.
-AWAITED: Final = STATES[:3]
-
 
 #: What one command did on one rank: ``{"value": ...}`` or ``{"error": {"code", "message"}}``; empty where there is
 #: nothing to tell.
@@ -40,10 +33,13 @@ class CommandRecord(NamedTuple):
     """What is known of one accepted command. Times are seconds since the epoch.
 
     Attributes:
-        state: one of ``STATES``.
+        state: one of ``states.COMMAND_STATES``.
         applied_at_step: the step after which every rank applied it; ``None`` before that.
-        result: of a save, ``{"step", "path", "seconds"}``; of a stop, the step it ended at, too.
+        result: of a save, ``{"step", "path", "seconds", "evaluated"}``; of a stop, the step it ended at, too.
         error: why it failed, as ``{"code", "message"}``; ``None`` otherwise.
+        params: the command's own parameters.
+        reason: what the caller gave as one.
+        requested_by: ``{"via", "uid", "user", "pid", "program"}``, as the kernel reports it.
     """
 
     command_id: str
@@ -54,11 +50,14 @@ class CommandRecord(NamedTuple):
     finished_at: float | None = None
     result: dict[str, Json] | None = None
     error: dict[str, Json] | None = None
+    params: dict[str, Json] = {}
+    reason: str | None = None
+    requested_by: dict[str, Json] | None = None
 
     @property
     def is_final(self) -> bool:
         """Whether nothing more will happen to it."""
-        return self.state in FINAL
+        return self.state in states.FINAL_STATES
 
     @property
     def trouble(self) -> str | None:

@@ -20,7 +20,7 @@ from forgather_control.errors import JobNotAnswering
 from forgather_control.jobs import record
 from forgather_control.jobs.rank_processes import RankRecord
 from forgather_control.processes.liveness import current_process
-from forgather_control.wire import methods
+from forgather_control.wire import builtin
 from forgather_control.wire.addresses import MAX_PATH
 
 from ..client.test_recovery import DEAF, KEEPS, LISTENS, WAITS, answering, impatient, publish, ranks, row
@@ -62,7 +62,7 @@ def test_every_verb_is_the_same_by_module_and_by_script():
     """``python -m`` and both scripts show the same verbs."""
     by_module = cli("--help")
     assert by_module.returncode == 0
-    for method in methods.TABLE.values():
+    for method in builtin.BUILTIN:
         if method.verb:
             assert method.verb in by_module.stdout and method.summary.split()[0] in by_module.stdout
     script = Path(sys.executable).parent / "forgather-control"
@@ -108,7 +108,7 @@ def test_json_prints_one_text_of_what_the_wire_said():
         assert json.loads(cli("abort", "--force", "--json").stdout)["command"] == "abort"
     assert json.loads(cli("cleanup", "--json", "--force").stdout) == {"removed": []}
     missing = cli("status", "nobody", "--json")
-    assert missing.returncode == 3 and json.loads(missing.stdout)["error"]["code"] == -32021
+    assert missing.returncode == 3 and json.loads(missing.stdout)["error"]["code"] == -31021
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_abort_by_force_as_json(jobs_dir, impatient, capsys):
         publish(jobs_dir, records)
         code, out, _ = run(capsys, "abort", "job", "--force", "--kill-after=0", "--json")
         told = json.loads(out)
-        assert code == 0 and told["error"]["code"] == -32024
+        assert code == 0 and told["error"]["code"] == -31024
         assert told["processes"] == [{"rank": 0, "host": records[0].host, "pid": one.pid, "outcome": "ended"}]
 
 
@@ -654,7 +654,7 @@ def test_the_token_may_come_from_the_environment(remote, monkeypatch, capsys):
     code, out, err = run(capsys, "status", "--connect", remote.at)
     assert (code, out) == (1, "") and "not the job's token" in err and remote.token not in err
     code, out, err = run(capsys, "status", "--json", "--connect", remote.at)
-    assert code == 1 and json.loads(out)["error"]["code"] == -32025
+    assert code == 1 and json.loads(out)["error"]["code"] == -31025
 
 
 def test_without_a_token_it_says_where_one_may_come_from(remote, capsys):

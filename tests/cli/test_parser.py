@@ -7,7 +7,7 @@ import pytest
 from forgather_control.cli import parser
 from forgather_control.client.api import connect
 from forgather_control.errors import InvalidParams
-from forgather_control.wire import methods
+from forgather_control.wire import builtin
 
 from ..support.harness import Process
 
@@ -18,7 +18,7 @@ def parse(*words: str):
 
 def test_every_verb_of_the_table_is_there():
     """Each with its method, and those that the table does not know beside them."""
-    for method in methods.TABLE.values():
+    for method in builtin.BUILTIN:
         if method.verb is not None:
             args = parse(method.verb)
             assert (args.verb, args.method, args.json, args.ssh) == (method.verb, method.name, False, None)
@@ -94,8 +94,8 @@ def test_a_narrow_terminal_gets_its_help():
     import os
     os.get_terminal_size = lambda *_: os.terminal_size((20, 20))
     from forgather_control.cli import parser as arguments
-    from forgather_control.wire import methods as commands
-    for verb in [method.verb for method in commands.TABLE.values() if method.verb] + ["cleanup", "rpc", "dial-stdio"]:
+    from forgather_control.wire import builtin as commands
+    for verb in [method.verb for method in commands.BUILTIN if method.verb] + ["cleanup", "rpc", "dial-stdio"]:
         try:
             arguments.parse([verb, "--help"], "forgather control")
         except SystemExit as err:

@@ -193,7 +193,7 @@ def test_another_job_at_the_port_is_not_taken_for_this_one(found):
 def test_a_refused_token_is_the_error_that_the_job_sent():
     """Its class, its sentence; and nothing stays open."""
     before = descriptors()
-    with Peer(None, answering([], {"error": {"code": -32025, "message": "not it"}})) as peer:
+    with Peer(None, answering([], {"error": {"code": -31025, "message": "not it"}})) as peer:
         with pytest.raises(errors.NotAuthenticated, match=r"^not it$"):
             Client(TcpEndpoint(*peer.at), "job", token=TOKEN)
     assert descriptors() == before

@@ -185,7 +185,7 @@ def test_the_verb_reaches_a_job():
 def test_the_verb_fails_as_others_do():
     """No such job is exit code 3, and --json prints the error where the mark would be."""
     done = cli("dial-stdio", "nobody", "--json")
-    assert done.returncode == 3 and json.loads(done.stdout)["error"]["code"] == -32021
+    assert done.returncode == 3 and json.loads(done.stdout)["error"]["code"] == -31021
 
 
 def test_a_closed_output_is_the_end():

@@ -95,7 +95,7 @@ def test_only_the_token_itself_is_welcome(params, verdict):
     """Not a beginning of it, not more than it, nothing that only looks like it; the refusal does not repeat it."""
     found, reply = TokenAuthenticator(TOKEN).judge(line({**AUTH, "params": params}))
     assert found == verdict
-    assert (b"-32025" in reply) == (verdict == "wrong") and TOKEN.encode()[:-1] not in reply
+    assert (b"-31025" in reply) == (verdict == "wrong") and TOKEN.encode()[:-1] not in reply
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs(control, answ
         owner.still_answers()
         reply = wire.reply()
         assert time.monotonic() - start >= 300 * MS
-        assert (reply["id"], reply["error"]["code"]) == ("x", -32025) and "guess" not in str(reply)
+        assert (reply["id"], reply["error"]["code"]) == ("x", -31025) and "guess" not in str(reply)
         assert wire.is_closed()
     assert answers.asked == ["authenticate", "ping"]
 
@@ -226,7 +226,7 @@ def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeyp
         other.authenticate()  # by now the first line was judged
         other.still_answers()
         wire.send(BEHIND * 100)
-        assert wire.reply()["error"]["code"] == -32025 and wire.is_closed()
+        assert wire.reply()["error"]["code"] == -31025 and wire.is_closed()
     assert "abort" not in answers.asked
 
 

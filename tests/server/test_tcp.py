@@ -222,7 +222,7 @@ def test_two_jobs_at_once_have_two_ports(jobs_dir):
             with Wire((HERE, record["port"])) as wire:
                 assert wire.authenticate(record["token"])["result"]["job_id"] == record["job_id"]
         with Wire((HERE, one["port"])) as wire:
-            assert wire.authenticate(two["token"])["error"]["code"] == -32025
+            assert wire.authenticate(two["token"])["error"]["code"] == -31025
 
 
 def test_a_job_whose_id_is_taken_leaves_no_port():

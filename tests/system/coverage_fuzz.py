@@ -41,7 +41,7 @@ with _instrumented():
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
     from forgather_control.jobs import rank_processes, record, registry
     from forgather_control.server import auth, connection, dispatcher, file_requests, limits
-    from forgather_control.wire import addresses, jsonrpc, methods, records
+    from forgather_control.wire import addresses, builtin, jsonrpc, records
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 TOKEN = "0123456789abcdef" * 2
@@ -364,7 +364,7 @@ def target_words(data: bytes) -> None:
         except SystemExit as ended:
             assert ended.code in (0, 2) and said.getvalue(), words
             return
-    assert args.verb in ("cleanup", "rpc", "dial-stdio") or args.method in methods.TABLE
+    assert args.verb in ("cleanup", "rpc", "dial-stdio") or args.method in builtin.BUILTIN
 
 
 _boxes: list[tuple[Path, file_requests.FileRequestServer, list[bytes]]] = []
@@ -421,7 +421,7 @@ def _letters(home: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _is_wanted(name: str) -> bool:
     is_name = re.fullmatch(r"(?a:\w)[A-Za-z0-9._-]{0,127}", name) is not None
-    return is_name and (name.endswith(".json") or name in methods.TABLE)
+    return is_name and (name.endswith(".json") or name in builtin.BUILTIN)
 
 
 def _is_touch(name: str, content: bytes) -> bool:
@@ -520,7 +520,7 @@ TARGETS = {
     "letters": Fuzzed(
         target_letters,
         [b"\0\0".join(b"%d.json\0%b" % pair for pair in enumerate(_LINES[:4])), b"ping\0\0\0status.json\0[", b"-\0x"],
-        (*_WIRE_WORDS, ".json", *methods.TABLE),
+        (*_WIRE_WORDS, ".json", *builtin.BUILTIN),
     ),
     "address": Fuzzed(
         target_address,
@@ -537,7 +537,7 @@ TARGETS = {
             b"list\0--remote\0h:1",
             b"ranks\0--timeout=1e9\0--help",
         ],
-        (*(method.verb for method in methods.TABLE.values() if method.verb), *("rpc", "cleanup", "dial-stdio"))
+        (*(method.verb for method in builtin.BUILTIN if method.verb), *("rpc", "cleanup", "dial-stdio"))
         + ("--wait", "--json", "--connect", "--token-file", "--ssh", "--timeout", "--kill-after", "--", "=", "tcp://"),
     ),
 }

@@ -38,7 +38,8 @@ import pytest
 from forgather_control import ControlError, connect
 from forgather_control.errors import DeadlinePassed
 from forgather_control.jobs import spool
-from forgather_control.wire.records import FINAL, STATES, CommandRecord
+from forgather_control.states import COMMAND_STATES, FINAL_STATES
+from forgather_control.wire.records import CommandRecord
 
 from ..support.harness import JOB, ROOT, SOON, Process, Wire, cli, needs_torch, until
 from ..support.torchrun import START, Torchrun
@@ -85,9 +86,9 @@ class Ledger:
         """Somebody was told this, at this moment or earlier. What is over stays as it was told."""
         with self._lock:
             known = self.records.get(record["command_id"])
-            if known is not None and known["state"] in FINAL:
-                assert record["state"] not in FINAL or record == known, (record, known)
-            elif known is None or STATES.index(record["state"]) >= STATES.index(known["state"]):
+            if known is not None and known["state"] in FINAL_STATES:
+                assert record["state"] not in FINAL_STATES or record == known, (record, known)
+            elif known is None or COMMAND_STATES.index(record["state"]) >= COMMAND_STATES.index(known["state"]):
                 self.records[record["command_id"]] = record
                 if record["state"] == "finished":
                     self.is_on_disk(record)
@@ -103,7 +104,7 @@ class Ledger:
     def open(self) -> list[str]:
         """The commands that are not over, as far as is known."""
         with self._lock:
-            return [name for name, record in self.records.items() if record["state"] not in FINAL]
+            return [name for name, record in self.records.items() if record["state"] not in FINAL_STATES]
 
 
 class Victim:
@@ -204,7 +205,7 @@ class Commander:
 
     def by_client(self) -> None:
         """As a Python program does, over the socket or the port."""
-        params: dict[str, Any] = {"command_id": self.new_id(), "wait": self.dice.choice(STATES[:3])}
+        params: dict[str, Any] = {"command_id": self.new_id(), "wait": self.dice.choice(COMMAND_STATES[:3])}
         if self.dice.random() < 0.5:
             params["timeout"] = self.dice.choice([0, 0.01, 0.1, 5])
         way = {}
@@ -704,7 +705,7 @@ def the_weights_are_the_same(victim: Victim, reports: list[dict[str, Any]], undi
     for report in reports:
         assert report["steps"] == reports[0]["steps"] and report["digest"] == undisturbed[report["steps"]]
     for record in reports[0]["records"]:
-        assert record["state"] in FINAL, record
+        assert record["state"] in FINAL_STATES, record
         if record["command"] == "save_checkpoint":
             victim.ledger.note(record)
     for record in victim.ledger.records.values():

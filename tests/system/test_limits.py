@@ -138,7 +138,7 @@ INSIDE: dict[str, str] = {
     "wire.addresses.MAX_PATH": "jobs.test_directory",
     "server.limits.MAX_NAMES_READ": "system.test_limits",
     "server.limits.MAX_FILES_SEEN": "system.test_limits",
-    "wire.jsonrpc.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
+    "wire.limits.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
     "jobs.record.MAX_RECORD": "jobs.test_record",
     "jobs.rank_processes.MAX_RANKS_FILE": "jobs.test_rank_processes",
     "ranks.consensus.MAX_PAUSE": "ranks.test_consensus",

@@ -13,7 +13,7 @@ import pytest
 
 import forgather_control
 from forgather_control.server import limits
-from forgather_control.wire import methods
+from forgather_control.wire import builtin
 
 from ..support.harness import MS, ROOT, SOON, job_process, needs, running_loop, strict, until
 
@@ -121,8 +121,8 @@ def test_the_python_lines_run(capsys):
 def test_the_tables_are_the_codes_own():
     """Verbs, methods, exit codes and tox environments: as the code has them, none more, none less."""
     verbs = {re.match(r"`([a-z-]+)", row[0])[1] for row in table("verb")}
-    assert verbs == {method.verb for method in methods.TABLE.values() if method.verb} | {"cleanup", "rpc"}
-    assert set(re.findall(r"`([\w.]+)`", " ".join(row[0] for row in table("method")))) == set(methods.TABLE)
+    assert verbs == {method.verb for method in builtin.BUILTIN if method.verb} | {"cleanup", "rpc"}
+    assert set(re.findall(r"`([\w.]+)`", " ".join(row[0] for row in table("method")))) == set(builtin.BUILTIN)
     from forgather_control.cli import main
 
     codes = {main.DONE, main.REFUSED, main.USAGE, main.NO_SUCH_JOB, main.NO_ANSWER, main.TOO_LATE, main.INTERRUPTED}

@@ -20,7 +20,8 @@ from forgather_control.errors import JobsDirUnusable, NoSuchJob
 from forgather_control.server import limits
 from forgather_control.training.adapter import Adapter, RequestedActions, guarded
 from forgather_control.training.options import ControlOptions
-from forgather_control.wire import methods
+from forgather_control.wire import builtin
+from forgather_control.wire.methods import COMMON_NAMES
 
 from ..support.harness import MS, ROOT, Process, Wire, running_loop, until
 
@@ -160,7 +161,8 @@ def test_requests_of_the_commands(command, wanted):
     """Each command sets its flags and no others; an evaluation alone is nothing to do."""
     requested = RequestedActions()
     assert not requested.any
-    methods.TABLE[command].run(requested)
+    method = builtin.BUILTIN[command]
+    method.run(requested, **{p.name: p.default for p in method.params if p.name not in COMMON_NAMES})
     assert {name for name in ("stop", "save", "evaluate", "abort") if getattr(requested, name)} == wanted
     assert requested.any
 

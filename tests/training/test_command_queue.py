@@ -18,8 +18,9 @@ from forgather_control.errors import (
     NotCancellable,
     TooManyCommands,
 )
+from forgather_control.states import FINAL_STATES
 from forgather_control.training.command_queue import MAX_PENDING, MAX_RECORDS, Mailbox
-from forgather_control.wire.records import FINAL, CommandRecord
+from forgather_control.wire.records import CommandRecord
 
 from ..support.harness import SOON
 
@@ -445,9 +446,9 @@ def test_race(hurry, seed):
         together(lambda: counted(1), lambda: counted(2), trainer)
     box.close(ENDED)
 
-    ends = Counter(command_id for command_id, _, after in transitions if after in FINAL)
+    ends = Counter(command_id for command_id, _, after in transitions if after in FINAL_STATES)
     assert ends == Counter(set(accepted)), "each accepted command ends, and once"
-    assert not any(before in FINAL for _, before, _ in transitions)
+    assert not any(before in FINAL_STATES for _, before, _ in transitions)
     assert not set(refused) & set(accepted) - {None}
     assert len(drained) == len(set(drained)) and not set(drained) & set(cancelled)
     assert len(cancelled) == len(set(cancelled))

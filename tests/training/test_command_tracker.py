@@ -7,9 +7,9 @@ import pytest
 from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.command_queue import Mailbox
 from forgather_control.training.command_tracker import Ledger
-from forgather_control.wire.methods import TABLE
+from forgather_control.wire.builtin import BUILTIN
 
-COMMANDS = [method.name for method in TABLE.values() if method.is_command]
+COMMANDS = [method.name for method in BUILTIN if method.is_command]
 
 
 class Ranks:

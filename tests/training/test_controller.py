@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import forgather_control
-import forgather_control.wire.methods
+import forgather_control.wire.builtin
 from forgather_control import errors
 from forgather_control.server import limits
 from forgather_control.training import controller as module
@@ -299,7 +299,9 @@ def test_discover_describes_what_the_table_holds(wire):
     """An OpenRPC document with every method and parameter."""
     found = give(wire, "rpc.discover")
     assert found["openrpc"].startswith("1.")
-    assert {method["name"] for method in found["methods"]} == set(forgather_control.wire.methods.TABLE)
+    assert {method["name"] for method in found["methods"]} == {
+        method.name for method in forgather_control.wire.builtin.BUILTIN
+    }
     for method in found["methods"]:
         assert method["summary"] and all(param["schema"] for param in method["params"])
 

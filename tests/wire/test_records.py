@@ -4,10 +4,69 @@ from __future__ import annotations
 
 import json
 
-from forgather_control.wire.records import ScheduledCommand
+import pytest
+
+from forgather_control import states
+from forgather_control.errors import InternalError
+from forgather_control.wire.jsonrpc import encode
+from forgather_control.wire.records import CommandRecord, ScheduledCommand
+
+from ..support.harness import strict
+
+RECORD = CommandRecord("id-1", "abort", "accepted", 12.5)
 
 
 def test_a_scheduled_command_survives_the_way_over_json():
     """It travels between the ranks as a JSON array and comes back equal."""
     command = ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"}, True)
     assert ScheduledCommand(*json.loads(json.dumps(command))) == command
+
+
+def test_a_record_knows_its_final_states():
+    """A record is final when nothing more will happen to its command."""
+    final = [state for state in states.COMMAND_STATES if CommandRecord("i", "abort", state, 0.0).is_final]
+    assert final == ["finished", "failed", "cancelled"] and set(final) == states.FINAL_STATES
+
+
+def test_record_crosses_the_wire():
+    """A record is the same on both sides, and what a newer job adds is left out."""
+    record = CommandRecord("i", "save_checkpoint", "finished", 1.5, 7, 2.5, {"step": 7, "path": "p"}, None)
+    value = strict(encode({**record.to_json(), "rank": 3, "__class__": "x"}))
+    assert CommandRecord.from_json(value) == record
+    assert list(record.to_json()) == (
+        [
+            "command_id",
+            "command",
+            "state",
+            "requested_at",
+            "applied_at_step",
+            "finished_at",
+            "result",
+            "error",
+            "params",
+            "reason",
+            "requested_by",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 5, "x", [], {}, {**RECORD.to_json(), "state": []}, {**RECORD.to_json(), "command": None},
+     {**RECORD.to_json(), "error": "no"}, {**RECORD.to_json(), "result": [1]}],
+)  # fmt: skip
+def test_what_is_no_record(value):
+    """Whoever answers like this is no job of ours; the client says so in one error."""
+    with pytest.raises(InternalError, match="no command record"):
+        CommandRecord.from_json(value)
+
+
+def test_an_error_without_a_message_is_told():
+    """What became of a command is said, though the other side does not say why."""
+    assert CommandRecord.from_json({**RECORD.to_json(), "state": "failed", "error": {"code": 1}}).trouble
+
+
+def test_record_is_frozen():
+    """A record that somebody holds does not change under him."""
+    with pytest.raises(AttributeError):
+        RECORD.state = "finished"

@@ -182,7 +182,7 @@ def test_a_plain_client_is_told_and_closed(control, answers, first):
     with Wire(control.at) as plain:
         plain.send(first)
         reply = plain.reply()
-        assert reply["error"]["code"] == -32025 and "tls://" in reply["error"]["message"] and reply["id"] is None
+        assert reply["error"]["code"] == -31025 and "tls://" in reply["error"]["message"] and reply["id"] is None
         assert plain.is_closed()
     assert answers.asked == []
 
@@ -342,7 +342,7 @@ def test_a_wrong_token_is_answered_late(control, monkeypatch):
     with wire(control) as spoke:
         spoke.sock.suppress_ragged_eofs = False
         start = time.monotonic()
-        assert spoke.authenticate("guess")["error"]["code"] == -32025
+        assert spoke.authenticate("guess")["error"]["code"] == -31025
         assert time.monotonic() - start >= 100 * MS and spoke.line() == b""
 
 
