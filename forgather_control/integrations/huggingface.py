@@ -1,28 +1,26 @@
-"""Hugging Face's Trainer and Forgather's: their hooks to the controller, wishes to their control flags.
+"""Callback for Hugging Face's Trainer and Forgather's trainers: commands become flags of the trainer's control object.
 
-Floor 6, training side: imports adapter; neither transformers nor torch, whose objects it knows by
-their attributes. Runs on the training thread. How a trainer goes through one step::
+It imports neither transformers nor torch, and runs on the training thread. A trainer calls for each step::
 
-    on_step_begin                 should_save and should_evaluate are cleared (Hugging Face)
-    on_substep_end                of accumulated gradients; no step, nothing is applied
-    on_step_end                   commands are applied here; after DefaultFlowCallback's schedule
-    _maybe_log_save_evaluate      log ▶ evaluate ▶ save, each if its flag is (still) set
+    on_step_begin                 the flags should_save and should_evaluate are cleared (Hugging Face)
+    on_substep_end                after a batch of accumulated gradients; no commands are applied
+    on_step_end                   commands are applied, after DefaultFlowCallback has set the scheduled flags
+    _maybe_log_save_evaluate      log, evaluate, save, as far as the flags are (still) set
         on_log, on_evaluate, on_save
     on_epoch_end                  also when training stops; then _maybe_log_save_evaluate again
 
-Two things may take ``should_save`` back between ``on_step_end`` and the save: a callback behind
-ours, and ``save_strategy="best"``, which overwrites it after each evaluation. So a save stays wished
-for until ``on_save``, and is asked for again at the next chance, then without an evaluation. The same
-two may set it after an abort has cleared it; so an abort seals the flags.
+Two things may clear ``should_save`` between ``on_step_end`` and the save: a callback behind this one, and
+``save_strategy="best"``, which overwrites it after each evaluation. So a requested save stays requested until
+``on_save``, and the flag is set again at the next chance, then without an evaluation in between. The same two may set
+the flag after an abort cleared it; so after an abort the hooks return a control object that ignores changes.
 
-Forgather's trainer keeps its schedule to itself: at a step that is due it saves, whatever the flags
-say. There commands are applied after that save, in ``on_save``, and it counts as theirs. At the end
-of its data it calls ``on_step_end`` once more, without a step, and saves nothing after it.
+Forgather's trainer saves by a schedule that no flag can change. At a step where a save is due, commands are applied
+after that save, in ``on_save``, and it counts as theirs. At the end of its data it calls ``on_step_end`` once more,
+without a step, and saves nothing after it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
 from collections.abc import Mapping
@@ -31,6 +29,7 @@ from typing import Any
 from .. import states
 from ..training.adapter import Adapter, guarded
 from ..training.options import ControlOptions
+from .locked_control import locked
 
 
 class TrainerControlCallback(Adapter):
@@ -68,43 +67,48 @@ class TrainerControlCallback(Adapter):
         self._stopping = False
         self._asked_to_save = False
         self._owed_evaluation = False
-        self._late = False  # commands of this step are applied after its own save
-        self._period: int | None = None  # steps after which the trainer saves, whatever its flags say
-        # The steps of the last evaluation, of the last save, and of what was last done at our wish.
+        self._late = False  # commands of this step are applied after its scheduled save
+        self._period: int | None = None  # steps after which the trainer saves, whatever the flags
+        # The steps of the last evaluation, of the last save, and of the last save on request.
         self._evaluated_at: int | None = None
         self._saved_at = 0
         self._forced_at: int | None = None
-        self._best: str | None = None
+        self._best: str | None = None  # of the state of an aborted run, which must load and delete nothing
+        # In an aborted run: the trainer's control object, and the one that it gets instead.
+        self._own_control: Any = None
+        self._locked_control: Any = None
 
-    # The hooks...
+    # Hooks.
 
     @guarded
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Publish the job."""
-        _unseal(control)  # still sealed where the last run was aborted, and then died of an exception
-        if self._stopping or self._requested.abort:  # Forgather's control is made once, and its flags stay
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Publish the job; return the trainer's own control object if an aborted run ended without giving it back."""
+        if control is self._locked_control:
+            control = self._own_control
+        if self._stopping or self._requested.abort:  # Forgather never clears these flags
             control.should_training_stop = False
             _set_abort(control, False)
         self._begin()
         self._saved_at = state.global_step  # where it was resumed from, if it was
         self._period = _period(args, state, control)
         self._open(state.global_step, state.max_steps, _log_steps(args, state))
+        return control
 
     @guarded
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step begins, so evaluation and saving are over."""
+        """Note that evaluation and saving are finished."""
         if self._controller is None:
             return
         self._controller.phase = states.STATUS_TRAINING
-        if self._late:  # the save that was to come first did not come
+        if self._late:  # the scheduled save did not happen
             self._apply(state)
 
     @guarded
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Apply what is pending; carry out what is wished."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Apply the pending commands and set the flags that they need."""
         controller = self._controller
         if controller is None or state.global_step == controller.last_step:
-            return
+            return None
         self._late = self._period is not None and state.global_step - self._saved_at >= self._period
         if self._late:
             controller.beat(state.global_step, state.epoch)
@@ -114,32 +118,34 @@ class TrainerControlCallback(Adapter):
             self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
             controller.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
+        return self._locked_control
 
     @guarded
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last chance of a run, and of its last step."""
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Set the flags again: the last chance of a run, and of its last step."""
         if self._controller is None:
-            return
+            return None
         if self._requested.any or self._owed_evaluation:
             self._steer(args, state, control)
         if self._forced_at == state.global_step:
             self._not_twice(args, state, control)
+        return self._locked_control
 
     @guarded
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep what is logged; a rank that logs alone does no harm, as nothing is asked of the others."""
+        """Keep what is logged. Ranks may log alone: this involves no other rank."""
         if self._controller is not None and logs:
             self._controller.log(logs)
 
     @guarded
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluation goes on."""
+        """Note that the trainer evaluates."""
         if self._controller is not None:
             self._controller.phase = states.STATUS_EVALUATING
 
     @guarded
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluation is over; saving may follow."""
+        """Note that evaluation is finished; set the flag of a requested save, which it may have cleared."""
         if self._controller is None:
             return
         self._evaluated_at = state.global_step
@@ -149,7 +155,7 @@ class TrainerControlCallback(Adapter):
 
     @guarded
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint is complete, whoever wanted it."""
+        """Report a complete checkpoint, requested or scheduled."""
         if self._controller is None:
             return
         self._controller.phase = states.STATUS_TRAINING
@@ -161,7 +167,7 @@ class TrainerControlCallback(Adapter):
         if late and self._requested.any:
             self._steer(args, state, control)
         path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
-        if path is None and not self._controller.is_main:  # of another host, say, without the same disk
+        if path is None and not self._controller.is_main:  # for example on another host without a shared disk
             self._controller.saves_nothing()
         elif path is None:
             self._controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
@@ -169,20 +175,20 @@ class TrainerControlCallback(Adapter):
             self._controller.saved(state.global_step, path)
 
     @guarded
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the job away."""
-        _unseal(control)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """End the job and give the trainer its own control object back."""
         if self._best is not None:
             state.best_model_checkpoint = self._best
         self._close()
+        return self._own_control
 
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
-        """A hook that must exist, because Hugging Face calls it without looking."""
+        """A hook that must exist, because Hugging Face calls every hook of every callback."""
 
     on_init_end = on_epoch_begin = on_pre_optimizer_step = on_optimizer_step = _nothing
     on_substep_end = on_predict = on_push_begin = _nothing
 
-    # What is wished, as flags of the trainer's control object...
+    # Requested actions as flags of the trainer's control object.
 
     def _apply(self, state: Any) -> None:
         self._late = False
@@ -213,7 +219,7 @@ class TrainerControlCallback(Adapter):
 
     def _save(self, args: Any, state: Any, control: Any) -> None:
         control.should_save = True
-        if self._asked_to_save:  # it was taken back once: now nothing may come between
+        if self._asked_to_save:  # the flag was cleared once: now nothing may come between
             if control.should_evaluate and self._evaluated_at != state.global_step:
                 self._owed_evaluation = True
             control.should_evaluate = False
@@ -224,7 +230,7 @@ class TrainerControlCallback(Adapter):
         self._forced_at = state.global_step
 
     def _not_twice(self, args: Any, state: Any, control: Any) -> None:
-        """The end of an epoch repeats what its last step has just done at our wish.
+        """Do not repeat at the end of an epoch what its last step has just done on request.
 
         A second evaluation without a step between would count against early stopping; a second save
         would be one too many at the step where training was stopped.
@@ -240,7 +246,8 @@ class TrainerControlCallback(Adapter):
         control.should_training_stop = control.should_epoch_stop = True
         control.should_save = control.should_evaluate = control.should_log = False
         _set_abort(control, True)
-        _seal(control)
+        if self._locked_control is None:
+            self._own_control, self._locked_control = control, locked(control)
         # Without a best checkpoint none is loaded at the end, nor any other deleted in its favour.
         best = getattr(state, "best_model_checkpoint", None)
         if best is not None:
@@ -248,11 +255,11 @@ class TrainerControlCallback(Adapter):
 
 
 def checkpoint_path(output_dir: str, step: int, place: str = "") -> str | None:
-    """The directory of the checkpoint that was saved at ``step``, absolute; ``None`` if there is none.
+    """Return the absolute path of the checkpoint directory of ``step``; ``None`` if there is none.
 
     Args:
-        place: where below ``output_dir`` this trainer saves, ``"*"`` for some directory in it. If it
-            did not, the newest directory of that name is the one.
+        place: where below ``output_dir`` this trainer saves, ``"*"`` for any directory in it. If no checkpoint is
+            there, the newest directory of that name counts.
     """
     name = f"checkpoint-{step}"
     root = glob.escape(output_dir)
@@ -264,14 +271,14 @@ def checkpoint_path(output_dir: str, step: int, place: str = "") -> str | None:
 
 
 def _place(state: Any, control: Any) -> str:
-    """Where below the output directory this trainer puts its checkpoints."""
+    """Return where below the output directory this trainer saves its checkpoints."""
     if _is_forgather(control):
         return "checkpoints"
     return "*" if getattr(state, "is_hyper_param_search", False) else ""
 
 
 def _log_steps(args: Any, state: Any) -> int | None:
-    """At how many steps the trainer logs; it may be given as a part of all steps."""
+    """Return after how many steps the trainer logs; the setting may be a fraction of all steps."""
     steps = getattr(args, "logging_steps", None)
     if not isinstance(steps, (int, float)) or steps <= 0:
         return None
@@ -279,13 +286,13 @@ def _log_steps(args: Any, state: Any) -> int | None:
 
 
 def _evaluates_for_best(args: Any) -> bool:
-    """Whether a save is preceded by an evaluation; where there is no strategy, there may be no data either."""
+    """Whether a save needs an evaluation first; without an evaluation strategy there may be no data for it."""
     strategy = _word(getattr(args, "eval_strategy", "no"))
     return bool(getattr(args, "load_best_model_at_end", False)) and strategy != "no"
 
 
 def _period(args: Any, state: Any, control: Any) -> int | None:
-    """How many steps after its last save Forgather's trainer saves again, by a schedule that asks no flag."""
+    """Return after how many steps Forgather's trainer saves by its schedule; ``None`` for other trainers."""
     if not _is_forgather(control):
         return None
     steps = {"steps": args.save_steps, "epoch": getattr(state, "epoch_train_steps", None)}
@@ -302,21 +309,6 @@ def _set_abort(control: Any, value: bool) -> None:
         control.should_abort_without_save = value
 
 
-def _seal(control: Any) -> None:
-    """From here on the flags stay as they are, whoever sets them: in vain is quieter than an error."""
-    kind = type(control)
-    if not hasattr(kind, "_unsealed"):
-        members = {"__slots__": (), "__setattr__": lambda *ignored: None, "_unsealed": kind}
-        with contextlib.suppress(TypeError):  # a kind that cannot be sealed: its flags are set all the same
-            control.__class__ = type(kind.__name__, (kind,), members)
-
-
-def _unseal(control: Any) -> None:
-    kind = getattr(type(control), "_unsealed", None)
-    if kind is not None:
-        object.__setattr__(control, "__class__", kind)
-
-
 def _word(strategy: Any) -> str:
-    """``"steps"``, whether the strategy is a string or an enum of strings."""
+    """Return a strategy, which may be an enum of strings, as a string."""
     return str(getattr(strategy, "value", strategy)).lower()

@@ -6,10 +6,13 @@ once they are accepted, so that each is applied at a known step; the answers are
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import json
 import logging
 import math
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +33,7 @@ from ..support.harness import ROOT, SOON, Process, Wire, needs_torch, needs_tran
 try:
     import torch
     import transformers
-    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
     Module = torch.nn.Module
 except ImportError:  # every test here is skipped then
@@ -412,12 +415,27 @@ def test_no_callback_makes_an_aborted_job_save(tmp_path, strategy, hooks):
 
 
 def test_control_is_as_before_after_an_abort(tmp_path):
-    """The trainer's control object is of its own class again, and can be set."""
+    """The trainer has its own control object back, of its own class, and it can be set."""
     trainer = make(tmp_path, At(3, "abort"), ours())
-    kind = type(trainer.control)
+    control, kind = trainer.control, type(trainer.control)
     trainer.train()
     trainer.control.should_save = True
-    assert type(trainer.control) is kind and trainer.control.should_save
+    assert trainer.control is control and type(control) is kind and control.should_save
+
+
+def test_an_aborted_control_can_be_copied(tmp_path):
+    """Callbacks before and behind ours pickle and copy the control object at every hook, also after an abort."""
+    seen = []
+
+    def copies(state: Any, control: Any) -> None:
+        if control.should_training_stop:
+            made = [pickle.loads(pickle.dumps(control)), copy.deepcopy(control), dataclasses.replace(control)]
+            seen.extend(one.should_training_stop and type(one) is TrainerControl for one in made)
+
+    watch = dict.fromkeys(("on_step_end", "on_epoch_end", "on_log", "on_train_end"), copies)
+    trainer = make(tmp_path, Watcher(**watch), At(3, "abort"), ours(), Watcher(**watch), save_strategy="steps")
+    trainer.train()
+    assert len(seen) >= 3 * 7 and all(seen) and checkpoints(tmp_path) == set()
 
 
 @pytest.mark.parametrize("step", [3, 4, 5, 10])
@@ -719,11 +737,12 @@ def test_an_exception_after_an_abort_and_then_train_again(tmp_path):
     """What an abort has set does not outlive its run, even if that ends by an exception."""
     at, boom = At(3, "abort"), boom_at(3)
     trainer = make(tmp_path, at, ours(), boom, save_strategy="steps")
+    control = trainer.control
     with pytest.raises(Boom):
         trainer.train()
     trainer.remove_callback(boom)
     trainer.train()
-    assert at.record()["state"] == "failed"
+    assert at.record()["state"] == "failed" and trainer.control is control
     assert trainer.state.global_step == STEPS and checkpoints(tmp_path) == {4, 8, 10}
 
 
@@ -966,6 +985,19 @@ def test_forgather_aborts(tmp_path, rules, step):
     assert trainer.loaded == [] and trainer.weight == step
     if "eval_strategy" in rules and step > 4:
         assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoints" / "checkpoint-4")
+
+
+@pytest.mark.parametrize("step", WHERE)
+def test_forgather_aborts_where_it_keeps_its_control_object(tmp_path, rules, step):
+    """A trainer that ignores what hooks return: its own object's flags are set again at the end of step and epoch."""
+    at = At(step, "abort")
+    hostile = Hostile("on_step_end", "on_epoch_end", since=step, should_save=True, should_training_stop=False)
+    trainer = loop(tmp_path, at, hostile, ours(), **rules)
+    trainer.uses_returned_control = False
+    trainer.train()
+    assert at.record()["state"] == "finished" and trainer.state.global_step == step
+    due = (rules["save_strategy"], step) in [(Strategy.STEPS, 4), (Strategy.EPOCH, 5), (Strategy.EPOCH, 10)]
+    assert (step in checkpoints(tmp_path)) == due and trainer.loaded == []
 
 
 @pytest.mark.parametrize("step", [3, 4, 10])

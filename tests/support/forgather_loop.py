@@ -1,9 +1,9 @@
 """A small trainer that keeps to the rules of Forgather's: what its callbacks see and when, and what its flags do.
 
-The rules that matter here: one control object (with slots) for the trainer's whole life, whose
-flags nobody clears but who acts on them; hooks called with keyword arguments, and only where they
-exist; a schedule that counts steps since the last save and asks no flag; a last save after the loop
-unless training was aborted; the best model loaded at the end even then, if there is one.
+The rules that matter here: one control object (with slots) for the trainer's whole life, unless a hook returns another;
+flags are cleared only when they are acted on; hooks are called only where they exist; a schedule counts steps since
+the last save and reads no flag; a last save follows the loop unless training was aborted; the best model is loaded at
+the end even then, if there is one.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ class Every:
 class Loop:
     """Trains one number. Its evaluations answer ``losses`` in turn, the last again and again."""
 
+    #: Whether the trainer uses a control object that a hook returns instead of its own.
+    uses_returned_control = True
+
     def __init__(self, args: Args, callbacks: list[Any], losses: tuple[float, ...], epoch_steps: int = 5) -> None:
         self.args, self.callbacks, self.epoch_steps, self.losses = args, callbacks, epoch_steps, list(losses)
         self.control = Control()
@@ -79,12 +82,15 @@ class Loop:
         self.warnings: list[str] = []
 
     def dispatch(self, event: str, **more: Any) -> None:
+        data = None if self.args.eval_strategy == Strategy.NO else []
         for callback in self.callbacks:
             handler = getattr(callback, event, None)
             if handler is None:
                 continue
             before = self.control.should_training_stop or self.control.should_abort_without_save
-            handler(args=self.args, state=self.state, control=self.control, trainer=self, **more)
+            returned = handler(args=self.args, state=self.state, control=self.control, eval_dataloader=data, **more)
+            if returned is not None and self.uses_returned_control:
+                self.control = returned
             if not before and (self.control.should_training_stop or self.control.should_abort_without_save):
                 self.stopped_by = callback.name
 
