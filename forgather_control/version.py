@@ -3,4 +3,4 @@
 VERSION = "0.1.0"
 
 #: Written into ``endpoint.json`` and answered by ``ping``; raised when an old client could misread us.
-PROTOCOL = 1
+PROTOCOL = 2

@@ -129,8 +129,8 @@ def test_errors_are_short_and_printable():
 def test_what_is_no_json_is_a_value_error(data):
     """Bytes that are not JSON never raise anything else."""
     with pytest.raises(ValueError):
-        schema.parse(data)
-    assert schema.parse(b'{"a": [1]}') == {"a": [1]}
+        schema.parse_json(data)
+    assert schema.parse_json(b'{"a": [1]}') == {"a": [1]}
 
 
 def test_a_defect_of_the_table_is_no_value_error():

@@ -89,9 +89,7 @@ def _latest(records: list[JobRecord]) -> list[JobRecord]:
 
 def _only_live() -> JobRecord:
     root = jobs_dir()
-    records = registry.scan(root)[0]
-    answers = registry.ask(records, "ping", Deadline(LIST_TIMEOUT))
-    live = [record for record in records if record.job_id in answers]
+    live = registry.live_records(root, LIST_TIMEOUT)
     if not live:
         raise NoSuchJob(f"no live job in {root}; forgather control list shows what is there")
     return _only(live, "several jobs are live")
@@ -409,8 +407,10 @@ def cleanup(found: list[Job] | None = None) -> list[str]:
     Raises:
         JobsDirUnusable: the directory cannot be written.
     """
+    from ..jobs.cleanup import remove_dead  # only this verb needs it
+
     root = jobs_dir()
-    return [job.job_id for job in (dead_jobs() if found is None else found) if registry.remove_dead(root, job.job_id)]
+    return [job.job_id for job in (dead_jobs() if found is None else found) if remove_dead(root, job.job_id)]
 
 
 def dead_jobs() -> list[Job]:

@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, FindError, JobNotAnswering
-from ..jobs import registry, spool
+from ..jobs import private_files, registry, spool
 from ..jobs.record import JobRecord, jobs_dir
 from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
 
@@ -68,7 +68,7 @@ class FileTransport:
         self._request = name
         try:
             with spool.opened(self._path, REQUESTS, self._home) as box:
-                spool.write(box, name, line)
+                private_files.write(box, name, line)
         except OSError as err:
             raise self._trouble(err) from err
         except BaseException:  # Ctrl-C: it may be there already

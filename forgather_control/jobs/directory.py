@@ -1,11 +1,10 @@
-"""A job's own directory: claim it, publish in it, notice that it was damaged, take it away again.
+"""The directory of the job in this process: claim it, publish in it, repair it, remove it.
 
-Floor 3: imports errors, clock, endpoint, jsonrpc, launch, letters, process, record and jobs. In the job only: on the
-training thread at the start and the end, on the server thread in between.
+On the training thread when training starts and ends, on the server thread in between.
 
-Why a claim is atomic: ``mkdir`` makes the name exist once; whoever finds it existing judges its
-owner; and both happen under the lock of the jobs directory, up to the moment when the record is
-published. So a directory without a record, seen under the lock, is what a crash left.
+A claim is atomic: ``mkdir`` makes the name exist once, a job that finds the name judges its owner, and both happen
+under the lock of the jobs directory, which is held until the record is published. So a directory without a record,
+seen under the lock, was left by a crash.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from .. import states
@@ -29,29 +28,28 @@ from ..errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from ..processes import launcher, liveness
 from ..version import PROTOCOL, VERSION
 from ..wire import addresses, jsonrpc
-from . import record, registry, spool
+from . import cleanup, private_files, record, registry, spool
 
-#: Seconds to wait for the lock of the jobs directory; those who hold it do so for milliseconds.
-_PATIENCE: Final = 5.0
-#: What socket(2) and bind(2) say where the system, or a file system, has no sockets.
+#: Errors of socket(2) and bind(2) where the system, or a file system, has no sockets.
 _NO_SOCKETS: Final = (
     errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EIO, errno.EAFNOSUPPORT
 )  # fmt: skip
 
-#: How often a directory is emptied that others may still write into.
+#: Attempts to empty a directory into which other processes still write.
 _ATTEMPTS: Final = 5
 
+#: Device, inode and time of change of a file; 0 for the time of a directory.
 _FileId = tuple[int, int, int]
 
 
 def generate_job_id() -> str:
-    """``job_{timestamp}_{hostname}_{pid}``, with a dash for what a job id may not hold."""
+    """Return ``job_{timestamp}_{hostname}_{pid}``, with dashes for characters that a job id may not have."""
     name = f"job_{time.strftime('%Y%m%d-%H%M%S')}_{socket.gethostname()}_{os.getpid()}"
     return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:128]
 
 
 class JobDirectory:
-    """The directory of the job that runs in this process.
+    """The directory of the job in this process.
 
     Args:
         job_id: checked by the caller.
@@ -64,8 +62,8 @@ class JobDirectory:
         self._root = record.jobs_dir()
         self.path = os.path.join(self._root, job_id)
         self._listen = listen
-        self._short: str | None = None  # the private directory of a socket that found no place in ours
-        self._files: dict[str, _FileId] = {}  # what we made, by path
+        self._short: str | None = None  # a private directory for the socket, where ours cannot hold it
+        self._files: dict[str, _FileId] = {}  # what this job made, by path
         me = liveness.current_process()
         self._record = record.JobRecord(
             job_id=job_id,
@@ -86,126 +84,101 @@ class JobDirectory:
         )
 
     def offer(self, address: str, port: int, token: str, tls_sha256: str | None) -> None:
-        """Publish a TCP port, too. Before the claim."""
+        """Publish a TCP port, too. Call it before ``claim``."""
         self._record = self._record._replace(address=address, port=port, token=token, tls_sha256=tls_sha256)
 
     def claim(self) -> None:
-        """Take the job id, listen, and publish: from here on the job can be found.
+        """Take the job id, listen, and publish: from here on clients find the job.
 
         Raises:
-            JobIdTaken: another job that is not proven dead, nor an earlier turn of this run, has it.
+            JobIdTaken: another job has the id; it is not proven dead, nor an earlier start of this run.
             JobsDirUnusable: the jobs directory cannot be made or written, or is not safe.
         """
-        try:
-            _make_root(self._root)
-            with registry.locked(self._root, _PATIENCE):
+        with _explained(self.path):
+            record.make_jobs_dir(self._root)
+            with cleanup.locked(self._root):
                 self._take_name()
                 try:
                     self._publish()
                 except OSError:
                     self._discard()
                     raise
-        except OSError as err:
-            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
 
     def restore(self) -> bool:
-        """Repair what was deleted or replaced; whether anything was amiss.
+        """Repair what was deleted or replaced; return whether anything was.
 
         Raises:
-            JobIdTaken: the id belongs to another job by now.
-            JobsDirUnusable: it cannot be repaired at present.
+            JobIdTaken: another job has the id now.
+            JobsDirUnusable: it cannot be repaired now.
         """
-        if self._is_intact():
+        if all(_file_id(path) == known for path, known in self._files.items()):
             return False
-        try:
-            _make_root(self._root)
-            with registry.locked(self._root, seconds=0.0):
-                if not _is_directory(self.path):
-                    os.mkdir(self.path, 0o700)
-                    self._files[self.path] = _file_id(self.path)
+        with _explained(self.path):
+            record.make_jobs_dir(self._root)
+            with cleanup.locked(self._root, seconds=0.0):
+                if _is_directory(self.path):
+                    self._check_holder()
                 else:
-                    self._give_way()
+                    self._make()
                 self._publish()
-        except OSError as err:
-            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
         return True
 
     def remove(self) -> None:
-        """Take everything away that is still ours; the rest is somebody else's by now.
+        """Remove all that this job made and that no other job has taken over.
 
         Raises:
-            JobsDirUnusable: it cannot be removed; what is left says by its pid that it is dead.
+            JobsDirUnusable: it cannot be removed; the pid in what is left shows that it is a dead job's.
         """
-        try:
-            with registry.locked(self._root, _PATIENCE):
-                self._discard()
-        except OSError as err:
-            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
+        with _explained(self.path), cleanup.locked(self._root):
+            self._discard()
 
     def unlist(self) -> None:
-        """As :meth:`remove`, but leave the directory to those who wait for a file in it; to be removed soon.
+        """Remove only what makes the job found: clients may still wait for a file in the directory.
 
         Raises:
-            JobsDirUnusable: it cannot be done.
+            JobsDirUnusable: it cannot be removed.
         """
-        try:
-            with registry.locked(self._root, _PATIENCE):
-                self._forget_short()
-                if self._is_ours():
-                    for name in (record.RECORD, record.SOCKET):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(os.path.join(self.path, name))
-        except OSError as err:
-            raise JobsDirUnusable(f"{err.filename or self._root}: {err.strerror or err}") from err
+        with _explained(self.path), cleanup.locked(self._root):
+            self._remove_short()
+            if self._is_ours():
+                for name in (record.RECORD, record.SOCKET):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.join(self.path, name))
 
-    # With the lock held...
+    # Claiming, with the lock held...
 
-    def _give_way(self) -> None:
-        """See whether another job has published here meanwhile, and lives.
-
-        Raises:
-            JobIdTaken: it has.
-            JobsDirUnusable: whose directory this is by now cannot be said.
-        """
-        try:
-            holder = self._holder()
-        except JobsDirUnusable:
-            if self._files.get(self.path) != _maybe_file_id(self.path):
-                raise
-            return  # it is ours, and its record was spoiled: a job would have made a directory of its own
-        if holder is not None and holder.owner != self._record.owner and not registry.is_dead(holder):
-            raise _taken(holder)
+    def _make(self) -> None:
+        os.mkdir(self.path, 0o700)
+        self._files[self.path] = _known_id(self.path)
 
     def _take_name(self) -> None:
         try:
-            os.mkdir(self.path, 0o700)
+            self._make()
         except FileExistsError:
             self._evict()
-            os.mkdir(self.path, 0o700)
-        self._files[self.path] = _file_id(self.path)
+            self._make()
 
     def _evict(self) -> None:
+        """Remove the directory of an earlier job, or raise JobIdTaken."""
         if not _is_directory(self.path):
             raise JobsDirUnusable(f"{self.path} is no directory of this user; remove it, or choose another job id")
-        known = _file_id(self.path)
+        known = _known_id(self.path)
         holder = self._holder()
-        if holder is not None and not (registry.is_dead(holder) or self._follows(holder)):
+        if holder is not None and not (cleanup.is_dead(holder) or self._follows(holder)):
             raise _taken(holder)
-        if holder is None and _somebody_listens(os.path.join(self.path, record.SOCKET)):
-            raise JobIdTaken(
-                f"job id {self.job_id} belongs to a job whose record was deleted, and which will restore it"
-            )
-        registry.remove_tree(self._root, self.job_id, known[:2])
+        if holder is None and _is_listening(os.path.join(self.path, record.SOCKET)):
+            raise JobIdTaken(f'job id "{self.job_id}" is in use by a job whose record was deleted; it will restore it')
+        cleanup.remove_tree(self._root, self.job_id, known[:2])
 
     def _follows(self, holder: record.JobRecord) -> bool:
-        """Whether a launcher ended ``holder``, which this host cannot judge, and began its run anew as us.
+        """Return whether a launcher ended ``holder``, which this host cannot judge, and started its run again as us.
 
-        A process of this host that runs keeps its id: its launcher would have ended it first.
+        A running process of this host keeps its id: its launcher would have ended it first.
         """
         mine, theirs = self._record.launch, holder.launch
         if mine is None or theirs is None or not mine.follows(theirs):
             return False
-        answers = holder.socket is not None and _somebody_listens(holder.socket)
+        answers = holder.socket is not None and _is_listening(holder.socket)
         return registry.judge(holder) == states.JOB_FOREIGN and not answers
 
     def _holder(self) -> record.JobRecord | None:
@@ -214,130 +187,115 @@ class JobDirectory:
         except ValueError as err:
             raise JobsDirUnusable(f"{self.path} cannot be judged: {err}; remove it, or choose another job id") from err
 
+    def _check_holder(self) -> None:
+        """Raise JobIdTaken if another live job has published here, JobsDirUnusable if that cannot be told."""
+        try:
+            holder = self._holder()
+        except JobsDirUnusable:
+            if self._files.get(self.path) != _file_id(self.path):
+                raise
+            return  # our directory with a damaged record: another job would have made a new directory
+        if holder is not None and holder.owner != self._record.owner and not cleanup.is_dead(holder):
+            raise _taken(holder)
+
+    # Publishing, with the lock held...
+
     def _publish(self) -> None:
         os.chmod(self.path, 0o700)
         name = os.path.join(self.path, record.SOCKET)
         where = self._place_socket(name)
         self._record = self._record._replace(socket=where)
-        _write(self.path, record.RECORD, jsonrpc.encode(self._record.to_json()))
+        with private_files.opened(self.path) as directory:
+            private_files.write(directory, record.RECORD, jsonrpc.encode(self._record.to_json()), sync=True)
         sockets = () if where is None else (name, where)
         made = (self.path, os.path.join(self.path, record.RECORD), *sockets)
-        self._files = {path: _file_id(path) for path in made}
+        self._files = {path: _known_id(path) for path in made}
 
     def _place_socket(self, name: str) -> str | None:
-        """Where it listens now; ``None`` where nothing can: then it is controlled by file."""
+        """Listen; return the path, or ``None`` where no socket is possible: the job is then controlled by file."""
         _unlink_socket(name)
-        return self._listen_here(name) or self._listen_elsewhere(name)
-
-    def _listen_here(self, name: str) -> str | None:
-        if not addresses.fits(name):
-            return None
-        try:
-            self._listen(name)
-        except OSError as err:
-            if err.errno not in _NO_SOCKETS:
-                raise
-            return None
-        return name
-
-    def _listen_elsewhere(self, name: str) -> str | None:
-        """Too long a path, or a file system without sockets: a short place, and a link to it."""
-        self._forget_short()
+        if addresses.fits(name) and self._can_listen(name):
+            return name
+        # Too long a path, or a file system without sockets: listen in a short directory, and link to it.
+        self._remove_short()
         self._short = _short_directory()
         where = os.path.join(self._short, "s")
-        try:
-            self._listen(where)
-        except OSError as err:
-            self._forget_short()
-            if err.errno not in _NO_SOCKETS:
-                raise
+        if not self._can_listen(where):
+            self._remove_short()
             return None
         os.symlink(where, name)
         return where
 
+    def _can_listen(self, path: str) -> bool:
+        try:
+            self._listen(path)
+        except OSError as err:
+            if err.errno not in _NO_SOCKETS:
+                raise
+            return False
+        return True
+
+    # Removing, with the lock held...
+
     def _discard(self) -> None:
-        self._forget_short()
+        self._remove_short()
         if self._is_ours():
             requests = os.path.join(self.path, spool.REQUESTS)
-            with contextlib.suppress(OSError):  # out of the way of whoever goes on writing into it
+            with contextlib.suppress(OSError):  # clients that keep writing lose the path
                 os.rename(requests, os.path.join(self.path, f".{spool.REQUESTS}"))
         for attempt in range(_ATTEMPTS):
             try:
                 if self._is_ours():
-                    registry.remove_tree(self._root, self.job_id, self._files[self.path][:2])
+                    cleanup.remove_tree(self._root, self.job_id, self._files[self.path][:2])
                 break
-            except JobsDirUnusable:  # somebody has put one more into it at this moment
+            except JobsDirUnusable:  # another file was written into it at this moment
                 if attempt == _ATTEMPTS - 1:
                     raise
         self._files.clear()
 
     def _is_ours(self) -> bool:
-        return self.path in self._files and self._files[self.path] == _maybe_file_id(self.path) and self._holds()
-
-    def _holds(self) -> bool:
-        """Whether no other job has published here; an inode alone may have been used again."""
+        """Return whether the path has our directory, in which no other job has published; inodes are used again."""
+        if self.path not in self._files or self._files[self.path] != _file_id(self.path):
+            return False
         try:
             holder = record.read_record(self._root, self.job_id)
         except ValueError:
             return False
         return holder is None or holder.owner == self._record.owner
 
-    def _forget_short(self) -> None:
+    def _remove_short(self) -> None:
         if self._short is not None:
             shutil.rmtree(self._short, ignore_errors=True)
             self._short = None
 
-    # Without the lock...
 
-    def _is_intact(self) -> bool:
-        return all(_maybe_file_id(path) == known for path, known in self._files.items())
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn errors of the file system on a job's directory into JobsDirUnusable."""
+    try:
+        yield
+    except OSError as err:
+        where = os.path.join(path, err.filename) if err.filename else path
+        raise JobsDirUnusable(f"{where}: {err.strerror or err}") from err
 
 
 def _taken(holder: record.JobRecord) -> JobIdTaken:
-    return JobIdTaken(
-        f"job id {holder.job_id} belongs to pid {holder.pid} on {holder.host}", pid=holder.pid, host=holder.host
-    )
+    text = f'job id "{holder.job_id}" is in use by pid {holder.pid} on {holder.host}'
+    return JobIdTaken(text, pid=holder.pid, host=holder.host)
 
 
-def _somebody_listens(path: str) -> bool:
+def _is_listening(path: str) -> bool:
     try:
         addresses.UnixEndpoint(path).connect(Deadline(0.0)).close()
     except JobDead:
         return False
-    except ControlError:  # its backlog is full, or it is somebody else's
+    except ControlError:  # its backlog is full, or it belongs to another user
         pass
     return True
 
 
-def _make_root(root: str) -> None:
-    _make_private(root)
-    found, me = os.stat(root), os.geteuid()
-    if not stat.S_ISDIR(found.st_mode):
-        raise JobsDirUnusable(f"the jobs directory {root} is no directory")
-    for owner in (found.st_uid, os.lstat(root).st_uid):  # who made a link may have it point elsewhere tomorrow
-        if owner not in (0, me) and me != 0:
-            raise JobsDirUnusable(f"the jobs directory {root} belongs to another user (uid {owner})")
-    # A group may: with a umask of 002 it is the user's own, and a record that another wrote is believed by nobody.
-    if _may_rename(found, stat.S_IWOTH):
-        raise JobsDirUnusable(f"anybody may rename what is in the jobs directory {root}; chmod o-w it")
-
-
-def _may_rename(found: os.stat_result, who: int) -> bool:
-    """Whether they, who write by these bits, may put something else in the place of what is in a directory."""
-    return bool(found.st_mode & who) and not found.st_mode & stat.S_ISVTX
-
-
-def _make_private(path: str) -> None:
-    """Make a directory and the missing ones above it, 0700 each, whatever the umask (``makedirs`` asks it)."""
-    if os.path.isdir(path):
-        return
-    _make_private(os.path.dirname(path))
-    with contextlib.suppress(FileExistsError):  # two jobs start at once; what exists is judged next
-        os.mkdir(path, 0o700)
-
-
 def _is_directory(path: str) -> bool:
-    """Whether there is a directory of this user, not a link to one."""
+    """Return whether there is a directory of this user, not a link to one."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -355,51 +313,23 @@ def _unlink_socket(path: str) -> None:
     os.unlink(path)
 
 
-def _write(directory: str, name: str, data: bytes) -> None:
-    """Write a file that others see whole or not at all, and that only its owner can read."""
-    path = os.path.join(directory, f".{name}.{os.getpid()}")
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(file, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(file)
-        os.replace(path, os.path.join(directory, name))
-    except OSError:
-        os.unlink(path)
-        raise
-
-
 def _short_directory() -> str:
-    """A new private (0700) directory with a short path."""
+    """Return a new private (0700) directory with a short path."""
     for place in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()):
-        if place and _is_safe(place) and addresses.fits(os.path.join(place, "forgather-12345678", "s")):
+        if place and private_files.is_safe(place) and addresses.fits(os.path.join(place, "forgather-12345678", "s")):
             return tempfile.mkdtemp(prefix="forgather-", dir=place)
     return tempfile.mkdtemp(prefix="forgather-", dir="/tmp")
 
 
-def _is_safe(place: str) -> bool:
-    """Whether a directory made there stays ours: under ``su`` $XDG_RUNTIME_DIR may be another user's."""
-    try:
-        found = os.stat(place)
-    except OSError:
-        return False
-    return (
-        os.access(place, os.W_OK)
-        and found.st_uid in (0, os.geteuid())
-        and not _may_rename(found, stat.S_IWGRP | stat.S_IWOTH)
-    )
-
-
-def _file_id(path: str) -> _FileId:
+def _known_id(path: str) -> _FileId:
     found = os.lstat(path)
-    # The inode of a deleted file is soon used again; a directory's time changes with what is in it.
+    # The inode of a deleted file is soon used again; a directory's time changes with its entries.
     return found.st_dev, found.st_ino, 0 if stat.S_ISDIR(found.st_mode) else found.st_mtime_ns
 
 
-def _maybe_file_id(path: str) -> _FileId | None:
+def _file_id(path: str) -> _FileId | None:
     try:
-        return _file_id(path)
+        return _known_id(path)
     except OSError:
         return None
 

@@ -21,7 +21,8 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from ..errors import ControlError, InvalidRequest, ParseError, TooManyCommands
-from ..jobs import spool
+from ..jobs import private_files, spool
+from ..jobs.record import is_job_id
 from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
 from ..wire import builtin, jsonrpc
 from ..wire.limits import MAX_LINE
@@ -171,7 +172,7 @@ class FileRequestServer:
         if self._again or self._stamps[0] != self._stamps[1]:
             return False
         try:
-            with spool.fresh(os.path.join(self._path, REQUESTS)) as box:
+            with private_files.opened(os.path.join(self._path, REQUESTS)) as box:
                 return _stamp(os.fstat(box)) == self._stamps[0]
         except OSError:
             return False  # gone, and made anew; or what it is, is found out
@@ -284,7 +285,7 @@ class FileRequestServer:
         with spool.opened(self._path, REPLIES, self._home, make=True) as box:
             for name, data in list(self._unsent.items()):
                 self._make_room(box, len(data))
-                spool.write(box, name, data)
+                private_files.write(box, name, data)
                 del self._unsent[name]
                 self._kept[name] = _Kept(time.monotonic(), len(data), name not in self._touched)
 
@@ -333,7 +334,7 @@ class FileRequestServer:
         try:
             data = jsonrpc.encode(self._status())
             with spool.opened(self._path, ".", self._home) as home:
-                spool.write(home, STATUS, data)
+                private_files.write(home, STATUS, data)
             self._told = mark
         finally:
             end, worked = time.monotonic(), time.thread_time() - worked
@@ -380,7 +381,7 @@ def _stamp(facts: os.stat_result) -> object:
 
 
 def _is_request(name: str) -> bool:
-    return spool.is_file_name(name) and (name.endswith(SUFFIX) or name in builtin.BUILTIN)
+    return is_job_id(name) and (name.endswith(SUFFIX) or name in builtin.BUILTIN)
 
 
 def _aged(entry: os.DirEntry[str], box: int) -> tuple[int, str] | None:

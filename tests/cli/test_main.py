@@ -102,7 +102,7 @@ def test_json_prints_one_text_of_what_the_wire_said():
         (listed,) = json.loads(cli("list", "--json").stdout)
         assert (listed["job_id"], listed["state"]) == ("job", "live") and listed["global_step"] >= 0
         assert json.loads(cli("save", "--json", "--wait=20").stdout)["state"] == "finished"
-        assert json.loads(cli("rpc", "job", "ping", "--json").stdout)["protocol"] == 1
+        assert json.loads(cli("rpc", "job", "ping", "--json").stdout)["protocol"] == 2
         refused = cli("rpc", "job", "nosuch", "--json")
         assert refused.returncode == 1 and json.loads(refused.stdout)["error"]["code"] == -32601
         assert json.loads(cli("abort", "--force", "--json").stdout)["command"] == "abort"

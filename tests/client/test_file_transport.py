@@ -16,7 +16,7 @@ import pytest
 from forgather_control import errors
 from forgather_control.client import api, file_transport
 from forgather_control.client.api import FileClient, find
-from forgather_control.jobs import spool
+from forgather_control.jobs import private_files, spool
 from forgather_control.server import limits
 
 from ..server.test_file_requests import needs_mount, small_disk
@@ -272,7 +272,7 @@ def publish_far(jobs_dir, **members):
     record |= {"host": "elsewhere", "socket": "/nowhere/control.sock", **members}
     letter = jobs_dir / "job" / "endpoint.json"
     with spool.opened(str(letter.parent), ".", spool.directory_id(str(letter.parent))) as home:
-        spool.write(home, letter.name, json.dumps(record).encode())
+        private_files.write(home, letter.name, json.dumps(record).encode())
 
 
 def test_connect_finds_it_last(quick, jobs_dir, monkeypatch):

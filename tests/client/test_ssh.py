@@ -436,7 +436,7 @@ def test_a_person_may_type_a_passphrase(box, answer, code):
         words = ["-m", "forgather_control", "--ssh", "locked", "rpc", "job", "ping"]
         got, shown = typed(words, b"passphrase", answer)
         assert got == code and "Traceback" not in shown, shown
-        assert ('"protocol": 1' in shown) == (code == 0)
+        assert ('"protocol": 2' in shown) == (code == 0)
 
 
 def test_without_a_terminal_nobody_is_asked(box):

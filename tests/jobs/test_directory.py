@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import pytest
 
 from forgather_control.errors import JobIdTaken, JobsDirUnusable, StartError
-from forgather_control.jobs import directory, registry
+from forgather_control.jobs import cleanup, directory, registry
 from forgather_control.jobs.directory import JobDirectory, generate_job_id
 from forgather_control.jobs.record import is_job_id, read_record
 from forgather_control.server import limits
@@ -121,7 +121,7 @@ def test_a_claim_publishes_and_remove_leaves_nothing(jobs_dir, make):
     job = make()
     job.claim()
     record = published(jobs_dir)
-    assert (record.pid, record.port, record.protocol, record.world_size) == (os.getpid(), None, 1, 1)
+    assert (record.pid, record.port, record.protocol, record.world_size) == (os.getpid(), None, 2, 1)
     assert record.socket == str(jobs_dir / "job" / "control.sock") and registry.judge(record) == "silent"
     assert names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
     job.remove()
@@ -133,7 +133,7 @@ def test_a_live_owner_keeps_its_id(jobs_dir, make):
     """A second claim, from this process or another, says who has the id, and changes nothing."""
     with job_process() as other:
         before = published(jobs_dir)
-        with pytest.raises(JobIdTaken, match=f"job id job belongs to pid {other.pid} on") as caught:
+        with pytest.raises(JobIdTaken, match=f'job id "job" is in use by pid {other.pid} on') as caught:
             make().claim()
         assert caught.value.data == {"pid": other.pid, "host": socket.gethostname()}
         assert published(jobs_dir) == before
@@ -522,7 +522,7 @@ def test_a_restore_does_not_wait_for_the_lock(jobs_dir, make):
     job = make()
     job.claim()
     os.unlink(jobs_dir / "job" / "control.sock")
-    with registry.locked(str(jobs_dir), 1.0), pytest.raises(JobsDirUnusable, match="held"):
+    with cleanup.locked(str(jobs_dir), 1.0), pytest.raises(JobsDirUnusable, match="held"):
         job.restore()
     assert job.restore()
 
@@ -603,7 +603,7 @@ def test_a_read_only_file_system(jobs_dir, make):
         (0, 0o755, "cannot be written (Permission denied)"),
         (0, 0o700, "cannot be written (Permission denied)"),
         (65534, 0o500, "cannot be written (Permission denied)"),
-        (65534, 0o777, "anybody may rename what is in the jobs directory"),
+        (65534, 0o777, "any user may rename what is in the jobs directory"),
         (None, 0o755, "Permission denied"),
         (65534, 0o755, None),
         (65534, 0o775, None),  # umask 002
@@ -611,7 +611,7 @@ def test_a_read_only_file_system(jobs_dir, make):
     ],
 )
 def test_whose_directory_may_be_used(jobs_dir, owner, bits, why):
-    """Only one's own, or root's that can be written, and none in which anybody may rename; as an ordinary user."""
+    """Only one's own, or root's that can be written, and none in which any user may rename; as an ordinary user."""
     jobs_dir.parent.chmod(0o755)
     if owner is not None:
         jobs_dir.mkdir()
@@ -634,7 +634,7 @@ def test_a_directory_in_which_anybody_may_rename_is_refused(jobs_dir, make):
     """World-writable without the sticky bit: somebody could put his own job under our name."""
     jobs_dir.mkdir()
     jobs_dir.chmod(0o777)
-    refused(jobs_dir, make(), "anybody may rename")
+    refused(jobs_dir, make(), "any user may rename")
     jobs_dir.chmod(0o1777)
     make().claim()
     published(jobs_dir)

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from forgather_control.errors import BadJobId
-from forgather_control.jobs import directory, rank_processes, registry
-from forgather_control.jobs.rank_processes import RankRecord, parse, read, write
+from forgather_control.jobs import cleanup, directory, rank_processes, spool
+from forgather_control.jobs.rank_processes import RankRecord, parse_ranks, read, write
 from forgather_control.processes.liveness import current_process
 
 from ..support.harness import ROOT, SOON, Process, descriptors
@@ -92,7 +92,7 @@ def test_no_reader_sees_half_of_it(place, jobs_dir):
 def test_the_directory_takes_it_away(place, jobs_dir):
     """With the job's directory goes whatever is in it, of a job that ends and of a dead one that is cleaned up."""
     write(str(place.parent), [ONE])
-    registry.remove_tree(str(jobs_dir), "job")
+    cleanup.remove_tree(str(jobs_dir), "job", spool.directory_id(str(place.parent)))
     assert not place.parent.exists()
     mine = directory.JobDirectory("mine", lambda path: open(path, "w").close(), 1)
     mine.claim()
@@ -131,7 +131,7 @@ def test_links_fifos_and_directories_are_not_read(place, jobs_dir):
     before = descriptors()
     (jobs_dir / "secret").write_bytes(data({}))
     place.symlink_to(jobs_dir / "secret")
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match="cannot be read"):
         of_job(jobs_dir)
     place.unlink()
     os.mkfifo(place)
@@ -149,27 +149,27 @@ BROKEN = {
     "half written": (data({})[:50], "."),
     "not UTF-8": (b"\xff", "utf-8"),
     "an object": (b"{}", "no JSON array"),
-    "a list of numbers": (b"[1]", "no JSON array of objects"),
+    "a list of numbers": (b"[1]", "a rank must be an object"),
     "nested": (b"[" * 100_000, "nested|Expecting"),
-    "a member is missing": (b'[{"rank": 0}]', "a member is missing"),
-    "rank as text": (data({"rank": "0"}), "rank must be int"),
-    "rank below 0": (data({"rank": -1}), "rank -1"),
-    "rank null": (data({"rank": None}), "rank must be int"),
+    "a member is missing": (b'[{"rank": 0}]', "a rank has no host"),
+    "rank as text": (data({"rank": "0"}), "rank of a rank must be an integer"),
+    "rank below 0": (data({"rank": -1}), "rank of a rank must be .*, not -1"),
+    "rank null": (data({"rank": None}), "rank of a rank must be an integer"),
     "the same twice": (data({}, {"rank": 0}), "in order"),
     "out of order": (data({"rank": 2}, {}), "in order"),
-    "pid 0": (data({"pid": 0}), "no process id"),
-    "pid -1, which means all": (data({"pid": -1}), "no process id"),
-    "pid as bool": (data({"pid": True}), "pid must be int"),
-    "pid beyond": (data({"pid": 1 << 31}), "no process id"),
-    "host null": (data({"host": None}), "host must be str"),
-    "host a list": (data({"host": ["a"]}), "host must be str"),
-    "started_at as text": (data({"started_at": "now"}), "started_at must be float"),
-    "started_at NaN": (data({"started_at": float("nan")}), "no time"),
-    "started_at beyond": (data({"started_at": 10**400}), "no time"),
-    "machine a number": (data({"machine": 5}), "machine must be str"),
-    "stack_fd -1": (data({"stack_fd": -1}), "stack_fd -1"),
-    "stack_fd as float": (data({"stack_fd": 5.0}), "stack_fd must be int"),
-    "the second one": (data({}, {"pid": "x\x1b"}), r"pid must be int, not 'x\\x1b'"),
+    "pid 0": (data({"pid": 0}), "pid of a rank must be an integer from 1 to 2147483647"),
+    "pid -1, which means all": (data({"pid": -1}), "pid of a rank must be an integer from 1 to 2147483647"),
+    "pid as bool": (data({"pid": True}), "pid of a rank must be an integer.*"),
+    "pid beyond": (data({"pid": 1 << 31}), "pid of a rank must be an integer from 1 to 2147483647"),
+    "host null": (data({"host": None}), "host of a rank must be a string"),
+    "host a list": (data({"host": ["a"]}), "host of a rank must be a string"),
+    "started_at as text": (data({"started_at": "now"}), "started_at of a rank must be a number"),
+    "started_at NaN": (data({"started_at": float("nan")}), "started_at of a rank must be a number"),
+    "started_at beyond": (data({"started_at": 10**400}), "started_at of a rank must be a number"),
+    "machine a number": (data({"machine": 5}), "machine of a rank must be a string"),
+    "stack_fd of a rank must be .*, not -1": (data({"stack_fd": -1}), "stack_fd of a rank must be .*, not -1"),
+    "stack_fd as float": (data({"stack_fd": 5.0}), "stack_fd of a rank must be an integer"),
+    "the second one": (data({}, {"pid": "x\x1b"}), r"pid of a rank must be an integer.*, not 'x\\x1b'"),
     "too long": (data({}) + b" " * rank_processes.MAX_RANKS_FILE, "longer than"),
 }
 
@@ -186,9 +186,9 @@ def test_a_broken_file_is_one_value_error(place, jobs_dir, name):
 
 def test_a_file_of_a_later_version_is_read():
     """Members that this version does not know are left out; those it can do without may be missing; so may ranks."""
-    assert parse(data({"gpu": "H200"}, {"rank": 5, "nested": [{}]})) == [ONE, ONE._replace(rank=5)]
-    assert parse(b'[{"rank": 3, "host": "n", "pid": 1}]') == [RankRecord(3, "n", 1)]
-    assert parse(b"[]") == []
+    assert parse_ranks(data({"gpu": "H200"}, {"rank": 5, "nested": [{}]})) == [ONE, ONE._replace(rank=5)]
+    assert parse_ranks(b'[{"rank": 3, "host": "n", "pid": 1}]') == [RankRecord(3, "n", 1)]
+    assert parse_ranks(b"[]") == []
 
 
 def test_room_for_thousands():

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from forgather_control.errors import BadJobId, StartError
-from forgather_control.jobs import directory, record
+from forgather_control.jobs import private_files, record
 from forgather_control.jobs.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
 from forgather_control.processes import liveness
 from forgather_control.processes.launcher import Launch
@@ -100,9 +100,9 @@ BROKEN = {
     "half written": (_data()[:60], "."),
     "not UTF-8": (b'{"job_id": "\xff"}', "utf-8"),
     "UTF-16": (_data().decode().encode("utf-16"), "utf-8"),
-    "a list": (b"[]", "no JSON object"),
-    "null": (b"null", "no JSON object"),
-    "a number": (b"5", "no JSON object"),
+    "a list": (b"[]", "must be an object"),
+    "null": (b"null", "must be an object"),
+    "a number": (b"5", "must be an object"),
     "no id": (b"{}", "another job"),
     "another id": (_data(job_id="other"), "another job, 'other'"),
     "a path as id": (_data(job_id="../../victim"), "another job"),
@@ -110,36 +110,41 @@ BROKEN = {
     "an empty id": (_data(job_id=""), "another job"),
     "a list as id": (_data(job_id=["job"]), "another job"),
     "terminal codes as id": (_data(job_id="\x1b[2J\n"), r"'\\x1b\[2J\\n'"),
-    "only its id": (b'{"job_id": "job"}', "a member is missing"),
-    "null started_at": (_data(started_at=None), "started_at must be float"),
-    "started_at as text": (_data(started_at="now"), "started_at must be float"),
-    "started_at NaN": (_data(started_at=float("nan")), "is no time"),
-    "started_at infinite": (_data().replace(b"1700000000.5", b"1e999"), "is no time"),
-    "started_at beyond all time": (_data(started_at=10**400), "started_at 1000.* is no time"),
+    "only its id": (b'{"job_id": "job"}', "the record has no host"),
+    "null started_at": (_data(started_at=None), "started_at of the record must be a number"),
+    "started_at as text": (_data(started_at="now"), "started_at of the record must be a number"),
+    "started_at NaN": (_data(started_at=float("nan")), "started_at of the record must be a number from"),
+    "started_at infinite": (
+        _data().replace(b"1700000000.5", b"1e999"),
+        "started_at of the record must be a number from",
+    ),
+    "started_at beyond all time": (
+        _data(started_at=10**400),
+        "started_at of the record must be a number from .*, not 1000",
+    ),
     "started_at at the end of floats": (_data(started_at=1e300), "started_at"),
     "process_started_at beyond all time": (_data(process_started_at=-(10**400)), "process_started_at"),
     "booted_at beyond all time": (_data(booted_at=10**4000), "booted_at"),
     "an integer of 5,000 digits": (_data().replace(b"123", b"1" * 5000), "."),
-    "pid 0": (_data(pid=0), "no process id"),
-    "pid -5": (_data(pid=-5), "no process id"),
-    "pid 2**31": (_data(pid=2**31), "no process id"),
-    "pid as text": (_data(pid="123"), "pid must be int"),
-    "pid as bool": (_data(pid=True), "pid must be int"),
-    "pid as float": (_data(pid=123.0), "pid must be int"),
-    "pid null": (_data(pid=None), "pid must be int"),
-    "host null": (_data(host=None), "host must be str"),
-    "a list as host": (_data(host=["node"] * 5000), "host must be str"),
-    "an object as socket": (_data(socket={"path": "/tmp/s"}), "socket must be str"),
-    "pid of 400 digits": (_data(pid=10**400), "no process id"),
-    "port as text": (_data(port="8900"), "port must be int"),
-    "port 0": (_data(port=0), "port 0 is none"),
-    "port -1": (_data(port=-1), "port -1 is none"),
-    "port 65536": (_data(port=65536), "port 65536 is none"),
-    "port of 400 digits": (_data(port=10**400), "port 1000.* is none"),
-    "world_size of 400 digits": (_data(world_size=-(10**400)), "world_size -1000.* is too large"),
-    "world_size as bool": (_data(world_size=True), "world_size must be int"),
-    "a list as launch": (_data(launch=["slurm"]), "launch must be an object or null"),
-    "launch as bool": (_data(launch=False), "launch must be an object or null"),
+    "pid 0": (_data(pid=0), "pid of the record must be an integer from 1 to 2147483647"),
+    "pid -5": (_data(pid=-5), "pid of the record must be an integer from 1 to 2147483647"),
+    "pid 2**31": (_data(pid=2**31), "pid of the record must be an integer from 1 to 2147483647"),
+    "pid as text": (_data(pid="123"), "pid of the record must be an integer from 1 to 2147483647"),
+    "pid as bool": (_data(pid=True), "pid of the record must be an integer from 1 to 2147483647"),
+    "pid as float": (_data(pid=123.0), "pid of the record must be an integer from 1 to 2147483647"),
+    "pid null": (_data(pid=None), "pid of the record must be an integer from 1 to 2147483647"),
+    "host null": (_data(host=None), "host of the record must be a string"),
+    "a list as host": (_data(host=["node"] * 5000), "host of the record must be a string"),
+    "an object as socket": (_data(socket={"path": "/tmp/s"}), "socket of the record must be a string or null"),
+    "pid of 400 digits": (_data(pid=10**400), "pid of the record must be an integer from 1 to 2147483647"),
+    "port as text": (_data(port="8900"), "port of the record must be an integer"),
+    "port -1": (_data(port=-1), "port of the record must be an integer from 0 to 65535 or null, not -1"),
+    "port 65536": (_data(port=65536), "port of the record must be .*, not 65536"),
+    "port of 400 digits": (_data(port=10**400), "port of the record must be .*, not 1000"),
+    "world_size of 400 digits": (_data(world_size=-(10**400)), "world_size of the record must be .*, not -1000"),
+    "world_size as bool": (_data(world_size=True), "world_size of the record must be an integer"),
+    "a list as launch": (_data(launch=["slurm"]), "launch of the record must be an object or null"),
+    "launch as bool": (_data(launch=False), "launch of the record must be an object or null"),
     "terminal codes in launch": (_data(launch={"run_id": "\x1b[2J"}), "launch.run_id must be printable text"),
     "a count as text": (_data(launch={"restart_count": "1"}), "launch.restart_count must be a whole number"),
     "too long": (_data() + b" " * record.MAX_RECORD, "longer than 65536 bytes"),
@@ -202,9 +207,9 @@ def _socket(path):
     [
         (_fifo, "no regular file"),
         (lambda path: path.mkdir(), "no regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), "cannot be opened"),
-        (_link, "cannot be opened"),
-        (_socket, "cannot be opened"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be read"),
+        (_link, "cannot be read"),
+        (_socket, "cannot be read"),
     ],
 )
 def test_only_a_regular_file_is_a_record(place, make, why):
@@ -247,10 +252,10 @@ def test_an_unreadable_record_says_so(place):
     """
     with Process(program) as nobody:
         nobody.say(str(place.parent.parent))
-        assert nobody.line() == "endpoint.json cannot be opened (Permission denied)"
+        assert nobody.line() == "endpoint.json cannot be read (Permission denied)"
         place.parent.chmod(0o700)
         nobody.say(str(place.parent.parent))
-        assert nobody.line() == "it cannot be opened (Permission denied)"
+        assert nobody.line() == "its directory cannot be opened (Permission denied)"
 
 
 def test_reading_leaks_no_descriptors(place):
@@ -275,9 +280,10 @@ def test_a_record_is_never_seen_half_written(place):
     def write():
         while not done.is_set():
             for mine in (one, two):
-                directory._write(str(place.parent), record.RECORD, jsonrpc.encode(mine.to_json()))
+                private_files.write(directory, record.RECORD, jsonrpc.encode(mine.to_json()))
 
-    directory._write(str(place.parent), record.RECORD, jsonrpc.encode(one.to_json()))
+    directory = private_files.open_directory(str(place.parent))
+    private_files.write(directory, record.RECORD, jsonrpc.encode(one.to_json()))
     writer = threading.Thread(target=write)
     writer.start()
     try:
@@ -285,4 +291,5 @@ def test_a_record_is_never_seen_half_written(place):
     finally:
         done.set()
         writer.join()
+        os.close(directory)
     assert seen == {one, two}

@@ -298,12 +298,12 @@ def target_record(data: bytes) -> None:
 def target_roster(data: bytes) -> None:
     """A ranks.json: a ValueError in one short line, or ranks in order that can be judged."""
     try:
-        ranks = rank_processes.parse(data)
+        ranks = rank_processes.parse_ranks(data)
     except ValueError as err:
         _is_short(err)
         return
     assert [rank.rank for rank in ranks] == sorted({rank.rank for rank in ranks})
-    assert rank_processes.parse(json.dumps([rank._asdict() for rank in ranks]).encode()) == ranks
+    assert rank_processes.parse_ranks(json.dumps([rank._asdict() for rank in ranks]).encode()) == ranks
     for rank in ranks[:3] if len(data) % 16 == 0 else ():
         assert registry.process.judge(rank.identity) in ("running", "gone", "elsewhere")
 

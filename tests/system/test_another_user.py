@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control.client import api, recovery
-from forgather_control.errors import NotAuthenticated
-from forgather_control.jobs import registry
+from forgather_control.errors import JobsDirUnusable, NotAuthenticated
+from forgather_control.jobs import cleanup
 from forgather_control.jobs.record import JobRecord
 from forgather_control.processes import liveness
 
@@ -48,6 +48,7 @@ from forgather_control.jobs import directory
 from forgather_control.processes import stack_dump as dump
 from forgather_control.wire import addresses as endpoint
 from forgather_control.server import auth as gate
+from forgather_control.jobs import cleanup, private_files
 from forgather_control.jobs import registry as jobs
 from forgather_control.jobs import spool
 from forgather_control.processes import liveness as process
@@ -386,9 +387,9 @@ def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code
             "dump.dump_stacks(process.current_process()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))",
             "FindError",
         ),
-        ("jobs.remove_tree(root, job)", "JobsDirUnusable"),
-        ("jobs.remove_dead(root, job)", "JobsDirUnusable"),
-        ("jobs.locked(root, 0.0).__enter__()", "JobsDirUnusable"),
+        ("cleanup.remove_tree(root, job, (0, 0))", "JobsDirUnusable"),
+        ("cleanup.remove_dead(root, job)", "JobsDirUnusable"),
+        ("cleanup.locked(root, 0.0).__enter__()", "JobsDirUnusable"),
         ("directory.JobDirectory(job, lambda path: None, 1).claim()", "JobsDirUnusable"),
     ],
 )
@@ -578,7 +579,7 @@ def test_a_job_takes_nothing_that_was_planted(owner, stranger, shared, monkeypat
         before = sorted(str(path) for path in shared.rglob("*"))
         job = """
 os.environ["FORGATHER_JOBS_DIR"] = root
-directory._PATIENCE = 0.2
+cleanup.LOCK_TIMEOUT = 0.2
 said = io.StringIO()
 logging.basicConfig(stream=said, force=True)
 with TrainingJob("exp", port=0) as job:
@@ -633,7 +634,11 @@ for _ in range(30):
 
 
 @pytest.mark.parametrize(
-    "code", ["directory._write(root, 'endpoint.json', b'token')", "rank_processes.write(root, [])"]
+    "code",
+    [
+        "private_files.write(private_files.open_directory(root), 'endpoint.json', b'token')",
+        "rank_processes.write(root, [])",
+    ],
 )
 def test_no_file_of_a_strangers_is_written_into(owner, stranger, shared, code):
     """What is written before it is renamed has a name that can be guessed: a file that lies there is not used."""
@@ -770,8 +775,8 @@ threading.Thread(target=serve, daemon=True).start()
     with precious("victim") as place:
         stranger.does(code, root=strangers, target=place, swap=swap)
         try:
-            registry.remove_dead(str(strangers), "victim")
-        except registry.JobsDirUnusable:
+            cleanup.remove_dead(str(strangers), "victim")
+        except JobsDirUnusable:
             pass  # what was judged is empty by now, and its name another's: that stays
         assert stranger.does("it = swapped.wait(5)")
 
@@ -806,8 +811,8 @@ os.chdir("/")
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
-        with pytest.raises(registry.JobsDirUnusable, match="cannot be removed"):
-            registry.remove_dead(str(strangers), "exp")
+        with pytest.raises(JobsDirUnusable, match="cannot be removed"):
+            cleanup.remove_dead(str(strangers), "exp")
     finally:
         sys.setrecursionlimit(usual)
 

@@ -37,7 +37,7 @@ import pytest
 
 from forgather_control import ControlError, connect
 from forgather_control.errors import DeadlinePassed
-from forgather_control.jobs import spool
+from forgather_control.jobs import private_files, spool
 from forgather_control.states import COMMAND_STATES, FINAL_STATES
 from forgather_control.wire.records import CommandRecord
 
@@ -240,7 +240,7 @@ class Commander:
         age = self.dice.choice([0, 0, 0, 86400, -86400])
         line = {"jsonrpc": "2.0", "id": 1, "method": "save_checkpoint", "params": {"command_id": command_id}}
         with spool.opened(str(self.victim.path), spool.REQUESTS, spool.directory_id(str(self.victim.path))) as box:
-            spool.write(box, f".{name}", json.dumps(line).encode())
+            private_files.write(box, f".{name}", json.dumps(line).encode())
             if age:
                 os.utime(f".{name}", (time.time() - age,) * 2, dir_fd=box)
             os.rename(f".{name}", f"{name}.json", src_dir_fd=box, dst_dir_fd=box)
@@ -470,9 +470,9 @@ class Chaos:
                     case 2:
                         os.mkdir(name, dir_fd=place)
                     case 3:
-                        spool.write(place, name, dice.randbytes(dice.choice([0, 10, 100_000])))
+                        private_files.write(place, name, dice.randbytes(dice.choice([0, 10, 100_000])))
                     case 4:
-                        spool.write(place, name, mutated(dice, request(dice)))
+                        private_files.write(place, name, mutated(dice, request(dice)))
                     case 5:
                         os.symlink(self.sentinel, dice.choice(["abort", "save_checkpoint", "x"]), dir_fd=place)
 

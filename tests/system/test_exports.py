@@ -138,7 +138,7 @@ def test_client_of_a_live_job_is_light():
 def test_version():
     """One version: the package's, the module's, the metadata's; the protocol is a whole number."""
     assert forgather_control.__version__ == version.VERSION
-    assert re.fullmatch(r"\d+\.\d+\.\d+", version.VERSION) and version.PROTOCOL == 1
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version.VERSION) and version.PROTOCOL == 2
     assert "version = attr: forgather_control.version.VERSION" in (ROOT / "setup.cfg").read_text()
 
 

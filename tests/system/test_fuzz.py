@@ -28,7 +28,7 @@ import pytest
 from forgather_control.cli import main
 from forgather_control.client import api
 from forgather_control.errors import ControlError
-from forgather_control.jobs import spool
+from forgather_control.jobs import private_files, spool
 from forgather_control.server.connection import Connection
 from forgather_control.server.dispatcher import Dispatcher
 from forgather_control.wire import jsonrpc
@@ -512,7 +512,7 @@ def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, capl
                 others += [drop(dice, home / "requests", outside) for _ in range(5)]
                 line = jsonrpc.request("save_checkpoint", {"command_id": name}, name)
                 with spool.opened(str(home), spool.REQUESTS, spool.directory_id(str(home))) as box:
-                    spool.write(box, f"{name}.json", line)
+                    private_files.write(box, f"{name}.json", line)
             until(lambda good=good: all((home / "replies" / f"{name}.json").exists() for name in good))
             for name in good:
                 reply = strict((home / "replies" / f"{name}.json").read_bytes())

@@ -193,7 +193,7 @@ def test_an_id_that_was_taken_over_is_left_to_the_other(jobs_dir, caplog):
             if other.line() != "True":
                 pytest.skip("the first job was faster, and restored its directory")
             until(
-                lambda: any("belongs to pid" in record.getMessage() for record in caplog.records),
+                lambda: any("is in use by pid" in record.getMessage() for record in caplog.records),
                 5 * limits.TICK_PERIOD,
             )
             assert forgather_control.get_job_status("job")["pid"] == other.pid

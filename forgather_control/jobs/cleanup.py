@@ -1,0 +1,157 @@
+"""Remove the directories of dead jobs, under the lock of the jobs directory. Any thread, in the client and in the job.
+
+A directory is removed only if its record names it, the process in the record is proven to be gone, and no process
+answers for the job. Links are not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from .. import states
+from ..deadline import Deadline
+from ..errors import JobsDirUnusable
+from . import private_files
+from .record import SOCKET, JobRecord, check_job_id, read_record_in
+from .registry import ask, judge
+
+#: Seconds to wait for the lock of the jobs directory; its holders need milliseconds.
+LOCK_TIMEOUT: Final = 5.0
+#: Seconds that a job has to answer before it counts as dead.
+_ANSWER_TIMEOUT: Final = 1.0
+#: Open a directory only to look up names in it: it need not be readable (open(2)).
+_PATH_ONLY: Final = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
+    """Keep other processes from claiming or removing job directories; yield whether that was possible.
+
+    On a file system without locks (Lustre without ``-o flock``) the work is done without the lock. Two jobs with the
+    same id that start within a millisecond can then both get it.
+
+    Args:
+        seconds: to wait for the lock; ``None`` is ``LOCK_TIMEOUT``.
+
+    Raises:
+        JobsDirUnusable: another process held the lock all the time, or the jobs directory cannot be written.
+    """
+    try:
+        file = os.open(os.path.join(root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as err:
+        raise JobsDirUnusable(f"the jobs directory {root} cannot be written ({err.strerror})") from err
+    try:
+        if os.geteuid() == 0:  # made under sudo in a user's directory, it must not lock the user out
+            owner = os.stat(root)
+            os.fchown(file, owner.st_uid, owner.st_gid)
+        yield _lock(file, root, LOCK_TIMEOUT if seconds is None else seconds)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, root: str, seconds: float) -> bool:
+    try:
+        is_free = private_files.lock(file, Deadline(seconds))
+    except OSError:
+        return False
+    if not is_free:
+        raise JobsDirUnusable(f"another process has held {root}/.lock for {seconds:g} s; try again")
+    return True
+
+
+def is_dead(record: JobRecord) -> bool:
+    """Return whether the job's process is proven to be gone and no process answers for the job."""
+    return judge(record) == states.JOB_DEAD and not _answers(record)
+
+
+def _answers(record: JobRecord) -> bool:
+    return bool(ask([record], "ping", Deadline(_ANSWER_TIMEOUT)))
+
+
+def remove_dead(root: str, job_id: str) -> bool:
+    """Remove the directory of a dead job of this host; return False if it does not exist, is not dead or not readable.
+
+    The job is judged again under the lock, so a job that starts meanwhile is safe. The directory is emptied through
+    the descriptor that its record was read from, because where root cleans up, its owner could put another directory
+    in its place.
+
+    Raises:
+        JobsDirUnusable: the directory cannot be written or removed.
+    """
+    with locked(root), _opened_root(root) as parent, contextlib.ExitStack() as stack:
+        try:
+            directory = stack.enter_context(private_files.opened(check_job_id(job_id), parent))
+            record = read_record_in(directory, job_id)
+        except (OSError, ValueError) as err:
+            if private_files.is_out_of_descriptors(err):
+                raise
+            return False
+        if record is None or not is_dead(record):
+            return False
+        # The record of a dead job may have been put in the place of a live one's; its socket cannot.
+        beside = os.path.join(root, job_id, SOCKET)
+        if record.socket != beside and _answers(record._replace(socket=beside)):
+            return False
+        _remove(root, parent, job_id, directory)
+        return True
+
+
+def remove_tree(root: str, job_id: str, known: tuple[int, int]) -> None:
+    """Remove the directory of a job whose owner was judged. Call it while ``locked``.
+
+    Args:
+        known: device and inode of the directory that was judged; another one is left alone.
+
+    Raises:
+        JobsDirUnusable: it cannot be removed.
+    """
+    with _opened_root(root) as parent:
+        try:
+            with private_files.opened(job_id, parent) as directory:
+                facts = os.fstat(directory)
+                if known == (facts.st_dev, facts.st_ino):
+                    _remove(root, parent, job_id, directory)
+        except OSError as err:
+            if err.errno not in private_files.NO_DIRECTORY:
+                raise JobsDirUnusable(f"{os.path.join(root, job_id)} cannot be opened ({err.strerror})") from err
+
+
+@contextlib.contextmanager
+def _opened_root(root: str) -> Iterator[int]:
+    """Yield a descriptor of the jobs directory, which may be a link."""
+    try:
+        parent = os.open(root, _PATH_ONLY)
+    except OSError as err:
+        raise JobsDirUnusable(f"the jobs directory {root} cannot be opened ({err.strerror})") from err
+    try:
+        yield parent
+    finally:
+        os.close(parent)
+
+
+def _remove(root: str, parent: int, job_id: str, directory: int) -> None:
+    try:
+        _empty(directory)
+        os.rmdir(job_id, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+    except (OSError, RecursionError) as err:
+        reason = getattr(err, "strerror", None) or "it is nested too deeply"
+        raise JobsDirUnusable(f"{os.path.join(root, job_id)} cannot be removed ({reason})") from err
+
+
+def _empty(directory: int) -> None:
+    """Remove all entries of a directory through its descriptor, so that no link is followed."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        with contextlib.suppress(FileNotFoundError):  # its reader has removed it meanwhile
+            if is_directory:
+                with private_files.opened(name, directory) as inner:
+                    _empty(inner)
+                os.rmdir(name, dir_fd=directory)
+            else:
+                os.unlink(name, dir_fd=directory)

@@ -1,0 +1,190 @@
+"""Files that only this user may read or change: open a directory, write, read, lock. Any thread, any process.
+
+Nothing here follows a link in the last part of a path, blocks on a FIFO, or leaves a descriptor to child processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from ..deadline import Deadline
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Not blocking, because the file may be a FIFO.
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: Never a file that exists: it may have a second name anywhere.
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Errors of open(2) where there is no directory: none, another kind of file, a link.
+NO_DIRECTORY: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+#: Seconds between two attempts to lock: flock(2) has no time-out, and its signals belong to the application.
+_LOCK_RETRY: Final = 0.01
+
+
+def open_directory(path: str, parent: int | None = None) -> int:
+    """Return a descriptor of a directory.
+
+    Args:
+        parent: a descriptor of the directory that ``path`` is relative to.
+
+    Raises:
+        OSError: with an errno of ``NO_DIRECTORY``, or any other.
+    """
+    return os.open(path, _DIRECTORY, dir_fd=parent)
+
+
+@contextlib.contextmanager
+def opened(path: str, parent: int | None = None) -> Iterator[int]:
+    """Open a directory as :func:`open_directory` does, yield its descriptor, and close it."""
+    directory = open_directory(path, parent)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def write(directory: int, name: str, data: bytes, *, sync: bool = False) -> None:
+    """Write a file (mode 0600) that others see whole or not at all.
+
+    Args:
+        directory: a descriptor.
+        sync: whether the content must survive a crash of the host.
+
+    Raises:
+        OSError: it cannot be written; an older file of this name stays.
+    """
+    hidden = f".{name}.{os.getpid()}"
+    file = os.open(hidden, _NEW, 0o600, dir_fd=directory)
+    try:
+        with open(file, "wb") as out:
+            out.write(data)
+            if sync:
+                out.flush()
+                os.fsync(file)
+        os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:  # Ctrl-C, too
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(hidden, dir_fd=directory)
+        raise
+
+
+def read(directory: int, name: str, limit: int) -> tuple[bytes, os.stat_result]:
+    """Return at most ``limit`` bytes of a file, and its facts.
+
+    Raises:
+        OSError: it cannot be opened or read; ELOOP for a link, ENXIO for a socket.
+        ValueError: it is no regular file.
+    """
+    file = os.open(name, _READ, dir_fd=directory)
+    try:
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError(f"{name} is no regular file")
+        return os.read(file, limit), facts
+    finally:
+        os.close(file)
+
+
+def read_trusted(path: str, name: str, limit: int) -> bytes | None:
+    """Return the content of a file that only this user and root can have written; ``None`` if there is none.
+
+    Args:
+        path: the file's directory. A link is no directory.
+        limit: the most bytes.
+
+    Raises:
+        ValueError: the file cannot be read, is too long, or another user may have written it.
+        OSError: this process has no descriptors left, which says nothing about the file.
+    """
+    try:
+        with opened(path) as directory:
+            return read_trusted_in(directory, name, limit)
+    except OSError as err:
+        if err.errno in NO_DIRECTORY:
+            return None
+        raise _explained(err, "its directory cannot be opened") from None
+
+
+def read_trusted_in(directory: int, name: str, limit: int) -> bytes | None:
+    """As :func:`read_trusted`, in an open directory."""
+    _check_writers(os.fstat(directory), "its directory")
+    try:
+        data, facts = read(directory, name, limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as err:
+        raise _explained(err, f"{name} cannot be read") from None
+    _check_writers(facts, name)
+    if len(data) > limit:
+        raise ValueError(f"{name} is longer than {limit} bytes")
+    return data
+
+
+def _check_writers(facts: os.stat_result, what: str) -> None:
+    """Raise ValueError if a user other than this one and root can have written it; root reads the files of any user."""
+    me = os.geteuid()
+    if me != 0 and facts.st_uid not in (0, me):
+        raise ValueError(f"{what} belongs to another user (uid {facts.st_uid})")
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"{what} can be written by other users; chmod go-w")
+
+
+def _explained(err: OSError, text: str) -> OSError | ValueError:
+    return err if is_out_of_descriptors(err) else ValueError(f"{text} ({err.strerror})")
+
+
+def is_out_of_descriptors(err: Exception) -> bool:
+    """Return whether the error is this process's own, and so says nothing about the file."""
+    return isinstance(err, OSError) and err.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def lock(file: int, deadline: Deadline) -> bool:
+    """Take an exclusive lock (flock(2)); return whether it was free before the deadline.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    import fcntl
+
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if deadline.passed():
+                return False
+        time.sleep(_LOCK_RETRY)
+
+
+def make_directories(path: str) -> None:
+    """Make a directory and the missing ones above it, with mode 0700 whatever the umask (``os.makedirs`` obeys it)."""
+    if os.path.isdir(path):
+        return
+    make_directories(os.path.dirname(path))
+    with contextlib.suppress(FileExistsError):  # another process makes it at the same time
+        os.mkdir(path, 0o700)
+
+
+def may_replace(facts: os.stat_result, writers: int) -> bool:
+    """Return whether users that these mode bits let write can replace what another user put into a directory.
+
+    Args:
+        facts: of the directory.
+        writers: of ``stat.S_IWGRP`` and ``stat.S_IWOTH``.
+    """
+    return bool(facts.st_mode & writers) and not facts.st_mode & stat.S_ISVTX
+
+
+def is_safe(path: str) -> bool:
+    """Return whether this user can make a directory there that no other user can replace."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return False
+    replaceable = may_replace(facts, stat.S_IWGRP | stat.S_IWOTH)
+    return os.access(path, os.W_OK) and facts.st_uid in (0, os.geteuid()) and not replaceable
