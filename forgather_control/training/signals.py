@@ -46,7 +46,7 @@ class Signals:
     """
 
     def __init__(self, wanted: Mapping[str | signal.Signals, str]) -> None:
-        self._commands = parse(wanted)
+        self.commands = parse(wanted)
         self._handlers: list[_Handler] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Signals:
             name = ascii(threading.current_thread().name)[:80]
             raise Unsupported(f"signals give no commands: training runs in thread {name}, only the main one has any")
         try:
-            for number, command in self._commands.items():
+            for number, command in self.commands.items():
                 self._install(number, command, call)
         except (OSError, ValueError) as err:  # an interpreter within the interpreter has no signals either
             self.restore()

@@ -7,7 +7,9 @@ place, so that each is applied at a known step; the answers are read when traini
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ import forgather_control
 from forgather_control import LightningControlCallback, connect, get_command, get_job_status
 from forgather_control.client.api import find
 from forgather_control.training.controller import Controller
+from forgather_control.training.options import ControlOptions
 
 from ..support.harness import ROOT, SOON, Process, Wire, needs_lightning, needs_torch, running_loop, until
 
@@ -899,15 +903,51 @@ def test_copies_control_nothing(tmp_path):
     assert at.record()["state"] == "finished"
 
 
-def test_neither_lightning_nor_torch_is_imported():
-    """The callback knows the trainer's objects by their attributes alone."""
+CLASS = """
+import sys, forgather_control.integrations.lightning as ours
+assert not {'torch', 'lightning', 'pytorch_lightning'} & set(sys.modules)
+%s
+print([base.__module__.partition(".")[0] for base in ours.LightningControlCallback.__bases__][1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "bases"),
+    [
+        ("", ["lightning", "pytorch_lightning"]),
+        ("import lightning.pytorch", ["lightning"]),
+        ("import pytorch_lightning", ["pytorch_lightning"]),
+        ("sys.modules['lightning'] = None", ["pytorch_lightning"]),
+    ],
+)
+def test_it_is_a_callback_of_the_package_that_is_loaded(before, bases):
+    """Importing our module imports no Lightning; the class derives from the loaded ones, else the installed ones."""
+    with Process(CLASS % before) as process:
+        assert process.line() == str(bases), "".join(process.errors)
+
+
+def test_without_lightning():
+    """The class can be named, as in a star import; to make one is an error that says what to install."""
     source = """
-    import sys, forgather_control.integrations.lightning as lightning
-    lightning.LightningControlCallback()
-    print({'torch', 'lightning', 'pytorch_lightning'} & set(sys.modules))
+    import sys
+    sys.modules.update(lightning=None, pytorch_lightning=None)
+    from forgather_control import *
+    try:
+        LightningControlCallback("job")
+    except ImportError as err:
+        print(err)
     """
     with Process(source) as process:
-        assert process.line() == "set()", "".join(process.errors)
+        assert "Install lightning or pytorch-lightning" in process.line(), "".join(process.errors)
+
+
+def test_its_signature_is_its_own():
+    """LightningCLI reads the arguments from it: each with a name, an annotation and a default."""
+    parameters = inspect.signature(LightningControlCallback).parameters
+    assert list(parameters) == [field.name for field in dataclasses.fields(ControlOptions)]
+    for one in parameters.values():
+        assert one.annotation is not one.empty and one.default is not one.empty
+    assert typing.get_type_hints(LightningControlCallback.__init__)["poll_steps"] == int | None
 
 
 OTHER = """
