@@ -14,14 +14,10 @@ from typing import Final
 from .. import states
 from ..deadline import Deadline
 from ..errors import JobsDirUnusable
-from . import private_files
+from . import limits, private_files
 from .record import SOCKET, JobRecord, check_job_id, read_record_in
 from .registry import ask, judge
 
-#: Seconds to wait for the lock of the jobs directory; its holders need milliseconds.
-LOCK_TIMEOUT: Final = 5.0
-#: Seconds that a job has to answer before it counts as dead.
-_ANSWER_TIMEOUT: Final = 1.0
 #: Open a directory only to look up names in it: it need not be readable (open(2)).
 _PATH_ONLY: Final = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -34,7 +30,7 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
     same id that start within a millisecond can then both get it.
 
     Args:
-        seconds: to wait for the lock; ``None`` is ``LOCK_TIMEOUT``.
+        seconds: to wait for the lock; ``None`` is ``limits.LOCK_TIMEOUT``.
 
     Raises:
         JobsDirUnusable: another process held the lock all the time, or the jobs directory cannot be written.
@@ -47,7 +43,7 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
         if os.geteuid() == 0:  # made under sudo in a user's directory, it must not lock the user out
             owner = os.stat(root)
             os.fchown(file, owner.st_uid, owner.st_gid)
-        yield _lock(file, root, LOCK_TIMEOUT if seconds is None else seconds)
+        yield _lock(file, root, limits.LOCK_TIMEOUT if seconds is None else seconds)
     finally:
         os.close(file)
 
@@ -68,7 +64,7 @@ def is_dead(record: JobRecord) -> bool:
 
 
 def _answers(record: JobRecord) -> bool:
-    return bool(ask([record], "ping", Deadline(_ANSWER_TIMEOUT)))
+    return bool(ask([record], "ping", Deadline(limits.ANSWER_TIMEOUT)))
 
 
 def remove_dead(root: str, job_id: str) -> bool:

@@ -28,15 +28,12 @@ from ..errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from ..processes import launcher, liveness
 from ..version import PROTOCOL, VERSION
 from ..wire import addresses, jsonrpc
-from . import cleanup, private_files, record, registry, spool
+from . import cleanup, limits, private_files, record, registry, spool
 
 #: Errors of socket(2) and bind(2) where the system, or a file system, has no sockets.
 _NO_SOCKETS: Final = (
     errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EIO, errno.EAFNOSUPPORT
 )  # fmt: skip
-
-#: Attempts to empty a directory into which other processes still write.
-_ATTEMPTS: Final = 5
 
 #: Device, inode and time of change of a file; 0 for the time of a directory.
 _FileId = tuple[int, int, int]
@@ -243,13 +240,13 @@ class JobDirectory:
             requests = os.path.join(self.path, spool.REQUESTS)
             with contextlib.suppress(OSError):  # clients that keep writing lose the path
                 os.rename(requests, os.path.join(self.path, f".{spool.REQUESTS}"))
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(limits.REMOVE_ATTEMPTS):
             try:
                 if self._is_ours():
                     cleanup.remove_tree(self._root, self.job_id, self._files[self.path][:2])
                 break
             except JobsDirUnusable:  # another file was written into it at this moment
-                if attempt == _ATTEMPTS - 1:
+                if attempt == limits.REMOVE_ATTEMPTS - 1:
                     raise
         self._files.clear()
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ..deadline import Deadline
+from . import limits
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Not blocking, because the file may be a FIFO.
@@ -22,8 +23,6 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Errors of open(2) where there is no directory: none, another kind of file, a link.
 NO_DIRECTORY: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-#: Seconds between two attempts to lock: flock(2) has no time-out, and its signals belong to the application.
-_LOCK_RETRY: Final = 0.01
 
 
 def open_directory(path: str, parent: int | None = None) -> int:
@@ -158,7 +157,7 @@ def lock(file: int, deadline: Deadline) -> bool:
         except BlockingIOError:
             if deadline.passed():
                 return False
-        time.sleep(_LOCK_RETRY)
+        time.sleep(limits.LOCK_RETRY)
 
 
 def make_directories(path: str) -> None:

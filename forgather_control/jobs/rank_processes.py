@@ -12,12 +12,10 @@ from typing import Final, NamedTuple
 
 from ..processes.liveness import Identity
 from ..schema import INTEGER, NULL, PID, TEXT, TIME, Field, load, nullable, parse_json
-from . import private_files
+from . import limits, private_files
 from .record import check_job_id
 
 RANKS_FILE: Final = "ranks.json"
-#: Longest file in bytes; ten thousand ranks fit.
-MAX_RANKS_FILE: Final = 4 << 20
 
 
 class RankRecord(NamedTuple):
@@ -80,7 +78,7 @@ def read(root: str, job_id: str) -> list[RankRecord] | None:
         ValueError: the file is not as expected, and why.
         OSError: this process has no descriptors left.
     """
-    data = private_files.read_trusted(os.path.join(root, check_job_id(job_id)), RANKS_FILE, MAX_RANKS_FILE)
+    data = private_files.read_trusted(os.path.join(root, check_job_id(job_id)), RANKS_FILE, limits.MAX_RANKS_FILE)
     return None if data is None else parse_ranks(data)
 
 

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from ..errors import BadJobId, JobsDirUnusable
 from ..processes import liveness
 from ..schema import INTEGER, NULL, OBJECT, PID, TEXT, TIME, Field, load, nullable, parse_json, shown
-from . import private_files
+from . import limits, private_files
 
 if TYPE_CHECKING:
     from ..processes.launcher import Launch
 
 RECORD: Final = "endpoint.json"
 SOCKET: Final = "control.sock"
-#: Longest record in bytes; ours have a few hundred.
-MAX_RECORD: Final = 64 * 1024
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -171,11 +169,11 @@ def read_record(root: str, job_id: str) -> JobRecord | None:
         ValueError: the file is no record of this job, and why.
         OSError: this process has no descriptors left, which says nothing about the job.
     """
-    data = private_files.read_trusted(os.path.join(root, job_id), RECORD, MAX_RECORD)
+    data = private_files.read_trusted(os.path.join(root, job_id), RECORD, limits.MAX_RECORD)
     return None if data is None else parse_record(data, job_id)
 
 
 def read_record_in(directory: int, job_id: str) -> JobRecord | None:
     """As :func:`read_record`, in an open directory."""
-    data = private_files.read_trusted_in(directory, RECORD, MAX_RECORD)
+    data = private_files.read_trusted_in(directory, RECORD, limits.MAX_RECORD)
     return None if data is None else parse_record(data, job_id)

@@ -18,17 +18,11 @@ from ..deadline import Deadline
 from ..errors import ControlError, InternalError, JobDead, JobNotAnswering, JobsDirUnusable, NoSuchJob
 from ..processes import liveness
 from ..wire import addresses, jsonrpc
+from . import limits
 from .record import JobRecord, check_job_id, is_job_id, parse_record, read_record
 
 if TYPE_CHECKING:
     from ..processes.launcher import Launch
-
-#: Most sockets that are open at the same time; each takes a file descriptor.
-MAX_ASKED_AT_ONCE: Final = 200
-#: Longest reply in bytes.
-MAX_REPLY: Final = 1 << 20
-#: Seconds until a job whose backlog is full is tried again; nothing signals when it has room.
-_BUSY_RETRY: Final = 0.02
 
 
 class Job(NamedTuple):
@@ -65,7 +59,7 @@ class Job(NamedTuple):
                 raise ValueError("it has no state")
             status = value.get("status")
         except (LookupError, TypeError, ValueError, AttributeError) as err:
-            raise InternalError("the job sent no list of jobs") from err
+            raise InternalError("the other side sent no list of jobs") from err
         return cls(**_shared(record), state=value["state"], status=status if isinstance(status, dict) else None)
 
     def to_json(self) -> dict[str, Any]:
@@ -175,8 +169,8 @@ def ask(records: Iterable[JobRecord], method: str, deadline: Deadline) -> dict[s
     """Send a method to jobs over their sockets; return the results by job id.
 
     Jobs that do not answer, answer with an error, or answer for another job are left out. At most
-    ``MAX_ASKED_AT_ONCE`` sockets are open at a time. A socket that stays silent keeps its place for an equal share of
-    the time at least, so every job that answers promptly is in the result, however many others are silent.
+    ``limits.MAX_ASKED_AT_ONCE`` sockets are open at a time. While other jobs wait for a place, a silent one keeps its
+    place for an equal share of the time, so a job that answers promptly is in the result, however many are silent.
 
     Raises:
         OSError: this process has no descriptors left, which says nothing about the jobs.
@@ -205,7 +199,7 @@ class _Asking:
         self._retry_at = 0.0
         self._asked: dict[socket.socket, _Asked] = {}  # oldest first
         self._request, self._deadline = jsonrpc.request(method, {}, 1), deadline
-        self._share = (deadline.left() or 0.0) / (len(self._waiting) // MAX_ASKED_AT_ONCE + 1)
+        self._share = (deadline.left() or 0.0) / (len(self._waiting) // limits.MAX_ASKED_AT_ONCE + 1)
         self._selector = selectors.DefaultSelector()
         self._answers: dict[str, dict[str, Any]] = {}
 
@@ -237,7 +231,7 @@ class _Asking:
         """Give up the oldest silent sockets while other jobs wait for a place."""
         now = time.monotonic()
         for sock, asked in list(self._asked.items()):
-            if asked.until > now or len(self._asked) < MAX_ASKED_AT_ONCE or not self._waiting:
+            if asked.until > now or len(self._asked) < limits.MAX_ASKED_AT_ONCE or not self._waiting:
                 return
             self._drop(sock)
 
@@ -246,13 +240,13 @@ class _Asking:
         if self._busy and now >= self._retry_at:
             self._waiting.extend(self._busy)
             self._busy.clear()
-        while self._waiting and len(self._asked) < MAX_ASKED_AT_ONCE:
+        while self._waiting and len(self._asked) < limits.MAX_ASKED_AT_ONCE:
             record = self._waiting.popleft()
             try:
                 sock = _send(record, self._request)
             except JobNotAnswering:
                 self._busy.append(record)
-                self._retry_at = now + _BUSY_RETRY
+                self._retry_at = now + limits.BUSY_RETRY
             except ControlError:
                 continue
             else:
@@ -266,7 +260,7 @@ class _Asking:
         except OSError:
             data = b""
         received += data
-        if data and b"\n" not in data and len(received) < MAX_REPLY:
+        if data and b"\n" not in data and len(received) < limits.MAX_ANSWER:
             return
         self._drop(sock)
         try:

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from forgather_control.errors import BadJobId
-from forgather_control.jobs import cleanup, directory, rank_processes, spool
+from forgather_control.jobs import cleanup, directory, limits, spool
 from forgather_control.jobs.rank_processes import RankRecord, parse_ranks, read, write
 from forgather_control.processes.liveness import current_process
 
@@ -170,7 +170,7 @@ BROKEN = {
     "stack_fd of a rank must be .*, not -1": (data({"stack_fd": -1}), "stack_fd of a rank must be .*, not -1"),
     "stack_fd as float": (data({"stack_fd": 5.0}), "stack_fd of a rank must be an integer"),
     "the second one": (data({}, {"pid": "x\x1b"}), r"pid of a rank must be an integer.*, not 'x\\x1b'"),
-    "too long": (data({}) + b" " * rank_processes.MAX_RANKS_FILE, "longer than"),
+    "too long": (data({}) + b" " * limits.MAX_RANKS_FILE, "longer than"),
 }
 
 
@@ -195,7 +195,7 @@ def test_room_for_thousands():
     """Ten thousand ranks fit."""
     me = current_process()._replace(host="h" * 64)
     many = [RankRecord.of(rank, me, 1000) for rank in range(10_000)]
-    assert len(json.dumps([rank._asdict() for rank in many])) < rank_processes.MAX_RANKS_FILE
+    assert len(json.dumps([rank._asdict() for rank in many])) < limits.MAX_RANKS_FILE
 
 
 def test_out_of_files_is_nobodys_fault(tmp_path):

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from forgather_control.errors import BadJobId, StartError
-from forgather_control.jobs import private_files, record
+from forgather_control.jobs import limits, private_files, record
 from forgather_control.jobs.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
 from forgather_control.processes import liveness
 from forgather_control.processes.launcher import Launch
@@ -147,7 +147,7 @@ BROKEN = {
     "launch as bool": (_data(launch=False), "launch of the record must be an object or null"),
     "terminal codes in launch": (_data(launch={"run_id": "\x1b[2J"}), "launch.run_id must be printable text"),
     "a count as text": (_data(launch={"restart_count": "1"}), "launch.restart_count must be a whole number"),
-    "too long": (_data() + b" " * record.MAX_RECORD, "longer than 65536 bytes"),
+    "too long": (_data() + b" " * limits.MAX_RECORD, "longer than 65536 bytes"),
     "1 MB": (b'{"job_id": "' + b"x" * 10**6 + b'"}', "longer than 65536 bytes"),
     "NUL bytes": (b"\0" * 100, "."),
 }
@@ -165,7 +165,7 @@ def test_a_broken_record_is_one_value_error(place, name):
 
 def test_the_longest_record_is_read(place):
     """The limit is the last length that passes."""
-    place.write_bytes(_data().ljust(record.MAX_RECORD))
+    place.write_bytes(_data().ljust(limits.MAX_RECORD))
     assert read_record(str(place.parent.parent), "job") == GOOD
 
 

@@ -16,7 +16,7 @@ import pytest
 import forgather_control
 from forgather_control.deadline import Deadline
 from forgather_control.errors import JobsDirUnusable
-from forgather_control.jobs import cleanup, registry
+from forgather_control.jobs import cleanup, limits, registry
 from forgather_control.jobs.record import JobRecord
 from forgather_control.processes import liveness
 
@@ -272,7 +272,7 @@ def full(path):
 def test_a_live_job_is_seen_behind_more_silent_ones_than_are_asked_at_once(jobs_dir):
     """Silent jobs make room, so the oldest job of 450 is asked in time, too; the wait is no longer for it."""
     me, before = liveness.current_process(), descriptors()
-    listeners = [listening(publish(jobs_dir, f"mute{n}", me).socket) for n in range(2 * registry.MAX_ASKED_AT_ONCE)]
+    listeners = [listening(publish(jobs_dir, f"mute{n}", me).socket) for n in range(2 * limits.MAX_ASKED_AT_ONCE)]
     thread = answering(publish(jobs_dir, "alive", me, started_at=1).socket, "alive")
     start = time.monotonic()
     found = states(jobs_dir, 1.5)

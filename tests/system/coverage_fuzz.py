@@ -40,6 +40,7 @@ with _instrumented():
     from forgather_control.client import api, recovery
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
     from forgather_control.jobs import rank_processes, record, registry
+    from forgather_control.processes import liveness
     from forgather_control.server import auth, connection, dispatcher, file_requests, limits
     from forgather_control.wire import addresses, builtin, jsonrpc, records
 
@@ -290,7 +291,7 @@ def target_record(data: bytes) -> None:
         assert registry.judge(found) in ("silent", "dead", "foreign")
     if (port := api._port(found)) is not None:
         assert 0 < port.port < 65536 and isinstance(str(port), str)
-    job = registry.Job(**registry._known(found), state="dead")
+    job = registry.Job(**registry._shared(found), state="dead")
     assert len(output.job_table([job], colour=False).splitlines()) == 2
     strict(jsonrpc.encode(job.to_json()))
 
@@ -305,7 +306,7 @@ def target_roster(data: bytes) -> None:
     assert [rank.rank for rank in ranks] == sorted({rank.rank for rank in ranks})
     assert rank_processes.parse_ranks(json.dumps([rank._asdict() for rank in ranks]).encode()) == ranks
     for rank in ranks[:3] if len(data) % 16 == 0 else ():
-        assert registry.process.judge(rank.identity) in ("running", "gone", "elsewhere")
+        assert liveness.judge(rank.identity) in ("running", "gone", "elsewhere")
 
 
 def _is_short(err: ValueError) -> None:

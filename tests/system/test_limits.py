@@ -139,8 +139,10 @@ INSIDE: dict[str, str] = {
     "server.limits.MAX_NAMES_READ": "system.test_limits",
     "server.limits.MAX_FILES_SEEN": "system.test_limits",
     "wire.limits.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
-    "jobs.record.MAX_RECORD": "jobs.test_record",
-    "jobs.rank_processes.MAX_RANKS_FILE": "jobs.test_rank_processes",
+    "jobs.limits.MAX_RECORD": "jobs.test_record",
+    "jobs.limits.MAX_RANKS_FILE": "jobs.test_rank_processes",
+    "jobs.limits.MAX_ASKED_AT_ONCE": "jobs.test_registry",
+    "jobs.limits.MAX_ANSWER": "jobs.test_registry",
     "ranks.consensus.MAX_PAUSE": "ranks.test_consensus",
     "processes.stacks.MAX_TEXT": "processes.test_stacks",
     "processes.stacks._MAX_WORD": "processes.test_stacks",

@@ -16,6 +16,7 @@ ELSEWHERE = {
     "version": "system/test_exports",
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
+    "jobs/limits": "system/test_limits",
     "ranks/poll": "ranks/test_store_group",  # a collective needs ranks
 }
 #: Test files that belong to no single module.
