@@ -1,6 +1,6 @@
-"""Who launched this process, and for which time: what SLURM and torchrun say in its environment.
+"""What launched this process, and how often it was restarted: what SLURM and torchrun set in its environment.
 
-Floor 0: imports nothing of ours. Runs on any thread, in the client and in the job.
+Runs on any thread, in the client and in the job.
 
 SLURM's variables are those of sbatch(1), "OUTPUT ENVIRONMENT VARIABLES". ``SLURM_RESTART_COUNT`` is
 set only once a job has been restarted or requeued, which keeps its id; each task of an array has an
@@ -8,7 +8,7 @@ id of its own and is called ARRAY_TASK by squeue(1). torchrun's are set in
 ``torch/distributed/elastic/agent/server/local_elastic_agent.py`` (``_start_workers``) and described
 in ``torch/distributed/run.py``, where an unnamed run is called "none".
 
-The environment is the user's: what is not as these pages say is left out, one variable at a time.
+The environment is the user's: a variable whose value does not fit these pages is ignored.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import os
 import re
 from typing import Any, Final, NamedTuple
 
-#: Numbers are ids and counts of at most ten digits.
-_MOST: Final = 10**10
-#: Longest text; a list of nodes is bracketed (``node[001-512]``), an id is short.
-_LONGEST: Final = {"run_id": 256, "slurm_cluster": 256, "slurm_nodes": 4096}
+from .. import schema
+from ..schema import Field
 
 _VARIABLES: Final = {
     "slurm_job_id": "SLURM_JOB_ID",
@@ -33,15 +31,23 @@ _VARIABLES: Final = {
     "restart_count": "TORCHELASTIC_RESTART_COUNT",
     "max_restarts": "TORCHELASTIC_MAX_RESTARTS",
 }
+_TEXT: Final = Field(schema.TEXT + schema.NULL, longest=256, printable=True)
+#: Numbers are ids and counts of at most ten digits; a list of nodes is in brackets (``node[001-512]``).
+_FIELDS: Final = {
+    **dict.fromkeys(_VARIABLES, Field(schema.INTEGER + schema.NULL, 0, 10**10 - 1)),
+    "slurm_cluster": _TEXT,
+    "slurm_nodes": _TEXT._replace(longest=4096),
+    "run_id": _TEXT,
+}
 
 
 class Launch(NamedTuple):
-    """What the launchers of one process say of it. ``None`` where they say nothing (credible).
+    """What the launchers of a process set in its environment; ``None`` for what is not set, or not valid.
 
     Attributes:
-        slurm_restart_count: how often SLURM has begun the job anew; 0 the first time.
-        run_id: what torchrun calls the run (``--rdzv-id``); ``None`` for its default, "none".
-        restart_count: how often torchrun has begun the workers anew; 0 the first time.
+        slurm_restart_count: how often SLURM has restarted the job; 0 the first time.
+        run_id: torchrun's name of the run (``--rdzv-id``); ``None`` for its default, "none".
+        restart_count: how often torchrun has restarted the workers; 0 the first time.
     """
 
     slurm_job_id: int | None = None
@@ -56,18 +62,17 @@ class Launch(NamedTuple):
 
     @property
     def names(self) -> frozenset[str]:
-        """What a person may call it: the SLURM job (of an array: ``123_4``, too, or all of ``123``), torchrun's run."""
+        """What a user may call it: the SLURM job, its array (``123``) or its task (``123_4``), and torchrun's run."""
         found = {str(number) for number in (self.slurm_job_id, self.slurm_array_job_id) if number is not None}
         if self.slurm_array_job_id is not None and self.slurm_array_task_id is not None:
             found.add(f"{self.slurm_array_job_id}_{self.slurm_array_task_id}")
         return frozenset(found if self.run_id is None else {*found, self.run_id})
 
     def follows(self, earlier: Launch) -> bool:
-        """Whether a launcher has begun ``earlier`` anew as this one, having ended it before.
+        """Whether a launcher ended ``earlier`` and restarted it as this one.
 
-        The same id and a higher count are the proof. SLURM's word stands above torchrun's, which
-        counts from 0 again in a requeued job; and what runs in two SLURM jobs is not one run,
-        though somebody may have given both one ``--rdzv-id``.
+        The same id and a higher count are the proof. SLURM's count is compared before torchrun's, which starts from 0
+        again in a requeued job; and what runs in two SLURM jobs is not one run, even if both have one ``--rdzv-id``.
         """
         if (self.slurm_cluster, self.slurm_job_id) != (earlier.slurm_cluster, earlier.slurm_job_id):
             return False
@@ -77,23 +82,17 @@ class Launch(NamedTuple):
         return same_run and _more(self.restart_count, earlier.restart_count)
 
     def to_json(self) -> dict[str, Any]:
-        """The object that ``endpoint.json`` holds: what is known."""
+        """Return the object that ``endpoint.json`` holds, without the unknown members."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     @classmethod
     def from_json(cls, value: object) -> Launch:
-        """What :meth:`to_json` gave; members that a later version adds are left out.
+        """Return what :meth:`to_json` wrote; members that a later version adds are ignored.
 
         Raises:
-            ValueError: which member is not what it should be.
+            ValueError: a member is not valid; the message names it.
         """
-        if not isinstance(value, dict):
-            raise ValueError(f"launch must be an object or null, not {ascii(value)[:80]}")
-        for name in cls._fields:
-            if value.get(name) is not None and not _is_good(name, value[name]):
-                what = "printable text" if name in _LONGEST else "a whole number"
-                raise ValueError(f"launch.{name} must be {what}, not {ascii(value[name])[:80]}")
-        return cls(**{name: value[name] for name in cls._fields if name in value})
+        return schema.load(cls, _FIELDS, value, "launch")
 
 
 def _more(one: int | None, other: int | None) -> bool:
@@ -101,11 +100,12 @@ def _more(one: int | None, other: int | None) -> bool:
 
 
 def of_this_process() -> Launch | None:
-    """What the environment says; ``None`` if neither SLURM nor torchrun launched this process."""
+    """Return what the environment says; ``None`` if neither SLURM nor torchrun launched this process."""
     found: dict[str, Any] = {}
     for name, variable in _VARIABLES.items():
-        text = os.environ.get(variable)
-        if text is not None and _is_good(name, value := text if name in _LONGEST else _number(text)):
+        text = os.environ.get(variable, "")
+        value = text if str in _FIELDS[name].types else _number(text)
+        if value is not None and _FIELDS[name].accepts(value):
             found[name] = value
     if found.get("run_id") == "none":
         del found["run_id"]
@@ -118,9 +118,3 @@ def of_this_process() -> Launch | None:
 
 def _number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,10}", text) else None
-
-
-def _is_good(name: str, value: object) -> bool:
-    if name in _LONGEST:
-        return isinstance(value, str) and 0 < len(value) <= _LONGEST[name] and value.isprintable()
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST

@@ -1,4 +1,4 @@
-"""Who launched a job: what the environment says is believed where it is credible, and one run is told from another."""
+"""What launched a job: variables are read where they are valid, and a restart is told from another run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ALL = Launch(124, 120, 4, 2, "alps", "node[001-512,600]", "my run", 1, 3)
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets what the launchers say, and nothing else of theirs."""
+    """Sets these variables of the launchers, and removes the others."""
 
     def put(**variables):
         for variable in WORLD:
@@ -52,15 +52,15 @@ def environment(monkeypatch):
 # What the environment says...
 
 
-def test_all_that_the_launchers_say_is_read(environment):
-    """Each variable has its place; without any of them nobody launched the process."""
+def test_all_variables_are_read(environment):
+    """Each variable has its member; without any of them there is no launcher."""
     assert launcher.of_this_process() is None
     environment(**WORLD)
     assert launcher.of_this_process() == ALL
 
 
 def test_a_first_launch_counts_from_zero(environment):
-    """SLURM says nothing of restarts before the first; torchrun's unnamed run has no name."""
+    """SLURM sets no restart count before the first restart; torchrun's unnamed run has no name."""
     environment(SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT="0")
     assert launcher.of_this_process() == Launch(slurm_job_id=7, slurm_restart_count=0, restart_count=0)
     environment(TORCHELASTIC_RUN_ID="none")
@@ -72,8 +72,8 @@ def test_a_first_launch_counts_from_zero(environment):
     ["", " ", "-1", "+1", "1_0", "1.0", "1e3", "0x10", "٣", "four", "1\n", "1" * 11, "9" * 5000, "\x1b[2J", "\udcff"],
     ids=lambda value: ascii(value)[:20],
 )
-@pytest.mark.parametrize("name", [name for name in Launch._fields if name not in launcher._LONGEST])
-def test_what_is_no_number_is_left_out(environment, name, value):
+@pytest.mark.parametrize("name", [name for name, field in launcher._FIELDS.items() if int in field.types])
+def test_what_is_not_a_number_is_left_out(environment, name, value):
     """Nonsense in one variable costs that variable, and raises nothing."""
     environment(**{**WORLD, launcher._VARIABLES[name]: value})
     expected = ALL._replace(**{name: None})
@@ -83,9 +83,9 @@ def test_what_is_no_number_is_left_out(environment, name, value):
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "\x1b[2J", "a\x7f", "\udcff", "x" * 5000], ids=lambda v: ascii(v)[:20])
-@pytest.mark.parametrize("name", sorted(launcher._LONGEST))
+@pytest.mark.parametrize("name", [name for name, field in launcher._FIELDS.items() if str in field.types])
 def test_text_that_does_not_print_is_left_out(environment, name, value):
-    """So is text without end: it would stand in every list."""
+    """So is very long text: it would appear in every list."""
     environment(**{**WORLD, launcher._VARIABLES[name]: value})
     assert launcher.of_this_process() == ALL._replace(**{name: None})
 
@@ -101,7 +101,7 @@ def test_the_longest_are_kept(environment):
 # Records...
 
 
-def test_it_survives_the_way_through_a_record():
+def test_it_survives_a_record():
     """What is unknown is not written; what a later version adds is not read."""
     assert Launch.from_json(json.loads(json.dumps(ALL.to_json()))) == ALL
     assert Launch(run_id="r").to_json() == {"run_id": "r"}
@@ -118,14 +118,14 @@ def test_it_survives_the_way_through_a_record():
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_a_broken_one_is_one_value_error(value):
+def test_an_invalid_one_is_a_value_error(value):
     """Each says which member and what was expected, briefly and printably."""
-    with pytest.raises(ValueError, match=r"launch(\.\w+)? must be ") as caught:
+    with pytest.raises(ValueError, match=r"^(\w+ of )?launch must be ") as caught:
         Launch.from_json(value)
     assert len(str(caught.value)) < 200 and str(caught.value).isprintable() and str(caught.value).isascii()
 
 
-def test_what_people_call_it():
+def test_names():
     """The SLURM job's own number, the task as squeue shows it, the whole array, torchrun's run."""
     assert ALL.names == {"124", "120", "120_4", "my run"}
     assert Launch(slurm_job_id=7, slurm_restart_count=0).names == {"7"}
@@ -155,7 +155,7 @@ FIRST = Launch(slurm_job_id=7, slurm_restart_count=1, slurm_cluster="alps", run_
         ({"restart_count": 2, "slurm_job_id": None, "slurm_restart_count": None, "slurm_cluster": None}, False),
     ],
 )
-def test_which_run_begins_another_anew(later, follows):
+def test_which_run_restarts_another(later, follows):
     """One id, a higher count; SLURM's count before torchrun's; never the other way round as well."""
     second = FIRST._replace(**later)
     assert second.follows(FIRST) == follows
@@ -173,7 +173,7 @@ def test_without_a_name_or_a_launcher_nothing_follows():
 
 
 def test_a_job_publishes_its_launch(environment, jobs_dir):
-    """It stands in endpoint.json and in the list; without a launcher both say null."""
+    """It is in endpoint.json and in the list; without a launcher it is null in both."""
     environment(**WORLD)
     with running_loop("one"):
         assert read_record(str(jobs_dir), "one").launch == ALL
@@ -201,7 +201,7 @@ with TrainingJob(job_id="job", max_steps=100_000) as job:
 
 @needs_torch
 def test_torchrun_restarts_a_job(environment, jobs_dir, tmp_path):
-    """A worker is killed: who waited is told at once, and its successor has the id and says which restart it is."""
+    """A worker is killed: a waiting client gets an error at once; the successor has the id and its restart count."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=1"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=the-run"]
