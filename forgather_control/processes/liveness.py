@@ -1,12 +1,9 @@
-"""Which process, on which host, since when: what tells a live owner from a dead or a foreign one, and ends it.
+"""Which process, on which host, started when; and whether it still runs. Runs on any thread.
 
-Floor 0: imports nothing of ours; psutil only when the operating system is asked about a process.
-Runs on any thread.
-
-A pid alone says little: it is reused, it means another process on another host that shares the
-home directory, and in another PID namespace. A process is its pid *and* its start time (psutil's
-``Process.__eq__`` gives the reason), on one boot of one machine. Its start is compared relative to
-the boot, because a wall clock that jumps moves every start time but not their distance.
+A pid alone says little: it is reused, and it means another process on another host that shares the home directory,
+and in another PID namespace. A process is its pid *and* its start time (psutil's ``Process.__eq__`` explains
+why), on one boot of one machine. Start times are compared relative to the boot: when the wall clock is set, all start
+times move, but not their distance to the boot.
 """
 
 from __future__ import annotations
@@ -18,12 +15,12 @@ from typing import Final, NamedTuple
 
 from .. import states
 
-#: Seconds that two readings of one start time may differ: the boot time is rounded to whole seconds.
+#: Seconds by which two readings of one start time may differ: the boot time is rounded to whole seconds.
 _TOLERANCE: Final = 2.0
 
 
 class Identity(NamedTuple):
-    """One process on one boot of one machine. ``None`` where the system does not tell.
+    """One process on one boot of one machine; ``None`` for what the system does not tell.
 
     Attributes:
         host: the host's name.
@@ -31,7 +28,7 @@ class Identity(NamedTuple):
         started_at: when the process started, seconds since the epoch.
         booted_at: when its machine booted, seconds since the epoch, by the same clock.
         boot_id: random, new at each boot (random(4), /proc/sys/kernel/random/boot_id).
-        machine: stands for the machine; tells two hosts of one name apart (machine-id(5), hashed).
+        machine: a hash of machine-id(5), which distinguishes two hosts of the same name.
         pid_namespace: the inode of its PID namespace (pid_namespaces(7)).
     """
 
@@ -45,7 +42,7 @@ class Identity(NamedTuple):
 
 
 def current_process() -> Identity:
-    """The identity of this process."""
+    """Return the identity of this process."""
     import psutil
 
     return Identity(
@@ -60,14 +57,14 @@ def current_process() -> Identity:
 
 
 def is_elsewhere(other: Identity) -> bool:
-    """Whether its host is another one, as far as is known."""
+    """Whether a process is on another host, as far as is known."""
     return other.host != socket.gethostname() or _differ(other.machine, _machine())
 
 
 def judge(other: Identity) -> states.ProcessState:
-    """Whether the process runs, is gone, or lives where this host cannot see it.
+    """Whether a process runs, is gone, or is where this host cannot see it.
 
-    What ``other`` or this system leaves open is not held against it: "gone" needs a proof.
+    "gone" needs a proof: what is unknown of ``other`` or of this system proves nothing.
     """
     if is_elsewhere(other):
         return states.PROCESS_ELSEWHERE
@@ -79,9 +76,9 @@ def judge(other: Identity) -> states.ProcessState:
 
 
 def is_gone(other: Identity) -> bool:
-    """Whether it is proven at next to no cost that the process is gone; False proves nothing.
+    """Whether a process is proven to be gone by a test that costs next to nothing; False proves nothing.
 
-    The same host, boot and namespace, and nobody has its pid.
+    It was on this host, in this boot and PID namespace, and its pid is free.
     """
     here = (_boot_id(), _pid_namespace())
     there = (other.boot_id, other.pid_namespace)
@@ -89,13 +86,13 @@ def is_gone(other: Identity) -> bool:
 
 
 def _exists(pid: int) -> bool:
-    """Whether somebody has this pid (kill(2)), asked without psutil, which costs fifty times that."""
+    """Whether a process has this pid: kill(2), because psutil takes fifty times as long."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        pass  # another user's; or no pid at all, which psutil knows how to say
+        pass  # another user's process; or no valid pid, which psutil reports
     return True
 
 
@@ -133,7 +130,7 @@ def _machine() -> str | None:
     import hashlib
 
     line = _first_line("/etc/machine-id")
-    # machine-id(5): confidential, so what leaves the machine is a keyed digest of it.
+    # machine-id(5) is confidential: only a keyed digest of it leaves the machine.
     return hashlib.sha256(b"forgather_control:" + line.encode()).hexdigest()[:16] if line else None
 
 

@@ -1,13 +1,11 @@
 """The Python stacks of all threads of this process, as text.
 
-Floor 0, training side: imports nothing of ours. Runs on any thread; meant for a helper's, while the
-training thread hangs in a collective without the interpreter lock. Where a thread hangs *with* the
-lock no Python runs at all: see ``dump``.
+Runs on any thread; meant for a helper thread while the training thread hangs in a collective without the interpreter
+lock. Where a thread hangs *with* the lock no Python code runs at all: see ``stack_dump``.
 
-It asks no file system, not even for the lines of the source: what keeps training waiting may be the
-very disk that holds them, and then the helper would hang as well. A line is shown where somebody
-has read it before (``linecache``, filled by earlier tracebacks). No lock is taken for long, and no
-frame is kept: its locals would keep the memory of a device.
+It touches no file system, not even for source lines: training may be hanging on the very disk that holds them, and
+this thread would hang as well. A source line is shown where an earlier traceback has read it (``linecache``). No lock
+is held for long, and no frame is kept: its locals would keep device memory.
 """
 
 from __future__ import annotations
@@ -18,21 +16,21 @@ import threading
 from types import FrameType
 from typing import Final
 
-#: Longest text, in characters, and the most frames of one thread: the outermost, and the innermost.
+#: Longest text in characters, and most frames of one thread: outermost and innermost.
 MAX_TEXT: Final = 64 * 1024
 _OUTER, _INNER = 20, 80
-#: Longest file name, function name or source line; of a path the end says more.
+#: Longest file name, function name or source line in characters; of a path the end is kept.
 _MAX_WORD: Final = 160
 
 _Frame = tuple[str, int | None, str]
 
 
 def python_stacks(first: int | None = None) -> str:
-    """Each thread's stack, most recent call last, in at most ``MAX_TEXT`` characters.
+    """Return each thread's stack, most recent call last, in at most ``MAX_TEXT`` characters.
 
     Args:
-        first: the identifier of the thread to begin with, the training thread; the main thread comes
-            next, then the others from the oldest to the youngest.
+        first: the identifier of the thread to begin with, the training thread; then come the main thread and the
+            others from the oldest to the youngest.
     """
     main = threading.main_thread().ident
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -40,7 +38,7 @@ def python_stacks(first: int | None = None) -> str:
     order = [*names, *stacks]  # threads that Python did not start have no name, and come last
     idents = dict.fromkeys(ident for ident in (first, main, *order) if ident in stacks)
     text = _fit([_block(ident, names.get(ident), stacks[ident]) for ident in idents if ident is not None])
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a path may hold bytes that are no UTF-8
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a path may hold bytes that are not UTF-8
 
 
 def _snapshot() -> dict[int, list[_Frame]]:
@@ -48,11 +46,11 @@ def _snapshot() -> dict[int, list[_Frame]]:
     try:
         return {ident: _walk(frame) for ident, frame in frames.items()}
     finally:
-        frames.clear()  # our own frame is among them: a cycle, which would keep all others' locals, too
+        frames.clear()  # this very frame is among them: a cycle, which would keep the locals of all others
 
 
 def _walk(innermost: FrameType) -> list[_Frame]:
-    """The frames, outermost first, as plain values."""
+    """Return the frames as plain values, outermost first."""
     found: list[_Frame] = []
     frame: FrameType | None = innermost
     while frame is not None:
@@ -79,7 +77,7 @@ def _line(frame: _Frame) -> str:
 
 
 def _source(file: str, number: int | None) -> str:
-    """The line of source, where memory has it."""
+    """The source line, if ``linecache`` has it in memory."""
     lines = (linecache.cache.get(file) or (0, 0, ()))[2:3]
     if not lines or number is None or not 0 < number <= len(lines[0]):
         return ""
@@ -93,7 +91,7 @@ def _cut(text: str, end: bool = False) -> str:
 
 
 def _fit(blocks: list[str]) -> str:
-    """The blocks that find room (the first always does), and how many did not."""
+    """The blocks that fit (the first always does), and how many do not."""
     room = MAX_TEXT - 40
     for count, block in enumerate(blocks):
         room -= len(block) + 1

@@ -1,11 +1,10 @@
-"""What a rank says of its process: where it runs, what it uses, on which device.
+"""What a rank reports about its process: host, pid, memory, processor time, device.
 
-Floor 0, training side: imports nothing of ours; psutil when it is asked, torch only if it is loaded.
-Runs on any thread, also while the training thread hangs.
+Runs on any thread, also while the training thread hangs; torch is used only where it is loaded already.
 
-Nothing here initialises a device or waits for one. One wait is left: torch counts its memory under
-its allocator's lock, with the interpreter lock held. Where a device hangs while torch allocates from
-it or gives memory back to it, whoever asks waits for that, too; a hanging collective holds no such lock.
+Nothing here initialises a device or synchronises with one. One wait is left: torch counts its memory under its
+allocator's lock, with the interpreter lock held. Where a device hangs while torch allocates from it or returns
+memory to it, callers wait as well; a hanging collective does not hold that lock.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any
 
 
 def process_stats() -> dict[str, Any]:
-    """``host pid rss_bytes cpu_percent``, ``device``, ``device_memory_bytes`` and ``device_memory_reserved_bytes``.
+    """Return ``host pid rss_bytes cpu_percent device device_memory_bytes device_memory_reserved_bytes``.
 
-    ``cpu_percent`` is that since the last call, 0.0 at the first. Each is ``None`` where it is unknown.
+    ``cpu_percent`` is of one core, since the last call; 0.0 at the first. What is unknown is ``None``.
     """
     pid = os.getpid()
     return {
@@ -34,11 +33,11 @@ def process_stats() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """The devices on which this process holds memory, and how much; all ``None`` where torch is not loaded."""
+    """Return the devices on which this process holds memory, and how much; ``None`` where torch is not loaded."""
     torch = sys.modules.get("torch")
     try:
         name, used, reserved = (None, None, None) if torch is None else _of_torch(torch)
-    except Exception:  # border: torch is being imported, or its device has failed, and says so at every call
+    except Exception:  # boundary: torch is being imported, or its device has failed and every call raises
         name, used, reserved = None, None, None
     return {"device": name, "device_memory_bytes": used, "device_memory_reserved_bytes": reserved}
 
@@ -53,26 +52,24 @@ def _of_torch(torch: Any) -> tuple[str, int | None, int | None]:
 
 @cache
 def _process(pid: int) -> Any:
-    """A new one after a fork."""
-    import psutil
+    import psutil  # cached by pid: a forked child needs its own
 
     return psutil.Process(pid)
 
 
 @cache
-def _meter(pid: int) -> _Meter:
-    """The same each time, as it remembers the last reading; a new one after a fork."""
-    return _Meter()
+def _meter(pid: int) -> _CpuMeter:
+    return _CpuMeter()
 
 
-class _Meter:
-    """This process's processor time by its own clock: psutil reads two files for it, and waits for each."""
+class _CpuMeter:
+    """This process's processor time by its own clock: psutil would read two files for it."""
 
     def __init__(self) -> None:
-        self._last: tuple[float, float] | None = None  # assigned whole
+        self._last: tuple[float, float] | None = None  # replaced as a whole: callers may be on several threads
 
     def percent(self) -> float:
-        """Of one core, since the last call; 0.0 at the first."""
+        """Return the percentage of one core since the last call; 0.0 at the first."""
         now, last = (time.monotonic(), time.process_time()), self._last
         self._last = now
         if last is None or now[0] <= last[0]:
@@ -81,7 +78,7 @@ class _Meter:
 
 
 def _cuda(torch: Any, used: dict[int, int]) -> str:
-    """The device in use. The current one is a thread's own, and whoever asks is not the thread that trains."""
+    """The device with the most memory: torch's current device is per thread, and this is not the training thread."""
     in_use = [index for index, size in used.items() if size]
     if not in_use:
         return "cuda"
@@ -91,7 +88,7 @@ def _cuda(torch: Any, used: dict[int, int]) -> str:
 
 
 def _other_accelerator(torch: Any) -> str | None:
-    """What else this build of torch may train on, of which no more is known here: mps, xpu."""
+    """Another accelerator of this build of torch, such as mps or xpu; its memory is not known here."""
     accelerator = getattr(torch, "accelerator", None)  # torch 2.6 and later
     found = None if accelerator is None else accelerator.current_accelerator()
     return None if found is None or found.type in ("cpu", "cuda") else str(found.type)
