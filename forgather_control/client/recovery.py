@@ -1,43 +1,44 @@
-"""What can be done from outside for a job that does not answer: see its ranks, read their stacks, end them.
+"""What can be done from outside for a job that does not answer: list its ranks, read their stacks, end its processes.
 
-Floor 5: imports clock, dump, errors, process, record, roster and client. On the caller's thread; loaded
-only by the verbs that need it. It sees the processes of this host, as the job recorded them; the
-launcher (torchrun, srun) is not among them, and is left alone.
+Runs on the caller's thread; loaded only by the verbs that need it. It covers the processes of this host, as the job
+recorded them. The launcher (torchrun, srun) is not among them, and is left alone.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import ControlError, DeadlinePassed, FindError, InternalError, JobDead
+from ..errors import ControlError, FindError, InternalError, JobDead
 from ..jobs import rank_processes
 from ..jobs.rank_processes import RankRecord
-from ..jobs.record import JobRecord, jobs_dir
+from ..jobs.record import JobRecord, jobs_dir, read_record
 from ..processes import liveness, stack_dump
-from ..processes.liveness import Identity
 from ..processes.terminate import terminate
 from . import api
 
-#: Seconds beyond its own time-out that a job has for saying which of its ranks did not answer.
+#: Seconds beyond its own time-out in which a job reports which of its ranks did not answer.
 _SLACK: Final = 3.0
 #: Seconds between SIGTERM and SIGKILL.
 GRACE: Final = 10.0
-#: Seconds for the stacks of one rank: see ``dump.dump_stacks``.
-_DUMP: Final = 6.0
-#: Ranks whose stacks are read at once.
-_AT_ONCE: Final = 32
+#: Seconds for the stacks of one rank: see ``stack_dump.dump_stacks``.
+_DUMP_TIMEOUT: Final = 6.0
+#: Ranks whose stacks are read at the same time.
+_PARALLEL_DUMPS: Final = 32
+#: Seconds between two checks whether a job ends by itself.
+_POLL_INTERVAL: Final = 0.1
 
 
 class JobProcesses(NamedTuple):
     """The processes of a job, as it recorded them.
 
     Attributes:
-        ranks: all of them, or rank 0 alone where no more was recorded.
-        missing: how many were not.
-        owner: the user whose job it is; root must not be talked into ending anybody else's process.
+        ranks: all ranks, or rank 0 alone where no others are recorded.
+        missing: number of ranks that are not recorded.
+        owner: the job's user. A record may name any process: root ends only those of this user.
     """
 
     ranks: list[RankRecord]
@@ -45,19 +46,19 @@ class JobProcesses(NamedTuple):
     owner: int
 
     def left(self) -> bool:
-        """Whether any of them is not proven to be gone."""
+        """Whether any process is not proven to be gone."""
         return any(liveness.judge(rank.identity) != states.PROCESS_GONE for rank in self.ranks)
 
 
 def job_processes(record: JobRecord) -> JobProcesses:
-    """The processes of a job, gone or not."""
+    """Return the processes of a job, gone or not."""
     root = jobs_dir()
     try:
         ranks = rank_processes.read(root, record.job_id) or []
-    except ValueError:  # what cannot be read names nobody, and that is counted
+    except ValueError:  # an unreadable file names no processes; they count as missing
         ranks = []
     if not any((rank.rank, rank.host, rank.pid) == (0, record.host, record.pid) for rank in ranks):
-        ranks = [RankRecord.of(0, record.owner, None)]  # or it is of an earlier turn of this job
+        ranks = [RankRecord.of(0, record.owner, None)]  # no file, or one from before a restart of the job
     try:
         owner = os.lstat(os.path.join(root, record.job_id)).st_uid
     except OSError:
@@ -65,7 +66,7 @@ def job_processes(record: JobRecord) -> JobProcesses:
     return JobProcesses(ranks, max(0, record.world_size - len(ranks)), owner)
 
 
-# Seeing...
+# Ranks...
 
 
 class RankView(NamedTuple):
@@ -73,7 +74,7 @@ class RankView(NamedTuple):
 
     Attributes:
         rows: an object for each rank, as ``ranks`` and ``stacks`` answer.
-        problem: why the job did not answer, if it did not; the rows then say what can be seen from here.
+        problem: why the job did not answer, if it did not; ``rows`` then come from its records.
     """
 
     rows: list[dict[str, Any]]
@@ -86,20 +87,37 @@ def query(record: JobRecord, method: str, timeout: float) -> RankView:
 
     Raises:
         FindError: it does not answer, and none of its processes is left.
+        InternalError: it answers with something else.
     """
     known = job_processes(record)
     try:
         with api.connect(record.job_id, timeout + _SLACK) as job:
-            return RankView(_judged(job.call(method, timeout=timeout), known), known)
+            return from_reply(job.call(method, timeout=timeout), known)
     except FindError as err:
         if not known.left():
             raise
-        return RankView(_judged(_from_records(known), known), known, err)
+        return from_reply(_from_records(known), known)._replace(problem=err)
 
 
-def from_reply(rows: Any) -> RankView:
-    """What a job of another host answered, whose processes cannot be looked at from here."""
-    return RankView(_judged(rows, nobody := JobProcesses([], 0, os.geteuid())), nobody)
+def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
+    """Return the view that a job's answer gives; silent ranks whose process is proven to be gone are absent.
+
+    Args:
+        processes: of the job, unless it is on another host.
+
+    Raises:
+        InternalError: the answer is no list of ranks.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
+        raise InternalError("the job's answer is no list of ranks; is its version another one?")
+    known = processes or JobProcesses([], 0, os.geteuid())
+    silent = {row["rank"] for row in rows if row.get("state") == states.RANK_SILENT}
+    gone = {
+        rank.rank
+        for rank in known.ranks
+        if rank.rank in silent and liveness.judge(rank.identity) == states.PROCESS_GONE
+    }
+    return RankView([{**row, "state": states.RANK_ABSENT} if row["rank"] in gone else row for row in rows], known)
 
 
 def _from_records(processes: JobProcesses) -> list[dict[str, Any]]:
@@ -110,66 +128,48 @@ def _from_records(processes: JobProcesses) -> list[dict[str, Any]]:
     ]
 
 
-def _judged(rows: Any, processes: JobProcesses) -> list[dict[str, Any]]:
-    """What was told of the ranks; a silent one whose process is proven to be gone is ``absent``.
-
-    Raises:
-        InternalError: that is no list of ranks.
-    """
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
-        raise InternalError("the other side sent no ranks")
-    identities = {rank.rank: rank.identity for rank in processes.ranks}
-    return [{**row, "state": states.RANK_ABSENT} if _is_gone(row, identities) else row for row in rows]
+# Stacks...
 
 
-def _is_gone(row: dict[str, Any], identities: dict[int, Identity]) -> bool:
-    identity = identities.get(row["rank"])
-    return (
-        row.get("state") == states.RANK_SILENT
-        and identity is not None
-        and liveness.judge(identity) == states.PROCESS_GONE
-    )
-
-
-def read_stacks(sight: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """The rows of ``stacks`` with the stacks of the silent ranks of this host, and why those of others are missing."""
+def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Return the rows with the stacks of silent ranks of this host, and for other silent ranks why there are none."""
     from concurrent.futures import ThreadPoolExecutor
 
-    known = {rank.rank: rank for rank in sight.processes.ranks}
-    silent = [row["rank"] for row in sight.rows if row.get("state") == states.RANK_SILENT and not row.get("stacks")]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    known = {rank.rank: rank for rank in view.processes.ranks}
+    silent = [row["rank"] for row in view.rows if row.get("state") == states.RANK_SILENT and not row.get("stacks")]
+    with ThreadPoolExecutor(_PARALLEL_DUMPS) as pool:
         found = dict(zip(silent, pool.map(lambda rank: _stacks_of(known.get(rank)), silent)))
-    filled = []
-    for row in sight.rows:
+    rows = []
+    for row in view.rows:
         stacks = found.get(row["rank"])
         if isinstance(stacks, str):
             row = {**row, "stacks": stacks}
         elif isinstance(stacks, JobDead):
             row = {**row, "state": states.RANK_ABSENT}
-        filled.append(row)
-    return filled, {rank: str(stacks) for rank, stacks in found.items() if isinstance(stacks, FindError)}
+        rows.append(row)
+    return rows, {rank: str(stacks) for rank, stacks in found.items() if isinstance(stacks, FindError)}
 
 
 def _stacks_of(rank: RankRecord | None) -> str | FindError:
     if rank is None or rank.stack_fd is None:
-        return FindError("it does not answer, and its process records no stacks")
+        return FindError("it does not answer, and its process has no stack dumper")
     try:
-        return stack_dump.dump_stacks(rank.identity, rank.stack_fd, Deadline(_DUMP))
+        return stack_dump.dump_stacks(rank.identity, rank.stack_fd, Deadline(_DUMP_TIMEOUT))
     except FindError as err:
         return err
 
 
-# Ending...
+# Ending processes...
 
 
 class AbortResult(NamedTuple):
-    """How an abort that may kill has ended.
+    """How an abort ended.
 
     Attributes:
-        record: of the command, if it was over in time; then nothing was killed.
-        problem: else, why not ...
-        outcomes: ... and what became of each recorded process: ``rank host pid``, ``outcome`` (``states.KillOutcome``).
-        missing: processes that are not recorded, and so were left alone.
+        record: of the command, if the job finished it; then no process was killed.
+        problem: otherwise, why not: the job refused or failed the command, or did not answer in time ...
+        outcomes: ... and what became of each recorded process: ``rank host pid outcome``, see ``states.KillOutcome``.
+        missing: number of processes that are not recorded, and were left alone.
     """
 
     record: dict[str, Any] | None
@@ -179,25 +179,41 @@ class AbortResult(NamedTuple):
 
 
 def abort(record: JobRecord, kill_after: float) -> AbortResult:
-    """Abort a job, and end its processes on this host, if they are still the same ones, when that takes too long.
+    """Abort a job; whatever it answers, end its processes on this host unless it ends within ``kill_after`` seconds.
 
     Raises:
-        ControlError: as any command, where none of its processes was there to begin with.
+        ControlError: as for any command, where the job has ended, or had no processes left to begin with.
     """
     known, deadline = job_processes(record), Deadline(kill_after)
-    lived = known.left()
+    had_processes = known.left()
     try:
         with api.connect(record.job_id) as job:
-            return AbortResult(job.call("abort", wait=states.COMMAND_FINISHED, timeout=kill_after), None, [], 0)
-    except (DeadlinePassed, FindError) as err:
-        if not lived:
+            done = job.command("abort", wait=states.COMMAND_FINISHED, timeout=kill_after)
+        return AbortResult(done.to_json(), None, [], 0)
+    except ControlError as err:
+        if not had_processes or _ends(record, known, deadline):
             raise
-        return AbortResult(None, err, _end(known, deadline.left() or 0.0), known.missing)
+        return AbortResult(None, err, _terminate(known), known.missing)
 
 
-def _end(processes: JobProcesses, patience: float) -> list[dict[str, Any]]:
-    identities = [rank.identity for rank in processes.ranks]
-    outcomes = terminate(identities, GRACE, patience=patience, owner=processes.owner)
+def _ends(record: JobRecord, processes: JobProcesses, deadline: Deadline) -> bool:
+    """Wait for processes to end; whether the job ended in an orderly way: its process may have other work to do."""
+    while not (ended := _is_withdrawn(record)) and processes.left() and not deadline.passed():
+        time.sleep(min(_POLL_INTERVAL, deadline.left() or 0.0))
+    return ended
+
+
+def _is_withdrawn(record: JobRecord) -> bool:
+    """Whether the job removed its record, as it does when training ends, or another process has taken its id."""
+    try:
+        now = read_record(jobs_dir(), record.job_id)
+    except ValueError:
+        return False
+    return now is None or now.owner != record.owner
+
+
+def _terminate(processes: JobProcesses) -> list[dict[str, Any]]:
+    outcomes = terminate([rank.identity for rank in processes.ranks], GRACE, owner=processes.owner)
     return [
         {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "outcome": outcome}
         for rank, (_, outcome) in zip(processes.ranks, outcomes)

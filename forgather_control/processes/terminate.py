@@ -27,19 +27,17 @@ Outcomes = dict[Identity, states.KillOutcome]
 
 
 def terminate(
-    identities: Iterable[Identity], grace_seconds: float, *, patience: float = 0.0, owner: int | None = None
+    identities: Iterable[Identity], grace_seconds: float, *, owner: int | None = None
 ) -> list[tuple[Identity, states.KillOutcome]]:
     """End processes: send SIGTERM to all at once, then SIGKILL to those that are left. Return what became of each.
 
     Args:
         grace_seconds: between the two signals.
-        patience: seconds before the first signal, in which the processes may end by themselves.
         owner: end only processes of this user id; ``None``: all that the kernel lets this process signal.
     """
     identities = list(identities)
     outcomes: Outcomes = {}
     left = {identity: found for identity in identities if (found := _acquire(identity, owner, outcomes))}
-    left = _wait(left, patience, states.KILL_GONE, outcomes)
     left = _send(left, signal.SIGTERM, states.KILL_GONE, outcomes)
     left = _wait(left, grace_seconds, states.KILL_ENDED, outcomes)
     left = _send(left, signal.SIGKILL, states.KILL_ENDED, outcomes)

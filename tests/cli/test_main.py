@@ -448,7 +448,7 @@ def test_stacks_of_a_rank_that_does_not_answer_are_read_from_here(jobs_dir, caps
             assert code == 0 and "\x1b" not in out
             assert out.startswith("rank 0, pid 1 on node, answering\nThread\n  one\\x1b[2J\n\nrank 1, ")
             assert "MainThread" in out and out.endswith("rank 2, pid 1 on node, silent\n  no stacks\n")
-            assert err == "rank 2: it does not answer, and its process records no stacks\n"
+            assert err == "rank 2: it does not answer, and its process has no stack dumper\n"
             rows = json.loads(run(capsys, "stacks", "job", "--json")[1])
             assert [bool(one["stacks"]) for one in rows] == [True, True, False]
 
@@ -477,7 +477,7 @@ def test_a_job_without_ranks_json_has_nothing_to_read(jobs_dir, impatient, capsy
         publish(jobs_dir, records, ranks_file_too=False)
         until(path.exists)
         code, out, err = run(capsys, "stacks", "job", "--timeout=0.1")
-        assert code == 4 and "no stacks" in out and "records no stacks" in err
+        assert code == 4 and "no stacks" in out and "has no stack dumper" in err
 
 
 def test_abort_kills_what_does_not_end(jobs_dir, impatient, capsys):

@@ -1,4 +1,4 @@
-"""A job that does not answer, from outside: its ranks are seen, their stacks read, its processes ended; no others."""
+"""A job that does not answer: its ranks are listed, their stacks read, its processes ended; no other processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from forgather_control.client import api, connection, recovery
-from forgather_control.errors import DeadlinePassed, InternalError, JobDead, JobNotAnswering, NoSuchJob
+from forgather_control.errors import (
+    CommandFailed,
+    ControlError,
+    DeadlinePassed,
+    InternalError,
+    JobDead,
+    JobEnding,
+    JobNotAnswering,
+    NoSuchJob,
+    NotAuthenticated,
+    TooManyCommands,
+)
 from forgather_control.jobs import rank_processes
 from forgather_control.jobs.rank_processes import RankRecord
 from forgather_control.jobs.record import JobRecord
@@ -24,17 +35,17 @@ from ..support.harness import MS, SOON, Process, needs_root, running_loop, servi
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has memfds and /proc")
 
-#: A rank that hangs without the interpreter lock, and one that keeps it.
+#: A rank that hangs without the interpreter lock, and one that holds it.
 WAITS = "sys.stdin.readline()\nprint('unhurt', flush=True)"
 KEEPS = "hold_the_lock_in_c()\nprint('unhurt', flush=True)"
-#: As above, and clients can connect, as to a job whose interpreter lock is held.
+#: Clients can connect to it, as to a job whose interpreter lock is held.
 LISTENS = "one = socket.socket(socket.AF_UNIX)\none.bind({path!r})\none.listen()\n"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\n"
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Nobody waits as long as a person would."""
+    """All time-outs are shorter than in real use."""
     monkeypatch.setattr(stack_dump, "_LOCK_HELD", 300 * MS)
     monkeypatch.setattr(recovery, "_SLACK", 200 * MS)
     monkeypatch.setattr(recovery, "GRACE", 300 * MS)
@@ -42,7 +53,7 @@ def impatient(monkeypatch):
 
 
 def publish(jobs_dir, ranks, world_size=None, ranks_file_too=True, **changes):
-    """What a job of these ranks leaves in its directory; its record."""
+    """Write the files of a job with these ranks; return its record."""
     me = ranks[0].identity
     known = JobRecord("job", me.host, None, me.pid, 1.0, str(jobs_dir / "job" / "control.sock"), me.started_at)
     known = known._replace(boot_id=me.boot_id, machine=me.machine, booted_at=me.booted_at, **changes)
@@ -56,7 +67,7 @@ def publish(jobs_dir, ranks, world_size=None, ranks_file_too=True, **changes):
 
 @contextmanager
 def ranks(*sources):
-    """A process for each source; yields them and their records."""
+    """Start a process for each source; yield them and their records."""
     with ExitStack() as stack:
         found = [stack.enter_context(dumping(source)) for source in sources]
         records = [RankRecord.of(rank, identity, fd) for rank, (_, identity, fd) in enumerate(found)]
@@ -65,7 +76,7 @@ def ranks(*sources):
 
 @contextmanager
 def answering(jobs_dir, rows, others):
-    """A job whose rank 0 is this process, which answers these rows; the record of it."""
+    """A job whose rank 0 is this process, which answers these rows; yields its record."""
     known = publish(
         jobs_dir, [RankRecord.of(0, current_process(), None), *(one._replace(rank=one.rank + 1) for one in others)]
     )
@@ -74,32 +85,32 @@ def answering(jobs_dir, rows, others):
 
 
 def row(rank, state="silent", **more):
-    """A row of the wire."""
+    """A row as a job sends it."""
     return {"rank": rank, "host": "node", "pid": 1, "state": state, "step": None, "stacks": None, **more}
 
 
-# Who they are...
+# Processes...
 
 
-def test_the_crew_is_what_ranks_json_says(jobs_dir):
+def test_processes_are_those_in_ranks_json(jobs_dir):
     """All ranks, the owner of the directory, and how many are not recorded."""
     two = [RankRecord.of(0, current_process(), 3), RankRecord.of(1, current_process()._replace(pid=7), None)]
-    crew = recovery.job_processes(publish(jobs_dir, two, world_size=4))
-    assert (crew.ranks, crew.missing, crew.owner) == (two, 2, os.getuid())
+    found = recovery.job_processes(publish(jobs_dir, two, world_size=4))
+    assert (found.ranks, found.missing, found.owner) == (two, 2, os.getuid())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"nonsense", b"x" * (5 << 20)])
-def test_without_ranks_json_the_crew_is_who_published(jobs_dir, content):
-    """The owner of endpoint.json is known in any case; the others are counted."""
+def test_without_ranks_json_there_is_rank_0(jobs_dir, content):
+    """The process in endpoint.json is known in any case; the others are counted."""
     known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], world_size=3, ranks_file_too=False)
     if content is not None:
         (jobs_dir / "job" / "ranks.json").write_bytes(content)
-    crew = recovery.job_processes(known)
-    assert [rank.identity for rank in crew.ranks] == [known.owner] and crew.missing == 2
+    found = recovery.job_processes(known)
+    assert [rank.identity for rank in found.ranks] == [known.owner] and found.missing == 2
 
 
-def test_ranks_of_an_earlier_turn_are_nobodys(jobs_dir):
-    """After a restart the old file, should it be there, names processes that are not this job's."""
+def test_ranks_from_before_a_restart_are_ignored(jobs_dir):
+    """An old file names processes that are not this job's."""
     old = [RankRecord.of(rank, current_process()._replace(pid=100 + rank), 3) for rank in range(2)]
     publish(jobs_dir, old)
     known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)], ranks_file_too=False)
@@ -107,7 +118,7 @@ def test_ranks_of_an_earlier_turn_are_nobodys(jobs_dir):
 
 
 def test_a_directory_that_is_gone(jobs_dir):
-    """A job that ended since it was found has nobody but its record's owner."""
+    """A job that ended since it was found has only the process of its record."""
     known = publish(jobs_dir, [RankRecord.of(0, current_process(), None)])
     for path in (jobs_dir / "job").iterdir():
         path.unlink()
@@ -115,84 +126,84 @@ def test_a_directory_that_is_gone(jobs_dir):
     assert recovery.job_processes(known).owner == os.geteuid()
 
 
-# Seeing them...
+# Ranks...
 
 
-def test_look_tells_what_the_job_told(jobs_dir):
-    """Rows as they came; one that is silent and whose process is proven to be gone is absent."""
+def test_query_returns_what_the_job_answers(jobs_dir):
+    """Rows are unchanged, but a silent rank whose process is proven to be gone is absent."""
     with ranks(WAITS, WAITS) as ((alive, dead), others):
         dead.kill()
         told = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
         with answering(jobs_dir, told, others) as known:
-            sight = recovery.query(known, "ranks", 1.0)
+            view = recovery.query(known, "ranks", 1.0)
         assert alive.popen.poll() is None
-    assert [one["state"] for one in sight.rows] == ["answering", "silent", "absent", "silent", "ended"]
-    assert sight.problem is None and sight.rows[0] == told[0]
+    assert [one["state"] for one in view.rows] == ["answering", "silent", "absent", "silent", "ended"]
+    assert view.problem is None and view.rows[0] == told[0]
 
 
 @pytest.mark.parametrize("rows", [None, {}, [1], [{}], [{"rank": "0"}], [{"rank": [0], "state": "silent"}]])
-def test_what_is_no_list_of_ranks(jobs_dir, rows):
-    """Another program's answer is refused, not shown."""
+def test_an_answer_that_is_no_list_of_ranks(jobs_dir, rows):
+    """Another program's answer is an error, and not shown."""
     with answering(jobs_dir, rows, []) as known, pytest.raises(InternalError):
         recovery.query(known, "ranks", 1.0)
 
 
-def test_look_at_a_job_that_does_not_answer(jobs_dir, impatient):
-    """Rank 0 keeps the lock: its ranks are told from the outside, in the shape of an answer, and why."""
+def test_query_of_a_job_that_does_not_answer(jobs_dir, impatient):
+    """Rank 0 holds the lock: the rows come from the records, in the shape of an answer, with the reason."""
     keeps = LISTENS.format(path=str(jobs_dir / "job" / "control.sock")) + KEEPS
     (jobs_dir / "job").mkdir(parents=True)
     with ranks(keeps, WAITS, WAITS) as ((_, _, dead), records):
         known = publish(jobs_dir, records)
         until(lambda: (jobs_dir / "job" / "control.sock").exists())
         dead.kill()
-        sight = recovery.query(known, "ranks", 0.1)
-    assert isinstance(sight.problem, JobNotAnswering)
-    assert [(one["rank"], one["pid"], one["state"]) for one in sight.rows] == [
+        view = recovery.query(known, "ranks", 0.1)
+    assert isinstance(view.problem, JobNotAnswering)
+    assert [(one["rank"], one["pid"], one["state"]) for one in view.rows] == [
         (0, records[0].pid, "silent"), (1, records[1].pid, "silent"), (2, records[2].pid, "absent"),
     ]  # fmt: skip
-    assert {"step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes"} <= sight.rows[0].keys()
+    assert {"step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes"} <= view.rows[0].keys()
 
 
-def test_look_at_a_job_whose_rank_0_is_gone(jobs_dir):
-    """The others still hang there, and are shown; when they are gone as well, the job is dead."""
+def test_query_of_a_job_whose_rank_0_is_gone(jobs_dir):
+    """The other ranks still hang, and are listed; when they are gone as well, the job is dead."""
     with ranks(WAITS, WAITS) as ((first, second), records):
         known = publish(jobs_dir, records)
         first.kill()
-        sight = recovery.query(known, "stacks", 1.0)
-        assert isinstance(sight.problem, JobDead)
-        assert [one["state"] for one in sight.rows] == ["absent", "silent"]
+        view = recovery.query(known, "stacks", 1.0)
+        assert isinstance(view.problem, JobDead)
+        assert [one["state"] for one in view.rows] == ["absent", "silent"]
         second.kill()
         with pytest.raises(JobDead):
             recovery.query(known, "stacks", 1.0)
 
 
-# Their stacks...
+# Stacks...
 
 
-def test_stacks_of_silent_ranks_are_read_from_here(jobs_dir):
-    """Those that wait tell themselves; what an answering rank told stays; the others are named, with the reason."""
+def test_stacks_of_silent_ranks_are_read_from_outside(jobs_dir):
+    """Waiting ranks write a Python dump; an answered stack stays; the other ranks are listed with the reason."""
     with ranks(WAITS, WAITS) as ((_, dead), others):
         far = RankRecord.of(3, current_process()._replace(host="another.example.org"), 5)
         none = RankRecord.of(4, current_process(), None)
         told = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
         with answering(jobs_dir, told, others) as known:
             rank_processes.write(str(jobs_dir / "job"), [*recovery.job_processes(known).ranks, far, none])
-            sight = recovery.query(known, "stacks", 1.0)
+            view = recovery.query(known, "stacks", 1.0)
         dead.kill()
-        rows, why = recovery.read_stacks(sight)
+        rows, why = recovery.read_stacks(view)
     assert rows[0] == told[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
     assert [one["stacks"] for one in rows[2:]] == [None] * 5 and rows[2]["state"] == "absent"
     assert why.keys() == {2, 3, 4, 5}
-    assert "gone" in why[2] and "another.example.org" in why[3] and "records no stacks" in why[4] and why[4] == why[5]
+    assert "gone" in why[2] and "another.example.org" in why[3] and "has no stack dumper" in why[4] and why[4] == why[5]
 
 
-def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
-    """All at once, so that one does not hold up the others; afterwards they go on."""
+def test_stacks_of_ranks_that_hold_the_lock(jobs_dir, impatient):
+    """All at the same time, so that none delays the others; afterwards they continue."""
     with ranks(KEEPS, KEEPS, KEEPS) as (processes, records):
-        sight = recovery.RankView([row(rank) for rank in range(3)], recovery.job_processes(publish(jobs_dir, records)))
+        view = recovery.RankView([row(rank) for rank in range(3)], recovery.job_processes(publish(jobs_dir, records)))
 
         def told():
-            rows, why = recovery.read_stacks(sight)
+            rows, why = recovery.read_stacks(view)
             return all("most recent call first" in one["stacks"] for one in rows) and (rows, why)
 
         rows, why = until(told)
@@ -202,18 +213,18 @@ def test_stacks_of_ranks_that_keep_the_lock(jobs_dir, impatient):
             assert other.line() == "unhurt"
 
 
-def test_nobody_silent_is_nobody_asked(jobs_dir):
-    """Where all have answered, no process is looked at."""
-    crew = recovery.job_processes(publish(jobs_dir, [RankRecord.of(0, current_process(), 5)]))
+def test_without_silent_ranks_no_process_is_touched(jobs_dir):
+    """Where all ranks have answered, no stacks are read."""
+    found = recovery.job_processes(publish(jobs_dir, [RankRecord.of(0, current_process(), 5)]))
     rows = [row(0, "answering", stacks="x"), row(1, "ended")]
-    assert recovery.read_stacks(recovery.RankView(rows, crew)) == (rows, {})
+    assert recovery.read_stacks(recovery.RankView(rows, found)) == (rows, {})
 
 
-# Their end...
+# Ending processes...
 
 
-def test_an_abort_that_works_kills_nobody(jobs_dir):
-    """The job reaches its next step, and ends by itself: its record comes back, and this process lives."""
+def test_an_abort_that_works_kills_no_process(jobs_dir):
+    """The job reaches its next step and ends by itself: the record is returned, and this process lives."""
     with running_loop() as run:
         end = recovery.abort(api.find("job"), SOON)
         assert end.record["state"] == "finished" and (end.problem, end.outcomes) == (None, [])
@@ -221,21 +232,98 @@ def test_an_abort_that_works_kills_nobody(jobs_dir):
         assert run.job.aborted
 
 
-def test_a_job_that_reaches_no_other_step_is_ended(jobs_dir, impatient):
-    """Rank 0 answers, the deadline passes: SIGTERM for all, SIGKILL for the deaf and for who keeps the lock."""
+def test_a_job_that_reaches_no_further_step_is_ended(jobs_dir, impatient):
+    """Rank 0 answers, the deadline passes: SIGTERM for all, SIGKILL for those that ignore it."""
     with ranks(WAITS, DEAF + WAITS, KEEPS) as (processes, records):
         assert processes[1].line() == "deaf"
         known = publish(jobs_dir, records)
         with serving(known.socket, lambda request, sink: (_ for _ in ()).throw(DeadlinePassed("not yet"))):
             end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, DeadlinePassed) and end.record is None and end.missing == 0
-        assert [fate["outcome"] for fate in end.outcomes] == ["ended", "killed", "ended"]
-        assert [fate["pid"] for fate in end.outcomes] == [other.pid for other in processes]
+        assert [one["outcome"] for one in end.outcomes] == ["ended", "killed", "ended"]
+        assert [one["pid"] for one in end.outcomes] == [other.pid for other in processes]
         assert [other.popen.wait(SOON) for other in processes] == [-15, -9, -15]
 
 
+#: A real job in a step that never ends. For each line it reads it loses control: commands fail, new ones are refused.
+LOSES = """
+import sys
+from forgather_control import TrainingJob
+with TrainingJob(job_id="job") as job:
+    job.step(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job._controller.agreement_lost("rank 1 is cut off")
+        print("lost", flush=True)
+"""
+
+
+def test_a_job_that_refuses_the_command_is_ended(jobs_dir, impatient):
+    """Training runs, but control is lost: the refusal is the reason, and the process is ended after the time given."""
+    with Process(LOSES) as job:
+        assert job.line() == "ready"
+        job.say("lose")
+        assert job.line() == "lost"
+        result = recovery.abort(api.find("job"), 100 * MS)
+        assert isinstance(result.problem, JobEnding) and "rank 1 is cut off" in str(result.problem)
+        assert result.record is None and [one["outcome"] for one in result.outcomes] == ["ended"]
+        assert [one["pid"] for one in result.outcomes] == [job.pid] and job.popen.wait(SOON) == -15
+
+
+def test_a_job_that_fails_the_command_is_ended(jobs_dir, impatient):
+    """The abort was accepted, then control is lost: its record ends as failed, and is the reason."""
+    with Process(LOSES) as job:
+        assert job.line() == "ready"
+        results = []
+        aborter = threading.Thread(target=lambda: results.append(recovery.abort(api.find("job"), SOON / 10)))
+        aborter.start()
+        until(lambda: api.get_job_status("job")["commands"])
+        job.say("lose")
+        aborter.join(SOON)
+        (result,) = results
+        assert isinstance(result.problem, CommandFailed) and result.problem.data["state"] == "failed"
+        assert [one["outcome"] for one in result.outcomes] == ["ended"] and job.popen.wait(SOON) == -15
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [TooManyCommands("full"), InternalError("a bug"), NotAuthenticated("another job"), [], "nonsense"],
+    ids=repr,
+)
+def test_a_job_is_ended_whatever_it_answers(jobs_dir, impatient, answer):
+    """Any error, and any answer that is no record, is a reason."""
+
+    def reply(*_):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with ranks(WAITS) as ((process,), records), serving(publish(jobs_dir, records).socket, reply):
+        result = recovery.abort(api.find("job"), 0.0)
+        assert isinstance(result.problem, ControlError) and result.outcomes[0]["outcome"] == "ended"
+        assert process.popen.wait(SOON) == -15
+
+
+def test_a_job_that_ended_meanwhile_is_not_killed(jobs_dir, impatient):
+    """It refuses the command because training ends: its process may have other work to do after that."""
+    with ranks(WAITS) as ((process,), records):
+        known = publish(jobs_dir, records)
+
+        def refuse(*_):
+            (jobs_dir / "job" / "endpoint.json").unlink()
+            raise JobEnding("training has ended")
+
+        with serving(known.socket, refuse), pytest.raises(JobEnding):
+            recovery.abort(known, SOON)
+        with pytest.raises(NoSuchJob):
+            recovery.abort(known, SOON)
+        assert judge(records[0].identity) == "running"
+        process.say("go on")
+        assert process.line() == "unhurt"
+
+
 def test_a_job_that_does_not_answer_is_ended(jobs_dir, impatient):
-    """Rank 0 keeps the lock: the abort reaches nobody, the signals do."""
+    """Rank 0 holds the lock: the abort gets no answer, the signals work."""
     (jobs_dir / "job").mkdir(parents=True)
     keeps = LISTENS.format(path=str(jobs_dir / "job" / "control.sock")) + KEEPS
     with ranks(keeps, WAITS) as (processes, records):
@@ -243,25 +331,25 @@ def test_a_job_that_does_not_answer_is_ended(jobs_dir, impatient):
         until(lambda: (jobs_dir / "job" / "control.sock").exists())
         end = recovery.abort(known, 0.05)
         assert isinstance(end.problem, JobNotAnswering)
-        assert [fate["outcome"] for fate in end.outcomes] == ["ended", "ended"]
+        assert [one["outcome"] for one in end.outcomes] == ["ended", "ended"]
         assert [other.popen.wait(SOON) for other in processes] == [-15, -15]
 
 
 def test_what_rank_0_left_behind_is_ended(jobs_dir, impatient):
-    """Rank 0 was killed, the others hang: they are given their time, then ended."""
+    """Rank 0 was killed, the others hang: they have their time, then they are ended."""
     with ranks(WAITS, WAITS, WAITS) as (processes, records):
         known = publish(jobs_dir, records)
         processes[0].kill()
         leaves = threading.Timer(50 * MS, processes[1].say, ["go on"])
         leaves.start()
         end = recovery.abort(known, 300 * MS)
-        assert [fate["outcome"] for fate in end.outcomes] == ["gone", "gone", "ended"]
+        assert [one["outcome"] for one in end.outcomes] == ["gone", "gone", "ended"]
         assert processes[1].end() == 0
         leaves.join(SOON)
 
 
-def test_a_job_that_is_dead_already(jobs_dir):
-    """Where nobody was left to begin with, it is told as for any command."""
+def test_a_job_that_was_dead_before(jobs_dir):
+    """Where no process was left to begin with, the error is that of any command."""
     with ranks(WAITS) as ((first,), records):
         known = publish(jobs_dir, records)
         first.kill()
@@ -273,29 +361,29 @@ def test_a_job_that_is_dead_already(jobs_dir):
 
 
 def test_only_recorded_processes_of_this_host_are_ended(jobs_dir, impatient):
-    """Another start, another host: nobody is hit; the launcher and bystanders live; what is missing is counted."""
+    """A process with another start or host is spared, so are bystanders; missing processes are counted."""
     with ranks(WAITS, WAITS) as ((first, bystander), records):
         used_again = records[1]._replace(started_at=records[1].started_at - 100)
         far = RankRecord.of(2, records[1].identity._replace(host="another.example.org"), None)
         known = publish(jobs_dir, [records[0], used_again, far], world_size=5)
         end = recovery.abort(known, 0.0)
-        assert [fate["outcome"] for fate in end.outcomes] == ["ended", "gone", "elsewhere"] and end.missing == 2
+        assert [one["outcome"] for one in end.outcomes] == ["ended", "gone", "elsewhere"] and end.missing == 2
         assert first.popen.wait(SOON) == -15 and judge(records[1].identity) == "running"
         assert bystander.popen.poll() is None
 
 
 @needs_root
 def test_root_ends_no_other_users_process(jobs_dir, impatient):
-    """A user's ranks.json names root's process: root, who aborts that user's job, spares it."""
+    """A user's ranks.json names a process of root: an abort of that user's job by root spares it."""
     with ranks(WAITS) as ((first,), records):
         known = publish(jobs_dir, records)
         os.chown(jobs_dir / "job", 65534, 65534)
-        assert [fate["outcome"] for fate in recovery.abort(known, 0.0).outcomes] == ["refused"]
+        assert [one["outcome"] for one in recovery.abort(known, 0.0).outcomes] == ["refused"]
         assert first.popen.poll() is None
 
 
 def test_a_launcher_is_left_alone(jobs_dir, impatient):
-    """The parent of the ranks, which is not among them, sees its children go and goes on."""
+    """The parent of the ranks, which is not recorded, sees its child end and continues."""
     source = """
     import json, subprocess, sys
     code = "import json, sys\\nfrom forgather_control.processes.liveness import current_process\\n"
@@ -307,5 +395,5 @@ def test_a_launcher_is_left_alone(jobs_dir, impatient):
     with Process(source) as launcher:
         identity = liveness.Identity(**json.loads(launcher.line()))
         end = recovery.abort(publish(jobs_dir, [RankRecord.of(0, identity, None)]), 0.0)
-        assert [fate["outcome"] for fate in end.outcomes] == ["ended"]
+        assert [one["outcome"] for one in end.outcomes] == ["ended"]
         assert launcher.line() == str(-signal.SIGTERM) and launcher.popen.poll() is None

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 
 import psutil
 import pytest
@@ -63,16 +62,6 @@ def test_a_process_that_only_has_the_pid_is_spared(child):
     assert terminate([identity._replace(pid_namespace=1)], 0.0)[0][1] == "elsewhere"
     other.popen.stdin.close()
     assert other.end() == 0
-
-
-def test_processes_may_end_by_themselves_first(child):
-    """A process that ends within the patience is reported as gone, and is sent nothing."""
-    other, identity = child
-    ended = threading.Timer(50 * MS, other.popen.stdin.close)
-    ended.start()
-    assert terminate([identity], 0.0, patience=3600.0) == [(identity, "gone")]
-    assert other.end() == 0
-    ended.join(SOON)
 
 
 def test_other_users_processes_and_this_one_are_spared(child):
