@@ -26,7 +26,7 @@ def process_stats() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": pid,
-        "rss_bytes": _process(pid).memory_info().rss,
+        "rss_bytes": _rss_bytes(pid),
         "cpu_percent": _meter(pid).percent(),
         **device(),
     }
@@ -48,6 +48,15 @@ def _of_torch(torch: Any) -> tuple[str, int | None, int | None]:
     indices = range(torch.cuda.device_count())
     used = {index: torch.cuda.memory_allocated(index) for index in indices}
     return _cuda(torch, used), sum(used.values()), sum(map(torch.cuda.memory_reserved, indices))
+
+
+def _rss_bytes(pid: int) -> int | None:
+    import psutil
+
+    try:
+        return int(_process(pid).memory_info().rss)
+    except (psutil.Error, OSError):  # /proc is not mounted or not readable, or no descriptors are left
+        return None
 
 
 @cache

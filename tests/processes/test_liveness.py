@@ -1,4 +1,4 @@
-"""Which process, since when: real children, real namespaces, and clocks that jump."""
+"""Which process, started when: real children, real namespaces, and clocks that jump."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .conftest import WHO
 
 
 def _in_namespace(*options, code=""):
-    """Who a process is that runs in namespaces of its own."""
+    """Return the identity of a process in its own namespaces."""
     done = subprocess.run(
         ["unshare", *options, sys.executable, "-c", code + WHO],
         capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=SOON, check=True,
@@ -28,15 +28,15 @@ def _in_namespace(*options, code=""):
     return Identity(**json.loads(done.stdout))
 
 
-def test_myself_is_this_process():
+def test_current_process():
     """An identity names pid, host and start as the system knows them."""
     me = current_process()
     assert (me.pid, me.host, me.started_at) == (os.getpid(), socket.gethostname(), psutil.Process().create_time())
     assert me.booted_at == psutil.boot_time() and judge(me) == "running"
 
 
-def test_the_machine_id_stays_at_home():
-    """What names the machine is a digest, as machine-id(5) asks."""
+def test_the_machine_id_is_not_disclosed():
+    """The machine is identified by a digest, as machine-id(5) demands."""
     try:
         with open("/etc/machine-id", encoding="ascii") as file:
             secret = file.readline().strip()
@@ -45,8 +45,8 @@ def test_the_machine_id_stays_at_home():
     assert secret and secret not in repr(current_process()) and len(current_process().machine) == 16
 
 
-def test_a_child_is_judged_by_what_it_said_of_itself(child):
-    """A process that lives is running; killed and not yet reaped (a zombie) or reaped, it is gone."""
+def test_a_child_is_judged_by_its_identity(child):
+    """A live process is running; a killed one is gone, reaped or not (a zombie)."""
     other, identity = child
     assert judge(identity) == "running"
     os.kill(other.pid, signal.SIGKILL)
@@ -74,8 +74,8 @@ def test_a_reused_pid_is_gone(child, shift):
 
 
 @pytest.mark.parametrize("jump", [-3e8, -3600, 3600, 3e8])
-def test_a_clock_that_jumped_moves_nobody(child, jump):
-    """A wall clock set anew moves boot and start alike; the process is the same."""
+def test_a_clock_that_jumped_changes_nothing(child, jump):
+    """When the wall clock is set, boot and start move alike; the process is the same."""
     _, identity = child
     moved = identity._replace(started_at=identity.started_at + jump, booted_at=identity.booted_at + jump)
     assert judge(moved) == "running"
@@ -110,7 +110,7 @@ def test_a_boot_time_is_rounded(child, off):
         ({"pid": 2**31 - 1}, "gone"),
     ],
 )
-def test_what_is_judged_by_what(monkeypatch, changes, verdict):
+def test_the_order_of_evidence(monkeypatch, changes, verdict):
     """Host and machine come first, then the boot, the namespace, the pid and its start."""
     monkeypatch.setattr(liveness, "_machine", lambda: "this machine")
     monkeypatch.setattr(liveness, "_boot_id", lambda: "this boot")
@@ -119,18 +119,16 @@ def test_what_is_judged_by_what(monkeypatch, changes, verdict):
 
 
 @pytest.mark.parametrize("unknown", ["_machine", "_boot_id", "_pid_namespace"])
-def test_what_this_system_does_not_tell_is_not_held_against_anybody(monkeypatch, unknown):
-    """Where we cannot read our own boot, machine or namespace, another's differs from nothing."""
+def test_what_is_unknown_here_proves_nothing(monkeypatch, unknown):
+    """Where this system does not tell its boot, machine or namespace, no recorded one differs from it."""
     field = unknown.lstrip("_")
     recorded = current_process()._replace(**{field: "something"})
     monkeypatch.setattr(liveness, unknown, lambda: None)
     assert judge(recorded) == "running"
 
 
-@needs_root
-@needs("unshare")
-def test_what_is_surely_gone_is_gone(child):
-    """Only of this host, boot and namespace, and only without anybody of its pid; all else is left to ``judge``."""
+def test_a_cheap_proof_that_a_process_is_gone(child):
+    """Only for this host, boot and namespace, and only while the pid is free; all else is left to ``judge``."""
     other, who = child
     assert not liveness.is_gone(who) and not liveness.is_gone(who._replace(started_at=1.0))
     other.kill()
@@ -141,8 +139,10 @@ def test_what_is_surely_gone_is_gone(child):
     assert not liveness.is_gone(who._replace(pid=1)) and judge(who) == "gone"
 
 
+@needs_root
+@needs("unshare")
 def test_a_real_pid_namespace_is_elsewhere():
-    """In a container, pid 1 is the job; here it is init: nobody judges it by that."""
+    """In a container pid 1 is the job; here it is init, which proves nothing."""
     inside = _in_namespace("--pid", "--fork", "--mount-proc")
     assert (inside.pid, inside.host, inside.boot_id) == (1, socket.gethostname(), current_process().boot_id)
     assert inside.pid_namespace != current_process().pid_namespace and judge(inside) == "elsewhere"
@@ -151,13 +151,13 @@ def test_a_real_pid_namespace_is_elsewhere():
 @needs_root
 @needs("unshare")
 def test_a_real_other_host_name_is_elsewhere():
-    """A process that sees another host name is another host's."""
+    """A process that sees another host name is on another host."""
     inside = _in_namespace("--uts", code="import socket; socket.sethostname('node0123')\n")
     assert inside.host == "node0123" and judge(inside) == "elsewhere"
     assert judge(inside._replace(host=socket.gethostname())) == "gone", "control: it did run on this machine"
 
 
 def test_an_identity_survives_json():
-    """Floats and all, what is read is what was written: no rounding makes a job look dead."""
+    """What is read is what was written, to the last digit: no rounding makes a job look dead."""
     me = current_process()
     assert Identity(**json.loads(json.dumps(me._asdict()))) == me

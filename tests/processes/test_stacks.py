@@ -1,4 +1,4 @@
-"""The stacks of this process's own threads: whole, in order, bounded, and nothing is kept or read for them."""
+"""The stacks of this process's threads: complete, ordered, bounded; no frame is kept and no file read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..support.harness import SOON, Process
 
 @contextmanager
 def thread(name, target=None):
-    """A thread that waits in ``target``; ended on exit."""
+    """Run a thread that waits in ``target``, until exit."""
     ready, stop = threading.Event(), threading.Event()
 
     def wait_here():
@@ -41,7 +41,7 @@ def blocks():
     return [(block.splitlines()[0], block.splitlines()[1:]) for block in python_stacks().split("\n\n")]
 
 
-def test_every_thread_is_there_by_name_with_its_calls_in_order():
+def test_every_thread_has_its_name_and_its_calls_in_order():
     """The main thread first, then by age; the most recent call last, with file, line and function."""
     with thread("old one"), thread("wörker\x1b"):
         found = blocks()
@@ -54,7 +54,7 @@ def test_every_thread_is_there_by_name_with_its_calls_in_order():
 
 
 def test_a_chosen_thread_comes_first():
-    """Where training runs in another thread than the main one, that one is what the reader looks for."""
+    """Where training runs in another thread than the main one, that thread matters most."""
     with thread("trains") as one:
         text = python_stacks(one.ident)
         assert "trains" in text.splitlines()[0]
@@ -63,7 +63,7 @@ def test_a_chosen_thread_comes_first():
 
 
 def test_a_helper_sees_the_main_thread_while_it_hangs():
-    """The whole point: asked on another thread, while the main one waits without the interpreter lock."""
+    """Called on another thread while the main thread waits without the interpreter lock."""
     source = """
     import sys, threading
     from forgather_control.processes.stacks import python_stacks
@@ -85,7 +85,7 @@ def test_a_helper_sees_the_main_thread_while_it_hangs():
 
 
 def test_no_frame_is_kept():
-    """What other threads hold in their frames is freed when they let go, without the garbage collector."""
+    """Objects in the frames of other threads are freed as soon as these drop them, without garbage collection."""
 
     class Tensor:
         pass
@@ -108,7 +108,7 @@ def test_no_frame_is_kept():
 
 
 def test_no_file_is_touched():
-    """The file system may be what hangs: nothing is opened, listed or looked at."""
+    """The file system may be what hangs: no file is opened, listed or tested."""
     source = """
     import os, sys, threading
     from forgather_control.processes.stacks import python_stacks
@@ -125,7 +125,7 @@ def test_no_file_is_touched():
 
 
 def test_source_is_shown_where_it_is_known():
-    """A line that a traceback has read before is shown; a stale or odd cache breaks nothing."""
+    """A line that an earlier traceback has read is shown; a stale or odd cache does no harm."""
     with thread("waits"):
         linecache.cache.pop(__file__, None)
         assert "stop.wait()" not in python_stacks()
@@ -138,7 +138,7 @@ def test_source_is_shown_where_it_is_known():
 
 
 def test_a_deep_stack_is_cut_in_its_middle():
-    """The outermost calls and the innermost ones stay, and how many are left out is said."""
+    """The outermost and the innermost calls stay, with the number of those left out."""
 
     def deep(wait, left=500):
         return wait() if left == 0 else deep(wait, left - 1)
@@ -152,7 +152,7 @@ def test_a_deep_stack_is_cut_in_its_middle():
 
 
 def test_the_text_is_bounded():
-    """With more threads than find room, those that were left out are counted; the main thread is among the rest."""
+    """Threads that do not fit are counted; the main thread is never among them."""
     names = [f"{number:03d}-" + "x" * 300 for number in range(250)]
     stop = threading.Event()
     many = [threading.Thread(target=stop.wait, name=name) for name in names]
@@ -171,8 +171,8 @@ def test_the_text_is_bounded():
 
 
 @pytest.mark.parametrize("name", ["\ud800half", "caf\udce9.py", "x" * 10_000])
-def test_names_that_no_wire_carries(name):
-    """A path of odd bytes or of any length ends up as text that can be encoded, with its end visible."""
+def test_names_that_cannot_be_encoded(name):
+    """A path of odd bytes or of any length becomes text that can be encoded, with its end visible."""
     space = {"wait": None}
     exec(compile("def odd(wait):\n    wait()\n", name + "/end.py", "exec"), space)
     with thread("odd", space["odd"]):
@@ -182,7 +182,7 @@ def test_names_that_no_wire_carries(name):
 
 
 def test_threads_that_python_did_not_start_come_last():
-    """A thread without a name is told, too: it may be the one that holds everything up."""
+    """A thread without a name is shown as well: it may be the one that blocks the others."""
     source = """
     import _thread, sys, threading
     from forgather_control.processes.stacks import python_stacks
@@ -198,6 +198,6 @@ def test_threads_that_python_did_not_start_come_last():
         assert "not started by Python" in other.line()
 
 
-def test_the_asking_thread_is_there_too():
-    """Nothing is left out in silence, not even whoever asks."""
+def test_the_calling_thread_is_included():
+    """No thread is left out, not even the calling one."""
     assert stacks.python_stacks.__name__ in python_stacks() and sys._getframe().f_code.co_name in python_stacks()

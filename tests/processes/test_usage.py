@@ -1,4 +1,4 @@
-"""What a rank says of its process: true figures, and no device is woken for them."""
+"""What a rank reports about its process: true figures, for which no device is initialised."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNKNOWN = {"device": None, "device_memory_bytes": None, "device_memory_reserved_
 
 
 def cuda(memory, initialized=True):
-    """What ``process_stats`` asks of torch, on a machine with these bytes on its devices."""
+    """The part of torch that ``process_stats`` uses, with these bytes on its devices."""
     return SimpleNamespace(
         cuda=SimpleNamespace(
             is_initialized=lambda: initialized,
@@ -35,44 +35,52 @@ def cuda(memory, initialized=True):
 
 def test_the_figures_are_the_systems():
     """Host, pid and memory as the operating system has them."""
-    told = process_stats()
-    assert told.keys() == NAMES
-    assert (told["host"], told["pid"]) == (socket.gethostname(), os.getpid())
-    assert told["rss_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+    found = process_stats()
+    assert found.keys() == NAMES
+    assert (found["host"], found["pid"]) == (socket.gethostname(), os.getpid())
+    assert found["rss_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
 
 
 def test_processor_time_is_that_since_the_last_call():
-    """A second reading tells what was used in between, on whatever thread it is asked."""
+    """A second reading has what was used in between, on any thread."""
     process_stats()
     end = time.monotonic() + 200 * MS
     while time.monotonic() < end:
         pass
-    told = []
-    asker = threading.Thread(target=lambda: told.append(process_stats()))
-    asker.start()
-    asker.join(SOON)
-    assert told[0]["cpu_percent"] > 10
+    found = []
+    thread = threading.Thread(target=lambda: found.append(process_stats()))
+    thread.start()
+    thread.join(SOON)
+    assert found[0]["cpu_percent"] > 10
 
 
-def test_a_forked_child_tells_of_itself():
+def test_a_forked_child_reports_itself():
     """The figures of a child are not its parent's."""
     source = """
     import os, sys
     from forgather_control.processes.usage import process_stats
     filled = process_stats() and b"x" * (64 << 20)
     child = os.fork()
-    told = process_stats()
+    found = process_stats()
     if child == 0:
-        assert told["pid"] == os.getpid()
-        os._exit(7 if told["cpu_percent"] == 0.0 else 1)
+        assert found["pid"] == os.getpid()
+        os._exit(7 if found["cpu_percent"] == 0.0 else 1)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
     with Process(source) as other:
         assert other.line() == "7", other.errors
 
 
+@pytest.mark.parametrize("error", [psutil.AccessDenied(), psutil.NoSuchProcess(1), OSError(24, "no descriptors")])
+def test_memory_that_cannot_be_read_is_unknown(monkeypatch, error):
+    """Where /proc is hidden, or no descriptors are left, the other figures are reported all the same."""
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: (_ for _ in ()).throw(error))
+    found = process_stats()
+    assert found["rss_bytes"] is None and found["pid"] == os.getpid()
+
+
 def test_without_torch_the_device_is_unknown(monkeypatch):
-    """Who has not loaded torch may train on anything; and torch is not loaded for the answer."""
+    """Without torch the job may train on anything; torch is not loaded to find out."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert device() == UNKNOWN and "torch" not in sys.modules
 
@@ -87,14 +95,14 @@ def test_without_torch_the_device_is_unknown(monkeypatch):
     ],
 )
 def test_the_device_is_the_one_in_use(monkeypatch, memory, name, used):
-    """Not the asking thread's current device, which is 0 whatever the training thread chose."""
+    """Not the calling thread's current device, which is 0 whatever the training thread chose."""
     monkeypatch.setitem(sys.modules, "torch", cuda(memory))
     assert device() == {"device": name, "device_memory_bytes": used, "device_memory_reserved_bytes": 2 * used}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(None, "cpu"), ("cuda", "cpu"), ("mps", "mps"), ("xpu", "xpu")])
 def test_a_device_that_was_not_touched(monkeypatch, kind, name):
-    """CUDA that nobody initialised is not used; of other accelerators it is known that they may be."""
+    """CUDA that is not initialised is not in use; another accelerator may be."""
     torch = cuda([1], initialized=False)
     torch.accelerator = SimpleNamespace(current_accelerator=lambda: kind and SimpleNamespace(type=kind))
     monkeypatch.setitem(sys.modules, "torch", torch)
@@ -103,17 +111,17 @@ def test_a_device_that_was_not_touched(monkeypatch, kind, name):
 
 @pytest.mark.parametrize("torch", [SimpleNamespace(), cuda([])], ids=["half imported", "failed"])
 def test_a_torch_that_raises_costs_the_device_only(monkeypatch, torch):
-    """After a device-side assert every call raises: the other figures are told all the same."""
+    """After a device-side assert every call raises: the other figures are reported all the same."""
     if hasattr(torch, "cuda"):
         torch.cuda.device_count = lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert"))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    told = process_stats()
-    assert told["device"] is None and told["rss_bytes"] > 0
+    found = process_stats()
+    assert found["device"] is None and found["rss_bytes"] > 0
 
 
 @needs_torch
 def test_real_torch_on_the_processor():
-    """In a process of its own: the processor is named, and CUDA stays as it was, while the training thread hangs."""
+    """In a separate process whose training thread hangs: the device is "cpu", and CUDA stays uninitialised."""
     source = """
     import sys, threading, torch
     from forgather_control.processes.usage import process_stats
@@ -127,7 +135,7 @@ def test_real_torch_on_the_processor():
 
 
 def test_it_answers_while_the_main_thread_hangs():
-    """Asked by a helper again and again, it needs nothing of the thread that hangs."""
+    """Called again and again on a helper thread, it needs nothing from the thread that hangs."""
     source = """
     import sys, threading
     from forgather_control.processes.usage import process_stats
