@@ -1,7 +1,7 @@
 """Ends processes of this host: SIGTERM, and after a grace period SIGKILL. Runs on any thread.
 
-psutil compares the start time right before each signal, so a process that has taken over the pid is not hit; what
-is left are the microseconds between that check and kill(2), and a pid that is reused within one clock tick.
+psutil compares the start time right before each signal, so a process that has taken over the pid is spared; what
+remains are the microseconds between that check and kill(2).
 """
 
 from __future__ import annotations

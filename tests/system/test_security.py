@@ -1,4 +1,4 @@
-"""SECURITY.md says nothing that no test holds: each statement names its tests."""
+"""Each statement of SECURITY.md names the tests that check it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import forgather_control
 from ..support.harness import ROOT
 
 TEXT = (ROOT / "SECURITY.md").read_text()
-#: Of each second-level heading, what stands below it.
+#: The text below each second-level heading.
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", TEXT, re.MULTILINE))
-#: Here an item may say why there is nothing to test, instead.
+#: Here an item may say instead why there is no test.
 OPEN = "What is not protected"
 REFERENCE = re.compile(r"`(tests/\w+/test_\w+\.py)::(test_\w+)`")
 
 
 def items(section: str) -> list[str]:
-    """The statements of a section, each in one line."""
+    """Return the statements of a section, each as one line."""
     return [" ".join(item.split()) for item in re.split(r"^\* ", SECTIONS[section], flags=re.MULTILINE)[1:]]
 
 
@@ -30,7 +30,7 @@ ITEMS = [(section, item) for section in SECTIONS for item in items(section)]
 
 @functools.cache
 def names_in(path: str) -> set[str]:
-    """The tests of a file of ours."""
+    """Return the names of the tests in a file."""
     nodes = ast.parse((ROOT / path).read_text()).body
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -45,8 +45,8 @@ def test_it_has_its_sections():
 
 @pytest.mark.parametrize(("section", "item"), ITEMS, ids=[item[:40] for _, item in ITEMS])
 def test_each_statement_names_its_tests(section, item):
-    """At least one for each; where something is not protected, the reason will do."""
-    assert REFERENCE.search(item) or (section == OPEN and ": why: " in item), item
+    """Each names at least one; where something is not protected, a reason is enough."""
+    assert REFERENCE.search(item) or (section == OPEN and "(No test: " in item), item
 
 
 def test_every_test_that_is_named_exists():
@@ -57,5 +57,5 @@ def test_every_test_that_is_named_exists():
 
 
 def test_the_version_to_report_is_where_it_says():
-    """A reader can find out which version he has."""
+    """Readers can find out which version they have."""
     assert "`forgather_control.__version__`" in TEXT and forgather_control.__version__
