@@ -15,18 +15,27 @@ GROUPS = {
     "RANK": states.RankState,
     "COMMAND": states.CommandState,
     "STATUS": states.TrainingStatus,
+    "VIA": states.Via,
+    "EVENT": states.EventKind,
 }
-CONSTANTS = {name: value for name, value in vars(states).items() if name.isupper()}
+WORDS = {name: value for name, value in vars(states).items() if name.isupper() and isinstance(value, str)}
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_type_lists_the_constants_of_its_group(group):
     """In the same order, and each constant is named after its word."""
-    members = {name: value for name, value in CONSTANTS.items() if name.startswith(f"{group}_")}
+    members = {name: value for name, value in WORDS.items() if name.startswith(f"{group}_")}
     assert tuple(members.values()) == typing.get_args(GROUPS[group])
     assert all(name == f"{group}_{value.upper()}" for name, value in members.items())
 
 
-def test_each_constant_belongs_to_a_group():
-    """No word stands alone."""
-    assert {name.split("_")[0] for name in CONSTANTS} == GROUPS.keys()
+def test_each_word_belongs_to_a_group():
+    """No constant stands alone; what a command waits for needs no type."""
+    assert {name.split("_")[0] for name in WORDS} == {*GROUPS, "WHEN"}
+
+
+def test_final_and_awaited_states_are_states():
+    """A command's final states are the last three, and a caller can wait for the first three."""
+    assert states.FINAL_STATES == {"finished", "failed", "cancelled"}
+    assert states.AWAITED_STATES == ("accepted", "applied", "finished")
+    assert {value for name, value in WORDS.items() if name.startswith("WHEN_")} > states.RANK_REPORTS

@@ -133,12 +133,12 @@ def test_query_returns_what_the_job_answers(jobs_dir):
     """Rows are unchanged, but a silent rank whose process is proven to be gone is absent."""
     with ranks(WAITS, WAITS) as ((alive, dead), others):
         dead.kill()
-        told = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
-        with answering(jobs_dir, told, others) as known:
+        answer = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
+        with answering(jobs_dir, answer, others) as known:
             view = recovery.query(known, "ranks", 1.0)
         assert alive.popen.poll() is None
     assert [one["state"] for one in view.rows] == ["answering", "silent", "absent", "silent", "ended"]
-    assert view.problem is None and view.rows[0] == told[0]
+    assert view.problem is None and view.rows[0] == answer[0]
 
 
 @pytest.mark.parametrize("rows", [None, {}, [1], [{}], [{"rank": "0"}], [{"rank": [0], "state": "silent"}]])
@@ -185,13 +185,13 @@ def test_stacks_of_silent_ranks_are_read_from_outside(jobs_dir):
     with ranks(WAITS, WAITS) as ((_, dead), others):
         far = RankRecord.of(3, current_process()._replace(host="another.example.org"), 5)
         none = RankRecord.of(4, current_process(), None)
-        told = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
-        with answering(jobs_dir, told, others) as known:
+        answer = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
+        with answering(jobs_dir, answer, others) as known:
             rank_processes.write(str(jobs_dir / "job"), [*recovery.job_processes(known).ranks, far, none])
             view = recovery.query(known, "stacks", 1.0)
         dead.kill()
         rows, why = recovery.read_stacks(view)
-    assert rows[0] == told[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
+    assert rows[0] == answer[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
     assert [one["stacks"] for one in rows[2:]] == [None] * 5 and rows[2]["state"] == "absent"
     assert why.keys() == {2, 3, 4, 5}
     assert "gone" in why[2] and "another.example.org" in why[3] and "has no stack dumper" in why[4] and why[4] == why[5]
@@ -202,11 +202,11 @@ def test_stacks_of_ranks_that_hold_the_lock(jobs_dir, impatient):
     with ranks(KEEPS, KEEPS, KEEPS) as (processes, records):
         view = recovery.RankView([row(rank) for rank in range(3)], recovery.job_processes(publish(jobs_dir, records)))
 
-        def told():
+        def read():
             rows, why = recovery.read_stacks(view)
             return all("most recent call first" in one["stacks"] for one in rows) and (rows, why)
 
-        rows, why = until(told)
+        rows, why = until(read)
         assert all("in hold_the_lock_in_c" in one["stacks"] for one in rows) and why == {}
         for other in processes:
             other.say("go on")

@@ -10,7 +10,7 @@ from forgather_control.processes.liveness import Identity
 
 from ..support.harness import Process
 
-#: Prints who it is, and lives until its standard input ends.
+#: Prints its identity, and runs until its standard input ends.
 WHO = """
 import json, sys
 from forgather_control.processes.liveness import current_process

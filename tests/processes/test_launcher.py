@@ -1,4 +1,4 @@
-"""What launched a job: variables are read where they are valid, and a restart is told from another run."""
+"""What launched a job: variables are read where they are valid, and a restart is distinguished from another run."""
 
 from __future__ import annotations
 
@@ -206,13 +206,13 @@ def test_torchrun_restarts_a_job(environment, jobs_dir, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=1"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=the-run"]
     command += ["--monitor-interval=0.1", str(tmp_path / "worker.py"), str(SOON)]
-    told: list[str] = []
+    errors_seen: list[str] = []
 
     def wait() -> None:
         try:
             forgather_control.save_checkpoint("the-run", wait="finished", command_id="mine")
         except errors.JobDead as err:
-            told.append(str(err))
+            errors_seen.append(str(err))
 
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as torchrun:
         try:
@@ -225,7 +225,7 @@ def test_torchrun_restarts_a_job(environment, jobs_dir, tmp_path):
             with forgather_control.connect("job") as open_since:
                 os.kill(first.pid, signal.SIGKILL)
                 waiter.join(SOON)
-                assert told and f"pid {first.pid} on {first.host}, ended before it answered" in told[0]
+                assert errors_seen and f"pid {first.pid} on {first.host}, ended before it answered" in errors_seen[0]
                 second = until(lambda: (r := read_record(str(jobs_dir), "job")) and r.pid != first.pid and r, 3 * SOON)
                 assert api.find("the-run") == second and second.launch.restart_count == 1
                 with pytest.raises(errors.JobDead, match=rf"restarted as pid {second.pid} on .*, restart 1, "):

@@ -129,14 +129,14 @@ def test_what_is_unknown_here_proves_nothing(monkeypatch, unknown):
 
 def test_a_cheap_proof_that_a_process_is_gone(child):
     """Only for this host, boot and namespace, and only while the pid is free; all else is left to ``judge``."""
-    other, who = child
-    assert not liveness.is_gone(who) and not liveness.is_gone(who._replace(started_at=1.0))
+    other, identity = child
+    assert not liveness.is_gone(identity) and not liveness.is_gone(identity._replace(started_at=1.0))
     other.kill()
-    until(lambda: liveness.is_gone(who))
+    until(lambda: liveness.is_gone(identity))
     unsure = [{"boot_id": None}, {"boot_id": "x"}, {"pid_namespace": None}, {"pid_namespace": 1}, {"host": "x"}]
     for changes in unsure:
-        assert not liveness.is_gone(who._replace(**changes))
-    assert not liveness.is_gone(who._replace(pid=1)) and judge(who) == "gone"
+        assert not liveness.is_gone(identity._replace(**changes))
+    assert not liveness.is_gone(identity._replace(pid=1)) and judge(identity) == "gone"
 
 
 @needs_root

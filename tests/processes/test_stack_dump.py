@@ -270,13 +270,15 @@ def test_a_damaged_or_hostile_header(tmp_path, facts):
 def test_two_clients_at_once_are_both_answered(quick):
     """One after the other, by a lock on the file; each gets a whole dump."""
     with dumping("hold_the_lock_in_c()") as (_other, identity, fd):
-        told = []
-        askers = [threading.Thread(target=lambda: told.append(dump_stacks(identity, fd, Deadline(SOON)))) for _ in "ab"]
-        for asker in askers:
-            asker.start()
-        for asker in askers:
-            asker.join(SOON)
-        assert len(told) == 2 and all(text.count("hread 0x") == 3 for text in told)
+        dumps = []
+        clients = [
+            threading.Thread(target=lambda: dumps.append(dump_stacks(identity, fd, Deadline(SOON)))) for _ in "ab"
+        ]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(SOON)
+        assert len(dumps) == 2 and all(text.count("hread 0x") == 3 for text in dumps)
 
 
 def test_a_client_that_waits_for_another_gives_up_in_time(dumper):

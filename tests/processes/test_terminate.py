@@ -24,7 +24,7 @@ DEAF = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{WHO}"
 LAST_PID = "/proc/sys/kernel/ns_last_pid"
 
 
-def who(other):
+def identity_of(other):
     """Return the identity that a child of WHO prints."""
     return Identity(**json.loads(other.line()))
 
@@ -35,7 +35,7 @@ def test_sigterm_first_then_sigkill():
     gc.collect()  # descriptors that earlier tests left are not counted
     before = descriptors()
     with Process(WHO) as good, Process(DEAF) as deaf, Process(WHO) as stopped, Process(WHO) as dead:
-        all_of_them = [who(one) for one in (good, deaf, stopped, dead)]
+        all_of_them = [identity_of(one) for one in (good, deaf, stopped, dead)]
         os.kill(stopped.pid, signal.SIGSTOP)
         until(lambda: psutil.Process(stopped.pid).status() == psutil.STATUS_STOPPED)  # else SIGTERM may come first
         dead.kill()
@@ -49,7 +49,7 @@ def test_sigterm_first_then_sigkill():
 def test_it_returns_when_the_last_process_has_ended():
     """A grace of an hour is not waited for; a zombie counts as ended, and is left for its parent to reap."""
     with Process(WHO) as other:
-        identity = who(other)
+        identity = identity_of(other)
         assert terminate([identity], 3600.0) == [(identity, "ended")]
         assert other.popen.wait(SOON) == -15
 
@@ -94,7 +94,7 @@ def test_a_signal_is_not_sent_to_the_next_owner_of_a_pid():
     """The pid really is reused, after the identity was checked and before the signal."""
     outcomes = {}
     with Process(WHO) as first:
-        identity = who(first)
+        identity = identity_of(first)
         process = terminate_module._acquire(identity, None, outcomes)
         first.popen.stdin.close()
         first.end()
