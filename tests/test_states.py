@@ -36,6 +36,6 @@ def test_each_word_belongs_to_a_group():
 
 def test_final_and_awaited_states_are_states():
     """A command's final states are the last three, and a caller can wait for the first three."""
-    assert states.FINAL_STATES == {"finished", "failed", "cancelled"}
+    assert sorted(states.FINAL_STATES) == ["cancelled", "failed", "finished"]
     assert states.AWAITED_STATES == ("accepted", "applied", "finished")
     assert {value for name, value in WORDS.items() if name.startswith("WHEN_")} > states.RANK_REPORTS
