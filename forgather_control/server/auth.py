@@ -1,11 +1,9 @@
-"""The gate for strangers: over TCP the first line shows the token, or the connection ends there.
+"""Authentication over TCP: the first line must contain the token, otherwise the connection ends.
 
-Floor 2: imports errors and jsonrpc. Runs on the server thread only; the clock is its caller's.
-
-What is no ``authenticate`` request, or a notification of it, gets no reply at all: a web page's POST, a TLS
-hello or a port scan learns nothing, and nothing of it is ever read as a command. A wrong token is answered,
-late: each try takes ``AUTH_FAILURE_DELAY`` seconds and a place of its own, so nobody tries fast; but no address is
-locked out, as the owner may come from the same one. Against 256 random bits guessing is hopeless anyway.
+A first line that is not an ``authenticate`` request, or a batch that begins with one, gets no reply: a web page's POST,
+a TLS hello or a port scan learns nothing, and nothing after it is read as a request. A wrong token is answered after a
+delay and costs one connection, so tokens cannot be tried fast; but no address is locked out, as the owner may use the
+same one. Against 256 random bits guessing is hopeless anyway. Runs on the server thread only.
 """
 
 from __future__ import annotations
@@ -13,25 +11,29 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
+import time
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from ..errors import ControlError, NotAuthenticated
 from ..wire import jsonrpc
+from ..wire.limits import MAX_LINE
 from . import limits
+from .connection import Connection
 
 log = logging.getLogger("forgather_control")
 
-
-Verdict = Literal["welcome", "wrong", "noise"]
+Verdict = Literal["accepted", "wrong token", "not authenticate"]
 
 
 def new_token() -> str:
-    """A new secret, for one run of one job."""
+    """Return a new secret, for one run of one job."""
     return secrets.token_urlsafe(limits.TOKEN_BYTES)
 
 
 class TokenAuthenticator:
-    """Knows the token, and counts who did not.
+    """Checks first lines against the token, and counts the connections that it turned away.
 
     Args:
         token: the secret of this run.
@@ -39,56 +41,92 @@ class TokenAuthenticator:
 
     def __init__(self, token: str) -> None:
         self._token = token.encode("ascii")
-        #: Connections that were turned away, for whatever reason.
+        #: Number of connections that were turned away.
         self.refused = 0
+        self._rejections: deque[tuple[float, Connection, bytes]] = deque()  # when to send which reply
 
-    def is_noise(self, start: bytes) -> bool:
-        """Whether what a stranger has sent so far can never become a first line that opens."""
-        hopeless = start.lstrip(b" \t\r")[:1] not in (b"", b"{")
+    def admit(self, connection: Connection, line: bytes) -> bool:
+        """Return whether the first line authenticates a connection; otherwise have it closed, soon or at once."""
+        verdict, reply = self.check(line)
+        if verdict == "accepted":
+            connection.authenticated = True
+            connection.max_line = MAX_LINE
+        elif verdict == "wrong token":
+            connection.stop_reading()
+            connection.open += 1  # until the reply is sent
+            self._rejections.append((time.monotonic() + limits.AUTH_FAILURE_DELAY, connection, reply))
+        else:
+            connection.broken = True
+        return connection.authenticated
+
+    def check_start(self, connection: Connection) -> None:
+        """Have a connection closed whose first line cannot authenticate it, however it ends."""
+        if self.is_hopeless(connection.partial_line):
+            connection.broken = True
+
+    def rejection_times(self) -> Iterator[float]:
+        """Return when replies to wrong tokens are due, in ``time.monotonic()`` seconds."""
+        return (at for at, _, _ in self._rejections)
+
+    def send_rejections(self) -> Iterator[Connection]:
+        """Answer wrong tokens whose delay is over; return their connections."""
+        while self._rejections and self._rejections[0][0] <= time.monotonic():
+            _, connection, reply = self._rejections.popleft()
+            connection.open -= 1
+            connection.send(reply)
+            yield connection
+
+    def is_hopeless(self, start: bytes) -> bool:
+        """Return whether a line with this start cannot authenticate."""
+        hopeless = start.lstrip(b" \t\r")[:1] not in (b"", b"{", b"[")
         if hopeless:
             self._count()
         return hopeless
 
-    def judge(self, line: bytes) -> tuple[Verdict, bytes]:
-        """Whether the first line of a connection opens it, and what a wrong token is answered."""
-        request = _authenticate(line)
-        if request is None:
+    def check(self, line: bytes) -> tuple[Verdict, bytes]:
+        """Return whether the first line of a connection authenticates it, and the reply to a wrong token."""
+        found = _authenticate(line)
+        if found is None:
             self._count()
-            return "noise", b""
+            return "not authenticate", b""
+        message, request = found
         if hmac.compare_digest(_token(request), self._token):
-            return "welcome", b""
+            return "accepted", b""
         self._count()
-        return "wrong", _refusal(request)
+        return "wrong token", _refusal(message)
 
     def _count(self) -> None:
         self.refused += 1
         if str(self.refused).strip("0") == "1":  # 1, 10, 100, ...: a scan must not fill the log
             plural = "" if self.refused == 1 else "s"
-            log.warning("%d connection%s came over TCP without the token", self.refused, plural)
+            log.warning("Rejected %d connection%s over TCP so far, for want of the job's token", self.refused, plural)
 
 
-def _authenticate(line: bytes) -> jsonrpc.Request | None:
+def _authenticate(line: bytes) -> tuple[jsonrpc.Message, jsonrpc.Request] | None:
+    """Parse a line whose first request is ``authenticate``."""
     if len(line) > limits.MAX_FIRST_LINE:
         return None
     try:
         message = jsonrpc.parse_message(line)
     except ControlError:
         return None
-    item = message.items[0]
-    if message.is_batch or not isinstance(item, jsonrpc.Request) or item.method != "authenticate":
+    request = message.items[0]
+    if not isinstance(request, jsonrpc.Request) or request.method != "authenticate":
         return None
-    # A notification: who wants no answer would not learn that it was refused.
-    return None if isinstance(item.id, jsonrpc.NoId) else item
+    # Not a notification: its sender would not learn that it was refused.
+    return None if isinstance(request.id, jsonrpc.NoId) else (message, request)
 
 
 def _token(request: jsonrpc.Request) -> bytes:
-    """The token it shows; nothing where it shows none."""
+    """Return the token in a request; nothing if there is none."""
     params: Any = request.params
     given = params.get("token") if isinstance(params, dict) else params[0] if len(params) == 1 else None
     return given.encode("utf-8") if isinstance(given, str) else b""
 
 
-def _refusal(request: jsonrpc.Request) -> bytes:
-    assert not isinstance(request.id, jsonrpc.NoId)
-    error = NotAuthenticated("this is not the job's token; it stands in its endpoint.json, for its owner to read")
-    return jsonrpc.response(request.id, error)
+def _refusal(message: jsonrpc.Message) -> bytes:
+    """Return the reply to a line with a wrong token: an error for each of its requests."""
+    error = NotAuthenticated("Wrong token. The job's token is in its endpoint.json, which only its owner can read.")
+    ids = [item.id for item in message.items]
+    responses = [jsonrpc.response(id_, error) for id_ in ids if not isinstance(id_, jsonrpc.NoId)]
+    return jsonrpc.replies(responses, message.is_batch)

@@ -1,7 +1,6 @@
-"""From a line to its reply: each line is asked at once, and answered at once, later, or both in a batch.
+"""From a request line to its reply: at once, later, or with a stream of notifications behind it.
 
-Floor 2: imports errors and jsonrpc; owns no socket, thread or clock of its own beyond
-reading the time. Runs on the server thread only.
+Runs on the server thread only; owns no socket and knows no method by name.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
-from ..errors import ControlError, InternalError, JobEnding, TooManyCommands
+from ..errors import ControlError, InternalError, InvalidRequest, JobEnding, TooManyCommands
 from ..wire import jsonrpc
 from ..wire.limits import MAX_LINE
 from . import limits
 
 log = logging.getLogger("forgather_control")
 
-
-#: What ``Deferred.poll`` answers while there is no answer.
+#: Returned by ``Deferred.poll`` while there is no answer.
 PENDING: Final = object()
 
 
@@ -36,6 +34,26 @@ class Deferred:
 
     poll: Callable[[], Any]
     deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """An answer that opens a stream on its connection: first ``reply``, then lines until it ends.
+
+    A connection has one subscription at most; a new one replaces the old one. All calls are on the server thread.
+
+    Args:
+        reply: the result of the request.
+        pull: returns the next whole lines, about as many bytes as its argument allows; ``b""`` if there are none.
+        next_at: when ``pull`` may have more although ``wake`` was not called, in ``time.monotonic()`` seconds; ``None``
+            if only ``wake`` tells. Called after each ``pull`` that returned nothing.
+        close: called once, when the stream has ended or was refused.
+    """
+
+    reply: Any
+    pull: Callable[[int], bytes]
+    next_at: Callable[[], float | None]
+    close: Callable[[], None]
 
 
 class Peer(NamedTuple):
@@ -58,69 +76,64 @@ class ReplySink(Protocol):
 
     @property
     def peer(self) -> Peer: ...
-
     @property
     def broken(self) -> bool: ...
     def send(self, data: bytes) -> None: ...
     def stop_reading(self) -> None: ...
+    def start_subscription(self, subscription: Subscription) -> None:
+        """Send the lines of a subscription from now on; raise InvalidRequest where there can be none."""
+
+    def end_subscription(self) -> bool:
+        """End the subscription; return whether there was one."""
 
 
-#: Answers one request with a JSON value or a :class:`Deferred`; raises ControlError; must not block.
+#: Answers one request with a JSON value, a :class:`Deferred` or a :class:`Subscription`; raises ControlError; must not
+#: block.
 Handler = Callable[[jsonrpc.Request, ReplySink], Any]
 
 
-class _Exchange:
-    """One line's way from request to reply: the reply goes out when its last element is answered.
+class _Reply:
+    """The reply to one line; it is sent when the last element of the line is answered.
 
     Args:
-        room: bytes of replies after which a batch has had its share.
+        room: bytes of responses after which the rest of a batch is refused.
     """
 
-    def __init__(self, connection: ReplySink, is_batch: bool, room: int) -> None:
-        self.connection, self._is_batch, self.room = connection, is_batch, room
-        #: Bytes of the replies so far.
+    def __init__(self, sink: ReplySink, message: jsonrpc.Message, room: int) -> None:
+        self.sink, self.is_batch, self.room = sink, message.is_batch, room
+        #: Bytes of the responses so far.
         self.size = 0
-        self._answers: list[bytes] = []
-        self._open = 1  # itself, until all elements are asked
-        connection.open += 1
+        self._responses = [b""] * len(message.items)
+        self._unanswered = len(message.items)
+        sink.open += 1
 
     @property
     def is_full(self) -> bool:
-        """Whether a batch has had its share."""
-        return self._is_batch and self.size >= self.room
+        """Whether the responses to a batch have used up their room."""
+        return self.is_batch and self.size >= self.room
 
-    def expect(self) -> int:
-        """The place of one more element."""
-        self._answers.append(b"")
-        self._open += 1
-        return len(self._answers) - 1
-
-    def settle(self, place: int, response: bytes) -> None:
-        """The response line of one element; none for a notification."""
-        self._answers[place] = response
+    def answer(self, place: int, response: bytes) -> None:
+        """Set the response line of one element; empty for a notification."""
+        self._responses[place] = response
         self.size += len(response)
-        self.done()
-
-    def done(self) -> None:
-        """One less to wait for."""
-        self._open -= 1
-        if self._open == 0:
-            self.connection.open -= 1
-            self.connection.send(jsonrpc.replies([answer for answer in self._answers if answer], self._is_batch))
+        self._unanswered -= 1
+        if self._unanswered == 0:
+            self.sink.open -= 1
+            self.sink.send(jsonrpc.replies([line for line in self._responses if line], self.is_batch))
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A ``Deferred`` and the place that its value belongs to."""
+    """A deferred answer and its place in the reply."""
 
-    later: Deferred
-    exchange: _Exchange
+    deferred: Deferred
+    reply: _Reply
     place: int
     id: Any
 
 
 class Dispatcher:
-    """All lines under way.
+    """All requests that are not answered yet.
 
     Args:
         handler: see ``Handler``.
@@ -130,106 +143,128 @@ class Dispatcher:
         self._handler = handler
         self._waiting: list[_Waiting] = []
 
-    def dispatch(self, connection: ReplySink, line: bytes) -> None:
-        """Answer a line, or keep what has to wait. Whatever the line, it never raises."""
+    def dispatch(self, sink: ReplySink, line: bytes) -> None:
+        """Answer a line, or keep what has to wait. Never raises, whatever the line is."""
         try:
             message = jsonrpc.parse_message(line)
         except ControlError as err:
-            connection.send(jsonrpc.response(None, err))
+            sink.send(jsonrpc.response(None, err))
             if len(line) > MAX_LINE:
-                connection.stop_reading()
+                sink.stop_reading()
             return
-        exchange = _Exchange(connection, message.is_batch, self._room() if message.is_batch else 0)
-        for item in message.items:
-            self._ask_one(exchange, item)
-        exchange.done()
+        reply = _Reply(sink, message, self._room() if message.is_batch else 0)
+        for place, item in enumerate(message.items):
+            if isinstance(item, jsonrpc.Refusal):
+                reply.answer(place, jsonrpc.response(item.id, item.error))
+            else:
+                self._dispatch_one(reply, place, item)
 
-    def _ask_one(self, exchange: _Exchange, item: jsonrpc.Request | jsonrpc.Refusal) -> None:
-        place = exchange.expect()
-        if isinstance(item, jsonrpc.Refusal):
-            exchange.settle(place, jsonrpc.response(item.id, item.error))
+    def _dispatch_one(self, reply: _Reply, place: int, request: jsonrpc.Request) -> None:
+        is_notification = isinstance(request.id, jsonrpc.NoId)
+        if reply.is_full and not is_notification:
+            reply.answer(place, _response(request.id, _batch_too_long(reply.room)))
             return
-        if exchange.is_full and not isinstance(item.id, jsonrpc.NoId):
-            exchange.settle(place, jsonrpc.response(item.id, _too_long(exchange.room)))
-            return
-        value = self._outcome(lambda: self._handler(item, exchange.connection))
-        if isinstance(item.id, jsonrpc.NoId):
-            exchange.settle(place, b"")
+        value = _outcome(lambda: self._handler(request, reply.sink))
+        if isinstance(value, Subscription):
+            value = _outcome(lambda: _start(value, reply, is_notification))
+        if is_notification:
+            reply.answer(place, b"")
         elif not isinstance(value, Deferred):
-            exchange.settle(place, _response(item.id, value))
+            reply.answer(place, _response(request.id, value))
+        elif len(self._waiting) < limits.MAX_DEFERRED:
+            self._waiting.append(_Waiting(value, reply, place, request.id))
         else:
-            self._keep(_Waiting(value, exchange, place, item.id))
-
-    def _keep(self, item: _Waiting) -> None:
-        try:
-            self.check_room()
-        except TooManyCommands as err:
-            item.exchange.settle(item.place, jsonrpc.response(item.id, err))
-        else:
-            self._waiting.append(item)
+            reply.answer(place, _response(request.id, _too_many_waiting()))
 
     def check_room(self) -> None:
-        """For who will have to wait: before what they ask for has any effect.
+        """Check that one more answer can be deferred, before a request that needs it has any effect.
 
         Raises:
-            TooManyCommands: ``MAX_DEFERRED`` wait already.
+            TooManyCommands: ``MAX_DEFERRED`` requests are waiting already.
         """
         if len(self._waiting) >= limits.MAX_DEFERRED:
-            raise TooManyCommands(f"{limits.MAX_DEFERRED} requests are waiting already", limit=limits.MAX_DEFERRED)
+            raise _too_many_waiting()
 
     def _room(self) -> int:
-        return min(
-            limits.MAX_BATCH_REPLY,
-            limits.MAX_BATCHES_HELD - sum(exchange.size for exchange in {item.exchange for item in self._waiting}),
-        )
-
-    def _outcome(self, ask: Callable[[], Any]) -> Any:
-        """The value, or the error as a value: from here on both are answers."""
-        try:
-            return ask()
-        except ControlError as err:
-            return err
-        except BaseException:  # border: whatever a method of ours does (SystemExit, too), its caller gets an answer
-            log.exception("a request could not be answered")
-            return InternalError("internal error; the job's log says more")
+        held = sum(reply.size for reply in {item.reply for item in self._waiting})
+        return min(limits.MAX_BATCH_REPLY, limits.MAX_BATCHES_HELD - held)
 
     def deadlines(self) -> Iterator[float]:
-        """When the waiting want to be asked again, in ``time.monotonic()`` seconds."""
-        return (item.later.deadline for item in self._waiting if item.later.deadline is not None)
+        """Return when waiting requests must be polled at the latest, in ``time.monotonic()`` seconds."""
+        return (item.deferred.deadline for item in self._waiting if item.deferred.deadline is not None)
 
     def poll(self, woken: bool) -> list[ReplySink]:
-        """Ask the waiting again, all of them or those whose deadline came; whose replies went out."""
+        """Poll the waiting requests, all of them or those past their deadline; return the sinks of answered ones."""
         now = time.monotonic()
         waiting, self._waiting = self._waiting, []
         answered = []
         for item in waiting:
-            if item.exchange.connection.broken:
+            if item.reply.sink.broken:
                 continue
-            due = woken or (item.later.deadline is not None and item.later.deadline <= now)
-            value = self._outcome(item.later.poll) if due else PENDING
+            due = woken or (item.deferred.deadline is not None and item.deferred.deadline <= now)
+            value = _outcome(item.deferred.poll) if due else PENDING
             if value is PENDING:
                 self._waiting.append(item)
             else:
-                item.exchange.settle(item.place, _response(item.id, value))
-                answered.append(item.exchange.connection)
+                item.reply.answer(item.place, _response(item.id, value))
+                answered.append(item.reply.sink)
         return answered
 
     def give_up(self) -> None:
-        """Tell who still waits that the job is ending."""
+        """Poll the waiting requests for the last time; answer the rest that the job is ending."""
         self.poll(woken=True)
         for item in self._waiting:
-            item.exchange.settle(item.place, jsonrpc.response(item.id, JobEnding("the job is ending")))
+            item.reply.answer(
+                item.place,
+                jsonrpc.response(item.id, JobEnding("The job is ending before this request could be answered.")),
+            )
         self._waiting.clear()
 
 
-def _too_long(room: int) -> TooManyCommands:
-    text = "not carried out: the replies to batches are too long already; ask for less at once"
-    return TooManyCommands(text, limit=max(0, room))
+def _outcome(call: Callable[[], Any]) -> Any:
+    """Return what ``call`` returns, or the error that it raised: both are answers."""
+    try:
+        return call()
+    except ControlError as err:
+        return err
+    except BaseException:  # boundary: whatever a method does (SystemExit, too), its caller gets an answer
+        log.exception("Internal error while answering a request; the client received error -32603")
+        return _internal_error()
+
+
+def _start(subscription: Subscription, reply: _Reply, is_notification: bool) -> Any:
+    """Start a stream on its connection; return the reply to the request.
+
+    Raises:
+        InvalidRequest: there can be no stream; ``subscription`` is closed.
+    """
+    try:
+        if reply.is_batch or is_notification:
+            raise InvalidRequest("A subscription must be a request with an id, outside a batch. Send it on its own.")
+        reply.sink.start_subscription(subscription)
+    except InvalidRequest:
+        subscription.close()
+        raise
+    return subscription.reply
 
 
 def _response(id_: Any, value: Any) -> bytes:
     try:
         return jsonrpc.response(id_, value)
-    except Exception:  # border: an answer that is no JSON must not cost the others theirs
-        log.exception("an answer could not be written as JSON")
-        return jsonrpc.response(id_, InternalError("internal error; the job's log says more"))
+    except Exception:  # boundary: an answer that is not JSON must not cost other elements theirs
+        log.exception("Internal error: an answer could not be written as JSON; the client received error -32603")
+        return jsonrpc.response(id_, _internal_error())
+
+
+def _internal_error() -> InternalError:
+    return InternalError("Internal error in the job. The job's log has the details.")
+
+
+def _batch_too_long(room: int) -> TooManyCommands:
+    text = "Not carried out: the replies to batches are too long already. Send fewer requests in a batch."
+    return TooManyCommands(text, limit=max(0, room))
+
+
+def _too_many_waiting() -> TooManyCommands:
+    text = f"{limits.MAX_DEFERRED} requests are waiting for their reply already. Try again later."
+    return TooManyCommands(text, limit=limits.MAX_DEFERRED)

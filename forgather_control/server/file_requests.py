@@ -27,7 +27,7 @@ from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
 from ..wire import builtin, jsonrpc
 from ..wire.limits import MAX_LINE
 from . import limits
-from .dispatcher import Peer, ReplySink
+from .dispatcher import Peer, ReplySink, Subscription
 
 log = logging.getLogger("forgather_control")
 
@@ -58,7 +58,15 @@ class FileReply:
             self._post(self.name, data)
 
     def stop_reading(self) -> None:
-        """There is no more to hear."""
+        """Do nothing: a request file is one line."""
+
+    def start_subscription(self, subscription: Subscription) -> None:
+        """Raise InvalidRequest: a file takes one reply."""
+        raise InvalidRequest("A request file cannot subscribe to events. Connect to the job's socket instead.")
+
+    def end_subscription(self) -> bool:
+        """Return ``False``: there is no subscription."""
+        return False
 
 
 class _Kept(NamedTuple):

@@ -30,6 +30,10 @@ ACCEPTS_PER_ROUND: Final = 64
 MAX_UNSENT: Final = 256 * 1024
 #: ... and seconds without progress after which it closes the connection.
 STALL_TIMEOUT: Final = 30.0
+#: Bytes of unread events beyond which a subscriber gets no more; less than MAX_UNSENT, so that its requests are still
+#: read. And bytes of events that it gets in one turn.
+MAX_STREAM_UNSENT: Final = 64 * 1024
+STREAM_CHUNK: Final = 16 * 1024
 #: Seconds without traffic after which a TCP connection is closed: the other host may be gone.
 IDLE_TIMEOUT: Final = 3600.0
 

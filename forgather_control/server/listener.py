@@ -1,9 +1,6 @@
-"""The listening sockets: who may come in over the file system, and who over TCP.
+"""The listening sockets: the Unix socket for this user and root, and the TCP port for clients with the token.
 
-Floor 2: imports endpoint only. Made on the thread that binds, used on the server thread.
-
-``socketserver`` gives bind, accept, the check of the peer and closing; ``process_request`` hands the
-connection over instead of serving it.
+Created on the thread that binds them, used on the server thread.
 """
 
 from __future__ import annotations
@@ -11,114 +8,209 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import selectors
 import socket
-import socketserver
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from ..wire import addresses
 from . import limits
+from .dispatcher import Peer
 
 log = logging.getLogger("forgather_control")
 
+Adopt = Callable[[socket.socket, Peer], None]
 
-Adopt = Callable[[socket.socket], None]
+_OUT_OF_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Listener(socketserver.TCPServer):
-    """What both kinds share.
+class Listener:
+    """A listening socket.
 
     Args:
-        address: a path, or host and port.
-        adopt: takes each connection that may come in.
+        adopt: is given each accepted connection and its peer.
     """
 
-    request_queue_size = addresses.BACKLOG
+    def __init__(self, family: int, address: Any, adopt: Adopt) -> None:
+        self.socket, self._adopt = socket.socket(family, socket.SOCK_STREAM), adopt
+        try:
+            self._bind(address)
+            self.socket.setblocking(False)
+            self.socket.listen(addresses.BACKLOG)
+        except BaseException:
+            self.socket.close()
+            raise
 
-    def __init__(self, address: Any, adopt: Adopt) -> None:
-        self._adopt = adopt
-        super().__init__(address, socketserver.BaseRequestHandler)
-        self.socket.setblocking(False)
+    def _bind(self, address: Any) -> None:
+        raise NotImplementedError
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand the connection over."""
-        self._adopt(request)
+    def _admit(self, sock: socket.socket) -> Peer | None:
+        """Return the peer of a connection; ``None`` to refuse it."""
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        """Return the descriptor for a selector."""
+        return self.socket.fileno()
 
     def accept(self) -> bool:
-        """Take one connection from the backlog; False when there is none.
+        """Take one connection from the backlog; return ``False`` if there is none.
 
         Raises:
-            OSError: the process is out of files, or the client was gone already.
+            OSError: the process is out of descriptors, or the client has left already.
         """
         try:
-            request, address = self.get_request()
+            sock, _address = self.socket.accept()
         except BlockingIOError:
             return False
-        if self.verify_request(request, address):
-            self.process_request(request, address)
+        peer = self._admit(sock)
+        if peer is None:
+            sock.close()
         else:
-            self.shutdown_request(request)
+            self._adopt(sock, peer)
         return True
 
 
-class UnixListener(Listener, socketserver.UnixStreamServer):
-    """A socket at one path; who connects is the same user or root."""
+class UnixListener(Listener):
+    """A socket at one path, for clients of the same user and root.
 
-    def server_bind(self) -> None:
-        """Readable and writable by its owner alone from the first moment."""
-        addresses.bind(self.socket, str(self.server_address))
+    Raises:
+        OSError: the path cannot be bound.
+    """
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Ask the kernel who that is."""
-        uid, _pid = addresses.peer_ids(request)
-        welcome = uid is None or uid in (0, os.geteuid())
-        if not welcome:
-            log.warning("refused a connection from uid %s", uid)
-        return welcome
+    def __init__(self, path: str, adopt: Adopt) -> None:
+        super().__init__(socket.AF_UNIX, path, adopt)
+
+    def _bind(self, address: Any) -> None:
+        addresses.bind(self.socket, address)
+
+    def _admit(self, sock: socket.socket) -> Peer | None:
+        uid, pid = addresses.peer_ids(sock)
+        if uid in (None, 0, os.geteuid()):
+            return Peer("socket", uid, pid)
+        log.warning("Refused a connection from uid %s: only the job's own user and root may control it", uid)
+        return None
 
 
 class TcpListener(Listener):
-    """A port of one address of this host; whoever connects is a stranger."""
+    """A port of one address of this host, whose clients must authenticate.
 
-    # Without it the port of a job that has ended stays taken for a minute.
-    # Two who listen it does not allow (socket(7)).
-    allow_reuse_address = True
+    Raises:
+        OSError, ValueError, TypeError: it cannot be bound.
+    """
 
     def __init__(self, host: str, port: int, adopt: Adopt) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), adopt)
+        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port), adopt)
+
+    def _bind(self, address: Any) -> None:
+        # Without it the port of an ended job stays taken for a minute. It allows no second listener (socket(7)).
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(address)
 
     @property
     def bound(self) -> tuple[str, int]:
-        """The address and the port that it has, in numbers, whatever was asked for."""
-        return str(self.server_address[0]), int(self.server_address[1])
+        """The numeric address and port."""
+        address = self.socket.getsockname()
+        return str(address[0]), int(address[1])
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Replies are lines: sent at once; a peer that has vanished is found out in the end."""
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        super().process_request(request, client_address)
+    def _admit(self, sock: socket.socket) -> Peer | None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # replies are lines
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # detects a host that has vanished
+        return Peer("tcp")
 
 
 def open_port(host: str, port: int | None, adopt: Adopt) -> TcpListener:
-    """Listen at a port: bound at once, never tried first and bound later.
+    """Listen on a port. It is bound at once, never tested first and bound later.
 
     Args:
         port: a number, 0 for any, ``None`` for the first free one from ``DEFAULT_PORT``.
 
     Raises:
-        OSError: it cannot be bound, or none of the first hundred.
+        OSError, ValueError, TypeError: it cannot be bound, or none of the first ``PORTS_TRIED``.
     """
     if port is not None:
         return TcpListener(host, port, adopt)
-    for candidate in range(limits.DEFAULT_PORT, limits.DEFAULT_PORT + limits.PORTS_TRIED):
+    last = limits.DEFAULT_PORT + limits.PORTS_TRIED - 1
+    for candidate in range(limits.DEFAULT_PORT, last):
         try:
             return TcpListener(host, candidate, adopt)
         except OSError as err:
-            if candidate == limits.DEFAULT_PORT + limits.PORTS_TRIED - 1 or not _is_taken(err):
+            if err.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
-    raise AssertionError("unreachable")
+    return TcpListener(host, last, adopt)
 
 
-def _is_taken(err: OSError) -> bool:
-    return err.errno in (errno.EADDRINUSE, errno.EACCES)
+class Listeners:
+    """The listening sockets of a server; none is watched while the process has no free descriptors.
+
+    Args:
+        selector: watches them.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self._selector = selector
+        self._listeners: list[Listener] = []
+        #: When accepting is tried again, in ``time.monotonic()`` seconds; ``None`` while listeners are watched.
+        self.retry_at: float | None = None
+
+    def add(self, listener: Listener) -> None:
+        """Accept connections of a listener from now on."""
+        self._listeners.append(listener)
+        if self.retry_at is None:
+            self._selector.register(listener, selectors.EVENT_READ)
+
+    def replace_unix(self, listener: UnixListener) -> None:
+        """Accept connections of a listener instead of those of the Unix socket before, whose backlog is accepted."""
+        for old in [old for old in self._listeners if isinstance(old, UnixListener)]:
+            _accept_all(old)  # a client in the backlog has already sent its request
+            self._remove(old)
+        self.add(listener)
+
+    def accept(self, listener: Listener, most: int) -> None:
+        """Accept at most so many connections."""
+        try:
+            for _ in range(most):
+                if not listener.accept():
+                    return
+        except OSError as err:
+            # A backlog that cannot be accepted would wake the thread for ever: try again later.
+            if err.errno in _OUT_OF_FILES and self.retry_at is None:
+                self.retry_at = time.monotonic() + limits.TICK_PERIOD
+                for each in self._listeners:
+                    self._selector.unregister(each)
+
+    def resume(self) -> None:
+        """Watch the listeners again, if it is time."""
+        if self.retry_at is not None and time.monotonic() >= self.retry_at:
+            self.retry_at = None
+            for listener in self._listeners:
+                self._selector.register(listener, selectors.EVENT_READ)
+
+    def accept_backlog(self) -> None:
+        """Accept all clients that have connected."""
+        for listener in self._listeners:
+            _accept_all(listener)
+
+    def close(self) -> None:
+        """Close all listeners."""
+        for listener in list(self._listeners):
+            self._remove(listener)
+
+    def abandon(self) -> None:
+        """Close the sockets in a forked child, whose selector is the parent's."""
+        for listener in self._listeners:
+            listener.socket.close()
+
+    def _remove(self, listener: Listener) -> None:
+        if self.retry_at is None:
+            self._selector.unregister(listener)
+        self._listeners.remove(listener)
+        listener.socket.close()
+
+
+def _accept_all(listener: Listener) -> None:
+    try:
+        while listener.accept():
+            pass
+    except OSError:
+        pass  # out of descriptors: these clients cannot be answered

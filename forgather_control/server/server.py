@@ -1,27 +1,20 @@
-"""A line server in one thread: bytes from many connections to one handler, and back.
+"""A line server in one thread: lines from many connections to one handler, and replies back.
 
-Floor 3: imports clock, errors, jsonrpc, connection, exchange, gate and listener; knows nothing of training,
-and must not import torch. All but ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread.
-
-``socketserver``, in ``listener``, gives bind, accept, the check of the peer and closing; a connection goes
-to a selector in the same thread instead of a thread of its own, and a request that has
-to wait is an object to ask again, not a blocked thread. So 1,000 connections cost no thread, and
-closing them all at once makes one thread runnable, not a thousand that fight for the interpreter.
-Who comes over TCP is a stranger until it has passed the ``gate``.
+All but ``listen``, ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread. Connections go to a
+selector instead of a thread each, and a request that has to wait is an object to be polled, not a blocked thread. So
+1,000 connections cost no thread, and closing them all at once makes one thread runnable, not a thousand that compete
+with training for the interpreter.
 
 One round::
 
-    select ─▶ accept, read ─▶ one line of each connection in turn ─▶ ask the waiting again ─▶ tick
-                                     └─ until the budget is spent: then nap, deaf to all but wake()
+    select ─▶ accept, read ─▶ one line and one piece of a stream for each connection in turn ─▶ poll deferred ─▶ tick
+                                  └─ until the processor budget is used up: then wait, only ``wake`` is noticed
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import resource
-import select
 import selectors
 import signal
 import socket
@@ -32,110 +25,98 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from ..deadline import Deadline
 from ..errors import NotAuthenticated
-from ..wire import addresses, jsonrpc
+from ..wire import jsonrpc
 from ..wire.limits import MAX_LINE
-from . import auth, limits
+from . import limits
+from .auth import TokenAuthenticator, new_token
 from .budget import CpuBudget
 from .connection import Connection, TlsConnection
+from .connections import Connections
 from .dispatcher import Dispatcher, Handler, Peer, ReplySink
-from .listener import Listener, TcpListener, UnixListener, open_port
+from .listener import Listener, Listeners, UnixListener, open_port
+from .waker import Waker
 
 if TYPE_CHECKING:
     import ssl
 
 log = logging.getLogger("forgather_control")
 
-
-_NO_TLS: Final = jsonrpc.response(None, NotAuthenticated("this port speaks TLS: connect to tls://"))
+_NO_TLS: Final = jsonrpc.response(None, NotAuthenticated("This port speaks TLS. Connect to tls:// instead."))
 
 
 class Server:
-    """Serves ``handler`` over a Unix socket, and over TCP if that is asked for, in one daemon thread.
+    """Serves a handler over a Unix socket and, if asked, over TCP, in one daemon thread.
 
     Args:
         handler: called on the server thread for each request; see ``dispatcher.Handler``.
-        tick: called on the server thread every ``TICK_PERIOD`` seconds.
-        last: called on the server thread once, before who still waits is told that the job is ending.
+        tick: called on the server thread every ``TICK_PERIOD`` seconds; more rarely while it raises.
+        last: called on the server thread once, before the waiting requests are answered that the job is ending.
 
-    The order of life: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
+    The order of calls: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
     """
 
     def __init__(self, handler: Handler, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
         self._dispatcher, self._tick, self._last = Dispatcher(handler), tick, last
         self._selector = selectors.DefaultSelector()
-        self._listeners: list[Listener] = []
-        self._gate: auth.TokenAuthenticator | None = None
-        self._accept_after: float | None = None  # monotonic; set while the process is out of files
-        self._connections: dict[int, Connection] = {}
-        self._punished: list[tuple[float, Connection, bytes]] = []  # when to answer whom, and what
-        self._queue: deque[Connection] = deque()  # those with something to take, each once
+        self._listeners = Listeners(self._selector)
+        self._connections = Connections(self._selector)
+        self._authenticator = TokenAuthenticator(new_token())  # without a port, no client has this token
+        self._queue: deque[Connection] = deque()  # connections that may have a line or a stream, each once
         self._thread: threading.Thread | None = None
-        self._closing = self._closed_from_tick = False
-        self._woken = False
-        self._wake_out, self._wake_in = os.pipe()
-        os.set_blocking(self._wake_in, False)
-        os.set_blocking(self._wake_out, False)
-        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        self._closing = self._closed_from_tick = self._woken = False
+        self._tick_at = time.monotonic() + limits.TICK_PERIOD
+        self._failed_ticks = self._skipped_ticks = 0
+        self._waker = Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ)
         _servers.add(self)
 
     # For other threads...
 
     def listen(self, path: str) -> None:
-        """Listen at ``path``, and no longer where it listened before; open connections stay.
+        """Listen at ``path`` instead of the path before; open connections stay.
 
-        Before ``start`` on any thread, later on the server thread only.
+        On any thread before ``start``, later on the server thread only.
 
         Raises:
             OSError: the path cannot be bound.
         """
-        listener = UnixListener(path, self._adopt)
-        for old in [old for old in self._listeners if isinstance(old, UnixListener)]:
-            self._take_backlog(old)  # who has connected there has sent a request, too
-            self._drop_listener(old)
-        self._add_listener(listener)
+        self._listeners.replace_unix(UnixListener(path, self._adopt))
 
     def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]:
-        """Listen at a port, too, for who shows the token; the address and port it has. Before ``start``, on any thread.
+        """Listen on a port, too, for clients with the token; return its address and port. Before ``start``.
 
         Args:
-            port: a number, 0 for any, ``None`` for the first free one from ``limits.DEFAULT_PORT``.
-            tls: what it speaks, if it speaks TLS.
+            port: a number, 0 for any, ``None`` for the first free one from ``DEFAULT_PORT``.
+            tls: for a port that speaks TLS.
 
         Raises:
             OSError, ValueError, TypeError: it cannot be bound.
         """
-        self._gate = auth.TokenAuthenticator(token)
-        listener: TcpListener = open_port(host, port, lambda sock: self._adopt_stranger(sock, tls))
-        self._add_listener(listener)
+        self._authenticator = TokenAuthenticator(token)
+        listener = open_port(host, port, lambda sock, peer: self._adopt(sock, peer, tls))
+        self._listeners.add(listener)
         return listener.bound
 
-    def _add_listener(self, listener: Listener) -> None:
-        self._listeners.append(listener)
-        if self._accept_after is None:
-            self._selector.register(listener, selectors.EVENT_READ)
-
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the server thread."""
         thread = threading.Thread(target=self._run, name="forgather-control", daemon=True)
         thread.start()
-        self._thread = thread  # only a thread that runs can be joined
+        self._thread = thread  # only a thread that was started can be joined
 
     def wake(self) -> None:
-        """Have the waiting requests asked again soon. Never blocks; callable from any thread."""
-        try:
-            os.write(self._wake_in, b"\0")
-        except OSError:
-            pass  # the pipe is full, so the thread is about to wake; or it is closed, and nobody waits
+        """Have deferred requests and subscriptions polled soon. Never blocks; callable from any thread."""
+        self._waker.wake()
 
     def close(self, timeout: float) -> None:
         """Answer what can be answered, then close everything.
 
-        Who is connected, or stands in the backlog, is read once more; who still waits is told that
-        the job is ending; ``CLOSE_GRACE`` are left for reading the replies.
+        Clients that have connected, also those in the backlog, are read once more; waiting requests are answered that
+        the job is ending; clients have ``CLOSE_GRACE`` seconds to read.
 
         Args:
-            timeout: seconds after which the thread is left to itself.
+            timeout: seconds to wait for the thread; after that it finishes on its own.
         """
         self._closing = True
         if self._thread is None:
@@ -144,322 +125,196 @@ class Server:
             self._closed_from_tick = True  # then the thread ends with it
             return
         else:
-            self.wake()
+            self._waker.wake()
             self._thread.join(timeout)
             if self._thread.is_alive():
-                return  # its descriptors are its own until it ends
-        self._close_pipe()
+                return  # it still uses its descriptors
+        self._close_waker()
 
     def abandon(self) -> None:
-        """In a forked child: let go of all descriptors without a word to the parent's clients.
+        """Close all descriptors in a forked child, and send nothing to the parent's clients.
 
         Nothing is unregistered, because the selector's set is the parent's, too.
         """
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.sock.close()
-        for listener in self._listeners:
-            listener.socket.close()
+        self._listeners.abandon()
         self._selector.close()
-        self._close_pipe()
-
-    def _close_pipe(self) -> None:
+        self._waker.abandon()
         _servers.discard(self)
-        ends, self._wake_in, self._wake_out = (self._wake_in, self._wake_out), -1, -1
-        for end in ends:
-            if end >= 0:
-                os.close(end)
 
-    # For who is called on the server thread...
+    def _close_waker(self) -> None:
+        _servers.discard(self)
+        self._waker.close()
+
+    # For the handler and the tick, on the server thread...
 
     def dispatch(self, sink: ReplySink, line: bytes) -> None:
-        """Have a line answered that came in another way."""
+        """Answer a line that did not come over a connection."""
         self._dispatcher.dispatch(sink, line)
 
     def check_room(self) -> None:
-        """Raise TooManyCommands where an answer that has to wait could not."""
+        """Raise TooManyCommands if no more answers can be deferred."""
         self._dispatcher.check_room()
 
     @property
     def is_this_thread(self) -> bool:
-        """Whether this is the server thread."""
+        """Whether the caller runs on the server thread."""
         return self._thread is threading.current_thread()
 
-    # The server thread, round by round...
+    # The server thread...
 
     def _run(self) -> None:
         # OpenSSL cannot be told MSG_NOSIGNAL; see ``connection``.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
-        budget = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST)
-        tick_at = time.monotonic() + limits.TICK_PERIOD
+        budget, faults = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST), 0
         while not self._closing:
             try:
-                self._round(tick_at, budget)
-                if time.monotonic() >= tick_at:
-                    tick_at = time.monotonic() + limits.TICK_PERIOD
-                    self._sweep(time.monotonic())
-                    self._tick()
-            except Exception:  # border: a fault of ours ends neither this thread nor the training
-                log.exception("the control server stumbled, and goes on")
-                time.sleep(limits.TICK_PERIOD)  # should it stumble each time: seldom
+                self._round(budget)
+                faults = 0
+            except Exception as err:  # boundary: a fault here ends neither this thread nor training
+                log.exception("Internal error in the control server (recovered): %s", err)
+                faults += 1
+                time.sleep(min(limits.TICK_PERIOD, 0.01 * 2 ** min(faults, 10)))  # it may occur in each round
         try:
             self._last_round()
-        except Exception:  # border: as above
-            log.exception("the control server stumbled while it closed")
+        except Exception as err:  # boundary: as above
+            log.exception("Internal error in the control server while it closed: %s", err)
         self._release()
         if self._closed_from_tick:
-            self._close_pipe()
+            self._close_waker()
 
-    def _round(self, tick_at: float, budget: CpuBudget) -> None:
-        nap = budget.throttle_delay()
-        if nap > 0:
-            self._nap(min(nap, limits.TICK_PERIOD))
+    def _round(self, budget: CpuBudget) -> None:
+        delay = budget.throttle_delay()
+        if delay > 0:
+            self._woken |= self._waker.wait(min(delay, limits.TICK_PERIOD))
         else:
-            self._select(0.0 if self._queue else self._seconds_until(tick_at))
-            self._answer_some()
-        if self._punished:
-            self._answer_punished(time.monotonic())
+            self._select(0.0 if self._queue else self._timeout())
+            self._serve_queue()
         woken, self._woken = self._woken, False
-        for asker in self._dispatcher.poll(woken):
-            if isinstance(asker, Connection):
-                self._settle(asker)
+        for sink in (*self._authenticator.send_rejections(), *self._dispatcher.poll(woken)):
+            if isinstance(sink, Connection):
+                self._connections.update(sink)
+        for connection in self._connections.streams_due(woken):
+            self._enqueue(connection)
+        if time.monotonic() >= self._tick_at:
+            self._tick_at = time.monotonic() + limits.TICK_PERIOD
+            self._connections.sweep()
+            self._try_tick()
 
-    def _nap(self, seconds: float) -> None:
-        poller = select.poll()
-        poller.register(self._wake_out, select.POLLIN)
-        if poller.poll(seconds * 1000):
-            self._drain_wake()
+    def _try_tick(self) -> None:
+        """Call ``tick``. After n failures in a row, skip the next 2 ** n - 1 (at most 31) calls."""
+        if self._skipped_ticks > 0:
+            self._skipped_ticks -= 1
+            return
+        try:
+            self._tick()
+            self._failed_ticks = 0
+        except Exception as err:  # boundary: requests are answered all the same
+            log.exception("Internal error in the control server (recovered): %s", err)
+            self._failed_ticks += 1
+            self._skipped_ticks = 2 ** min(self._failed_ticks, 5) - 1
 
-    def _seconds_until(self, tick_at: float) -> float:
-        moments = [tick_at, *self._dispatcher.deadlines(), *(moment for moment, _, _ in self._punished)]
-        if self._accept_after is not None:
-            moments.append(self._accept_after)
+    def _timeout(self) -> float:
+        """Return the seconds until something is due."""
+        moments = [self._tick_at, *self._dispatcher.deadlines(), *self._connections.stream_times()]
+        moments += self._authenticator.rejection_times()
+        if self._listeners.retry_at is not None:
+            moments.append(self._listeners.retry_at)
         return max(0.0, min(moments) - time.monotonic())
 
     def _select(self, timeout: float) -> None:
-        if self._accept_after is not None and time.monotonic() >= self._accept_after:
-            self._accept_after = None
-            for listener in self._listeners:
-                self._selector.register(listener, selectors.EVENT_READ)
+        self._listeners.resume()
         for key, events in self._selector.select(timeout):
             if isinstance(key.fileobj, Listener):
-                self._accept(key.fileobj)
-            elif key.fd == self._wake_out:
-                self._drain_wake()
-            elif key.fd in self._connections:  # an earlier event of this round may have closed it
-                self._serve(self._connections[key.fd], events)
+                # One is the rule, and looking for another costs as much as a round. But while others are being
+                # answered, a new client must soon be among them: the backlog knows no turns.
+                self._listeners.accept(key.fileobj, limits.ACCEPTS_PER_ROUND if self._queue else 1)
+            elif key.fileobj is self._waker:
+                self._waker.drain()
+                self._woken = True
+            elif (connection := self._connections.get(key.fd)) is not None:  # else closed by an earlier event
+                self._serve(connection, events)
 
-    def _drain_wake(self) -> None:
-        self._woken = True
-        try:
-            os.read(self._wake_out, 4096)
-        except BlockingIOError:
-            pass
+    # ... connections
 
-    # ... connections come, send, and go
-
-    def _accept(self, listener: Listener) -> None:
-        try:
-            # Most come alone, and to look in vain for another costs as much as a round. But where others are being
-            # answered, who comes must soon stand among them: the listen queue knows no turns.
-            for _ in range(limits.ACCEPTS_PER_ROUND if self._queue else 1):
-                if not listener.accept():
-                    return
-        except OSError as err:
-            if err.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                return
-            # Out of files: a backlog that cannot be taken would wake us for ever. Look again later.
-            if self._accept_after is None:
-                self._accept_after = time.monotonic() + limits.TICK_PERIOD
-                for each in self._listeners:
-                    self._selector.unregister(each)
-
-    def _adopt(self, sock: socket.socket) -> None:
-        self._admit(Connection(sock, MAX_LINE, Peer("socket", *addresses.peer_ids(sock))))
-
-    def _adopt_stranger(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-        strangers = [connection for connection in self._connections.values() if connection.is_stranger]
-        if len(strangers) >= limits.MAX_UNAUTHENTICATED:
-            self._drop(min(strangers, key=lambda connection: connection.came_at))
-        if tls is None:
-            connection = Connection(sock, limits.MAX_FIRST_LINE, Peer("tcp"))
-        else:
-            connection = TlsConnection(sock, limits.MAX_FIRST_LINE, tls, _NO_TLS)
-        connection.is_stranger = True
-        self._admit(connection)
-
-    def _admit(self, connection: Connection) -> None:
-        if len(self._connections) >= _most_connections():
-            self._close_idlest()
-        self._connections[connection.fd] = connection
-        self._serve(connection, selectors.EVENT_READ)  # mostly its request is there; watched when that is answered
+    def _adopt(self, sock: socket.socket, peer: Peer, tls: ssl.SSLContext | None = None) -> None:
+        max_line = MAX_LINE if peer.via == "socket" else limits.MAX_FIRST_LINE
+        connection = TlsConnection(sock, max_line, tls, _NO_TLS) if tls else Connection(sock, max_line, peer)
+        self._connections.add(connection)
+        self._serve(connection, selectors.EVENT_READ)  # usually the request is there; watched once that is answered
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             connection.flush()
         if connection.queued:
-            self._settle(connection)
+            self._connections.update(connection)
             return
         if events & selectors.EVENT_READ:
             connection.read()
-        if connection.broken:  # at once: its descriptor may be free, and the next one's
-            self._drop(connection)
-            return
-        connection.queued = True  # after a flush, too: lines that came in earlier may have waited for room
-        self._queue.append(connection)
+        if connection.broken:  # at once: its descriptor may be closed, and reused by the next connection
+            self._connections.close(connection)
+        else:
+            self._enqueue(connection)  # after a flush, too: lines or a stream may have waited for room
 
-    def _settle(self, connection: Connection) -> None:
-        """Close a connection that is over, else watch for what it may do next."""
-        if connection.broken or (connection.at_end and connection.is_idle):
-            self._drop(connection)
-            return
-        listens = not (connection.at_end or connection.queued or connection.unsent > limits.MAX_UNSENT)
-        self._watch(
-            connection,
-            (selectors.EVENT_READ if listens else 0) | (selectors.EVENT_WRITE if connection.unsent else 0),
-        )
+    def _enqueue(self, connection: Connection) -> None:
+        if not connection.queued:
+            connection.queued = True
+            self._queue.append(connection)
 
-    def _watch(self, connection: Connection, events: int) -> None:
-        key = self._selector.get_map().get(connection.fd)
-        if key is None:
-            if events:
-                self._selector.register(connection.fd, events)
-        elif not events:
-            self._selector.unregister(connection.fd)
-        elif key.events != events:
-            self._selector.modify(connection.fd, events)
-
-    def _drop(self, connection: Connection) -> None:
-        if self._connections.get(connection.fd) is connection:
-            del self._connections[connection.fd]
-            self._watch(connection, 0)
-            connection.close()
-
-    def _close_idlest(self) -> None:
-        """A stranger; else who is silent longest; only then who waits for a reply or reads one.
-
-        Half a line is no claim to a place.
-        """
-        everybody = self._connections.values()
-        least = min(everybody, key=lambda c: (not c.is_stranger, c.open > 0 or c.unsent > 0, c.moved_at), default=None)
-        if least is not None:
-            self._drop(least)
-
-    def _sweep(self, now: float) -> None:
-        """Drop who stopped reading, who hung up while a request of theirs waits, who shows no token, who is silent."""
-        for connection in list(self._connections.values()):
-            stalled = connection.unsent and now - connection.moved_at > limits.STALL_TIMEOUT
-            hides = connection.is_stranger and now - connection.came_at > limits.AUTH_TIMEOUT
-            silent = connection.sock.family != socket.AF_UNIX and now - connection.moved_at > limits.IDLE_TIMEOUT
-            if stalled or hides or (silent and not connection.open) or (connection.at_end and connection.hung_up()):
-                self._drop(connection)
-
-    def _answer_some(self) -> None:
-        """One line of each connection in turn, for at most a slice of processor time."""
+    def _serve_queue(self) -> None:
+        """Serve connections in turn, for at most a slice of processor time."""
         until = time.thread_time() + limits.CPU_SLICE
         while self._queue:
             connection = self._queue.popleft()
             connection.queued = False
-            has_room = not connection.broken and connection.unsent <= limits.MAX_UNSENT
-            if has_room and (line := connection.take_line()) is not None:
-                if connection.is_stranger and not self._passes(connection, line):
-                    continue
-                self._dispatcher.dispatch(connection, line)
-                connection.queued = True
-                self._queue.append(connection)
+            if connection.broken:
+                self._connections.close(connection)
+            elif self._serve_one(connection):
+                self._enqueue(connection)
                 if time.thread_time() >= until:
                     return
-            elif connection.is_stranger and self._is_noise(connection):
-                self._drop(connection)
-            else:
-                self._settle(connection)
 
-    # Strangers...
-
-    def _is_noise(self, connection: Connection) -> bool:
-        assert self._gate is not None
-        return self._gate.is_noise(connection.half_line)
-
-    def _passes(self, connection: Connection, line: bytes) -> bool:
-        """Whether a stranger's first line lets it in; if not, it is punished, or gone."""
-        assert self._gate is not None
-        verdict, reply = self._gate.judge(line)
-        if verdict == "welcome":
-            connection.is_stranger = False
-            connection.max_line = MAX_LINE
+    def _serve_one(self, connection: Connection) -> bool:
+        """Answer one line and send one piece of a stream; return whether there may be more."""
+        line = connection.take_line() if connection.unsent <= limits.MAX_UNSENT else None
+        if line is not None:
+            self._answer(connection, line)
+        elif not connection.authenticated:
+            self._authenticator.check_start(connection)
+        if connection.stream() or line is not None:
             return True
-        if verdict == "wrong":
-            connection.stop_reading()
-            self._watch(connection, 0)
-            self._punished.append((time.monotonic() + limits.AUTH_FAILURE_DELAY, connection, reply))
-        else:
-            self._drop(connection)
+        self._connections.update(connection)
         return False
 
-    def _answer_punished(self, now: float) -> None:
-        due = [item for item in self._punished if item[0] <= now]
-        self._punished = [item for item in self._punished if item[0] > now]
-        for _, connection, reply in due:
-            if not connection.broken:
-                connection.send(reply)
-                self._drop(connection)
+    def _answer(self, connection: Connection, line: bytes) -> None:
+        is_blank = len(line) <= connection.max_line and not line.strip(b" \t\r")
+        if is_blank or not (connection.authenticated or self._authenticator.admit(connection, line)):
+            return
+        self._dispatcher.dispatch(connection, line)
+        self._connections.note_subscription(connection)
 
-    # The end...
+    # ... the end
 
     def _last_round(self) -> None:
-        for listener in self._listeners:
-            self._take_backlog(listener)
-        for connection in list(self._connections.values()):
+        self._listeners.accept_backlog()
+        for connection in self._connections:
             connection.read()
             while not connection.broken and (line := connection.take_line()) is not None:
-                if not connection.is_stranger or self._passes(connection, line):
-                    self._dispatcher.dispatch(connection, line)
+                self._answer(connection, line)
         self._last()
         self._dispatcher.give_up()
-        self._flush_all(time.monotonic() + limits.CLOSE_GRACE)
-
-    def _take_backlog(self, listener: Listener) -> None:
-        try:
-            while listener.accept():
-                pass
-        except OSError:
-            pass  # out of files: who is not in cannot be told
-
-    def _flush_all(self, until: float) -> None:
-        while late := [c for c in self._connections.values() if c.unsent and not c.broken]:
-            left = until - time.monotonic()
-            if left <= 0:
-                return
-            poller = select.poll()
-            for connection in late:
-                poller.register(connection.sock, select.POLLOUT)
-            poller.poll(left * 1000)
-            for connection in late:
-                connection.flush()
+        self._connections.flush(Deadline(limits.CLOSE_GRACE))
 
     def _release(self) -> None:
-        for connection in list(self._connections.values()):
-            self._drop(connection)
-        for listener in list(self._listeners):
-            self._drop_listener(listener)
+        for connection in self._connections:
+            self._connections.close(connection)
+        self._listeners.close()
         self._selector.close()
 
-    def _drop_listener(self, listener: Listener) -> None:
-        if self._accept_after is None:
-            self._selector.unregister(listener)
-        self._listeners.remove(listener)
-        listener.server_close()
 
-
-def _most_connections() -> int:
-    """So many that the process keeps files for its training, however low its limit is (getrlimit(2))."""
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return limits.MAX_CONNECTIONS
-    return max(8, min(limits.MAX_CONNECTIONS, soft - limits.RESERVED_FILES))
-
-
-# A forked child (a DataLoader worker, say) would keep the socket open after the parent's death:
-# connect succeeds, and nobody ever answers. One handler for all servers: it cannot be taken back.
+# A forked child (a DataLoader worker, for example) would keep the socket open after the parent's death: clients could
+# connect, and would never be answered. One handler for all servers, as a fork handler cannot be unregistered.
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 

@@ -76,26 +76,26 @@ def test_a_token_is_long_random_and_fit_for_a_shell():
 @pytest.mark.parametrize(
     ("params", "verdict"),
     [
-        ({"token": TOKEN}, "welcome"),
-        ([TOKEN], "welcome"),
-        ({"token": TOKEN[:-1]}, "wrong"),
-        ({"token": TOKEN + "0"}, "wrong"),
-        ({"token": TOKEN.upper()}, "wrong"),
-        ({"token": ""}, "wrong"),
-        ({"token": None}, "wrong"),
-        ({"token": [TOKEN]}, "wrong"),
-        ({"token": "\u00e9"}, "wrong"),
-        ({"token": TOKEN + "\0"}, "wrong"),
-        ([], "wrong"),
-        ([TOKEN, TOKEN], "wrong"),
-        ({}, "wrong"),
+        ({"token": TOKEN}, "accepted"),
+        ([TOKEN], "accepted"),
+        ({"token": TOKEN[:-1]}, "wrong token"),
+        ({"token": TOKEN + "0"}, "wrong token"),
+        ({"token": TOKEN.upper()}, "wrong token"),
+        ({"token": ""}, "wrong token"),
+        ({"token": None}, "wrong token"),
+        ({"token": [TOKEN]}, "wrong token"),
+        ({"token": "\u00e9"}, "wrong token"),
+        ({"token": TOKEN + "\0"}, "wrong token"),
+        ([], "wrong token"),
+        ([TOKEN, TOKEN], "wrong token"),
+        ({}, "wrong token"),
     ],
 )
 def test_only_the_token_itself_is_welcome(params, verdict):
     """Not a beginning of it, not more than it, nothing that only looks like it; the refusal does not repeat it."""
-    found, reply = TokenAuthenticator(TOKEN).judge(line({**AUTH, "params": params}))
+    found, reply = TokenAuthenticator(TOKEN).check(line({**AUTH, "params": params}))
     assert found == verdict
-    assert (b"-31025" in reply) == (verdict == "wrong") and TOKEN.encode()[:-1] not in reply
+    assert (b"-31025" in reply) == (verdict == "wrong token") and TOKEN.encode()[:-1] not in reply
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,10 @@ def test_only_the_token_itself_is_welcome(params, verdict):
         b"{}",
         b"null",
         b"\xff\xfe",
-        line([AUTH]),
-        line([AUTH, AUTH]),
         line({name: value for name, value in AUTH.items() if name != "id"}),
+        line([{name: value for name, value in AUTH.items() if name != "id"}, AUTH]),
+        line([{**AUTH, "method": "ping"}, AUTH]),
+        line([1, AUTH]),
         line({**AUTH, "method": "ping"}),
         line({**AUTH, "method": "Authenticate"}),
         line({**AUTH, "more": 1}),
@@ -119,26 +120,26 @@ def test_only_the_token_itself_is_welcome(params, verdict):
     ],
 )
 def test_what_is_no_authenticate_request_is_noise(first):
-    """A batch and a notification, too; noise gets no word of an answer."""
-    assert TokenAuthenticator(TOKEN).judge(first.rstrip(b"\n")) == ("noise", b"")
+    """A batch that begins with another request and a notification, too; it gets no reply."""
+    assert TokenAuthenticator(TOKEN).check(first.rstrip(b"\n")) == ("not authenticate", b"")
 
 
 @pytest.mark.parametrize(
     ("start", "noise"),
-    [(b"", False), (b" \t\r", False), (b" {", False), (b'{"js', False), (b"P", True), (b" [", True), (b"\x16", True)],
+    [(b"", False), (b" \t\r", False), (b" {", False), (b'{"js', False), (b"P", True), (b" [", False), (b"\x16", True)],
 )
 def test_what_can_become_no_first_line_is_known_by_its_beginning(start, noise):
     """Who begins otherwise than a JSON object is not waited for."""
-    assert TokenAuthenticator(TOKEN).is_noise(start) is noise
+    assert TokenAuthenticator(TOKEN).is_hopeless(start) is noise
 
 
 def test_refusals_are_counted_and_logged_ever_more_seldom(caplog):
     """1, 10, 100: a scan fills no log; and the log does not hold what was shown."""
     judge = TokenAuthenticator(TOKEN)
     for number in range(150):
-        judge.judge(line({**AUTH, "params": {"token": f"guess-{number}"}}))
+        judge.check(line({**AUTH, "params": {"token": f"guess-{number}"}}))
     assert judge.refused == 150
-    counted = [record.getMessage().partition(" came")[0] for record in caplog.records]
+    counted = [record.getMessage().removeprefix("Rejected ").partition(" over")[0] for record in caplog.records]
     assert counted == ["1 connection", "10 connections", "100 connections"]
     assert "guess" not in caplog.text and TOKEN not in caplog.text
 
@@ -156,14 +157,13 @@ BEHIND = line({"jsonrpc": "2.0", "id": 2, "method": "abort"}) + line({"jsonrpc":
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500,
         b"SSH-2.0-scan\r\n",
-        b"\n" + line(AUTH),
-        b"[",
-        line([AUTH, {"jsonrpc": "2.0", "id": 2, "method": "abort"}]),
+        b"[1]",
+        line([{"jsonrpc": "2.0", "id": 2, "method": "abort"}, AUTH]),
         line({name: value for name, value in AUTH.items() if name != "id"}),
         line({**AUTH, "method": "abort"}),
         line({**AUTH, "method": "rpc.discover"}),
     ],
-    ids=["post", "get", "tls", "ssh", "empty", "bracket", "batch", "notification", "abort", "discover"],
+    ids=["post", "get", "tls", "ssh", "bracket", "batch", "notification", "abort", "discover"],
 )
 def test_a_first_line_that_is_no_authenticate_ends_the_connection(control, answers, first):
     """At once, without an answer, and what stands behind it, even the token, is never read."""
@@ -185,6 +185,33 @@ def test_the_token_opens_for_all_that_follows(control, answers):
         assert [wire.reply()["id"] for _ in range(2)] == [1, 2]
         wire.still_answers()
     assert answers.asked == ["authenticate", "abort", "abort", "ping"]
+
+
+def test_a_batch_may_begin_with_the_token(control, answers):
+    """The whole batch is answered in one line, and the connection is open for more."""
+    with Wire(control.at) as wire:
+        wire.send(line([AUTH, {"jsonrpc": "2.0", "id": 2, "method": "abort"}]))
+        assert [reply["id"] for reply in wire.reply()] == [1, 2]
+        wire.still_answers()
+    assert answers.asked == ["authenticate", "abort", "ping"]
+
+
+def test_a_batch_with_a_wrong_token_is_refused_as_a_whole(control, answers, monkeypatch):
+    """Each of its requests gets the error, in one line after the delay, and none is carried out."""
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 50 * MS)
+    abort = {"jsonrpc": "2.0", "method": "abort"}
+    with Wire(control.at) as wire:
+        wire.send(line([{**AUTH, "params": {"token": "guess"}}, {**abort, "id": 2}, abort, 3]))
+        found = [(reply["id"], reply["error"]["code"]) for reply in wire.reply()]
+        assert found == [(1, -31025), (2, -31025), (None, -31025)] and wire.is_closed()
+    assert answers.asked == []
+
+
+def test_blank_lines_before_the_token_are_ignored(control):
+    """As anywhere else."""
+    with Wire(control.at) as wire:
+        wire.send(b"\n \r\n" + line(AUTH))
+        assert wire.reply()["id"] == 1
 
 
 def test_the_token_may_come_byte_by_byte(control):
@@ -236,7 +263,7 @@ def test_who_leaves_before_the_penalty_costs_nothing(control, monkeypatch):
     for _ in range(20):
         with Wire(control.at) as wire:
             wire.send(line({**AUTH, "params": {"token": "guess"}}))
-    until(lambda: not control._punished)
+    until(lambda: not control._authenticator._rejections)
     with Wire(control.at) as owner:
         owner.authenticate()
         owner.still_answers()

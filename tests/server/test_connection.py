@@ -227,16 +227,16 @@ def test_the_limit_of_a_line_may_grow():
             arrived(connection).read()
         connection.max_line = MAX
         client.sendall(b"\n")
-        until(lambda: connection.read() or connection.half_line.endswith(b"\n"))
-        assert connection.half_line == b"x" * 32 + b"\n" and lines(connection) == [b"x" * 32]
+        until(lambda: connection.read() or connection.partial_line.endswith(b"\n"))
+        assert connection.partial_line == b"x" * 32 + b"\n" and lines(connection) == [b"x" * 32]
 
 
 def test_half_a_line_is_shown_in_part():
     """Enough to judge it, no more."""
     with pair() as (connection, client):
         client.sendall(b"y" * 65)
-        until(lambda: connection.read() or len(connection.half_line) == 64)
-        assert connection.half_line == b"y" * 64
+        until(lambda: connection.read() or len(connection.partial_line) == 64)
+        assert connection.partial_line == b"y" * 64
 
 
 # TLS, as far as bytes are concerned; the rest is in test_tls...

@@ -736,10 +736,10 @@ def test_nobody_by_file_costs_the_end_nothing(desk):
 def test_a_job_without_a_socket(jobs_dir, quick, monkeypatch):
     """Where the system has no Unix sockets, the job is controlled by file, and says so in its record."""
 
-    def refuse(self):
+    def refuse(self, path):
         raise OSError(97, "Address family not supported by protocol")
 
-    monkeypatch.setattr(listener.UnixListener, "server_bind", refuse)
+    monkeypatch.setattr(listener.UnixListener, "_bind", refuse)
     with running_loop("job"):
         home = jobs_dir / "job"
         assert json.loads((home / "endpoint.json").read_text())["socket"] is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
@@ -18,12 +18,13 @@ HERE = "127.0.0.1"
 
 def opened(port, host=HERE):
     """A listener whose connections are closed at once."""
-    return closing_server(open_port(host, port, lambda sock: sock.close()))
+    return closing_server(open_port(host, port, lambda sock, peer: sock.close()))
 
 
-def closing_server(server):
-    server.close = server.server_close
-    return closing(server)
+@contextmanager
+def closing_server(listener):
+    with closing(listener.socket):
+        yield listener
 
 
 def taken(port=0):
@@ -132,7 +133,7 @@ def test_two_at_once_get_two_ports(range_of_ports):
 def test_ipv6():
     """A host with colons is an IPv6 address."""
     try:
-        six = open_port("::1", 0, lambda sock: sock.close())
+        six = open_port("::1", 0, lambda sock, peer: sock.close())
     except OSError as err:
         assert err.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT), err
         return  # there is no IPv6 here
@@ -153,7 +154,7 @@ def test_a_host_that_is_none_is_an_error(host):
 def test_accept_takes_what_is_there_and_does_not_block():
     """False without anybody; a connection that was reset before it was taken is no fault."""
     got = []
-    with closing_server(TcpListener(HERE, 0, got.append)) as tcp:
+    with closing_server(TcpListener(HERE, 0, lambda sock, peer: got.append(sock))) as tcp:
         assert not tcp.accept()
         with socket.create_connection(tcp.bound, SOON) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -179,10 +180,10 @@ def test_another_user_is_not_let_in(jobs_dir, caplog):
     print(sock.recv(1), flush=True)
     """
     got = []
-    with closing_server(UnixListener(str(jobs_dir / "s"), got.append)) as listening:
+    with closing_server(UnixListener(str(jobs_dir / "s"), lambda sock, peer: got.append(sock))) as listening:
         (jobs_dir / "s").chmod(0o777)
         with Process(source, str(jobs_dir / "s")) as nobody:
             assert nobody.line() == "connected"
             until(listening.accept)
             assert nobody.line() == "b''" and got == []
-    assert "refused a connection from uid 65534" in caplog.text
+    assert "Refused a connection from uid 65534" in caplog.text

@@ -157,6 +157,38 @@ def test_a_line_in_one_byte_writes(control, path, end):
         wire.still_answers()
 
 
+def test_blank_lines_get_no_reply(control, path):
+    """Empty, or only white space, before, between and after requests, and at the end of the stream."""
+    with Wire(path) as wire:
+        wire.send(b"\n\r\n \t \n" + _line("echo", id=1) + b"\r\n" + _line("echo", id=2) + b"\n \r")
+        wire.sock.shutdown(socket.SHUT_WR)
+        assert [wire.reply()["id"], wire.reply()["id"]] == [1, 2] and wire.line() == b""
+
+
+def test_a_blank_line_that_is_too_long_is_refused(control, path):
+    """Like any other: what follows a part of it is no line."""
+    with Wire(path) as wire:
+        wire.send(b" " * (jsonrpc.MAX_LINE + 1) + _line("echo"))
+        assert wire.reply()["error"]["code"] == -32600 and wire.line() == b""
+
+
+def test_the_handler_is_told_the_peer(path, answers):
+    """The kernel's word over the socket; over TCP there is none."""
+    seen = []
+    with serving_tcp(lambda request, sink: seen.append(sink.peer), path=path) as control:
+        with Wire(path) as wire, Wire(control.at) as remote:
+            wire.call("ping")
+            remote.authenticate()
+        with Process(STRANGER, str(path), str(os.geteuid())) as other:
+            other.say("")
+            other.line()
+            assert seen == [
+                ("socket", os.geteuid(), os.getpid()),
+                ("tcp", None, None),
+                ("socket", os.geteuid(), other.pid),
+            ]
+
+
 def test_several_requests_in_one_packet(control, path):
     """Two and a half lines in one write: two replies in order, the third when its end has come."""
     with Wire(path) as wire:
@@ -579,7 +611,7 @@ def test_another_user_is_refused_by_the_kernels_word(control, path, answers, cap
             assert stranger.line() in ("b''", "ConnectionResetError", "BrokenPipeError")
         friend.say("")
         assert b'"result"' in friend.line().encode() and answers.asked == ["ping"]
-    assert "refused a connection from uid 65534" in caplog.text
+    assert "Refused a connection from uid 65534" in caplog.text
 
 
 @needs_root
@@ -615,7 +647,7 @@ def test_a_crash_in_an_answer_ends_nothing(control, path):
 
 
 def test_a_crash_in_a_tick_ends_nothing(path, answers, monkeypatch, caplog):
-    """It is logged, the thread rests and goes on, ticking."""
+    """It is logged, and the tick is called again."""
     monkeypatch.setattr(limits, "TICK_PERIOD", 10 * MS)
     ticks = []
 
@@ -626,7 +658,43 @@ def test_a_crash_in_a_tick_ends_nothing(path, answers, monkeypatch, caplog):
     with serving(path, answers, tick), Wire(path) as wire, caplog.at_level(logging.ERROR):
         until(lambda: len(ticks) > 3)
         wire.still_answers()
-    assert "stumbled, and goes on" in caplog.text and "as the test wants it" in caplog.text
+    assert (
+        "Internal error in the control server (recovered): as the test wants it" in caplog.text
+        and "as the test wants it" in caplog.text
+    )
+
+
+def test_a_tick_that_crashes_delays_no_reply(path, answers, monkeypatch):
+    """The pause after a failure is the tick's, not the thread's."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 1000 * MS)
+    ticked = threading.Event()
+
+    def tick():
+        ticked.set()
+        raise RuntimeError("as the test wants it")
+
+    with serving(path, answers, tick), Wire(path) as wire:
+        assert ticked.wait(SOON)
+        start = time.monotonic()
+        wire.still_answers()
+        assert time.monotonic() - start < 500 * MS
+
+
+def test_a_tick_that_keeps_crashing_is_called_ever_more_rarely(answers):
+    """After 1, 3, 7, ... 31 skipped periods; after a success in each again."""
+    calls, now, broken = [], 0, True
+
+    def tick():
+        calls.append(now)
+        if broken:
+            raise RuntimeError("as the test wants it")
+
+    control = Server(answers, tick)
+    for now in range(70):
+        broken = now < 60
+        control._try_tick()
+    assert calls == [0, 2, 6, 14, 30, *range(62, 70)]
+    control.close(SOON)
 
 
 def test_a_tick_comes_by_itself_and_under_load(path, answers, monkeypatch):

@@ -261,22 +261,25 @@ def _framed(pieces: list[bytes]) -> list[bytes]:
 def target_gate(data: bytes) -> None:
     """A stranger's first line: in with the token alone, an answer for a wrong one, silence for all else."""
     line = data.partition(b"\n")[0]
-    verdict, reply = auth.TokenAuthenticator(TOKEN).judge(line)
+    verdict, reply = auth.TokenAuthenticator(TOKEN).check(line)
     assert verdict == _verdict(line), verdict
-    assert (reply != b"") == (verdict == "wrong")
+    assert (reply != b"") == (verdict == "wrong token")
     if reply:
-        agrees(reply, Expected([(reference(line)["id"], True)]))
-    if verdict == "welcome":
-        assert not any(auth.TokenAuthenticator(TOKEN).is_noise(line[:end][:LIMIT]) for end in range(len(line) + 1))
+        agrees(reply, expected(line, lambda method: True))
+    if verdict == "accepted":
+        assert not any(auth.TokenAuthenticator(TOKEN).is_hopeless(line[:end][:LIMIT]) for end in range(len(line) + 1))
 
 
 def _verdict(line: bytes) -> str:
     want = expected(line, lambda method: method != "authenticate")
-    if len(line) > limits.MAX_FIRST_LINE or want.is_batch or want.replies is None or want.replies[0][1]:
-        return "noise"
-    params = reference(line).get("params", {})
+    if len(line) > limits.MAX_FIRST_LINE or want.replies is None:
+        return "not authenticate"
+    first = reference(line)[0] if want.is_batch else reference(line) if not want.replies[0][1] else None
+    if not isinstance(first, dict) or "id" not in first or want.replies[0][1]:
+        return "not authenticate"
+    params = first.get("params", {})
     shown = params.get("token") if isinstance(params, dict) else params[0] if len(params) == 1 else None
-    return "welcome" if shown == TOKEN else "wrong"
+    return "accepted" if shown == TOKEN else "wrong token"
 
 
 def target_record(data: bytes) -> None:

@@ -137,6 +137,7 @@ INSIDE: dict[str, str] = {
     "processes.stack_dump._MAX_TEXT": "processes.test_stack_dump",
     "wire.addresses.MAX_PATH": "jobs.test_directory",
     "server.limits.MAX_NAMES_READ": "system.test_limits",
+    "server.limits.MAX_STREAM_UNSENT": "server.test_connections",
     "server.limits.MAX_FILES_SEEN": "system.test_limits",
     "wire.limits.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
     "jobs.limits.MAX_RECORD": "jobs.test_record",

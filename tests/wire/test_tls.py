@@ -189,7 +189,7 @@ def test_a_plain_client_is_told_and_closed(control, answers, first):
 
 def test_our_plain_client_says_so(control):
     """The sentence that the job sent is the error that is raised."""
-    with pytest.raises(errors.NotAuthenticated, match="this port speaks TLS"):
+    with pytest.raises(errors.NotAuthenticated, match="This port speaks TLS"):
         connect(at=f"tcp://{HERE}:{control.at[1]}", token=TOKEN)
 
 

@@ -1,0 +1,150 @@
+"""The open connections of a server: what the selector watches for, and which are closed when.
+
+Runs on the server thread only.
+"""
+
+from __future__ import annotations
+
+import resource
+import select
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+
+from ..deadline import Deadline
+from . import limits
+from .connection import Connection
+
+
+class Connections:
+    """The open connections, by descriptor.
+
+    Args:
+        selector: watches them.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self._selector = selector
+        self._open: dict[int, Connection] = {}
+        self._subscribed: set[Connection] = set()
+
+    def __iter__(self) -> Iterator[Connection]:
+        """Iterate over a copy, so that connections can be closed meanwhile."""
+        return iter(list(self._open.values()))
+
+    def get(self, fd: int) -> Connection | None:
+        """Return the connection with this descriptor."""
+        return self._open.get(fd)
+
+    def add(self, connection: Connection) -> None:
+        """Add a connection; beyond a limit, close another one."""
+        if not connection.authenticated:
+            others = [other for other in self if not other.authenticated]
+            if len(others) >= limits.MAX_UNAUTHENTICATED:
+                self.close(min(others, key=lambda other: other.accepted_at))
+        if len(self._open) >= _most_connections():
+            self.close(min(self, key=_eviction_order))
+        self._open[connection.fd] = connection
+
+    def update(self, connection: Connection) -> None:
+        """Close a connection that is finished, otherwise watch for what it may do next."""
+        finished = connection.at_end and not connection.queued and (connection.is_idle or connection.hung_up())
+        if connection.broken or finished:
+            self.close(connection)
+            return
+        reads = not (connection.at_end or connection.queued or connection.unsent > limits.MAX_UNSENT)
+        self._watch(
+            connection, (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if connection.unsent else 0)
+        )
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        key = self._selector.get_map().get(connection.fd)
+        if key is None:
+            if events:
+                self._selector.register(connection.fd, events)
+        elif not events:
+            self._selector.unregister(connection.fd)
+        elif key.events != events:
+            self._selector.modify(connection.fd, events)
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection, if it is open."""
+        self._subscribed.discard(connection)
+        if self._open.get(connection.fd) is connection:
+            del self._open[connection.fd]
+            self._watch(connection, 0)
+            connection.close()
+
+    def sweep(self) -> None:
+        """Close connections that stopped reading, hung up, did not authenticate in time, or are silent over TCP."""
+        now = time.monotonic()
+        for connection in self:
+            still = now - connection.moved_at
+            stalled = connection.unsent and still > limits.STALL_TIMEOUT
+            late = not connection.authenticated and now - connection.accepted_at > limits.AUTH_TIMEOUT
+            waits = connection.open or connection.subscription
+            silent = connection.sock.family != socket.AF_UNIX and still > limits.IDLE_TIMEOUT and not waits
+            if stalled or late or silent or (connection.at_end and connection.hung_up()):
+                self.close(connection)
+
+    # Subscriptions...
+
+    def note_subscription(self, connection: Connection) -> None:
+        """Note that a connection may have a subscription."""
+        if connection.subscription is not None:
+            self._subscribed.add(connection)
+
+    def streams_due(self, woken: bool) -> list[Connection]:
+        """Return the subscribed connections that can be sent more.
+
+        Args:
+            woken: all of them may have more.
+        """
+        now = time.monotonic()
+        found = []
+        for connection in list(self._subscribed):
+            if connection.subscription is None:
+                self._subscribed.discard(connection)
+            elif woken:
+                connection.stream_at = now
+            if connection.may_stream() and connection.stream_at is not None and connection.stream_at <= now:
+                found.append(connection)
+        return found
+
+    def stream_times(self) -> Iterator[float]:
+        """Return when subscribed connections can be sent more, in ``time.monotonic()`` seconds."""
+        return (each.stream_at for each in self._subscribed if each.stream_at is not None and each.may_stream())
+
+    # The end...
+
+    def flush(self, deadline: Deadline) -> None:
+        """Send what is left, streams included, as far as clients read it until the deadline."""
+        self.streams_due(woken=True)
+        while True:
+            for connection in self:
+                while connection.stream() and not deadline.passed():
+                    pass
+            late = [connection for connection in self if connection.unsent and not connection.broken]
+            if not late or deadline.passed():
+                return
+            poller = select.poll()
+            for connection in late:
+                poller.register(connection.sock, select.POLLOUT)
+            poller.poll((deadline.left() or 0.0) * 1000)
+            for connection in late:
+                connection.flush()
+
+
+def _eviction_order(connection: Connection) -> tuple[bool, bool, float]:
+    """Sort unauthenticated connections first, then idle ones, the longest idle first; half a line is not activity."""
+    busy = connection.open > 0 or connection.unsent > 0 or connection.subscription is not None
+    return connection.authenticated, busy, connection.moved_at
+
+
+def _most_connections() -> int:
+    """Return how many connections leave enough descriptors to training, however low its limit is (getrlimit(2))."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return limits.MAX_CONNECTIONS
+    return max(8, min(limits.MAX_CONNECTIONS, soft - limits.RESERVED_FILES))
