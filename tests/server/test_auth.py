@@ -13,7 +13,7 @@ import pytest
 
 from forgather_control.server import auth, limits
 from forgather_control.server.auth import TokenAuthenticator
-from forgather_control.wire import jsonrpc
+from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import MS, SOON, TOKEN, Wire, descriptors, serving_tcp, until
 
@@ -403,10 +403,10 @@ def test_strangers_take_no_place_of_the_owners(answers, monkeypatch, jobs_dir):
 def test_the_limits_of_the_wire_hold_over_tcp(control, more):
     """Length, nesting and batch, each at its limit and beside it."""
     shell = len(json.dumps({"jsonrpc": "2.0", "id": 2, "method": "echo", "params": [""]}))
-    long = {"jsonrpc": "2.0", "id": 2, "method": "echo", "params": ["x" * (jsonrpc.MAX_LINE + more - shell)]}
-    deep = b'{"jsonrpc":"2.0","id":3,"method":"echo","params":' + b"[" * (jsonrpc.MAX_DEPTH - 1 + more)
-    deep += b"]" * (jsonrpc.MAX_DEPTH - 1 + more) + b"}\n"
-    batch = [{"jsonrpc": "2.0", "id": number, "method": "echo"} for number in range(jsonrpc.MAX_BATCH + more)]
+    long = {"jsonrpc": "2.0", "id": 2, "method": "echo", "params": ["x" * (wire_limits.MAX_LINE + more - shell)]}
+    deep = b'{"jsonrpc":"2.0","id":3,"method":"echo","params":' + b"[" * (wire_limits.MAX_DEPTH - 1 + more)
+    deep += b"]" * (wire_limits.MAX_DEPTH - 1 + more) + b"}\n"
+    batch = [{"jsonrpc": "2.0", "id": number, "method": "echo"} for number in range(wire_limits.MAX_BATCH + more)]
     with Wire(control.at) as wire:
         wire.authenticate()
         wire.send(deep)
@@ -415,7 +415,7 @@ def test_the_limits_of_the_wire_hold_over_tcp(control, more):
         reply = wire.reply()
         assert len(reply) == len(batch) if more <= 0 else reply["error"]["code"] == -32600
         wire.still_answers()
-        assert len(line(long)) == jsonrpc.MAX_LINE + more + 1
+        assert len(line(long)) == wire_limits.MAX_LINE + more + 1
         wire.send(line(long))
         reply = wire.reply()
         if more <= 0:

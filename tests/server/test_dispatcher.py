@@ -13,7 +13,7 @@ from forgather_control.errors import JobDead, NotCancellable
 from forgather_control.server import limits
 from forgather_control.server.connection import Connection
 from forgather_control.server.dispatcher import PENDING, Deferred, Dispatcher
-from forgather_control.wire import jsonrpc
+from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import SOON, strict
 
@@ -32,7 +32,7 @@ class Talk:
         self.dispatcher = Dispatcher(self.answer)
         ours, self.client = socket.socketpair()
         self.client.settimeout(SOON)
-        self.connection, self.file = Connection(ours, jsonrpc.MAX_LINE), self.client.makefile("rb")
+        self.connection, self.file = Connection(ours, wire_limits.MAX_LINE), self.client.makefile("rb")
 
     def answer(self, request, sink):
         self.asked.append(request.method)
@@ -259,9 +259,9 @@ def test_given_up_everybody_hears_how_it_ended(talk):
 
 def test_a_line_beyond_the_limit_ends_the_listening(talk):
     """The error goes out, and nothing more is read: where the next line begins is not known."""
-    talk.dispatcher.dispatch(talk.connection, b" " * jsonrpc.MAX_LINE)
+    talk.dispatcher.dispatch(talk.connection, b" " * wire_limits.MAX_LINE)
     assert talk.reply()["error"]["code"] == -32700 and not talk.connection.at_end
-    talk.dispatcher.dispatch(talk.connection, b" " * (jsonrpc.MAX_LINE + 1))
+    talk.dispatcher.dispatch(talk.connection, b" " * (wire_limits.MAX_LINE + 1))
     assert talk.reply()["error"]["code"] == -32600 and talk.connection.at_end and talk.asked == []
 
 

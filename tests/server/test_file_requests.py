@@ -20,7 +20,7 @@ from forgather_control.errors import InvalidParams
 from forgather_control.server import limits, listener
 from forgather_control.server.dispatcher import PENDING, Deferred, Dispatcher
 from forgather_control.server.file_requests import FileRequestServer
-from forgather_control.wire import jsonrpc
+from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import (
     MS,
@@ -191,7 +191,7 @@ def test_what_stays_half_is_answered(desk, data):
 def test_the_limit_is_that_of_a_line(desk, over):
     """One byte more than a line may have is refused; its newline does not count."""
     line = b'{"jsonrpc": "2.0", "id": 1, "method": "echo"'
-    line += b" " * (jsonrpc.MAX_LINE + over - len(line) - 1) + b"}\n"
+    line += b" " * (wire_limits.MAX_LINE + over - len(line) - 1) + b"}\n"
     desk.put("a.json", line)
     desk.tick()
     assert ("result" in desk.reply("a.json")) == (over <= 0)

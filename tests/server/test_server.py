@@ -22,7 +22,7 @@ from forgather_control.errors import InvalidParams, NotCancellable
 from forgather_control.server import limits
 from forgather_control.server.dispatcher import PENDING, Deferred
 from forgather_control.server.server import Server
-from forgather_control.wire import jsonrpc
+from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import (
     MS,
@@ -168,7 +168,7 @@ def test_blank_lines_get_no_reply(control, path):
 def test_a_blank_line_that_is_too_long_is_refused(control, path):
     """Like any other: what follows a part of it is no line."""
     with Wire(path) as wire:
-        wire.send(b" " * (jsonrpc.MAX_LINE + 1) + _line("echo"))
+        wire.send(b" " * (wire_limits.MAX_LINE + 1) + _line("echo"))
         assert wire.reply()["error"]["code"] == -32600 and wire.line() == b""
 
 
@@ -264,8 +264,8 @@ def test_the_longest_line_and_one_more(control, path):
     """64 KiB are a line; one byte more is an error, be its newline there or not, and ends the connection."""
     shell = _line("echo", "")[:-1]
     for more, end in ((-1, b"\n"), (0, b"\n"), (1, b"\n"), (1, b"")):
-        line = _line("echo", "x" * (jsonrpc.MAX_LINE + more - len(shell)))[:-1]
-        assert len(line) == jsonrpc.MAX_LINE + more
+        line = _line("echo", "x" * (wire_limits.MAX_LINE + more - len(shell)))[:-1]
+        assert len(line) == wire_limits.MAX_LINE + more
         with Wire(path) as wire:
             wire.send(line + end)
             reply = wire.reply()

@@ -169,14 +169,14 @@ def test_a_job_without_a_port_has_none(jobs_dir):
     """Off by default."""
     with running_loop():
         record = published(jobs_dir)
-        assert record["port"] is record["address"] is record["token"] is record["tls_sha256"] is None
+        assert record["port"] == 0 and record["address"] is record["token"] is record["tls_sha256"] is None
 
 
 def test_a_taken_port_is_one_warning_and_the_job_is_controlled_by_its_socket(jobs_dir, caplog):
     """Training goes on, and so does everything else."""
     with closing(socket.create_server((HERE, 0))) as other, running_loop(port=other.getsockname()[1]) as run:
         until(lambda: run.steps)
-        assert get_job_status("job")["status"] == "training" and published(jobs_dir)["port"] is None
+        assert get_job_status("job")["status"] == "training" and published(jobs_dir)["port"] == 0
         assert published(jobs_dir)["token"] is None
     (warning,) = warnings(caplog)
     assert "no control over TCP" in warning and "already in use" in warning
@@ -189,7 +189,7 @@ def test_an_unusable_certificate_opens_no_plain_port(jobs_dir, caplog, pem, faul
     key = {"missing": "/no/key.pem", "other": pem.other_key, "locked": pem.locked}[fault]
     with running_loop(port=0, certfile=pem.cert, keyfile=key) as run:
         until(lambda: run.steps)
-        assert get_job_status("job")["status"] == "training" and published(jobs_dir)["port"] is None
+        assert get_job_status("job")["status"] == "training" and published(jobs_dir)["port"] == 0
     (warning,) = warnings(caplog)
     assert "no control over TCP" in warning
 

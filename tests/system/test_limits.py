@@ -20,7 +20,7 @@ import pytest
 from forgather_control.errors import CommandNotFound, InvalidParams, InvalidRequest, NotAuthenticated, TooManyCommands
 from forgather_control.server import limits
 from forgather_control.training import command_queue, metrics
-from forgather_control.wire import jsonrpc
+from forgather_control.wire import limits as wire_limits
 
 from ..server.test_file_requests import Desk
 from ..support.harness import ROOT, SOON, Process, Wire, job_process, needs, until
@@ -37,13 +37,13 @@ KEPT = f"{limits.MAX_REPLY_FILES}, {limits.MAX_REPLY_FILES_BYTES >> 20} MiB, {li
 #: The rows of its table: what, the number as the code has it, what happens beyond it; and the tests of each, at the
 #: number and beside it. Tests of this file are named alone.
 ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
-    ("one line", f"{jsonrpc.MAX_LINE // KIB} KiB", f"{InvalidRequest.code}, and the connection ends"): (
+    ("one line", f"{wire_limits.MAX_LINE // KIB} KiB", f"{InvalidRequest.code}, and the connection ends"): (
         "server.test_server.test_the_longest_line_and_one_more",
         "wire.test_jsonrpc.test_longest_line",
     ),
     (
         "nesting; requests in a batch",
-        f"{jsonrpc.MAX_DEPTH}; {jsonrpc.MAX_BATCH}",
+        f"{wire_limits.MAX_DEPTH}; {wire_limits.MAX_BATCH}",
         f"{InvalidRequest.code}, and nothing of the line is carried out",
     ): (
         "test_what_is_too_deep_or_too_many_is_not_carried_out",
@@ -54,7 +54,9 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"{limits.MAX_BATCH_REPLY >> 20} MiB; {limits.MAX_BATCHES_HELD >> 20} MiB",
         f"{TooManyCommands.code} for the rest of the batch",
     ): ("test_the_rest_of_a_batch_is_refused", "test_batches_that_wait_hold_little"),
-    ("`command_id`", "128 characters", f"{InvalidParams.code}"): ("test_the_longest_command_id_and_one_more",),
+    ("`command_id`", f"{wire_limits.MAX_COMMAND_ID} characters", f"{InvalidParams.code}"): (
+        "test_the_longest_command_id_and_one_more",
+    ),
     ("commands of one name that are not over", f"{command_queue.MAX_PENDING}", f"{TooManyCommands.code}"): (
         "test_the_last_command_that_fits_and_one_more",
     ),
@@ -139,6 +141,9 @@ INSIDE: dict[str, str] = {
     "server.limits.MAX_NAMES_READ": "system.test_limits",
     "server.limits.MAX_STREAM_UNSENT": "server.test_connections",
     "server.limits.MAX_FILES_SEEN": "system.test_limits",
+    "wire.limits.MAX_REASON": "wire.test_methods",
+    "wire.limits.MAX_TIMEOUT": "wire.test_methods",
+    "wire.limits.MAX_RANK_TIMEOUT": "wire.test_methods",
     "wire.limits.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
     "jobs.limits.MAX_RECORD": "jobs.test_record",
     "jobs.limits.MAX_RANKS_FILE": "jobs.test_rank_processes",
@@ -195,9 +200,9 @@ def job(jobs_dir: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_what_is_too_deep_or_too_many_is_not_carried_out(job, more):
     """One more than may be: refused as a whole, without any effect, and the connection goes on."""
-    deep = b"[" * (jsonrpc.MAX_DEPTH - 2 + more) + b"]" * (jsonrpc.MAX_DEPTH - 2 + more)
+    deep = b"[" * (wire_limits.MAX_DEPTH - 2 + more) + b"]" * (wire_limits.MAX_DEPTH - 2 + more)
     nested = request("abort", command_id="deep")[:-3] + b',"x":' + deep + b"}}\n"
-    batch = [json.loads(request("abort", id=n, command_id=f"c{n % 50}")) for n in range(jsonrpc.MAX_BATCH + more)]
+    batch = [json.loads(request("abort", id=n, command_id=f"c{n % 50}")) for n in range(wire_limits.MAX_BATCH + more)]
     with Wire(job) as wire:
         wire.send(nested)
         # Where it may be read, it is another error: abort has no parameter of that name.
@@ -441,7 +446,7 @@ def idle(target: Target) -> None:
 
 def half_lines(target: Target) -> None:
     """100 that send a line of 64 KiB but its end."""
-    target.stuff(target.connect(100), b" " * jsonrpc.MAX_LINE)
+    target.stuff(target.connect(100), b" " * wire_limits.MAX_LINE)
 
 
 def deaf(target: Target) -> None:
@@ -505,7 +510,7 @@ def strangers(target: Target) -> None:
 def bombs(target: Target) -> None:
     """20 with batches too large, nesting too deep, and lines that are all names, numbers or strings."""
     shapes = (b"[", b"1,", b'{"a":', b'"a",', b"1", b"{},", b'[{"a":0,"b":[]},"\\u017c",')
-    lines = b"".join(b"[" + shape * ((jsonrpc.MAX_LINE - 1) // len(shape)) + b"\n" for shape in shapes)
+    lines = b"".join(b"[" + shape * ((wire_limits.MAX_LINE - 1) // len(shape)) + b"\n" for shape in shapes)
     assert target.stuff(target.connect(20), lines) == 20 * len(lines)
 
 

@@ -18,7 +18,7 @@ from forgather_control import connect, errors
 from forgather_control.client.connection import Client
 from forgather_control.deadline import Deadline
 from forgather_control.server import limits, server
-from forgather_control.wire import jsonrpc, tls
+from forgather_control.wire import tls
 from forgather_control.wire.addresses import TcpEndpoint
 
 from ..support.harness import (
@@ -418,7 +418,7 @@ def test_the_longest_line_and_one_more(control):
     for more in (-1, 0, 1):
         with wire(control) as spoke:
             spoke.authenticate()
-            spoke.send(line("echo", "x" * (jsonrpc.MAX_LINE + more - shell)))
+            spoke.send(line("echo", "x" * (wire_limits.MAX_LINE + more - shell)))
             assert ("result" in spoke.reply()) == (more <= 0)
 
 
