@@ -18,6 +18,7 @@ from forgather_control import connect, errors
 from forgather_control.client.connection import Client
 from forgather_control.deadline import Deadline
 from forgather_control.server import limits, server
+from forgather_control.wire import limits as wire_limits
 from forgather_control.wire import tls
 from forgather_control.wire.addresses import TcpEndpoint
 
@@ -466,6 +467,7 @@ def test_a_job_over_tls_is_reached_by_its_record(pem, jobs_dir):
 PIPE = """
 import signal, sys, time
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+from forgather_control.wire import limits as wire_limits
 from forgather_control.wire import tls
 from forgather_control.server.server import Server
 server = Server(lambda request, sink: "x" * 100_000, lambda: None)
