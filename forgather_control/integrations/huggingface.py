@@ -163,7 +163,8 @@ class TrainerControlCallback(Adapter):
         late = self._late
         if late:
             self._apply(state)
-        self._requested.save = self._requested.evaluate = self._asked_to_save = False
+        self._requested.saved()
+        self._asked_to_save = False
         if late and self._requested.any:
             self._steer(args, state, control)
         path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
@@ -209,7 +210,7 @@ class TrainerControlCallback(Adapter):
                 and _word(args.save_strategy) != "no"
                 and self._saved_at != state.global_step
             ):
-                requested.save = requested.evaluate = True
+                requested.request_save()
             self._stopping = True
         if requested.save:
             self._save(args, state, control)
@@ -223,9 +224,9 @@ class TrainerControlCallback(Adapter):
             if control.should_evaluate and self._evaluated_at != state.global_step:
                 self._owed_evaluation = True
             control.should_evaluate = False
-        elif self._requested.evaluate and _evaluates_for_best(args):
+        elif self._requested.evaluate_first and _evaluates_for_best(args):
             control.should_evaluate = True
-        self._requested.evaluate = False
+        self._requested.evaluate_first = False
         self._asked_to_save = True
         self._forced_at = state.global_step
 

@@ -192,7 +192,7 @@ class LightningHooks(Adapter):
         self._overrides.set(trainer.fit_loop, "min_epochs", 0)
         self._overrides.set(trainer.fit_loop.epoch_loop, "min_steps", None)
         if not self._requested.skip_save and lightning_checkpoint.saves_by_itself(trainer):
-            self._requested.save = True
+            self._requested.request_save()
 
     def _silence(self, trainer: Any, module: Any) -> None:
         """Disable, until the run ends, whatever saves or expects a validation."""
@@ -214,7 +214,7 @@ class LightningHooks(Adapter):
         controller.phase = states.STATUS_SAVING
         path, trouble = lightning_checkpoint.write(trainer)
         controller.phase = states.STATUS_TRAINING
-        self._requested.save = self._requested.evaluate = False
+        self._requested.saved()
         self._awaited = None
         if trouble is not None:
             self._miss(trouble)

@@ -1,6 +1,6 @@
-"""A training loop of one's own: flags to look at, no framework.
+"""Control of your own training loop, without a framework: flags to read, and calls that report what was done.
 
-Floor 6, training side: imports errors and adapter. Runs on the training thread.
+All of it runs on the training thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..training.options import ControlOptions
 
 
 class TrainingJob(Adapter):
-    """Makes a loop controllable from outside::
+    """Control of your own training loop::
 
         with TrainingJob(job_id="my_experiment", max_steps=1000) as job:
             for step in range(1, 1001):
@@ -66,7 +66,7 @@ class TrainingJob(Adapter):
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another
-        self._looked = False  # whether the loop has seen should_save since it is set
+        self._looked = False  # whether the loop has read should_save since it was set
 
     def __enter__(self) -> TrainingJob:
         self._depth += 1
@@ -89,11 +89,11 @@ class TrainingJob(Adapter):
 
     @guarded
     def step(self, step: int, epoch: float | None = None) -> None:
-        """Say that a step is done; commands are applied here. Every rank, after every optimizer step.
+        """Report a finished step, and apply commands. Every rank calls it after every optimizer step.
 
         Args:
             step: its number, counted from 1.
-            epoch: how many passes over the data are done, if you count them.
+            epoch: how many passes over the data are finished, if known.
         """
         controller = self._controller
         if controller is None:
@@ -101,19 +101,19 @@ class TrainingJob(Adapter):
         if self._looked or (self._requested.save and not controller.is_main):
             self._miss_save(controller)
         controller.phase = states.STATUS_TRAINING
-        if type(step) is not int:  # a NumPy or torch number would stand in records, and JSON has none of them
+        if type(step) is not int:  # for example a NumPy number, which JSON has not
             step = _whole("step", step)
         controller.step(step, self._requested, epoch if epoch is None else float(epoch))
 
     @guarded
     def log(self, /, **metrics: Any) -> None:
-        """Show values in ``status``. Any rank, at any time; tensors cost no synchronisation here."""
+        """Show values in ``status``. Any rank, at any time; a tensor is not read from its device here."""
         if self._controller is not None:
             self._controller.log(metrics)
 
     @property
     def should_save(self) -> bool:
-        """Whether a checkpoint is wanted now; say ``saved(path)`` when it is complete, before the next step."""
+        """Whether to save a checkpoint now. Call ``saved(path)`` when it is complete, before the next step."""
         wanted = self._requested.save and not self._requested.abort
         if wanted and self._controller is not None:
             self._looked = True
@@ -127,13 +127,14 @@ class TrainingJob(Adapter):
 
     @guarded
     def saved(self, path: str | os.PathLike[str]) -> None:
-        """Say that a checkpoint is complete, whoever wanted it.
+        """Report a complete checkpoint, requested or not.
 
         Args:
-            path: its file or directory; a path that does not exist fails the command that waits for it.
+            path: its file or directory. If it does not exist, the command that requested the checkpoint fails.
         """
         controller = self._controller
-        self._requested.save = self._looked = False
+        self._requested.saved()
+        self._looked = False
         if controller is None:
             return
         controller.phase = states.STATUS_TRAINING
@@ -145,11 +146,12 @@ class TrainingJob(Adapter):
         if exists:
             controller.saved(controller.last_step, where)
         else:
-            controller.save_failed(f"the loop reported a checkpoint at {where}, where there is none")
+            controller.save_failed(f"the loop reported a checkpoint at {where}, but there is none")
 
     def _miss_save(self, controller: Any) -> None:
-        # Else a loop that saves without saying so would save at every step from here on.
-        self._requested.save = self._looked = False
+        # Otherwise a loop that saves without a report would save at every step from here on.
+        self._requested.saved()
+        self._looked = False
         if not controller.is_main:  # often only rank 0 saves
             controller.saves_nothing()
             return

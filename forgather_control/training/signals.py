@@ -1,18 +1,18 @@
-"""Signals that give commands: SIGTERM is ``save_and_stop``, say. Installed and taken away again, for who asks for it.
+"""Map signals to commands, for example SIGTERM to ``save_and_stop``. Opt-in, and restored when training ends.
 
-Floor 2, training side: imports errors and commands. ``install`` and the handlers run on the main
-thread, where alone Python has signals; ``restore`` on any.
+``install`` and the handlers run on the main thread, the only one in which Python runs signal handlers; ``restore`` may
+run on any.
 
-Who sends them: torchrun ends its workers with SIGTERM, and 30 s later with SIGKILL
-(``torch/distributed/elastic/multiprocessing/api.py``, ``_close``). SLURM sends SIGTERM to all steps
-at the time limit or on ``scancel``, and SIGKILL after KillWait, 30 s by default; with
-``sbatch --signal=USR1@60`` it sends SIGUSR1 a minute before the limit (sbatch(1)).
+torchrun ends its workers with SIGTERM, and 30 s later with SIGKILL
+(``torch/distributed/elastic/multiprocessing/api.py``, ``_close``). SLURM sends SIGTERM to all steps at the time limit
+or on ``scancel``, and SIGKILL after KillWait, 30 s by default; with ``sbatch --signal=USR1@60`` it sends SIGUSR1 a
+minute before the limit (sbatch(1)).
 
-A Python handler runs between any two bytecodes of the main thread, whatever locks that holds. So
-ours takes none: it does not log, and calls only what its user promises to be reentrant, such as
-``queue.SimpleQueue.put``. Then it calls the handler that was there before. The default action is
-not run: not to be ended is what one opts into. To a child that is forked (a DataLoader's worker)
-none of this applies: it gets the earlier handler back, or ``terminate`` could not end it.
+A Python handler runs between any two bytecodes of the main thread, whatever locks that holds. So the handlers here
+take no lock: they do not log, and call only what is documented to be reentrant, such as ``queue.SimpleQueue.put``.
+Then they call the handler that was installed before. The signal's default action does not run, because the user asked
+for a command instead of termination. A forked child (a DataLoader's worker) gets the earlier handler back, or
+``terminate`` could not end it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from ..wire import builtin
 
 log = logging.getLogger("forgather_control")
 
-#: Signals that no process can handle, and those that report its own faults: a handler of Python's would
-#: return to the faulty instruction, for ever (signal, "Execution of Python signal handlers").
+#: Signals that no process can handle, and those that report its own faults: a Python handler would return to the
+#: faulty instruction, endlessly (signal, "Execution of Python signal handlers").
 _NEVER: Final = ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
 
 
 class Signals:
-    """Which signal gives which command.
+    """Signal handlers that run commands.
 
     Args:
         wanted: commands by signal, the signal by its name or as a member of ``signal.Signals``.
 
     Raises:
-        InvalidParams: when it is made: no such signal or command, or none that can be used so.
+        InvalidParams: see ``parse``.
     """
 
     def __init__(self, wanted: Mapping[str | signal.Signals, str]) -> None:
@@ -50,14 +50,14 @@ class Signals:
         self._handlers: list[_Handler] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, pickled or deep, has installed nothing."""
+        """Return the state of a copy, which has installed nothing."""
         return {**self.__dict__, "_handlers": []}
 
     def install(self, call: Callable[[str], object]) -> None:
-        """From here on each signal calls ``call`` with its command's name.
+        """Install the handlers: each signal calls ``call`` with the name of its command.
 
         Args:
-            call: must be reentrant and take no lock; see the module. What it raises is dropped.
+            call: must be reentrant and take no lock, see the module. Its exceptions are dropped.
 
         Raises:
             Unsupported: this is not the main thread; nothing is installed.
@@ -65,19 +65,19 @@ class Signals:
         self.restore()
         if threading.current_thread() is not threading.main_thread():
             name = ascii(threading.current_thread().name)[:80]
-            raise Unsupported(f"signals give no commands: training runs in thread {name}, only the main one has any")
+            raise Unsupported(f"Signals run no commands: training runs in thread {name}, not in the main thread")
         try:
             for number, command in self.commands.items():
                 self._install(number, command, call)
-        except (OSError, ValueError) as err:  # an interpreter within the interpreter has no signals either
+        except (OSError, ValueError) as err:  # a subinterpreter has no signals either
             self.restore()
-            raise Unsupported(f"signals give no commands: {err}") from err
+            raise Unsupported(f"Signals run no commands: {err}") from err
 
     def _install(self, number: signal.Signals, command: str, call: Callable[[str], object]) -> None:
         earlier = signal.getsignal(number)
         if earlier is None or (not callable(earlier) and _has_handler(number)):
-            # It could be neither called nor put back: signal.signal knows Python's own handlers only.
-            log.warning("%s does not give %s: a handler that is not Python's has it", number.name, command)
+            # It could be neither called nor restored: signal.signal knows only Python handlers.
+            log.warning("%s does not run %s: a handler that is not Python's is installed", number.name, command)
             return
         handler = _Handler(number, command, call, earlier)
         self._handlers.append(handler)
@@ -85,23 +85,23 @@ class Signals:
         signal.signal(number, handler)
 
     def restore(self) -> None:
-        """Put the earlier handlers back where ours are still the current ones; call ``call`` no more.
+        """Restore the earlier handlers and stop calling ``call``.
 
-        Who installed a handler over ours keeps it, and ours then only calls the one below it. Off
-        the main thread ours stay, and put the earlier ones back when they are called next.
+        Where another handler was installed on top, it stays, and the one here only calls the handler below it. Off
+        the main thread the handlers here stay, and restore the earlier ones when they are called next.
         """
         handlers, self._handlers = self._handlers, []
         for handler in handlers:
             if not handler.retire():
                 name = handler.number.name
-                log.warning("%s has a handler now that is not Python's; it is left, not the one before ours", name)
+                log.warning("%s now has a handler that is not Python's; the earlier one was not restored", name)
 
 
 class _Handler:
-    """What Python calls for one signal, from one ``install`` to the end of the process.
+    """Handler of one signal, from one ``install`` to the end of the process.
 
     Args:
-        earlier: what the signal had before.
+        earlier: the signal's handler before.
     """
 
     def __init__(self, number: signal.Signals, command: str, call: Callable[[str], object], earlier: Any) -> None:
@@ -116,14 +116,14 @@ class _Handler:
             return
         try:
             call(self._command)
-        except Exception:  # border: training was interrupted here, and to log might wait for a lock it holds
+        except Exception:  # boundary: logging might wait for a lock that the interrupted training holds
             pass
-        # What Python itself does on SIGINT is the default action, too.
+        # Python's own handler of SIGINT counts as the default action.
         if callable(self._earlier) and self._earlier is not signal.default_int_handler:
             self._earlier(number, frame)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """As if we were not there."""
+        """Handle the signal as if this handler had not been installed."""
         was_current = signal.getsignal(number) is self
         self.retire()
         if callable(self._earlier):
@@ -132,7 +132,7 @@ class _Handler:
             signal.raise_signal(number)
 
     def retire(self) -> bool:
-        """Give no more commands, and step aside if that is possible; False where a handler not Python's has come."""
+        """Stop running commands; restore the earlier handler if possible, else (a C handler came) return False."""
         self._call = None
         _active.discard(self)
         current: object = signal.getsignal(self.number)
@@ -140,7 +140,7 @@ class _Handler:
             try:
                 signal.signal(self.number, self._earlier)
             except ValueError:
-                pass  # not on the main thread: at its next call
+                pass  # not on the main thread: the next call restores it
         return current is not None
 
 
@@ -166,16 +166,16 @@ def _signal(name: object) -> signal.Signals:
     if isinstance(name, str):
         found = signal.Signals.__members__.get(name)
     if found is None:
-        raise _invalid(f"{ascii(name)[:80]} is no signal of this system; signals takes names such as SIGTERM, SIGUSR1")
+        raise _invalid(f"{ascii(name)[:80]} is not a signal of this system; use a name such as SIGTERM or SIGUSR1")
     if found.name in _NEVER:
-        raise _invalid(f"{found.name} cannot give a command: no process handles it and goes on; use SIGTERM, SIGUSR1")
+        raise _invalid(f"{found.name} cannot run a command: no process survives it; use SIGTERM or SIGUSR1")
     return found
 
 
 def _command(name: object) -> str:
     known = [method.name for method in builtin.BUILTIN if method.is_command]
     if not isinstance(name, str) or name not in known:
-        raise _invalid(f"{ascii(name)[:80]} is no command that a signal can give; expected one of {', '.join(known)}")
+        raise _invalid(f"{ascii(name)[:80]} is not a command that a signal can run; use one of {', '.join(known)}")
     return name
 
 
@@ -184,7 +184,7 @@ def _invalid(text: str) -> InvalidParams:
 
 
 def _has_handler(number: int) -> bool:
-    """Whether the kernel has a handler, though Python knows of none (``faulthandler.register``, a library's)."""
+    """Return whether a handler unknown to Python is installed (by ``faulthandler.register``, by a C library)."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             caught = next(line for line in file if line.startswith("SigCgt:"))  # proc(5)
@@ -193,9 +193,8 @@ def _has_handler(number: int) -> bool:
         return False
 
 
-# As in ``server``: one handler for all, since a fork handler cannot be taken back. While a child is
-# made our signals are blocked: Python drops those that come before its own fork handlers are done,
-# so that a SIGTERM to a new worker would be lost, and who waits for its end would wait for ever.
+# One fork handler for all, since a fork handler cannot be removed. The signals are blocked during a fork: Python drops
+# those that arrive in the child before its own fork handlers have run, so that a SIGTERM to a new worker would be lost.
 _active: set[_Handler] = set()
 
 

@@ -832,7 +832,7 @@ def test_a_job_id_that_is_taken(tmp_path, caplog):
         trainer.train()
         assert trainer.state.global_step == STEPS
         (warning,) = warnings(caplog)
-        assert "not controllable" in warning and "pid" in warning
+        assert "Control is off" in warning and "pid" in warning
         assert get_job_status(JOB)["max_steps"] == 10**9
 
 

@@ -853,7 +853,7 @@ def test_a_job_id_that_is_taken(tmp_path, caplog):
         fit(trainer)
         assert trainer.global_step == STEPS
         (warning,) = warnings(caplog)
-        assert "not controllable" in warning
+        assert "Control is off" in warning
         assert get_job_status(JOB)["max_steps"] == 10**9
 
 

@@ -211,7 +211,7 @@ def test_the_id_that_is_taken_is_named_in_one_warning(caplog):
         second.step(1)
         assert not second.should_stop
     (warning,) = caplog.records
-    assert str(os.getpid()) in warning.getMessage() and "not controllable" in warning.getMessage()
+    assert str(os.getpid()) in warning.getMessage() and "Control is off" in warning.getMessage()
 
 
 def test_generated_ids_never_collide():

@@ -18,10 +18,8 @@ from forgather_control import get_command, get_job_status, save_and_stop, save_c
 from forgather_control.client.api import find
 from forgather_control.errors import JobsDirUnusable, NoSuchJob
 from forgather_control.server import limits
-from forgather_control.training.adapter import Adapter, RequestedActions, guarded
+from forgather_control.training.adapter import Adapter, guarded
 from forgather_control.training.options import ControlOptions
-from forgather_control.wire import builtin
-from forgather_control.wire.methods import COMMON_NAMES
 
 from ..support.harness import MS, ROOT, Process, Wire, running_loop, until
 
@@ -111,12 +109,12 @@ def test_a_hook_hands_through():
 
 
 def test_an_exception_stays_at_the_border(adapter, waiting, caplog, jobs_dir):
-    """It is logged once with its traceback; the hook answers None; control is off and says so to who waits."""
+    """It is logged once with its traceback; the hook returns None; control is off, and waiting clients are told."""
     wire = waiting("save_checkpoint")
     assert adapter.do(fail) is None
-    assert len(warnings(caplog)) == 1 and "training goes on" in caplog.text and "RuntimeError: ours" in caplog.text
+    assert len(warnings(caplog)) == 1 and "Training continues" in caplog.text and "RuntimeError: ours" in caplog.text
     record = wire.reply()["result"]
-    assert record["state"] == "failed" and record["error"]["message"] == "trainer control failed in the job"
+    assert record["state"] == "failed" and record["error"]["message"] == "control failed in the job"
     assert not (jobs_dir / JOB).exists()
     adapter.step(2)
     adapter.end()
@@ -129,7 +127,7 @@ def test_a_second_exception_while_it_is_closed(adapter, caplog, monkeypatch):
     close = controller.close
     monkeypatch.setattr(controller, "close", lambda reason=None: fail())
     assert adapter.do(fail) is None
-    assert warnings(caplog)[1:] == ["trainer control could not be closed"]
+    assert warnings(caplog)[1:] == ["The control server could not be closed."]
     close()
 
 
@@ -143,35 +141,6 @@ def test_what_is_no_error_passes(adapter, kind):
     with pytest.raises(kind):
         adapter.do(interrupt)
     assert get_job_status(JOB)["job_id"] == JOB
-
-
-# RequestedActions...
-
-
-@pytest.mark.parametrize(
-    ("command", "wanted"),
-    [
-        ("save_checkpoint", {"save", "evaluate"}),
-        ("graceful_stop", {"stop"}),
-        ("save_and_stop", {"save", "evaluate", "stop"}),
-        ("abort", {"abort"}),
-    ],
-)
-def test_requests_of_the_commands(command, wanted):
-    """Each command sets its flags and no others; an evaluation alone is nothing to do."""
-    requested = RequestedActions()
-    assert not requested.any
-    method = builtin.BUILTIN[command]
-    method.run(requested, **{p.name: p.default for p in method.params if p.name not in COMMON_NAMES})
-    assert {name for name in ("stop", "save", "evaluate", "abort") if getattr(requested, name)} == wanted
-    assert requested.any
-
-
-def test_an_evaluation_alone_is_no_request():
-    """``any`` asks for what must be carried out; nothing is only evaluated."""
-    requested = RequestedActions()
-    requested.request_evaluate()
-    assert requested.evaluate and not requested.any
 
 
 def test_aborted_is_of_the_last_run(adapter, waiting):
@@ -208,12 +177,12 @@ def test_a_run_that_was_left_open_is_closed_by_the_next(adapter, waiting):
 
 
 def test_a_taken_id_is_one_warning(adapter, caplog):
-    """Whoever comes second is not controllable, says so once, and trains."""
+    """The second run with an id in use is not controllable, says so once, and trains."""
     second = Hooks(JOB)
     second.begin()
     second.step(1)
     second.end()
-    assert len(warnings(caplog)) == 1 and "not controllable" in warnings(caplog)[0]
+    assert len(warnings(caplog)) == 1 and "Control is off" in warnings(caplog)[0]
     assert get_job_status(JOB)["global_step"] == 0
 
 
@@ -408,4 +377,4 @@ def test_signals_off_the_main_thread_are_one_warning(caplog):
     with running_loop(JOB, signals={"SIGUSR1": "abort"}) as run:
         until(lambda: run.steps)
         assert get_job_status(JOB)["status"] == "training"
-    assert sum("signals give no commands" in record.getMessage() for record in caplog.records) == 1
+    assert sum("Signals run no commands" in record.getMessage() for record in caplog.records) == 1

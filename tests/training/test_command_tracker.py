@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.command_queue import Mailbox
 from forgather_control.training.command_tracker import Ledger
+from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.wire.builtin import BUILTIN
 
 COMMANDS = [method.name for method in BUILTIN if method.is_command]

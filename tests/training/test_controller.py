@@ -20,8 +20,8 @@ import forgather_control.wire.builtin
 from forgather_control import errors
 from forgather_control.server import limits
 from forgather_control.training import controller as module
-from forgather_control.training.adapter import RequestedActions
 from forgather_control.training.controller import Controller
+from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until

@@ -56,22 +56,22 @@ def test_signals_are_named_or_members(given):
 @pytest.mark.parametrize(
     ("wanted", "why"),
     [
-        ({"SIGNOPE": "abort"}, "'SIGNOPE' is no signal of this system"),
-        ({"TERM": "abort"}, "'TERM' is no signal"),
-        ({"sigterm": "abort"}, "'sigterm' is no signal"),
-        ({"SIG_DFL": "abort"}, "'SIG_DFL' is no signal"),
-        ({15: "abort"}, "15 is no signal"),
-        ({True: "abort"}, "True is no signal"),
-        ({None: "abort"}, "None is no signal"),
-        ({"\x1b[2J" * 99: "abort"}, "is no signal"),
-        ({"SIGKILL": "abort"}, "SIGKILL cannot give a command"),
-        ({signal.SIGSTOP: "abort"}, "SIGSTOP cannot give a command"),
-        ({"SIGSEGV": "abort"}, "SIGSEGV cannot give a command"),
-        ({"SIGIOT": "abort"}, "SIGABRT cannot give a command"),
-        ({"SIGTERM": "save"}, "'save' is no command .* save_checkpoint, graceful_stop, save_and_stop, abort"),
-        ({"SIGTERM": "status"}, "'status' is no command"),
-        ({"SIGTERM": None}, "None is no command"),
-        ({"SIGTERM": ["abort"]}, "is no command"),
+        ({"SIGNOPE": "abort"}, "'SIGNOPE' is not a signal of this system"),
+        ({"TERM": "abort"}, "'TERM' is not a signal"),
+        ({"sigterm": "abort"}, "'sigterm' is not a signal"),
+        ({"SIG_DFL": "abort"}, "'SIG_DFL' is not a signal"),
+        ({15: "abort"}, "15 is not a signal"),
+        ({True: "abort"}, "True is not a signal"),
+        ({None: "abort"}, "None is not a signal"),
+        ({"\x1b[2J" * 99: "abort"}, "is not a signal"),
+        ({"SIGKILL": "abort"}, "SIGKILL cannot run a command"),
+        ({signal.SIGSTOP: "abort"}, "SIGSTOP cannot run a command"),
+        ({"SIGSEGV": "abort"}, "SIGSEGV cannot run a command"),
+        ({"SIGIOT": "abort"}, "SIGABRT cannot run a command"),
+        ({"SIGTERM": "save"}, "'save' is not a command .* save_checkpoint, graceful_stop, save_and_stop, abort"),
+        ({"SIGTERM": "status"}, "'status' is not a command"),
+        ({"SIGTERM": None}, "None is not a command"),
+        ({"SIGTERM": ["abort"]}, "is not a command"),
         ({"SIGTERM": "abort", signal.SIGTERM: "abort"}, "SIGTERM twice"),
         (["SIGTERM"], "signals must map signals to commands"),
         ("SIGTERM", "signals must map signals to commands"),
@@ -401,7 +401,7 @@ print(given.get(), flush=True)
 signal.raise_signal(signal.SIGUSR1)
 one.restore()
 """)
-    why = "SIGUSR1 does not give save_checkpoint: a handler that is not Python's has it"
+    why = "SIGUSR1 does not run save_checkpoint: a handler that is not Python's is installed"
     assert lines[:2] == [why, "save_and_stop"] and any("Current thread" in line for line in lines[2:]) and code == 0
 
 
@@ -415,7 +415,7 @@ one.restore()
 one.install(given.put)
 """)
     assert lines == [
-        "SIGUSR1 has a handler now that is not Python's; it is left, not the one before ours",
-        "SIGUSR1 does not give save_checkpoint: a handler that is not Python's has it",
+        "SIGUSR1 now has a handler that is not Python's; the earlier one was not restored",
+        "SIGUSR1 does not run save_checkpoint: a handler that is not Python's is installed",
     ]
     assert code == 0

@@ -1,0 +1,66 @@
+"""What commands request of a training loop, as flags that an integration carries out."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+#: When to evaluate before a save, the stronger request last.
+_EVALUATE_FIRST: Final = (False, "auto", True)
+
+
+class RequestedActions:
+    """The ``TrainingLoop`` of commands: it notes what they request of the next steps.
+
+    The integration reads the flags on the training thread, and clears each when it is done.
+
+    Attributes:
+        stop: end training.
+        skip_save: end it without a last checkpoint.
+        save: save a checkpoint.
+        evaluate_first: whether to evaluate before that save; "auto" leaves it to the integration.
+        abort: end training without saving anything.
+        no_evaluation: why this run cannot evaluate; ``None`` if it can. Set by the integration, read on any thread.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.skip_save = False
+        self.save = False
+        self.evaluate_first: bool | Literal["auto"] = False
+        self.abort = False
+        self.no_evaluation: str | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether a request is left to carry out."""
+        return self.stop or self.save or self.abort
+
+    def request_stop(self) -> None:
+        """See ``builtin.TrainingLoop``."""
+        self.stop = True
+
+    def request_save(self, evaluate: Any = "auto") -> None:
+        """See ``builtin.TrainingLoop``. Of several saves at one step, one that evaluates decides."""
+        earlier = self.evaluate_first if self.save else False
+        self.save, self.evaluate_first = True, max(earlier, evaluate, key=_EVALUATE_FIRST.index)
+
+    def request_evaluate(self) -> None:
+        """See ``builtin.TrainingLoop``."""
+
+    def request_end(self) -> None:
+        """See ``builtin.TrainingLoop``."""
+        self.stop = self.skip_save = True
+
+    def request_abort(self) -> None:
+        """See ``builtin.TrainingLoop``."""
+        self.abort = True
+
+    def saved(self) -> None:
+        """Clear the request of a save, because it is done or has failed."""
+        self.save = self.evaluate_first = False
+
+    def cannot(self, need: str, params: dict[str, Any]) -> str | None:
+        """See ``builtin.TrainingLoop``."""
+        if need == "save" and params.get("evaluate") is True:
+            return self.no_evaluation
+        return None
