@@ -91,6 +91,7 @@ YOUNG_REPLY: Final = 2.0
 REPLY_POLL_PERIOD: Final = 0.01
 #: Seconds after which ``status.json`` is written again without a change, so that its age shows that the job is alive.
 STATUS_REFRESH: Final = 30.0
-#: Share of the time that writing ``status.json`` may take, and share of one core while no process reads it.
+#: Least seconds between two versions of ``status.json``, so every second tick; and the share of the time that writing
+#: it may take where the file system is slow.
+STATUS_PERIOD: Final = 5.0
 STATUS_SHARE: Final = 0.01
-STATUS_CPU_SHARE: Final = 0.00008

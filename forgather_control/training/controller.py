@@ -139,7 +139,9 @@ class Controller:
         usage.process_stats()  # the first call only sets the mark to measure processor time from
         self._directory = self._claim()
         self.job_id = self._directory.job_id
-        self._file_requests = FileRequestServer(self._directory.path, self._server.dispatch, self.status, self._mark)
+        self._file_requests = FileRequestServer(
+            self._directory.path, self._server.dispatch, self.status, self._mark, builtin.BUILTIN
+        )
         self._server.start()
 
     def _open_port(self) -> BoundPort | None:
@@ -399,7 +401,7 @@ class Controller:
 
     def _last_look(self) -> None:
         if self._leaving is not None and self._file_requests is not None:
-            self._file_requests.look()
+            self._file_requests.take_last()
 
     # ... as commands.Job
 

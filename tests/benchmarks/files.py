@@ -24,12 +24,12 @@ WAITING = (1, 10_000)
 
 def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
     """Ticks of several kinds."""
-    files, mine = controller._files, controller._directory
+    files, mine = controller._file_requests, controller._directory
     assert files is not None and mine is not None
 
     def step() -> None:
         controller._progress.beat(controller.last_step + 1, None)
-        files._status_due = files._status_unread_due = 0.0
+        files._status_due = 0.0
         files.tick()
 
     return {
@@ -66,7 +66,7 @@ def measure() -> Iterator[Table]:
 
 def full(table: Table, controller: Controller) -> None:
     """Ticks that find requests."""
-    files, mine = controller._files, controller._directory
+    files, mine = controller._file_requests, controller._directory
     assert files is not None and mine is not None
     box = os.path.join(mine.path, "requests")
     for count in WAITING:
