@@ -6,7 +6,7 @@ import time
 
 
 class Deadline:
-    """A moment after which a wait is over, on the monotonic clock.
+    """A moment at which a wait times out, on the monotonic clock.
 
     Args:
         seconds: from now; ``None`` means never.
@@ -17,7 +17,7 @@ class Deadline:
         self.at = None if seconds is None else time.monotonic() + seconds
 
     def left(self) -> float | None:
-        """Seconds left, never below 0; ``None`` means for ever. Fits ``socket.settimeout`` and ``wait``."""
+        """Return the seconds left, never below 0; ``None`` for ever, as ``socket.settimeout`` and ``wait`` take it."""
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
     def passed(self) -> bool:

@@ -98,8 +98,7 @@ class TokenAuthenticator:
     def _count(self) -> None:
         self.refused += 1
         if str(self.refused).strip("0") == "1":  # 1, 10, 100, ...: a scan must not fill the log
-            plural = "" if self.refused == 1 else "s"
-            log.warning("Rejected %d connection%s over TCP so far, for want of the job's token", self.refused, plural)
+            log.warning("Rejected a TCP connection that did not send the job's token (%d so far)", self.refused)
 
 
 def _authenticate(line: bytes) -> tuple[jsonrpc.Message, jsonrpc.Request] | None:
@@ -126,7 +125,7 @@ def _token(request: jsonrpc.Request) -> bytes:
 
 def _refusal(message: jsonrpc.Message) -> bytes:
     """Return the reply to a line with a wrong token: an error for each of its requests."""
-    error = NotAuthenticated("Wrong token. The job's token is in its endpoint.json, which only its owner can read.")
+    error = NotAuthenticated("This is not the job's token. The token is in the job's endpoint.json, which only its owner can read.")
     ids = [item.id for item in message.items]
     responses = [jsonrpc.response(id_, error) for id_ in ids if not isinstance(id_, jsonrpc.NoId)]
     return jsonrpc.replies(responses, message.is_batch)

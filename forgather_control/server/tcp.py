@@ -1,6 +1,6 @@
-"""The TCP port that a job may offer beside its socket: what was asked for, checked early, and opened once.
+"""The TCP port beside the Unix socket: options checked early, and the port bound before training starts.
 
-Floor 3, training side: imports endpoint, errors, gate and tls. Runs on the training thread of rank 0, before training.
+Runs on the training thread of rank 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from ..errors import InvalidParams, PortTaken, TlsUnusable
 from ..wire import tls
 from ..wire.addresses import is_loopback
-from . import auth
+from .auth import new_token
 
 if TYPE_CHECKING:
     import ssl
@@ -20,13 +20,13 @@ log = logging.getLogger("forgather_control")
 
 
 class TcpServer(Protocol):
-    """The server, as far as it matters here."""
+    """The part of the server that is used here."""
 
     def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]: ...
 
 
 class BoundPort(NamedTuple):
-    """An open port, as the job's record tells of it; ``address`` is a number, so that no name leads elsewhere."""
+    """An open port, as the job's record describes it; ``address`` is numeric, as a name may lead elsewhere."""
 
     address: str
     port: int
@@ -35,14 +35,7 @@ class BoundPort(NamedTuple):
 
 
 class TcpOptions(NamedTuple):
-    """A port that is to be opened.
-
-    Attributes:
-        port: its number, 0 for any, ``"auto"`` for the first free one from 8900.
-        host: the address to bind.
-        certfile: a PEM file with the certificate; ``None`` for a port without TLS.
-        keyfile: a PEM file with its key; ``None`` if that is in ``certfile``, too.
-    """
+    """A port to open; see ``training.options`` for the meaning of each."""
 
     port: int | Literal["auto"]
     host: str
@@ -50,24 +43,24 @@ class TcpOptions(NamedTuple):
     keyfile: str | None = None
 
     def open(self, server: TcpServer) -> BoundPort:
-        """Bind the port, and keep it.
+        """Bind the port.
 
         Raises:
-            PortTaken: it cannot be had.
-            TlsUnusable: the certificate or its key cannot be used; a port without TLS is no answer to that.
+            PortTaken: it cannot be bound.
+            TlsUnusable: the certificate or its key cannot be used; the port is not opened without TLS instead.
         """
         context, sha256 = self._tls()
-        token = auth.new_token()
+        token = new_token()
         try:
             address, port = server.listen_tcp(self.host, None if self.port == "auto" else self.port, token, context)
-        except (OSError, ValueError, TypeError) as err:  # no such address, too, and what can be no host name
+        except (OSError, ValueError, TypeError) as err:  # also no such address, or not a host name at all
             wanted = f"{ascii(self.host)[1:-1][:140]} port {self.port}"
             why = getattr(err, "strerror", None) or err
-            raise PortTaken(f"{wanted} cannot be had ({why})", port=self.port, host=self.host) from err
+            raise PortTaken(f"{wanted} cannot be bound ({why})", port=self.port, host=self.host) from err
         if context is None and not is_loopback(address):
             log.warning(
-                "port %d of %s is open to the network without TLS: whoever sees the traffic sees the token, "
-                "and can then save, stop and abort this job; give certfile=, or use ssh",
+                "Port %d of %s is open to the network without TLS: anyone who can read the traffic can read the token "
+                "and then save, stop and abort this job. Give certfile=, or use ssh.",
                 port,
                 address,
             )
@@ -85,22 +78,24 @@ class TcpOptions(NamedTuple):
 
 
 def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> TcpOptions | None:
-    """What the arguments of an adapter ask for; ``None`` without a port.
+    """Return the port that an integration's arguments ask for; ``None`` for no port.
 
     Raises:
-        InvalidParams: which of them cannot be what it is.
+        InvalidParams: an argument has an impossible value.
     """
     for name, path in (("certfile", certfile), ("keyfile", keyfile)):
         if path is not None and (not isinstance(path, str) or not path):
-            raise InvalidParams(f"{name} must be the path of a PEM file, not {ascii(path)[:80]}", parameter=name)
+            raise _invalid(name, "the path of a PEM file", path)
     if port is None:
         return None
     if port != "auto" and (type(port) is not int or not 0 <= port < 65536):
-        raise InvalidParams(f'port must be None, "auto" or from 0 to 65535, not {ascii(port)[:80]}', parameter="port")
+        raise _invalid("port", 'None, "auto" or a number from 0 to 65535', port)
     if not isinstance(host, str) or not host:
-        raise InvalidParams(f"host must be an address of this host, not {ascii(host)[:80]}", parameter="host")
+        raise _invalid("host", "an address of this host", host)
     if keyfile is not None and certfile is None:
-        raise InvalidParams(
-            "keyfile needs a certfile: a key without its certificate shows nothing", parameter="keyfile"
-        )
+        raise InvalidParams("keyfile needs a certfile as well", parameter="keyfile")
     return TcpOptions(port, host, certfile, keyfile)
+
+
+def _invalid(name: str, expected: str, value: Any) -> InvalidParams:
+    return InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)

@@ -1,7 +1,4 @@
-"""An address: parse, print, bind, connect. A Unix socket, a TCP port, a port that speaks TLS.
-
-Floor 1: imports clock, errors and tls. Runs on whatever thread calls it.
-"""
+"""Addresses of a job: parse, print, bind, connect. A Unix socket, a TCP port, or a TCP port that speaks TLS."""
 
 from __future__ import annotations
 
@@ -33,12 +30,12 @@ class UnixEndpoint(NamedTuple):
         return f"unix:{self.path}"
 
     def connect(self, deadline: Deadline) -> socket.socket:
-        """A connected, blocking socket without a timeout.
+        """Return a connected, blocking socket without a timeout.
 
         Raises:
-            JobDead: nobody listens there.
+            JobDead: no process listens there.
             JobNotAnswering: the backlog stayed full until the deadline.
-            FindError: the socket belongs to another user, or whoever listens does.
+            FindError: the socket, or the process that listens there, belongs to another user.
         """
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -46,38 +43,41 @@ class UnixEndpoint(NamedTuple):
                 sock.setblocking(False)
                 sock.connect(self.path)
                 sock.setblocking(True)
-                self._check_peer(sock)
+                _check_peer(sock)
                 return sock
             except BlockingIOError as err:
                 sock.close()
                 if deadline.passed():
-                    raise JobNotAnswering(f"{self} takes no more connections", endpoint=str(self)) from err
-                time.sleep(_RETRY)  # nothing to wait on: a full backlog wakes nobody
+                    text = f"{self} accepts no more connections: too many clients are waiting there. Try again later."
+                    raise JobNotAnswering(text, endpoint=str(self)) from err
+                time.sleep(_RETRY)  # a full backlog offers nothing to wait for
             except OSError as err:
                 sock.close()
                 raise self._explain(err) from err
-            except ValueError as err:  # a NUL byte, out of a file that anybody may have written
+            except ValueError as err:  # a NUL byte, from a file that others may have written
                 sock.close()
-                raise JobDead(f"{str(self)!a} cannot be an address") from err
-
-    @staticmethod
-    def _check_peer(sock: socket.socket) -> None:
-        """What another user bound in the place of a socket that is gone is no job of ours; root talks to anybody's."""
-        me = os.geteuid()
-        if me != 0 and peer_ids(sock)[0] not in (None, 0, me):
-            raise PermissionError(errno.EACCES, "another user listens there")
+                raise JobDead(f"{str(self)!a} is not a valid address") from err
 
     def _explain(self, err: OSError) -> FindError:
         if err.errno in (errno.EACCES, errno.EPERM):
-            return FindError(f"{self} belongs to another user", endpoint=str(self))
-        return JobDead(f"nobody listens at {self} ({err.strerror or err})", endpoint=str(self))
+            text = f"{self} belongs to another user. Only the job's own user and root can control it."
+            return FindError(text, endpoint=str(self))
+        text = f"Nothing listens at {self} ({err.strerror or err}): the job has ended, or its process was killed."
+        return JobDead(text, endpoint=str(self))
+
+
+def _check_peer(sock: socket.socket) -> None:
+    """Refuse a process of another user that listens where a job's socket was; root may talk to every user's."""
+    me = os.geteuid()
+    if me != 0 and peer_ids(sock)[0] not in (None, 0, me):
+        raise PermissionError(errno.EACCES, "another user listens there")
 
 
 class TcpEndpoint(NamedTuple):
     """A port of a host, printed as ``tcp://HOST:PORT``, or ``tls://HOST:PORT`` where it speaks TLS.
 
     Attributes:
-        sha256: of the certificate, in hexadecimal; ``None`` has authorities vouch for the host.
+        sha256: of the certificate, in hexadecimal; ``None`` has certificate authorities vouch for the host.
         cafile: a PEM file with those authorities; ``None`` for the system's.
     """
 
@@ -92,21 +92,24 @@ class TcpEndpoint(NamedTuple):
         return f"{'tls' if self.is_tls else 'tcp'}://{host}:{self.port}"
 
     def connect(self, deadline: Deadline) -> socket.socket:
-        """A connected, blocking socket without a timeout, wrapped in TLS where it is to be.
+        """Return a connected, blocking socket without a timeout; with ``is_tls``, after the handshake.
 
         Raises:
-            JobDead: nobody listens there.
+            JobDead: no process listens there.
             JobNotAnswering: there is no such host, or it does not answer in time, or does not speak TLS.
             NotAuthenticated: the certificate is not the job's.
         """
+        at = str(self)
         try:
             sock = socket.create_connection((self.host, self.port), timeout=deadline.left())
         except (TimeoutError, BlockingIOError) as err:
-            raise JobNotAnswering(f"{self} does not answer", endpoint=str(self)) from err
+            raise JobNotAnswering(f"{at} did not answer in time. Is the host up?", endpoint=at) from err
         except ConnectionRefusedError as err:
-            raise JobDead(f"nobody listens at {self}", endpoint=str(self)) from err
-        except (OSError, ValueError) as err:  # no such host, no way to it; a host that cannot be a name
-            raise JobNotAnswering(f"{str(self)!a} cannot be reached ({err})", endpoint=str(self)) from err
+            text = f"Nothing listens at {at}: the job has ended, or has another port or none."
+            raise JobDead(text, endpoint=at) from err
+        except (OSError, ValueError) as err:  # no such host, no route to it, or not a host name at all
+            text = f"{at!a} cannot be reached ({err}). Check the host name and the network."
+            raise JobNotAnswering(text, endpoint=at) from err
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(deadline.left())
@@ -115,17 +118,18 @@ class TcpEndpoint(NamedTuple):
             return sock
         except PermissionError as err:
             sock.close()
-            raise NotAuthenticated(str(err), endpoint=str(self)) from err
+            raise NotAuthenticated(str(err), endpoint=at) from err
         except OSError as err:
             sock.close()
-            raise JobNotAnswering(f"{self} does not speak TLS as expected ({err})", endpoint=str(self)) from err
+            text = f"{at} does not speak TLS as expected ({err}). A port without TLS is reached with tcp://."
+            raise JobNotAnswering(text, endpoint=at) from err
 
 
 Endpoint = UnixEndpoint | TcpEndpoint
 
 
 def parse(text: str) -> Endpoint:
-    """The address that ``text`` names: ``unix:PATH``, ``tcp://HOST:PORT`` or ``tls://HOST:PORT``.
+    """Return the address that ``text`` names: ``unix:PATH``, ``tcp://HOST:PORT`` or ``tls://HOST:PORT``.
 
     Raises:
         InvalidParams: it names none.
@@ -137,7 +141,8 @@ def parse(text: str) -> Endpoint:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     if kind not in ("tcp", "tls") or not host or "[" in host or "]" in host or not _is_port(port):
-        raise InvalidParams(f"{ascii(text)[:140]} is no address: unix:PATH, tcp://HOST:PORT or tls://HOST:PORT")
+        forms = "unix:PATH, tcp://HOST:PORT or tls://HOST:PORT"
+        raise InvalidParams(f"{ascii(text)[:140]} is not an address. Expected {forms}.")
     return TcpEndpoint(host, int(port), kind == "tls")
 
 
@@ -146,7 +151,7 @@ def _is_port(text: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody on another host can reach this address. ``127.0.0.1.example.org`` is a name like any other."""
+    """Whether only this host can reach the address. ``127.0.0.1.example.org`` is a name like any other."""
     try:
         return host in ("localhost", "::1") or socket.inet_pton(socket.AF_INET, host)[0] == 127
     except (OSError, ValueError):
@@ -154,18 +159,18 @@ def is_loopback(host: str) -> bool:
 
 
 def fits(path: str) -> bool:
-    """Whether a socket of this path can have an address at all, and JSON can carry it."""
+    """Whether a socket can be bound to this path, and JSON can carry it."""
     try:
         return len(path.encode("utf-8")) <= MAX_PATH
-    except UnicodeEncodeError:  # bytes that are no UTF-8, which Python keeps as half surrogates
+    except UnicodeEncodeError:  # bytes that are not UTF-8, which Python keeps as half surrogates
         return False
 
 
 def bind(sock: socket.socket, path: str) -> None:
-    """Give the socket its name, readable and writable by its owner alone from the first moment.
+    """Bind a socket that only its owner can read and write from the first moment.
 
-    The file is made with whatever the umask leaves, so its directory must be 0700 already, and
-    nobody can connect before ``listen``: there is no moment in which it is open (unix(7)).
+    The file is created with what the umask leaves, so its directory must be 0700 already; and clients cannot connect
+    before ``listen``, so that it is never open to others (unix(7)).
     """
     sock.bind(path)
     os.chmod(path, 0o600)

@@ -670,7 +670,10 @@ def test_who_cannot_be_reached_is_exit_code_four(verb, monkeypatch, capsys):
     with socket.create_server((HERE, 0)) as sock:
         port = sock.getsockname()[1]
     option = "--remote" if verb == ("list",) else "--connect"
-    for at, said in ((f"tcp://{HERE}:{port}", "nobody listens"), ("tcp://no.such.host.invalid:1", "cannot be reached")):
+    for at, said in (
+        (f"tcp://{HERE}:{port}", "Nothing listens"),
+        ("tcp://no.such.host.invalid:1", "cannot be reached"),
+    ):
         code, out, err = run(capsys, *verb, option, at)
         assert (code, out) == (4, "") and said in err and err.count("\n") == 1
 

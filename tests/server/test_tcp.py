@@ -107,11 +107,11 @@ def test_certificates_that_cannot_be_used(server, pem, tmp_path):
         (pem.cert, "/no/key.pem", "/no/key.pem cannot be read"),
         (str(tmp_path), None, "cannot be read"),
         ("a\0b", None, "null"),
-        (pem.cert, pem.other_key, "no certificate and its key"),
+        (pem.cert, pem.other_key, "are not a certificate and its key"),
         (pem.cert, pem.locked, "password"),
-        (pem.cert, None, "no certificate and its key"),
-        (pem.key, None, "no certificate and its key"),
-        (str(text), pem.key, "no certificate and its key"),
+        (pem.cert, None, "are not a certificate and its key"),
+        (pem.key, None, "are not a certificate and its key"),
+        (str(text), pem.key, "are not a certificate and its key"),
         (str(trusted), pem.key, "BEGIN CERTIFICATE"),
     ):
         with pytest.raises(TlsUnusable, match=word):

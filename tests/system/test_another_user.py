@@ -530,7 +530,7 @@ it = listener.getsockname()[1]
     code = "os.environ.update(FORGATHER_JOBS_DIR=root, FORGATHER_CONTROL_TOKEN='secret'); it = control(*words)"
     done, _, err = owner.does(code, root=shared, words=words)
     owner.does("del os.environ['FORGATHER_CONTROL_TOKEN']")
-    assert done == 4 and f"nobody listens at tls://127.0.0.1:{port}" in err
+    assert done == 4 and f"Nothing listens at tls://127.0.0.1:{port}" in err
     code = """
 listener.setblocking(False)
 try: it = repr(listener.accept())

@@ -117,7 +117,7 @@ def test_nobody_there_is_dead(place):
         stale.bind(str(place / "stale"))
     before = descriptors()
     for path in (place / "missing", place, place / "file", place / "stale", place / "missing" / "s", "x" * 200):
-        with pytest.raises(JobDead, match="nobody listens at unix:") as caught:
+        with pytest.raises(JobDead, match="Nothing listens at unix:") as caught:
             UnixEndpoint(str(path)).connect(Deadline(SOON))
         assert caught.value.data == {"endpoint": f"unix:{path}"}
     assert descriptors() == before
@@ -126,7 +126,7 @@ def test_nobody_there_is_dead(place):
 def test_a_full_backlog_is_retried_until_the_deadline(place, listener):
     """EAGAIN is not the end: it is tried again, and at the deadline the job is not answering."""
     taken, before, start = _fill(place / "s"), descriptors(), time.monotonic()
-    with pytest.raises(JobNotAnswering, match="takes no more connections"):
+    with pytest.raises(JobNotAnswering, match="accepts no more connections"):
         UnixEndpoint(str(place / "s")).connect(Deadline(0.2))
     assert 0.2 <= time.monotonic() - start < 2 and descriptors() == before and taken
     for sock in taken:
@@ -163,7 +163,7 @@ def test_another_users_socket_is_not_called_dead(place, listener):
     place.parent.chmod(0o755)
     with Process(NOBODY) as nobody:
         nobody.say(str(place / "s"))
-        assert nobody.line() == f"FindError unix:{place}/s belongs to another user"
+        assert nobody.line().startswith(f"FindError unix:{place}/s belongs to another user")
         (place / "s").chmod(0o777)
         place.chmod(0o700)
         nobody.say(str(place / "s"))
@@ -211,7 +211,7 @@ def test_an_address_is_read_as_it_is_printed(text, expected):
 )  # fmt: skip
 def test_what_is_no_address(text):
     """The error repeats the beginning of it, prints on one line, and says what an address is."""
-    with pytest.raises(InvalidParams, match="is no address") as caught:
+    with pytest.raises(InvalidParams, match="is not an address") as caught:
         parse(text)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
@@ -231,7 +231,7 @@ def test_nobody_at_a_port_is_dead_and_a_silent_host_is_not_answering():
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     before = descriptors()
-    with pytest.raises(JobDead, match=f"nobody listens at tcp://127.0.0.1:{port}"):
+    with pytest.raises(JobDead, match=f"Nothing listens at tcp://127.0.0.1:{port}"):
         TcpEndpoint("127.0.0.1", port).connect(Deadline(SOON))
     for host in ("no.such.host.invalid", "a" * 64 + ".x", "x..y", "300.1.1.1", "\x1b[2J"):
         with pytest.raises(JobNotAnswering, match="cannot be reached") as caught:
@@ -243,7 +243,7 @@ def test_nobody_at_a_port_is_dead_and_a_silent_host_is_not_answering():
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
         for seconds in (0.0, 0.2):
-            with pytest.raises(JobNotAnswering, match="does not answer"):
+            with pytest.raises(JobNotAnswering, match="did not answer"):
                 TcpEndpoint(*full.getsockname()).connect(Deadline(seconds))
         for sock in filled:
             sock.close()
