@@ -125,7 +125,9 @@ def _token(request: jsonrpc.Request) -> bytes:
 
 def _refusal(message: jsonrpc.Message) -> bytes:
     """Return the reply to a line with a wrong token: an error for each of its requests."""
-    error = NotAuthenticated("This is not the job's token. The token is in the job's endpoint.json, which only its owner can read.")
+    error = NotAuthenticated(
+        "This is not the job's token. The token is in the job's endpoint.json, which only its owner can read."
+    )
     ids = [item.id for item in message.items]
     responses = [jsonrpc.response(id_, error) for id_ in ids if not isinstance(id_, jsonrpc.NoId)]
     return jsonrpc.replies(responses, message.is_batch)

@@ -125,7 +125,7 @@ def test_over_tls_it_is_known_by_its_fingerprint(hosts, jobs_dir, tmp_path, pem)
         unknown = there(HOSTS[1], "-m", "forgather_control", "status", "--connect", at, **mine)
         assert unknown.returncode == 1 and "is not trusted" in unknown.stderr
         plain = there(HOSTS[1], "-m", "forgather_control", "status", "--connect", at.replace("tls", "tcp"), **mine)
-        assert plain.returncode == 1 and "this port speaks TLS" in plain.stderr
+        assert plain.returncode == 1 and "This port speaks TLS" in plain.stderr
         (tmp_path / "mine" / "far").mkdir(parents=True)
         copy = tmp_path / "mine" / "far" / "endpoint.json"
         other = {**known, "tls_sha256": "0" * 64}
