@@ -1,6 +1,7 @@
-"""The plain loop on several ranks: ``torchrun --standalone --nproc-per-node 2 examples/ddp_loop.py``.
+"""A training loop with several ranks: ``torchrun --standalone --nproc-per-node 2 examples/ddp_loop.py``.
 
-Every rank has its ``TrainingJob`` and steps it; only rank 0 writes the checkpoint. SIGTERM on any rank saves and stops.
+Every rank makes a ``TrainingJob`` and calls ``step``; only rank 0 writes the checkpoint. SIGTERM to any rank saves and
+stops all of them.
 """
 
 import tempfile
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from forgather_control import TrainingJob
 
-dist.init_process_group("gloo")  # before the job begins: it asks who the other ranks are
+dist.init_process_group("gloo")  # before the job begins, because it looks for the other ranks
 rank = dist.get_rank()
 model = DistributedDataParallel(torch.nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -29,7 +30,7 @@ with TrainingJob(job_id="ddp_loop", max_steps=1_000_000, signals={"SIGTERM": "sa
         if rank == 0 and step % 10 == 0:
             job.log(loss=loss)
         job.step(step)
-        if job.should_save and rank == 0:
+        if rank == 0 and (job.should_save or (job.should_stop and not job.aborted)):
             path = folder / f"checkpoint-{step}.pt"
             torch.save(model.module.state_dict(), path)
             job.saved(path)

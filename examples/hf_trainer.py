@@ -1,7 +1,7 @@
 """Hugging Face's Trainer with one more callback: ``python examples/hf_trainer.py [OUTPUT_DIR]``.
 
-A tiny GPT-2 from a configuration (nothing is downloaded) trains on the standard library's sources,
-byte by byte. Needs ``pip install transformers accelerate``.
+A tiny GPT-2 learns the source code of the standard library, byte by byte. Nothing is downloaded. Needs ``pip install
+transformers accelerate``.
 """
 
 import sys
@@ -15,7 +15,7 @@ from forgather_control import TrainerControlCallback
 
 
 class Library(torch.utils.data.Dataset):
-    """Windows of 64 bytes out of the standard library's sources."""
+    """Windows of 64 bytes of the standard library's source code."""
 
     def __init__(self) -> None:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

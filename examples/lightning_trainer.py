@@ -1,6 +1,6 @@
 """Lightning's Trainer with one more callback: ``python examples/lightning_trainer.py [OUTPUT_DIR]``.
 
-A small network learns the sine of random numbers, on the processor. Needs ``pip install lightning``.
+A small network learns the sine function, on the CPU. Needs ``pip install lightning``.
 """
 
 import sys

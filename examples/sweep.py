@@ -1,6 +1,6 @@
-"""A sweep that aborts its bad runs by their metrics: ``python examples/sweep.py [LEARNING_RATE ...]``.
+"""A sweep that aborts the runs with the worse metrics: ``python examples/sweep.py [LEARNING_RATE ...]``.
 
-Each run is a process of its own, found and judged through the Python API alone.
+Each run is a separate process, which is found and compared with the Python API alone.
 """
 
 import math
@@ -10,7 +10,7 @@ import time
 
 from forgather_control import ControlError, abort, get_job_status, graceful_stop
 
-JUDGED_AT = 200  #: the step at which a run has to show what it is worth
+COMPARED_AT = 200  #: the step from which runs are compared
 
 RUN = """
 import sys, torch
@@ -36,18 +36,18 @@ with TrainingJob(job_id=sys.argv[1]) as job:
 
 
 def loss_of(job_id: str) -> float | None:
-    """The loss of a run that has been judged-at steps old; ``None`` while it is younger, or not there yet."""
+    """Return the loss of a run that has reached ``COMPARED_AT``; ``None`` before that."""
     try:
         status = get_job_status(job_id)
     except ControlError:
         return None
-    return float(status["metrics"]["loss"]) if status["global_step"] >= JUDGED_AT else None
+    return float(status["metrics"]["loss"]) if status["global_step"] >= COMPARED_AT else None
 
 
 def main(rates: list[str]) -> None:
     runs = {f"sweep-{rate}": subprocess.Popen([sys.executable, "-c", RUN, f"sweep-{rate}", rate]) for rate in rates}
     try:
-        judge(list(runs))
+        keep_best(list(runs))
         for process in runs.values():
             process.wait(30)
     finally:
@@ -55,13 +55,13 @@ def main(rates: list[str]) -> None:
             process.kill()
 
 
-def judge(names: list[str]) -> None:
+def keep_best(names: list[str]) -> None:
     """Wait until all runs can be compared, abort all but the best, and stop that one cleanly."""
     losses: dict[str, float] = {}
     deadline = time.monotonic() + 60
     while len(losses) < len(names):
         if time.monotonic() > deadline:
-            raise SystemExit("some runs never got far enough to be judged")
+            raise SystemExit("some runs did not get far enough to be compared")
         time.sleep(0.1)
         for name in names:
             loss = loss_of(name)

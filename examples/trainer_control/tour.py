@@ -1,7 +1,7 @@
-"""A tour in under a minute: start a real training run, and control it from the outside.
+"""A tour in under a minute: start a real training run, and control it from another process.
 
-It starts ``trainer_control_demo.py`` as a job of its own and types the commands that a person would.
-Everything it makes lies in a temporary directory.
+It starts ``trainer_control_demo.py`` and runs the commands that a user would type. All files are in a temporary
+directory, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -19,31 +19,22 @@ JOB = "tour"
 
 
 def control(*words: str) -> str:
-    """Print a command as it is typed, run it, print what it says, and return that."""
-    print(f"\n$ forgather control {shlex.join(words)}", flush=True)
+    """Print a command as a user types it, run it, and print and return its output."""
+    print(f"\n$ forgather-control {shlex.join(words)}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "forgather_control", *words], capture_output=True, text=True, timeout=60
     )
     print(done.stdout + done.stderr, end="", flush=True)
     if done.returncode != 0:
-        raise SystemExit(f"that should have worked (exit code {done.returncode})")
+        raise SystemExit(f"the command failed with exit code {done.returncode}")
     return done.stdout
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start the demo, and wait until its job can be found."""
-    demo = [
-        sys.executable,
-        str(HERE / "trainer_control_demo.py"),
-        "--job-id",
-        JOB,
-        "--output-dir",
-        str(folder),
-        *options,
-    ]
-    print(
-        f"\n$ python examples/trainer_control/trainer_control_demo.py --job-id {JOB} {shlex.join(options)}&", flush=True
-    )
+    """Start the demo, and wait until its job is published."""
+    words = ["--job-id", JOB, *options]
+    print(f"\n$ python examples/trainer_control/trainer_control_demo.py {shlex.join(words)} &", flush=True)
+    demo = [sys.executable, str(HERE / "trainer_control_demo.py"), *words, "--output-dir", str(folder)]
     process = subprocess.Popen(demo)
     end = time.monotonic() + 40
     while not (Path(os.environ["FORGATHER_JOBS_DIR"]) / JOB / "endpoint.json").exists():
@@ -71,7 +62,7 @@ def main() -> None:
         finally:
             job.kill()
             job.wait()
-    print("\nThat was a real training run: found, watched, saved, stopped, resumed, and gone without a trace.")
+    print("\nThis was a real training run. It was found, saved, stopped and resumed, and has left nothing behind.")
 
 
 if __name__ == "__main__":

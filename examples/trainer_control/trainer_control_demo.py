@@ -1,14 +1,14 @@
-"""A small language model that trains on Python's own standard library, and can be controlled from outside.
+"""A small language model that learns the source code of Python's standard library, and can be controlled.
 
 Start it in one terminal, and control it from another::
 
     python examples/trainer_control/trainer_control_demo.py
-    forgather control list
-    forgather control status
-    forgather control save --wait
-    forgather control stop --wait
+    forgather-control list
+    forgather-control status
+    forgather-control save --wait
+    forgather-control stop --wait
 
-Start it again with ``--resume``, and it goes on from its newest checkpoint.
+Started again with ``--resume``, it continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CONTEXT, WIDTH, HEADS, LAYERS, BATCH = 64, 64, 4, 2, 16
 
 
 def library_text(limit: int = 2_000_000) -> torch.Tensor:
-    """The sources of the standard library as bytes, at most ``limit`` of them."""
+    """Return the source code of the standard library, at most ``limit`` bytes."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = b"\n".join(path.read_bytes() for path in files)[:limit]
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 class LanguageModel(nn.Module):
-    """A byte-level transformer: for each byte, which one comes next."""
+    """A byte-level transformer, which predicts the next byte."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = nn.Embedding(256, WIDTH)
-        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.positions = nn.Embedding(CONTEXT, WIDTH)
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, 256)
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         length = tokens.shape[1]
-        hidden = self.bytes(tokens) + self.places(torch.arange(length))
+        hidden = self.bytes(tokens) + self.positions(torch.arange(length))
         return self.head(self.layers(hidden, mask=self.mask[:length, :length], is_causal=True))
 
 
@@ -94,10 +94,10 @@ def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job-id", help="by which the job is found; made of time, host and pid if left out")
+    parser.add_argument("--job-id", help="the name of the job for clients; made of time, host and pid if left out")
     parser.add_argument("--output-dir", type=Path, default=Path("output_models/trainer_control_demo"))
     parser.add_argument("--max-steps", type=int, default=20_000)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)

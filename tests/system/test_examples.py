@@ -1,4 +1,4 @@
-"""The examples run as their first lines say."""
+"""The examples run as their docstrings say."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def live(job_id: str) -> bool:
 
 @needs_torch
 def test_the_tour_shows_each_command_and_what_it_said():
-    """Start to end; each command of the tour stands above its output."""
+    """The tour runs to its end, and prints each command above its output."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / "trainer_control" / "tour.py"], capture_output=True, text=True, timeout=5 * SOON
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("$ forgather control list", "live ", "saved at step", "resumed from", "ended at step", "no jobs in"):
+    for shown in ("$ forgather-control list", "live ", "saved at step", "resumed from", "ended at step", "no jobs in"):
         assert shown in done.stdout, done.stdout
 
 
 @needs_torch
 def test_the_demo_saves_resumes_and_aborts(tmp_path):
-    """save, save-stop, resume from that very step, abort without another checkpoint."""
+    """The demo saves, saves and stops, resumes at that step, and aborts without another checkpoint."""
     job = start(DEMO, "--job-id", "demo", "--output-dir", str(tmp_path))
     until(lambda: live("demo"), 2 * SOON)
     saved = forgather_control.save_checkpoint("demo", wait="finished", timeout=SOON)
@@ -74,19 +74,20 @@ def test_the_demo_saves_resumes_and_aborts(tmp_path):
 
 @needs_torch
 def test_the_plain_loop_is_controlled(monkeypatch, tmp_path):
-    """The README's ten lines, with a model in them."""
+    """The plain loop saves on request, and saves a last checkpoint when it is stopped."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     job = start(EXAMPLES / "plain_loop.py")
     until(lambda: live("plain_loop"), 2 * SOON)
     record = forgather_control.save_checkpoint("plain_loop", wait="finished", timeout=SOON)
     assert Path(record.result["path"]).parent == tmp_path / "plain_loop"
-    forgather_control.graceful_stop("plain_loop", wait="finished", timeout=SOON)
+    stopped = forgather_control.graceful_stop("plain_loop", wait="finished", timeout=SOON)
+    assert Path(stopped.result["path"]).name == f"checkpoint-{stopped.result['step']}.pt"
     assert job.communicate(timeout=SOON)[0].startswith("ended at step")
 
 
 @needs_torch
 def test_the_loop_of_several_ranks_is_controlled(monkeypatch, tmp_path):
-    """One command, every rank, the same step; and SIGTERM on one of them is such a command."""
+    """All ranks end at the same step after a SIGTERM to one of them, with a checkpoint of that step."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.Popen([*torchrun, EXAMPLES / "ddp_loop.py"], stdout=subprocess.PIPE, text=True)
@@ -104,7 +105,7 @@ def test_the_loop_of_several_ranks_is_controlled(monkeypatch, tmp_path):
 @needs_torch
 @needs_transformers
 def test_the_hugging_face_example_is_controlled(tmp_path):
-    """The real Trainer saves on demand though its save_strategy is "no"."""
+    """The real Trainer saves on request although its save_strategy is "no"."""
     job = start(EXAMPLES / "hf_trainer.py", str(tmp_path))
     until(lambda: live("hf_trainer"), 4 * SOON)
     record = forgather_control.save_and_stop("hf_trainer", wait="finished", timeout=SOON)
@@ -115,7 +116,7 @@ def test_the_hugging_face_example_is_controlled(tmp_path):
 @needs_torch
 @needs_lightning
 def test_the_lightning_example_is_controlled(tmp_path):
-    """The real Trainer saves on demand though it saves nothing on its own."""
+    """The real Trainer saves on request although its own checkpoints are off."""
     job = start(EXAMPLES / "lightning_trainer.py", str(tmp_path))
     until(lambda: live("lightning_trainer"), 4 * SOON)
     record = forgather_control.save_and_stop("lightning_trainer", wait="finished", timeout=SOON)
@@ -125,21 +126,21 @@ def test_the_lightning_example_is_controlled(tmp_path):
 
 @needs_torch
 def test_the_sweep_keeps_the_best_run():
-    """The diverging and the slow run are aborted by their metrics, the good one is stopped."""
+    """The diverging and the slow run are aborted, the best one is stopped."""
     done = subprocess.run([sys.executable, EXAMPLES / "sweep.py"], capture_output=True, text=True, timeout=5 * SOON)
     assert done.returncode == 0, done.stderr
     assert "sweep-10: loss inf, abort finished" in done.stdout and done.stdout.endswith("best: sweep-0.01\n")
 
 
 def wire_lines() -> tuple[list[str], list[str]]:
-    """What prepares the shell, and the lines that ask."""
+    """Return the lines that set up the shell, and those that send a request."""
     blocks = re.findall(r"```sh\n(.*?)\n```", (EXAMPLES / "wire.md").read_text(), re.DOTALL)
     asks = [block for block in blocks if not block.startswith(("cd ", "PORT="))]
     return [block for block in blocks if block not in asks], asks
 
 
 def test_all_lines_of_the_wire_page_are_run():
-    """Those that prepare the shell, too, before each of the others."""
+    """No line of the page is left out: two set up the shell, and run before each of the eleven requests."""
     prepare, asks = wire_lines()
     assert (len(prepare), len(asks)) == (2, 11)
     assert (EXAMPLES / "wire.md").read_text().count("```") == 2 * (2 + 11)
@@ -150,8 +151,8 @@ def test_all_lines_of_the_wire_page_are_run():
 @needs("openssl")
 @pytest.mark.parametrize("line", wire_lines()[1])
 def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem, monkeypatch):
-    """Each one-liner answers strict JSON without an error, or, as a notification, acts."""
-    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)  # it looks into requests/ at once
+    """Each line is answered with strict JSON and no error; a notification is carried out."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)  # request files are read at once
     tls = {"certfile": pem.cert, "keyfile": pem.key} if "CERT" in line else {}
     with running_loop("my_experiment", port=0, **tls) as run:
         script = "\n".join([*wire_lines()[0], line]).replace("~/.config/forgather/jobs", str(jobs_dir))
@@ -175,7 +176,7 @@ def test_the_lines_of_the_wire_page_work(line, jobs_dir, pem, monkeypatch):
 
 @needs_torch
 def test_the_demo_survives_its_terminal(tmp_path):
-    """Ctrl-C ends the demo as it ends any program, and leaves no job behind."""
+    """Ctrl-C ends the demo and leaves no job behind."""
     job = start(DEMO, "--job-id", "demo", "--output-dir", str(tmp_path))
     until(lambda: live("demo"), 2 * SOON)
     job.send_signal(signal.SIGINT)

@@ -1,7 +1,7 @@
-"""Every fault that was found in Forgather's own trainer control, as a test in our terms.
+"""Every fault that was found in Forgather's own trainer control, as a test of this package.
 
-``FAULTS`` names them in the order in which they were found, each with the tests that fail should we ever have it, too.
-What a few lines show is shown here; the rest is held where the part in question is tested.
+``FAULTS`` lists them in the order in which they were found, each with the tests that would fail if this package had
+it, too. Short tests are in this file; the others are with the module that they test.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..support.harness import ROOT, SOON, Process, Wire, cli, running_loop, unti
 
 HERE = "tests/system/test_original.py"
 
-#: Number: what the original does, and the tests that hold us to something else.
+#: Number: what the original does, and the tests that prove that this package does not.
 FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     1: (
-        "cleanup deletes outside its directory, where a record's job_id leads it",
+        "cleanup deletes directories outside its own, wherever a record's job_id points",
         (
             f"{HERE}::test_cleanup_goes_by_names_that_agree",
-            "tests/jobs/test_registry.py::test_only_a_job_directory_is_removed",
+            "tests/jobs/test_cleanup.py::test_only_a_job_directory_is_removed",
             "tests/system/test_another_user.py::test_root_cleans_up_nothing_else",
         ),
     ),
@@ -41,8 +41,8 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     3: (
         "cleanup removes live jobs of other hosts on a shared home",
         (
-            "tests/jobs/test_registry.py::test_what_this_host_cannot_see_is_not_removed",
-            "tests/processes/test_liveness.py::test_what_is_judged_by_what",
+            "tests/jobs/test_cleanup.py::test_what_this_host_cannot_see_is_not_removed",
+            "tests/processes/test_liveness.py::test_the_order_of_evidence",
         ),
     ),
     4: (
@@ -54,14 +54,14 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     5: (
-        "a web page reaches it by a POST of text/plain",
+        "a web page can control it with a POST of text/plain",
         (
             "tests/server/test_auth.py::test_a_first_line_that_is_no_authenticate_ends_the_connection",
             "tests/system/test_network.py::test_who_has_the_token_controls_it_and_who_has_not_does_nothing",
         ),
     ),
     6: (
-        "the client reads any endpoint.json, by a job id that is a path",
+        "the client reads any endpoint.json if the job id is a path",
         (f"{HERE}::test_a_path_is_no_job", "tests/client/test_api.py::test_a_name_that_fits_nothing_is_no_such_job"),
     ),
     7: (
@@ -72,13 +72,13 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     8: (
-        "control by file is announced, written, called a success, and read by nobody; dependencies are not declared",
+        "request files are documented, written, called a success, but never read; dependencies are not declared",
         (
             "tests/server/test_file_requests.py::test_touch_from_a_shell",
             "tests/client/test_file_transport.py::test_calls_commands_and_errors",
             "tests/client/test_file_transport.py::test_what_nobody_takes_is_taken_back",
-            "tests/system/test_layout.py::test_nothing_foreign_at_module_level",
-            "tests/system/test_layout.py::test_foreign_inside_functions",
+            "tests/system/test_layout.py::test_nothing_third_party_at_module_level",
+            "tests/system/test_layout.py::test_third_party_inside_functions",
         ),
     ),
     9: (
@@ -90,7 +90,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     10: (
-        "success means queued; no id, no way to wait, no path",
+        "success means queued; there is no id, no way to wait, no path",
         (
             "tests/client/test_api.py::test_every_wait_returns_at_its_own_moment",
             "tests/client/test_api.py::test_the_same_id_twice_is_the_same_command",
@@ -98,7 +98,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     11: (
-        "commands that come with the last log, or after it, are lost",
+        "commands that arrive at the last log, or after it, are lost",
         (
             f"{HERE}::test_what_comes_after_the_last_step_is_told_so",
             "tests/training/test_controller.py::test_requests_in_the_last_moment_are_answered",
@@ -107,7 +107,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     12: (
-        "status says running whatever happens, and logged names overwrite its own",
+        "status always says running, and logged names overwrite its own members",
         (
             "tests/integrations/test_huggingface.py::test_status_words",
             "tests/integrations/test_huggingface.py::test_logged_names_do_not_overwrite",
@@ -116,7 +116,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     13: (
-        "a NaN breaks strict parsers, and a tensor among the metrics every status",
+        "a NaN breaks strict parsers, and a tensor among the metrics breaks every status",
         (
             "tests/training/test_controller.py::test_logged_names_never_overwrite_ours",
             "tests/training/test_metrics.py::test_tensor_values",
@@ -125,18 +125,18 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     14: (
-        "a pid that was used again makes a dead job look alive",
+        "a reused pid makes a dead job look alive",
         (f"{HERE}::test_any_living_pid_is_not_enough", "tests/jobs/test_registry.py::test_a_reused_pid_reads_dead"),
     ),
     15: (
-        "one bad file ends the list",
+        "one bad file breaks the whole list",
         (
             "tests/jobs/test_registry.py::test_one_bad_record_does_not_hide_the_others",
             "tests/cli/test_main.py::test_the_list_says_every_state_in_words",
         ),
     ),
     16: (
-        "a malformed request is answered with Python's words, a query passes for a command, and parameters are dropped",
+        "a malformed request gets Python's own message, a query is queued as a command, parameters are dropped",
         (
             f"{HERE}::test_what_is_no_command_is_none",
             "tests/training/test_controller.py::test_no_word_of_a_fault_goes_over_the_wire",
@@ -144,11 +144,11 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     17: (
-        "the host's name is the address, so that a name which leads nowhere breaks even local control",
+        "the host name is the address, so that a name that cannot be resolved breaks even local control",
         (f"{HERE}::test_a_host_name_that_leads_nowhere", "tests/server/test_tcp.py::test_the_address_is_a_number"),
     ),
     18: (
-        "a port is tried, let go and bound again; a server that fails is one line in a log; a sleep stands for a wait",
+        "a port is bound, closed and bound again; a failed server is one log line; a sleep is used instead of a wait",
         (
             f"{HERE}::test_a_port_that_is_published_is_open",
             "tests/server/test_listener.py::test_two_at_once_get_two_ports",
@@ -156,10 +156,10 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     19: (
-        "the documentation promises what is not so: control of any rank, a file that is not there, a stop that saves",
+        "the documentation is wrong: control of any rank, a file that does not exist, a stop that saves",
         (
-            # What is written is run, or compared with the code; that a stop saves where save_strategy is "no" we do
-            # not say, and that a signal reaches all by any rank we do.
+            # Our documentation is run, or compared with the code. It does not say that a stop saves if save_strategy
+            # is "no", and it does say that a signal to any rank reaches all.
             "tests/system/test_readme.py::test_the_quick_start_runs_as_typed",
             "tests/system/test_readme.py::test_the_names_it_shows_exist",
             "tests/system/test_readme.py::test_the_tables_are_the_codes_own",
@@ -169,14 +169,14 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     20: (
         "one log call on rank 0 alone deadlocks all ranks",
-        # Its plans have one rank log alone, each in its turn.
+        # In its plans, each rank in turn logs alone.
         (
             "tests/system/test_torchrun.py::test_all_ranks_apply_the_same_commands_at_the_same_steps",
             "tests/training/test_metrics.py::test_distributed_tensor_costs_no_collective",
         ),
     ),
     21: (
-        "two broadcasts and a read from the device at every log, though nobody asks",
+        "two broadcasts and a read from the device at every log, even without a client",
         (
             "tests/ranks/test_store_group.py::test_an_idle_step_holds_nobody",
             "tests/training/test_metrics.py::test_reading_is_left_to_the_asker",
@@ -184,7 +184,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     22: (
-        "nothing is heard between two logs, nor in an evaluation; an abort waits for the next log",
+        "commands are only received at a log, not during an evaluation; an abort waits for the next log",
         (
             f"{HERE}::test_a_loop_that_never_logs_obeys_at_its_next_step",
             "tests/integrations/test_huggingface.py::test_commands_are_accepted_at_any_time",
@@ -192,7 +192,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     23: (
-        "an asyncio.Queue is shared between threads, which it is not made for",
+        "an asyncio.Queue is shared between threads, which it does not support",
         (
             "tests/training/test_command_queue.py::test_race",
             "tests/training/test_command_queue.py::test_race_for_one_id",
@@ -200,7 +200,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     24: (
-        "the queue has no bound and tells no two equal commands apart, and all run at one log",
+        "the queue has no bound, equal commands are not merged, and all run at one log",
         (
             "tests/training/test_command_queue.py::test_bound_of_unfinished_commands",
             "tests/training/test_command_queue.py::test_equal_pending_commands_share_a_record",
@@ -215,7 +215,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     26: (
-        "flags are never taken back, so that a second train() stops after one step",
+        "flags are never reset, so that a second train() stops after one step",
         (
             "tests/integrations/test_huggingface.py::test_train_can_be_called_twice",
             "tests/integrations/test_huggingface.py::test_forgather_trains_twice",
@@ -223,14 +223,14 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     27: (
-        "under Hugging Face abort is a stop, and a hook is missing",
+        "with Hugging Face, abort is a stop, and a hook is missing",
         (
             "tests/integrations/test_huggingface.py::test_abort_leaves_the_disk_as_it_is",
             "tests/integrations/test_huggingface.py::test_every_hook_exists",
         ),
     ),
     28: (
-        "a signal handler that is never installed and does nothing",
+        "the signal handler is never installed, and does nothing",
         (
             "tests/training/test_signals.py::test_from_outside_as_a_launcher_does_it",
             "tests/training/test_adapter.py::test_a_signal_is_a_command_and_calls_who_was_there_before",
@@ -238,7 +238,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     29: (
-        "a crash leaves endpoint.json, a clean end an empty directory, and every end an error in the log",
+        "a crash leaves endpoint.json, a clean end leaves an empty directory, and every end logs an error",
         (
             f"{HERE}::test_every_end_leaves_nothing_and_says_nothing",
             "tests/integrations/test_loop.py::test_the_interpreter_ends_with_a_job_open",
@@ -247,7 +247,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     30: (
-        "no tests, no version of the protocol, no --json, no wait, no default job; emoji states; questions to nobody",
+        "no tests, no protocol version, no --json, no wait, no default job; emoji states; questions without a terminal",
         (
             "tests/system/test_mirror.py::test_module_has_its_tests",
             "tests/cli/test_main.py::test_json_prints_one_text_of_what_the_wire_said",
@@ -262,14 +262,14 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
 
 @functools.cache
 def names_in(path: str) -> set[str]:
-    """The tests that a file of ours has."""
+    """Return the names of the tests in a file."""
     nodes = ast.parse((ROOT / path).read_text()).body
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
 
 @pytest.mark.parametrize("number", range(1, 31))
 def test_each_fault_has_its_tests(number):
-    """All thirty are there, each with a sentence, and with tests that exist under that very name."""
+    """Each of the thirty faults has a sentence, and names tests that exist."""
     sentence, references = FAULTS[number]
     assert sentence and references and len(FAULTS) == 30
     for reference in references:
@@ -278,17 +278,17 @@ def test_each_fault_has_its_tests(number):
 
 
 def test_each_test_here_is_named():
-    """No test below but for some fault."""
+    """Each test below belongs to a fault."""
     named = {reference for _, references in FAULTS.values() for reference in references}
     here = {f"{HERE}::{name}" for name in names_in(HERE)} - {f"{HERE}::test_each_fault_has_its_tests"}
     assert here - named == {f"{HERE}::test_each_test_here_is_named"}
 
 
-# What a few lines show...
+# Short tests...
 
 
 def left_by(folder, name, **changes):
-    """What a job that was killed left, as far as its members are not changed."""
+    """Write the record of a job that was killed, with some members changed."""
     folder.mkdir(parents=True)
     owner = liveness.current_process()._replace(pid=2**31 - 1)
     record = {"job_id": name, "host": owner.host, "port": None, "pid": owner.pid, "started_at": 1.0}
@@ -311,7 +311,7 @@ def test_cleanup_goes_by_names_that_agree(jobs_dir, job_id):
 
 @pytest.mark.parametrize("name", ["..", "../victim", "../../victim", "jobs/../../victim"])
 def test_a_path_is_no_job(jobs_dir, name):
-    """Fault 6: a record elsewhere is not read, whatever path leads there."""
+    """Fault 6: a record outside the jobs directory is not read, by any path."""
     left_by(jobs_dir.parent / "victim", name)
     jobs_dir.mkdir()
     for job in (name, str(jobs_dir.parent / "victim")):
@@ -322,7 +322,7 @@ def test_a_path_is_no_job(jobs_dir, name):
 
 
 def test_what_comes_after_the_last_step_is_told_so(jobs_dir):
-    """Fault 11: accepted behind the last step, and failed when training ends; nobody waits for ever."""
+    """Fault 11: commands accepted after the last step fail when training ends, and no client waits for ever."""
     with TrainingJob("job") as job, Wire(jobs_dir / "job" / "control.sock") as late:
         job.step(1)
         control = job._controller
@@ -337,7 +337,7 @@ def test_what_comes_after_the_last_step_is_told_so(jobs_dir):
 
 
 def test_any_living_pid_is_not_enough(jobs_dir):
-    """Fault 14: the pid belongs to somebody by now, who started later."""
+    """Fault 14: the pid belongs to another process now, which started later."""
     with Process("import sys; sys.stdin.read()") as other:
         began = psutil.Process(other.pid).create_time()
         left_by(jobs_dir / "job", "job", pid=other.pid, process_started_at=began - 3600, booted_at=psutil.boot_time())
@@ -346,7 +346,7 @@ def test_any_living_pid_is_not_enough(jobs_dir):
 
 
 def test_what_is_no_command_is_none(jobs_dir):
-    """Fault 16: a query cannot be queued, what is malformed is told in our words, a parameter counts or is refused."""
+    """Fault 16: a query is not queued, malformed requests get our messages, unknown parameters are refused."""
     with running_loop(), Wire(jobs_dir / "job" / "control.sock") as wire:
         for params in ({"wait": "finished"}, {"command_id": "mine"}, ["accepted"]):
             assert wire.call("status", params)["error"]["code"] == errors.InvalidParams.code
@@ -361,7 +361,7 @@ def test_what_is_no_command_is_none(jobs_dir):
 
 
 def test_a_host_name_that_leads_nowhere(jobs_dir, monkeypatch):
-    """Fault 17: a job whose host has a name that nobody can look up is reached all the same, by socket and by port."""
+    """Fault 17: a job on a host whose name cannot be resolved is reached by socket and by port."""
     monkeypatch.setattr("socket.gethostname", lambda: "no.such.host.invalid")
     with running_loop(port=0) as run:
         until(lambda: run.steps)
@@ -373,7 +373,7 @@ def test_a_host_name_that_leads_nowhere(jobs_dir, monkeypatch):
 
 
 def test_a_port_that_is_published_is_open(jobs_dir):
-    """Fault 18: whoever can read the record can connect at once; nothing had to be slept for."""
+    """Fault 18: a client that reads the record can connect at once, without a sleep."""
     for _ in range(10):
         with TrainingJob("job", port="auto"):
             known = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
@@ -382,7 +382,7 @@ def test_a_port_that_is_published_is_open(jobs_dir):
 
 
 def test_a_loop_that_never_logs_obeys_at_its_next_step():
-    """Fault 22: a step is all it takes; each command is applied at the very next one."""
+    """Fault 22: a loop that never logs applies each command at its next step."""
     for command, obeyed in (("save_checkpoint", "should_save"), ("graceful_stop", "should_stop"), ("abort", "aborted")):
         with TrainingJob("job") as job:
             job.step(1)
@@ -390,12 +390,12 @@ def test_a_loop_that_never_logs_obeys_at_its_next_step():
             assert not getattr(job, obeyed)
             job.step(2)
             assert getattr(job, obeyed)
-            assert forgather_control.client.get_command("job", sent.command_id).applied_at_step == 2
+            assert forgather_control.get_command("job", sent.command_id).applied_at_step == 2
 
 
 @pytest.mark.parametrize("crash", [None, RuntimeError, KeyboardInterrupt, SystemExit])
 def test_every_end_leaves_nothing_and_says_nothing(jobs_dir, caplog, crash):
-    """Fault 29: after a clean end and after a crash no file is left, and the log has no complaint."""
+    """Fault 29: after a clean end and after a crash no file is left, and nothing is logged."""
     caplog.set_level(logging.WARNING)
     try:
         with TrainingJob("job", port=0) as job:
