@@ -1,126 +1,65 @@
-"""How ranks come to apply the same commands at the same step, without a collective and without asking while idle.
+"""Two-phase commit of commands: all ranks apply the same list at the same step, and an idle step costs nothing.
 
-Floor 0: imports nothing of ours; no torch, no thread, no clock of its own, so that a test can drive it
-through every order of events. Each object is guarded by its owner's lock, but for the two attributes
-that an idle step touches (see :class:`Participant`).
+No torch, no thread and no clock in here, so that a test can drive it through every order of events. The owner's lock
+guards each object, except for the two attributes that an idle step touches (see :class:`Participant`).
 
-Each rank has a *step*: the number of its last step that is done, which only grows. A *round* carries
-one list of commands to all ranks. One key of the store, ``go``, is its decision: it is written once,
-by compare-and-set, and holds either (T, commands) or "off". ::
+Each rank has a *step*: the number of its last finished step, which only grows. A *round* carries one list of commands
+to all ranks. Its decision is one key of the store: written once, by compare-and-set, it holds either (T, commands) or
+"off". ::
 
     coordinator (rank 0)                     participant (every rank)
-    ask ──────────────────────────────▶ must_wait = True, then reads its clock
-        ◀────────────────────────────── at: that clock
-    all are in: T = highest + 1
-    go := (T, commands) ──────────────▶ a training thread that came to the end of a step in between
-                                        goes on; the first step end at T or later applies the commands
-        ◀────────────────────────────── did
-    all are in: "applied" is true       kept, once its part of a checkpoint is on disk
-    all are in: "finished" is true
+    Prepare ──────────────────────────▶ sets must_wait, then reads its step
+            ◀────────────────────────── Ready: that step
+    all are ready: T = highest step + 1
+    decision := (T, commands)
+    Commit ───────────────────────────▶ a training thread that was held at the end of a step continues;
+                                        the first step end at T or later applies the commands
+            ◀────────────────────────── Applied, with the outcomes
+    all have applied: "applied"
+            ◀────────────────────────── Reported: its part of one command is complete (a checkpoint, say)
+    all have reported: "finished"
 
-*Why no rank can pass T.* A participant raises ``must_wait`` before it reads its clock, and a training thread
-advances its clock before it reads ``must_wait``. So a step end that the answer does not count is one
-at which the thread holds: until it knows the decision it stands at the first step end after its
-answer, and no earlier step end is at T or later, as T is greater than every answer. Hence every rank is
-still before its first step end at T or later when it learns T, and all apply the list there.
+*Why no rank can pass T.* A participant sets ``must_wait`` before it reads its step, and a training thread advances its
+step before it reads ``must_wait``. So the thread holds at every step end that the Ready does not count: until it has
+the decision it stands at the first step end after its Ready, and no earlier step end is at T or later, because T is
+greater than every step in a Ready. Hence every rank is still before its first step end at T or later when it receives
+T, and all apply the list there.
 
-*Why nobody waits for ever.* A thread holds for the answer of watchers, which are not training threads: a
-rank that evaluates, saves or hangs in a collective answers all the same. If one does not answer in
-``PATIENCE`` seconds, the coordinator proposes "off"; if the coordinator does not decide, the participant proposes it
-itself. Whoever's proposal is written first, all obey it: a round that one rank gave up, nobody applies.
-A command of a round that is off stays queued, and is tried again.
+*Why no rank waits for ever.* A held thread waits only for the other ranks' receiver threads, which are not training
+threads: a rank that evaluates, saves or hangs in a collective answers all the same. If one does not answer within
+``READY_TIMEOUT``, the coordinator proposes "off"; if the coordinator does not decide within ``DECISION_TIMEOUT``, the
+participant proposes it. All obey the proposal that is written first, so no rank applies a round that one rank called
+off. The commands of a round that is off stay queued and are tried again.
 
-*Who dies, ends, or gives up.* A rank that ended its training says so, and is asked no more; the others
-go on without it. A rank whose control failed while its training goes on ends all agreement: if the
-others stopped, it would wait for them in a collective. A rank that dies silently leaves a round "off"
-after ``PATIENCE``; its training can have no further step then, and that is its launcher's to notice.
+*Ranks that end, give up or die.* A rank whose training ended sends Leave; the others continue without it, and it owes
+no more reports. A rank whose control failed while its training continues ends all agreement: if the others stopped, it
+would wait for them in a collective. A rank that dies silently leaves a round "off" after ``READY_TIMEOUT``; its
+training can have no further step then, and its launcher must notice.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from .. import states
-
-#: Seconds in which all watchers must have answered. They answer in milliseconds, unless C code holds
-#: their interpreter's lock; holding training any longer for them would do more harm than asking again.
-PATIENCE: Final = 10.0
-#: Seconds from a round that is off to the next one, doubled each time up to the last.
-PAUSE: Final = 1.0
-MAX_PAUSE: Final = 60.0
-
-#: ``[command_id, command, spare]`` of each command, in the order in which all ranks apply them. ``spare``: stop
-#: without saving, as there is a checkpoint that is young enough; rank 0 decides it for all, having one clock.
-Calls = list[list[Any]]
-
-
-# What ranks say to one another...
-
-
-class Join(NamedTuple):
-    """A rank takes part from now on; ``about`` is what it says of its process."""
-
-    rank: int
-    about: dict[str, Any]
-
-
-class Prepare(NamedTuple):
-    """To all: where are you? Hold at the end of your next step until this round is decided."""
-
-    number: int
-
-
-class Ready(NamedTuple):
-    """The answer: what was done when ``must_wait`` was already raised."""
-
-    number: int
-    rank: int
-    step: int
-
-
-class Commit(NamedTuple):
-    """To all: this round is decided; ``due`` is T, or ``None`` if it is off."""
-
-    number: int
-    due: int | None
-    calls: Calls
-
-
-class Applied(NamedTuple):
-    """A rank applied the commands of the round."""
-
-    number: int
-    rank: int
-
-
-class Reported(NamedTuple):
-    """A rank's part of the round's checkpoint is on disk, or will not be: ``fault`` says why."""
-
-    number: int
-    rank: int
-    fault: str | None
-
-
-class Leave(NamedTuple):
-    """A rank takes part no more after the step ``step``; ``fault`` says why, if its training goes on."""
-
-    rank: int
-    step: int
-    fault: str | None
-
+from ..wire.records import Outcome, ScheduledCommand
+from . import limits
+from .messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
+from .tally import Tally
 
 # What the coordinator wants done...
 
 
-class Post(NamedTuple):
+class Send(NamedTuple):
     """Send ``message`` to each of ``ranks``."""
 
     ranks: tuple[int, ...]
     message: Prepare | Commit
 
 
-class Propose(NamedTuple):
-    """Write the round's decision, unless there is one, and tell ``Coordinator.decided`` what stands there.
+class Decide(NamedTuple):
+    """Write the round's decision, unless there is one, and pass what stands there to ``Coordinator.decided``.
 
     ``due`` is T, to be written with the commands that are pending now, or ``None`` for "off".
     """
@@ -130,57 +69,59 @@ class Propose(NamedTuple):
 
 
 class AllApplied(NamedTuple):
-    """All ranks applied the round; ``fault`` says why not all, if so."""
+    """All ranks applied the round, with these non-empty outcomes by rank; ``fault`` says why not all, if so."""
 
     number: int
+    outcomes: dict[int, dict[str, Outcome]]
     fault: str | None
 
 
 class AllReported(NamedTuple):
-    """All ranks have written their part of the round's checkpoint; ``fault`` says why not all, if so."""
+    """All ranks reported on the command, with these outcomes by rank; ``fault`` says why some never will, if so."""
 
-    number: int
+    command_id: str
+    outcomes: dict[int, Outcome]
     fault: str | None
 
 
-Action = Post | Propose | AllApplied | AllReported
+Action = Send | Decide | AllApplied | AllReported
 
 
 class Participant:
     """One rank's side of the rounds.
 
-    ``step`` is written by the training thread alone, without a lock, before it reads ``must_wait``;
-    the rest under the owner's lock.
+    The training thread alone writes ``step``, without a lock, before it reads ``must_wait``; the owner's lock guards
+    the rest.
     """
 
     def __init__(self, rank: int, step: int = 0) -> None:
         self.rank = rank
         self.step = step
-        #: Whether the end of a step must be looked at. All that an idle step reads.
+        #: Whether the end of a step must call ``take``. All that an idle step reads.
         self.must_wait = False
         #: The round that waits for its decision or for its step, or the last one there was.
         self.number = 0
         self._decision: Commit | None = None
 
     def tick(self, step: int) -> bool:
-        """The end of a step: whether it must be looked at. On the training thread, every step.
+        """Note the end of a step; return ``must_wait``. On the training thread, every step.
 
-        Numbers that do not grow (each epoch counted from 1, say) count on from the last.
+        Where step numbers do not grow (each epoch starts from 1, say), the count continues from the last one.
         """
         last = self.step
         self.step = step if step > last else last + 1
         return self.must_wait
 
     def prepare(self, number: int) -> Ready:
-        """Answer at which step this rank is, and hold at the end of the next one. A late question changes nothing."""
+        """Hold the training thread at its next step end; a Prepare that comes after its round's end changes nothing."""
         if number > self.number:
             self.number, self._decision = number, None
-            self.must_wait = True  # before the clock is read: see above
+            self.must_wait = True  # before the step is read: see above
         return Ready(number, self.rank, self.step)
 
     def commit(self, decision: Commit) -> None:
-        """The round is decided. What comes late or twice changes nothing."""
-        if decision.number > self.number:  # off before its question came, as are all before it
+        """Note the decision of a round; one that comes late or twice changes nothing."""
+        if decision.number > self.number:  # off before its Prepare came, as are all rounds before it
             self.forget()
             self.number = decision.number
         elif decision.number == self.number and self.undecided:
@@ -193,183 +134,191 @@ class Participant:
         return self.must_wait and self._decision is None
 
     def forget(self) -> None:
-        """Nothing more will be heard of a round that is not decided; one that is will be carried out."""
+        """Drop a round that is not decided, because no more will be received of it; one that is decided stands."""
         if self.undecided:
             self.must_wait = False
 
-    def take(self) -> Calls | None:
-        """At the end of a step, of a decided round: its commands, if they are due; else ``None``."""
+    def take(self) -> list[ScheduledCommand] | None:
+        """Return the commands of a decided round if they are due at this step end, else ``None``."""
         decision = self._decision
         if not self.must_wait or decision is None or decision.due is None or self.step < decision.due:
             return None
         self.must_wait = False
-        return decision.calls
+        return decision.commands
 
 
 class Coordinator:
-    """Rank 0's side of the rounds, one at a time. Events go in by methods, :meth:`next` says what is to be done.
+    """Rank 0's side of the rounds, one at a time.
+
+    Messages go in by :meth:`receive`; :meth:`next` returns what is to be done.
 
     Args:
-        size: how many ranks there are.
-        patience: seconds for all answers of a round.
+        size: the number of ranks.
+        timeout: seconds in which all ranks must be ready.
     """
 
-    def __init__(self, size: int, patience: float = PATIENCE) -> None:
-        self._patience = patience
-        self._absent = set(range(size))
-        self._gone: set[int] = set()
-        self._passed = 0  # the last step of those that are gone
-        self._everybody = frozenset(range(size))
-        #: Why no round can be held any more.
+    def __init__(self, size: int, timeout: float = limits.READY_TIMEOUT) -> None:
+        self._ranks, self._timeout = frozenset(range(size)), timeout
+        self._absent = set(self._ranks)
+        self._left: dict[int, str | None] = {}  # why, if not as it should
+        self._passed = 0  # the last step of those that left
+        #: Why there can be no more rounds.
         self.fault: str | None = None
         self.number = 0
-        self._closed = False
-        self._phase: Literal["idle", "asking", "deciding", "going"] = "idle"
+        self._closed = self._lost = False
+        self._phase: Literal["idle", "preparing", "deciding", "committed"] = "idle"
         self._asked: set[int] = set()
-        self._answers: dict[int, int] = {}
+        self._steps: dict[int, int] = {}  # by rank that is ready
         self._deadline = 0.0
-        self._pause = PAUSE
-        self._waiting: set[int] = set()  # for these to apply the round
-        self._unapplied: str | None = None  # why one of them will not
-        self._keeping: dict[int, set[int]] = {}  # by round: for these to write their part of its checkpoint
-        self._faults: dict[int, str] = {}  # why one of those will not
+        self._delay = limits.RETRY_DELAY
+        self._applied = Tally()  # of this round
+        self._reports: dict[str, Tally] = {}  # by command
+        self._commands: list[str] = []  # of this round, that await reports
+        self._early: list[Reported] = []  # on commands that are not known yet
 
     # Events...
 
-    def join(self, rank: int) -> None:
-        """A rank takes part from now on."""
-        self._absent.discard(rank)
+    def receive(self, message: Join | Ready | Applied | Reported | Leave) -> None:
+        """Note what a rank sent."""
+        match message:
+            case Join():
+                self._absent.discard(message.rank)
+            case Ready():
+                if self._phase == "preparing" and message.number == self.number:
+                    self._steps[message.rank] = message.step
+            case Applied():
+                if message.number == self.number:
+                    self._applied.add(message.rank, message.outcomes)
+            case Reported():
+                self._report(message)
+            case Leave():
+                self._leave(message)
 
-    def leave(self, rank: int, step: int, fault: str | None) -> None:
-        """A rank takes part no more: what it has passed, the others must not apply."""
-        self._passed = max(self._passed, step)
-        self._absent.discard(rank)
-        self._gone.add(rank)
-        if fault is not None:
-            self.fault = self.fault or fault
-            if rank in self._waiting:
-                self._unapplied = self._unapplied or fault
-            for number in (number for number, waiting in self._keeping.items() if rank in waiting):
-                self._faults.setdefault(number, fault)
-        self._asked.discard(rank)
-        self._waiting.discard(rank)
-        for waiting in self._keeping.values():
-            waiting.discard(rank)
+    def _report(self, report: Reported) -> None:
+        tally = self._reports.get(report.command_id)
+        if tally is not None:
+            tally.add(report.rank, report.outcome)
+        elif self._phase == "deciding":  # a rank that gave the round up reads the decision before it is known here
+            self._early.append(report)
 
-    def ready(self, number: int, rank: int, step: int) -> None:
-        """A rank answered where it is."""
-        if self._phase == "asking" and number == self.number:
-            self._answers[rank] = step
+    def _leave(self, leave: Leave) -> None:
+        if leave.rank in self._left:
+            return
+        self._passed = max(self._passed, leave.step)  # the others must not apply what this rank has passed
+        self._absent.discard(leave.rank)
+        self._asked.discard(leave.rank)
+        self._applied.drop(leave.rank, leave.fault)
+        self._drop(leave.rank, leave.fault)
+        self.fault = self.fault or leave.fault
 
-    def decided(self, decision: Commit, keeps: bool, now: float) -> Post:
-        """What stands in the store as the round's decision; ``keeps``: whether its commands save."""
-        if not keeps:
-            del self._keeping[decision.number]
-            self._faults.pop(decision.number, None)
-        if decision.due is None and self._asked and len(self._answers) == len(self._asked):
-            self._phase, self._deadline = "idle", now  # all answered, and what was wanted had been taken back
-        elif decision.due is None:
-            self._phase, self._deadline = "idle", now + self._pause
-            self._pause = min(2 * self._pause, MAX_PAUSE)
+    def _drop(self, rank: int, fault: str | None) -> None:
+        self._left[rank] = fault
+        for command_id, tally in self._reports.items():
+            if rank not in self._applied.missing or command_id not in self._commands:  # rank 0 may not have applied it
+                tally.drop(rank, fault)
+
+    def decided(self, decision: Commit, awaiting: Iterable[str], now: float) -> Send:
+        """Note what stands in the store as the round's decision; ``awaiting``: its commands that await reports."""
+        if decision.due is not None:
+            self._phase, self._deadline, self._delay = "committed", now, limits.RETRY_DELAY
+            self._expect_reports(awaiting)
+        elif self._asked and len(self._steps) == len(self._asked):
+            self._phase, self._deadline = "idle", now  # all were ready, but the commands had been cancelled
         else:
-            self._phase, self._deadline, self._pause = "going", now, PAUSE
-        return Post(tuple(sorted(self._asked)), decision)
+            self._phase, self._deadline = "idle", now + self._delay
+            self._delay = min(2 * self._delay, limits.MAX_RETRY_DELAY)
+        self._early.clear()
+        return Send(tuple(sorted(self._asked)), decision)
 
-    def applied(self, number: int, rank: int) -> None:
-        """A rank applied the round."""
-        if number == self.number:
-            self._waiting.discard(rank)
+    def _expect_reports(self, awaiting: Iterable[str]) -> None:
+        self._commands = list(awaiting)
+        for command_id in self._commands:
+            self._reports[command_id] = Tally(self._applied.ranks)
+        for report in self._early:
+            self._report(report)
+        for rank, fault in self._left.items():
+            self._drop(rank, fault)
+        if self._lost:
+            self.lose(self.fault or "")
 
-    def reported(self, number: int, rank: int, fault: str | None) -> None:
-        """A rank has written its part of the round's checkpoint, or never will."""
-        if number in self._keeping:
-            self._keeping[number].discard(rank)
-            if fault is not None:
-                self._faults.setdefault(number, fault)
+    def lose(self, why: str) -> None:
+        """Rank 0 receives nothing any more: there are no more rounds, and what is missing will not come."""
+        self.fault, self._lost = self.fault or why, True
+        for tally in (self._applied, *self._reports.values()):
+            for rank in list(tally.missing):
+                tally.drop(rank, why)
+
+    def close(self, fault: str | None) -> list[Action]:
+        """End rank 0: it owes no more reports, a round that is not decided is off, and there are no more."""
+        self._closed = True
+        self._drop(0, fault)
+        return self._decide(None) if self._phase == "preparing" else []
 
     # What follows from them...
 
     def state(self, rank: int) -> states.RankState:
-        """What is known of a rank that says nothing."""
-        return (
-            states.RANK_ABSENT
-            if rank in self._absent
-            else states.RANK_ENDED
-            if rank in self._gone
-            else states.RANK_SILENT
-        )
+        """Return the state of a rank that did not answer."""
+        if rank in self._absent:
+            return states.RANK_ABSENT
+        return states.RANK_ENDED if rank in self._left else states.RANK_SILENT
 
     @property
-    def is_going(self) -> bool:
-        """Whether commands are on their way that not all ranks have applied."""
-        return self._phase == "going"
-
-    @property
-    def keeping(self) -> list[int]:
-        """The rounds whose checkpoints are not complete."""
-        return list(self._keeping)
-
-    @property
-    def owes(self) -> bool:
-        """Whether rank 0 did its part (or may have) of something of which others have not said that they did theirs."""
+    def owed(self) -> bool:
+        """Whether rank 0 did its part (or may have) of something, and other ranks have not answered that they did."""
         return self._phase == "deciding" or bool(self.missing)
 
     @property
     def missing(self) -> list[int]:
-        """Those others."""
-        parts = [self._waiting] if self._phase == "going" else []
-        return sorted({rank for part in [*parts, *self._keeping.values()] if 0 not in part for rank in part})
+        """Those other ranks."""
+        tallies = [self._applied] if self._phase == "committed" else []
+        tallies += self._reports.values()
+        return sorted({rank for tally in tallies if 0 not in tally.missing for rank in tally.missing})
 
     def next(self, now: float, pending: bool) -> list[Action]:
-        """What is to be done. Called again after each event, after what it said is done, and when ``wait`` is over."""
-        actions: list[Action] = []
-        if self._phase == "asking":
-            actions += self._count(now)
-        elif self._phase == "going" and not self._waiting:
-            self._phase = "idle"
-            actions.append(AllApplied(self.number, self._unapplied))
-        if self._phase == "idle" and pending and self._may_ask and now >= self._deadline:
-            actions += self._ask(now)
-        return actions + self._stored()
+        """Return what is to be done. Call it after each event, after its actions are done, and after ``delay``.
 
-    def wait(self, now: float, pending: bool) -> float | None:
-        """Seconds after which ``next`` may have something to say though nothing happened; ``None``: never."""
-        if self._phase == "asking" or (self._phase == "idle" and pending and now < self._deadline):
+        Args:
+            now: the time in seconds, on any clock that only grows.
+            pending: whether commands are queued.
+        """
+        actions = self._count(now) if self._phase == "preparing" else self.completed()
+        may_begin = pending and not self._absent and not self._closed and self.fault is None
+        if self._phase == "idle" and may_begin and now >= self._deadline:
+            actions += self._prepare(now)
+        return actions
+
+    def delay(self, now: float, pending: bool) -> float | None:
+        """Return the seconds after which ``next`` may return actions though nothing happened; ``None`` for never."""
+        if self._phase == "preparing" or (self._phase == "idle" and pending and now < self._deadline):
             return max(0.0, self._deadline - now)
         return None
 
-    @property
-    def _may_ask(self) -> bool:
-        return not (self._absent or self._closed) and self.fault is None
+    def completed(self) -> list[Action]:
+        """Return what all ranks have applied, or reported on, since the last call."""
+        actions: list[Action] = []
+        if self._phase == "committed" and not self._applied.missing:
+            self._phase, self._commands = "idle", []
+            outcomes = {rank: answer for rank, answer in self._applied.answers.items() if answer}
+            actions.append(AllApplied(self.number, outcomes, self._applied.fault))
+        for command_id, tally in list(self._reports.items()):
+            if not tally.missing and command_id not in self._commands:  # applied comes before finished
+                del self._reports[command_id]
+                actions.append(AllReported(command_id, tally.answers, tally.fault))
+        return actions
 
-    def _ask(self, now: float) -> list[Action]:
+    def _prepare(self, now: float) -> list[Action]:
         self.number += 1
-        self._asked, self._answers = set(self._everybody - self._gone), {}
-        self._phase, self._deadline = "asking", now + self._patience
-        return [Post(tuple(sorted(self._asked)), Prepare(self.number))]
+        self._asked, self._steps = set(self._ranks - self._left.keys()), {}
+        self._phase, self._deadline = "preparing", now + self._timeout
+        return [Send(tuple(sorted(self._asked)), Prepare(self.number))]
 
     def _count(self, now: float) -> list[Action]:
-        answers = [self._answers[rank] for rank in self._asked if rank in self._answers]
-        if self.fault is not None or not self._asked or (len(answers) < len(self._asked) and now >= self._deadline):
-            return self._propose(None)
-        return self._propose(max(*answers, self._passed) + 1) if len(answers) == len(self._asked) else []
+        steps = [self._steps[rank] for rank in self._asked if rank in self._steps]
+        if self.fault is not None or not self._asked or (len(steps) < len(self._asked) and now >= self._deadline):
+            return self._decide(None)
+        return self._decide(max(*steps, self._passed) + 1) if len(steps) == len(self._asked) else []
 
-    def _propose(self, due: int | None) -> list[Action]:
-        # Who gave the round up reads the decision before it is known here, and does his part, or fails to, at once.
-        self._phase, self._unapplied = "deciding", None
-        self._waiting, self._keeping[self.number] = set(self._asked), set(self._asked)
-        return [Propose(self.number, due)]
-
-    def _stored(self) -> list[Action]:
-        over = [number for number, waiting in self._keeping.items() if not waiting and not self._is_on(number)]
-        for number in over:
-            del self._keeping[number]
-        return [AllReported(number, self._faults.pop(number, None)) for number in over]
-
-    def _is_on(self, number: int) -> bool:
-        return number == self.number and self._phase in ("deciding", "going")
-
-    def close(self) -> list[Action]:
-        """Rank 0 ends: a round that is not decided is off, and no other begins."""
-        self._closed = True
-        return self._propose(None) if self._phase == "asking" else []
+    def _decide(self, due: int | None) -> list[Action]:
+        # A rank that gave the round up may apply it, or leave, before the decision is known here.
+        self._phase, self._applied = "deciding", Tally(self._asked)
+        return [Decide(self.number, due)]

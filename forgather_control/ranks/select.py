@@ -11,30 +11,28 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from ..errors import Unsupported
+from . import keys, limits
 from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
 from .store_group import StoreGroup
 
 log = logging.getLogger("forgather_control")
 
-#: Steps between two polls where ranks must poll and neither the caller nor the trainer says how many.
-POLL_STEPS: Final = 50
-
 
 def select_group(
     delegate: RankGroupDelegate, name: str, step: int, poll_steps: int | None, log_steps: int | None = None
 ) -> RankGroup:
-    """The group this process trains in. On the training thread of every rank; no collective.
+    """Return the group that this process trains in. On the training thread of every rank; no collective.
 
-    The way must be the same on all ranks, so nothing but what is the same on all of them decides.
+    All ranks must choose alike, so only what is the same on all ranks decides.
 
     Args:
         name: the job id that was asked for, or nothing; the same on all ranks.
         step: where training begins.
-        poll_steps: ask at every so many steps, rather than never.
-        log_steps: how often to ask where ranks must and nothing is chosen.
+        poll_steps: poll every so many steps, rather than never.
+        log_steps: how often to poll where ranks must and nothing is chosen.
 
     Raises:
         Unsupported: there are other ranks, and no way to agree with them. To act on one of them alone
@@ -46,23 +44,25 @@ def select_group(
     rank, size = int(dist.get_rank()), int(dist.get_world_size())
     store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared_store(dist)
     if store is None:
-        steps = poll_steps or log_steps or POLL_STEPS
+        steps = poll_steps or log_steps or limits.POLL_STEPS
         if rank == 0:
-            log.info("ranks ask one another for commands at every %d steps: %s", steps, why)
+            log.info("ranks poll one another for commands every %d steps: %s", steps, why)
         return PollingGroup(delegate, rank, size, steps)
     if rank == 0:
-        log.info("ranks agree on commands over the %s of torch.distributed, and ask nothing while there are none", why)
+        log.info(
+            "ranks agree on commands over torch.distributed's %s; they do not communicate while no command is pending",
+            why,
+        )
     try:
         return StoreGroup(delegate, rank, size, _connector(dist, store, name), step)
     except RuntimeError as err:  # torch's DistError is one
-        raise Unsupported(
-            f"the {why} of torch.distributed cannot be reached: {str(err).partition(chr(10))[0]}"
-        ) from err
+        reason = str(err).partition(chr(10))[0]
+        raise Unsupported(f"torch.distributed's {why} cannot be reached: {reason}") from err
 
 
 def _distributed() -> Any:
-    """torch.distributed, if this process is one of several ranks; ``None`` if it is alone."""
-    # Whoever trains with several ranks has imported torch; whoever has not must not pay for it here.
+    """Return torch.distributed if this process is one of several ranks, ``None`` if it is alone."""
+    # A process that trains with several ranks has imported torch; any other must not pay for it here.
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed if torch.distributed.get_world_size() > 1 else None
@@ -72,14 +72,15 @@ def _distributed() -> Any:
         size = 1
     if size > 1:
         raise Unsupported(
-            f"it is one of {size} ranks, and torch.distributed.init_process_group was not called before training began",
+            f"this process is one of {size} ranks, but torch.distributed.init_process_group was not called before "
+            "training began; call it first",
             world_size=size,
         )
     return None
 
 
 def _shared_store(dist: Any) -> tuple[Any, str]:
-    """The default group's store and its kind; or nothing, and why it cannot be used."""
+    """Return the default group's store and its kind, or ``None`` and why it cannot be used."""
     get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     store = get_store() if get_store is not None else None
     base = store
@@ -87,19 +88,17 @@ def _shared_store(dist: Any) -> tuple[Any, str]:
         base = under
     kind = type(base).__name__
     if kind not in ("TCPStore", "HashStore"):  # a FileStore is read again and again to wait for a key
-        return None, f"a {kind} cannot wake who waits"
+        return None, f"a {kind} cannot wake a waiting rank"
     if not hasattr(store, "clone"):
         return None, "the stores of this torch cannot be cloned"
     return store, kind
 
 
-#: How many lines this process has opened under each name: each training run has keys of its own.
+#: How many channels this process has opened under each name: each training run has keys of its own.
 _opened: Counter[str] = Counter()
 
 
 def _connector(dist: Any, store: Any, name: str) -> Callable[[], Any]:
     _opened[name] += 1
-    # torchrun may give workers that begin anew the store of those before them, with all its keys.
-    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix = f"forgather_control/{name}/{turn}.{_opened[name]}"
+    prefix = keys.prefix(name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _opened[name])
     return lambda: dist.PrefixStore(prefix, store.clone())

@@ -15,12 +15,11 @@ import time
 from typing import Any, Final
 
 from ..errors import CommandFailed, ControlError
-from ..ranks.consensus import Calls
 from ..ranks.group import RankGroup
 from ..wire import builtin
 from ..wire.builtin import TrainingLoop
 from ..wire.methods import COMMON
-from ..wire.records import CommandRecord
+from ..wire.records import CommandRecord, Outcome, ScheduledCommand
 from .command_queue import Mailbox
 
 log = logging.getLogger("forgather_control")
@@ -53,29 +52,30 @@ class Ledger:
         """Whether training is to end."""
         return bool(self._ending)
 
-    def apply(self, calls: Calls, loop: TrainingLoop, step: int, group: RankGroup) -> None:
+    def apply(self, commands: list[ScheduledCommand], loop: TrainingLoop, step: int, group: RankGroup) -> None:
         """Run the commands that all ranks run after this step."""
-        for _, command, spare in calls:
-            if spare:
+        for command in commands:
+            if command.skip_save:
                 loop.request_end()
             else:
-                method = builtin.BUILTIN[command]
-                method.run(loop, **{p.name: p.default for p in method.params[len(COMMON) :]})
-        group.applied(calls, step)
-        for call in calls:
-            self._follow(group, *call)
-        if any(command == "abort" for _, command, _ in calls):  # whether the save came before it or behind it
+                builtin.BUILTIN[command.name].run(loop, **command.params)
+        group.applied(commands, step, {})
+        for command in commands:
+            self._follow(group, command)
+        if any(command.name == "abort" for command in commands):  # whether the save came before it or behind it
             self.fail_saves(group, "an abort was applied: no checkpoint is written after it")
 
-    def _follow(self, group: RankGroup, command_id: str, command: str, spare: bool) -> None:
+    def _follow(self, group: RankGroup, command: ScheduledCommand) -> None:
         now = time.monotonic()
-        completes = builtin.BUILTIN[command].finishes_when
-        if "ended" in completes:
-            self._ending[command_id] = now
-        if spare and self._checkpoint is not None:
-            self._saves[command_id] = self._checkpoint[1]
-        elif "saved" in completes:
-            self._saving[command_id] = now
+        finishes_when = builtin.BUILTIN[command.name].finishes_when
+        if "ended" in finishes_when:
+            self._ending[command.command_id] = now
+        if command.skip_save:
+            if self._checkpoint is not None:
+                self._saves[command.command_id] = self._checkpoint[1]
+            group.report(command.command_id, {})
+        elif "saved" in finishes_when:
+            self._saving[command.command_id] = now
 
     def saved(self, step: int, path: str, group: RankGroup) -> None:
         """A checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
@@ -87,23 +87,25 @@ class Ledger:
                 self._saves[command_id] = result
             else:
                 self._finish(command_id, result, group)
-        self._saving.clear()
+        self._report_saves(group, {})
         for command_id, since in self._ending.items():
             self._saves.setdefault(command_id, _save_result(step, path, now - since))
-        group.kept()
 
     def saves_nothing(self, group: RankGroup) -> None:
         """The checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
+        self._report_saves(group, {})
+
+    def _report_saves(self, group: RankGroup, outcome: Outcome) -> None:
+        for command_id in self._saving:
+            group.report(command_id, outcome)
         self._saving.clear()
-        group.kept()
 
     def fail_saves(self, group: RankGroup, reason: str, fault: str | None = None) -> None:
         """The checkpoint that was asked for will not come; ``fault``: for want of this rank's part of it."""
         for command_id in self._saving:
             self._ending.pop(command_id, None)
             self._fail(command_id, CommandFailed(reason), group)
-        self._saving.clear()
-        group.kept(fault)
+        self._report_saves(group, {} if fault is None else {"error": {"code": CommandFailed.code, "message": fault}})
 
     def end(self, step: int, reason: str | None, group: RankGroup) -> None:
         """Training has ended; ``reason`` says why, if not as it should."""
@@ -118,12 +120,14 @@ class Ledger:
     def _finish(self, command_id: str, result: dict[str, Any], group: RankGroup) -> None:
         """Say that a command is over, once every rank has done its part."""
         if group.rank == 0:
-            group.settle(command_id, lambda fault: self._settled(command_id, result, fault))
+            group.when_reported(
+                command_id, lambda outcomes, fault: self._settled(command_id, result, fault or _first_error(outcomes))
+            )
 
     def _fail(self, command_id: str, error: ControlError, group: RankGroup) -> None:
         """Say that a command failed; also that only once every rank has applied it."""
         if group.rank == 0:
-            group.settle(command_id, lambda fault: self._mailbox.failed(command_id, error))
+            group.when_reported(command_id, lambda outcomes, fault: self._mailbox.failed(command_id, error))
 
     def _settled(self, command_id: str, result: dict[str, Any], fault: str | None) -> None:
         if fault is None:
@@ -133,9 +137,14 @@ class Ledger:
 
     # On the thread that decides; rank 0...
 
-    def take(self) -> Calls:
+    def take(self) -> list[ScheduledCommand]:
         """Take what is queued."""
-        return [[record.command_id, record.command, self._is_spare(record)] for record in self._mailbox.drain()]
+        return [self._schedule(record) for record in self._mailbox.drain()]
+
+    def _schedule(self, record: CommandRecord) -> ScheduledCommand:
+        own = builtin.BUILTIN[record.command].params[len(COMMON) :]
+        params = {**{param.name: param.default for param in own}, **record.params}
+        return ScheduledCommand(record.command_id, record.command, params, self._is_spare(record))
 
     def _is_spare(self, record: CommandRecord) -> bool:
         """Whether it is a signal's, and saves and stops, and what was saved last is young enough."""
@@ -144,13 +153,13 @@ class Ledger:
             return False
         return time.monotonic() - last[0] < self._fresh_seconds
 
-    def put_back(self, calls: Calls) -> None:
+    def put_back(self, commands: list[ScheduledCommand]) -> None:
         """Queue it again: the round was off."""
-        self._mailbox.put_back([call[0] for call in calls])
+        self._mailbox.put_back([command.command_id for command in commands])
 
-    def confirm(self, calls: Calls, step: int, fault: str | None) -> None:
+    def confirm(self, commands: list[ScheduledCommand], step: int, fault: str | None) -> None:
         """All ranks applied it; or not all, and why."""
-        for command_id, command, _ in calls:
+        for command_id, command, *_ in commands:
             self._by_signal.discard(command_id)
             if fault is None:
                 self._mailbox.applied(command_id, step)
@@ -163,6 +172,12 @@ class Ledger:
             self._by_signal.add(self._mailbox.submit(command, None).command_id)
         except ControlError as err:
             log.warning("the signal that asks for %s came in vain: %s", command, err)
+
+
+def _first_error(outcomes: dict[int, Outcome]) -> str | None:
+    """The first rank's error, with its rank."""
+    errors = {rank: outcome["error"] for rank, outcome in sorted(outcomes.items()) if "error" in outcome}
+    return next((f"rank {rank}: {error['message']}" for rank, error in errors.items()), None)
 
 
 def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:

@@ -33,8 +33,7 @@ from ..errors import ControlError, DeadlinePassed, JobEnding, JobIdTaken, StartE
 from ..jobs import directory, registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..processes import usage
-from ..ranks import select
-from ..ranks.consensus import Calls
+from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
 from ..server import limits
 from ..server.dispatcher import PENDING, Deferred, ReplySink
@@ -44,7 +43,7 @@ from ..server.tcp import BoundPort
 from ..version import PROTOCOL, VERSION
 from ..wire import builtin, discovery, jsonrpc
 from ..wire.builtin import TrainingLoop
-from ..wire.records import CommandRecord
+from ..wire.records import CommandRecord, Outcome, ScheduledCommand
 from . import metrics
 from .command_queue import Mailbox
 from .command_tracker import Ledger
@@ -296,17 +295,27 @@ class Controller:
         """Whether commands wait to be applied."""
         return self._mailbox.pending
 
-    def take(self) -> Calls:
+    def take(self) -> list[ScheduledCommand]:
         """Take them."""
         return self._ledger.take()
 
-    def put_back(self, calls: Calls) -> None:
+    def put_back(self, commands: list[ScheduledCommand]) -> None:
         """Queue them again."""
-        self._ledger.put_back(calls)
+        self._ledger.put_back(commands)
 
-    def all_applied(self, calls: Calls, step: int, fault: str | None) -> None:
+    def all_applied(
+        self,
+        commands: list[ScheduledCommand],
+        step: int,
+        outcomes: dict[int, dict[str, Outcome]],
+        fault: str | None,
+    ) -> None:
         """All ranks applied them, or not all."""
-        self._ledger.confirm(calls, step, fault)
+        self._ledger.confirm(commands, step, fault)
+
+    def awaits_report(self, name: str) -> bool:
+        """Whether the command of this name finishes by rank reports."""
+        return builtin.BUILTIN[name].rank_report is not None
 
     def submit(self, command: str) -> None:
         """A signal on some rank asks for this command."""
@@ -337,8 +346,8 @@ class Controller:
         if self._closed:
             return
         if self.is_main:
-            log.warning("commands can no longer be agreed between the ranks: %s; training goes on", why)
-        self._mailbox.refuse(JobEnding(f"commands can no longer be agreed between the ranks: {why}"))
+            log.warning("%s", failures.control_off(why))
+        self._mailbox.refuse(JobEnding(failures.refused(why)))
 
     # On the server thread...
 

@@ -1,4 +1,4 @@
-"""The line between ranks on real stores: order, ends of every kind, and threads that sleep while nothing is said."""
+"""The channel between ranks on real stores: order, ends of every kind, and threads that sleep while nothing is said."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ input()
 
 
 class Rank:
-    """One end of the line, and all that it noticed."""
+    """One end of the channel, and all that it noticed."""
 
     def __init__(self, connect: Callable[[], Any], rank: int = 0) -> None:
         self.heard: queue.Queue[Any] = queue.Queue()
         self.cuts: list[str] = []
         self.idles: queue.Queue[float] = queue.Queue()
         self.pause: float | None = None
-        self.reply: Callable[[list[Any], StoreSender], None] = lambda message, voice: None
-        self.line = StoreChannel(connect, rank, self.hear, lambda: self.pause, self.idle, self.cut)
+        self.reply: Callable[[list[Any], StoreSender], None] = lambda message, sender: None
+        self.channel = StoreChannel(connect, rank, self.hear, lambda: self.pause, self.idle, self.cut)
 
-    def hear(self, message: list[Any], voice: StoreSender) -> None:
+    def hear(self, message: list[Any], sender: StoreSender) -> None:
         self.heard.put(message)
-        self.reply(message, voice)
+        self.reply(message, sender)
 
-    def cut(self, why: str, *voice: StoreSender) -> None:
+    def cut(self, why: str, *sender: StoreSender) -> None:
         self.cuts.append(why)
 
-    def idle(self, voice: StoreSender) -> None:
+    def idle(self, sender: StoreSender) -> None:
         self.pause = None
         self.idles.put(time.monotonic())
 
     def send(self, rank: int, *message: Any) -> None:
-        self.line.say(lambda voice: voice.send([rank], list(message)))
+        self.channel.post(lambda sender: sender.send([rank], list(message)))
 
     def next(self) -> Any:
         return self.heard.get(timeout=SOON)
 
     @property
     def threads(self) -> list[threading.Thread]:
-        return self.line._threads
+        return self.channel._threads
 
     @property
     def is_over(self) -> bool:
@@ -95,8 +95,8 @@ def ranks(connect: Callable[[], Any], size: int = 1) -> Iterator[list[Rank]]:
     with ExitStack() as stack:
         made = [Rank(connect, rank) for rank in range(size)]
         for rank in made:
-            stack.callback(rank.line.close, SOON)
-            rank.line.start()
+            stack.callback(rank.channel.close, SOON)
+            rank.channel.start()
         yield made
 
 
@@ -117,11 +117,11 @@ def test_many_may_speak_at_once(connect):
     """Mouths and ears of many ranks write to one inbox: nothing is lost, and each is heard in its own order."""
     with ranks(connect, 6) as (first, *others):
         for rank, other in enumerate(others, 1):
-            other.reply = lambda message, voice, rank=rank: voice.send([0], ["ear", rank, message[0]])
+            other.reply = lambda message, sender, rank=rank: sender.send([0], ["ear", rank, message[0]])
         for number in range(40):
             for rank, other in enumerate(others, 1):
                 other.send(0, "mouth", rank, number)
-            first.line.say(lambda voice, number=number: voice.send(range(1, 6), [number]))
+            first.channel.post(lambda sender, number=number: sender.send(range(1, 6), [number]))
         heard = [first.next() for _ in range(2 * 40 * 5)]
         for kind in ("mouth", "ear"):
             for rank in range(1, 6):
@@ -132,7 +132,7 @@ def test_many_may_speak_at_once(connect):
 def test_a_rank_may_speak_to_itself(connect):
     """Its inbox is like any other."""
     with ranks(connect) as (one,):
-        one.reply = lambda message, voice: voice.send([0], [message[0] + 1]) if message[0] < 5 else None
+        one.reply = lambda message, sender: sender.send([0], [message[0] + 1]) if message[0] < 5 else None
         one.send(0, 1)
         assert [one.next() for _ in range(5)] == [[1], [2], [3], [4], [5]]
 
@@ -142,9 +142,9 @@ def test_what_was_said_before_a_rank_listens_is_heard(connect):
     with ranks(connect) as (one,):
         one.send(1, "early")
         late = Rank(connect, 1)
-        late.line.start()
+        late.channel.start()
         assert late.next() == ["early"]
-        late.line.close(SOON)
+        late.channel.close(SOON)
 
 
 def test_one_decision_stands(connect):
@@ -153,8 +153,8 @@ def test_one_decision_stands(connect):
         told: queue.Queue[Any] = queue.Queue()
         for round_number in range(20):
             for rank, one in enumerate(made):
-                one.line.say(
-                    lambda voice, key=f"go/{round_number}", rank=rank: told.put(voice.decide(key, [rank, None]))
+                one.channel.post(
+                    lambda sender, key=f"go/{round_number}", rank=rank: told.put(sender.decide(key, [rank, None]))
                 )
             first = told.get(timeout=SOON)
             assert [told.get(timeout=SOON) for _ in range(4)] == [first] * 4 and first[0] in range(5)
@@ -167,10 +167,10 @@ def test_idle_after_the_pause(connect):
         one.next()
         assert one.idles.empty()
         one.pause = 0.0
-        one.line.say(lambda voice: None)
+        one.channel.post(lambda sender: None)
         one.idles.get(timeout=SOON)
         begun, one.pause = time.monotonic(), 20 * MS
-        one.line.say(lambda voice: None)
+        one.channel.post(lambda sender: None)
         assert one.idles.get(timeout=SOON) - begun >= 20 * MS
         assert one.idles.empty()
 
@@ -207,7 +207,7 @@ def test_close_while_idle_is_quick(connect):
         made[1].next()
         begun = time.monotonic()
         for one in made:
-            one.line.close(SOON)
+            one.channel.close(SOON)
             assert one.is_over
         assert time.monotonic() - begun < SOON / 2 and not any(one.cuts for one in made)
 
@@ -217,18 +217,18 @@ def test_close_says_what_is_queued(connect):
     with ranks(connect, 2) as (one, two):
         for number in range(50):
             one.send(1, number)
-        one.line.close(SOON)
+        one.channel.close(SOON)
         assert one.is_over and [two.next() for _ in range(50)] == [[number] for number in range(50)]
 
 
 def test_close_twice_and_never_started(connect):
     """Nothing happens the second time, nor where there was nothing to close; speaking then does nothing."""
     one = Rank(connect)
-    one.line.close(SOON)
+    one.channel.close(SOON)
     other = Rank(connect, 1)
-    other.line.start()
+    other.channel.start()
     for _ in range(2):
-        other.line.close(SOON)
+        other.channel.close(SOON)
         assert other.is_over
         other.send(1, "nobody")
     assert not one.cuts and not other.cuts and other.heard.empty()
@@ -238,19 +238,19 @@ def test_close_in_the_midst_of_messages(connect):
     """Whatever the ear is doing when the end comes, it ends; many times."""
     for turn in range(60):
         one = Rank(connect, turn)
-        one.line.start()
+        one.channel.start()
         for number in range(turn % 7):
             one.send(turn, number)
         if turn % 2 and turn % 7:
             one.next()
-        one.line.close(SOON)
+        one.channel.close(SOON)
         assert one.is_over and not one.cuts
 
 
-def test_the_ear_may_close(connect):
+def test_the_receiver_may_close(connect):
     """A message that ends the line, as rank 0's farewell does."""
     with ranks(connect, 2) as (one, two):
-        two.reply = lambda message, voice: two.line.close(0.0)
+        two.reply = lambda message, sender: two.channel.close(0.0)
         one.send(1, "over")
         two.next()
         until(lambda: two.is_over)
@@ -260,11 +260,33 @@ def test_the_ear_may_close(connect):
 def test_what_hear_raises_cuts_the_line_once(connect):
     """One rank's broken handler is told as a cut, and ends both of its threads."""
     with ranks(connect) as (one,):
-        one.reply = lambda message, voice: {}["nothing"]
+        one.reply = lambda message, sender: {}["nothing"]
         for _ in range(3):
             one.send(0, "go")
         until(lambda: one.is_over)
         assert one.cuts == ["KeyError: 'nothing'"]
+
+
+def test_a_task_that_raises_ends_both_threads(connect):
+    """The receiver, blocked in the store, is woken by a message of the sender that broke."""
+    with ranks(connect) as (one,):
+        one.send(0, "hello")
+        one.next()
+        one.channel.post(lambda sender: {}["nothing"])
+        until(lambda: one.is_over)
+        assert one.cuts == ["KeyError: 'nothing'"] and one.heard.empty()
+
+
+def test_a_sender_without_connection_ends_both_threads(connect):
+    """Its receiver is woken over the connection for replies, as its own one has gone."""
+    with ranks(connect) as (one,):
+        one.send(0, "hello")
+        one.next()
+        one.channel._sender._store = None
+        one.send(0, "lost")
+        until(lambda: one.is_over)
+        (why,) = one.cuts
+        assert why.startswith("AttributeError") and one.heard.empty()
 
 
 # The store's end...
@@ -279,27 +301,27 @@ how, port = sys.argv[1], int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, None, False)
 cut = threading.Event()
 
-def cuts(why, *voice):
+def cuts(why, *sender):
     print("cut", threading.current_thread().name, flush=True)
     cut.set()
 
 connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
-line = StoreChannel(connect, 0, hear, lambda: None, print, cuts)
-line.start()
-line.say(lambda voice: voice.send([0], ["hello"]))
+channel = StoreChannel(connect, 0, hear, lambda: None, print, cuts)
+channel.start()
+channel.post(lambda sender: sender.send([0], ["hello"]))
 if how == "speak":
     while not cut.is_set():
-        line.say(lambda voice: voice.send([1], ["hello"]))
+        channel.post(lambda sender: sender.send([1], ["hello"]))
         time.sleep(0.0001)
 elif how == "close":
     input()
     begun = time.monotonic()
-    line.close(0.3)
+    channel.close(0.3)
     print("closed", time.monotonic() - begun < 10, flush=True)
     sys.exit(3)
 else:
     cut.wait()
-line.close(0.3)
+channel.close(0.3)
 print("end", flush=True)
 """
 
@@ -342,7 +364,7 @@ def test_a_network_that_is_dead(server):
         no_crash(rank, 0)
 
 
-#: Interpreters that end with the line open, forked from one that has loaded torch; each prints its exit code.
+#: Interpreters that end with the channel open, forked from one that has loaded torch; each prints its exit code.
 EXITS = """
 import gc, os, sys, threading
 import torch.distributed as dist
@@ -357,17 +379,17 @@ def become(number):
         store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False)
     heard = threading.Event()
 
-    def hear(message, voice):
+    def hear(message, sender):
         heard.set()
         if number % 3:  # it is not idle when the end comes
-            voice.send([0], ["again"])
+            sender.send([0], ["again"])
 
     connect = lambda: dist.PrefixStore(str(number), store.clone())
-    line = StoreChannel(connect, 0, hear, lambda: None, print, print)
-    line.start()
-    line.say(lambda voice: voice.send([0], ["hello"]))
+    channel = StoreChannel(connect, 0, hear, lambda: None, print, print)
+    channel.start()
+    channel.post(lambda sender: sender.send([0], ["hello"]))
     heard.wait()
-    globals().update(store=store, line=line)
+    globals().update(store=store, channel=channel)
     if number % 4 // 2:
         raise RuntimeError("as it was meant")
 
@@ -381,7 +403,7 @@ for number in range(20):
 
 
 def test_exit_without_close(server):
-    """A script that ends, or raises, with the line open does so with its own exit code, time and again."""
+    """A script that ends, or raises, with the channel open does so with its own exit code, time and again."""
     with Process(EXITS, server.port) as process:
         codes = [process.line() for _ in range(20)]
         assert process.end() == 0

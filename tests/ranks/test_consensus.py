@@ -18,18 +18,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from forgather_control.ranks import consensus
-from forgather_control.ranks.consensus import (
-    Applied,
-    Commit,
-    Coordinator,
-    Join,
-    Leave,
-    Participant,
-    Prepare,
-    Ready,
-    Reported,
-)
+from forgather_control.ranks import consensus, limits
+from forgather_control.ranks.consensus import AllApplied, AllReported, Coordinator, Participant, Send
+from forgather_control.ranks.messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
+from forgather_control.ranks.tally import Tally
 
 #: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
@@ -43,8 +35,14 @@ SAVE, STOP = "s", "c"  # a command's id begins with what it is
 EARLY, LATE = 0.5, 2.0
 
 
-def saves(calls: Any) -> bool:
-    return any(call[0].startswith(SAVE) for call in calls)
+def awaiting(calls: Any) -> tuple[str, ...]:
+    """The commands that are finished when all ranks have reported."""
+    return tuple(call[0] for call in calls if call[0].startswith(SAVE))
+
+
+def outcome(rank: int, number: int) -> str:
+    """What a rank answers when it applied a round; every second rank has nothing to tell."""
+    return f"{rank}/{number}" if rank % 2 == 0 else ""
 
 
 # Objects as values...
@@ -104,12 +102,20 @@ def freeze(value: Any) -> Any:
         return (type(value), tuple(sorted(value)))
     if isinstance(value, dict):
         return (dict, tuple(sorted((key, freeze(item)) for key, item in value.items())))
+    if isinstance(value, list):
+        return (list, tuple(value))
+    if isinstance(value, Tally):
+        return (Tally, tuple((name, freeze(item)) for name, item in vars(value).items()))
     return value
 
 
 def thaw(value: Any) -> Any:
     if type(value) is tuple and len(value) == 2 and isinstance(value[0], type):
         kind, items = value
+        if kind is Tally:
+            tally = Tally()
+            vars(tally).update((name, thaw(item)) for name, item in items)
+            return tally
         return {key: thaw(item) for key, item in items} if kind is dict else kind(items)
     return value
 
@@ -163,7 +169,7 @@ def settle(thing: Any) -> None:
     """Forget how far a deadline is: it has passed, or it has not, and any may pass at any moment."""
     if isinstance(thing, Coordinator):
         thing._deadline = EARLY + EARLY if thing._deadline > EARLY else 0.0
-        thing._pause = consensus.PAUSE
+        thing._delay = limits.RETRY_DELAY
 
 
 def undecided(participant: Participant) -> bool:
@@ -174,8 +180,8 @@ def number_of(thing: Any) -> int:
     return thing.number
 
 
-def owes(coordinator: Coordinator) -> bool:
-    return coordinator.owes
+def owed(coordinator: Coordinator) -> bool:
+    return coordinator.owed
 
 
 def missing(coordinator: Coordinator) -> list[int]:
@@ -183,15 +189,11 @@ def missing(coordinator: Coordinator) -> list[int]:
 
 
 def silent(coordinator: Coordinator) -> tuple[int, ...]:
-    return tuple(rank for rank in sorted(coordinator._everybody) if rank != 0 and coordinator.state(rank) == "silent")
-
-
-def overdue(coordinator: Coordinator) -> tuple[bool, tuple[int, ...]]:
-    return coordinator.is_going, tuple(coordinator.keeping)
+    return tuple(rank for rank in sorted(coordinator._ranks) if rank != 0 and coordinator.state(rank) == "silent")
 
 
 def may_wait(coordinator: Coordinator) -> bool:
-    return coordinator.wait(EARLY, True) is not None
+    return coordinator.delay(EARLY, True) is not None
 
 
 # The whole...
@@ -204,9 +206,9 @@ class Rank(NamedTuple):
     mode: str = "run"  # run, held, ended, off (it gave up), dead; of rank 0 also closing and over
     passed: int = 0  # the clock of the last step end that is behind it
     steps: int = 0
-    applied: tuple[tuple[int, int], ...] = ()  # (round, clock)
-    keep: tuple[int, ...] = ()  # rounds whose checkpoint it has not reported
-    kept: tuple[tuple[int, str | None], ...] = ()
+    applied: tuple[tuple[int, int], ...] = ()  # (round, step)
+    owes: tuple[str, ...] = ()  # commands that it applied and has not reported on
+    reports: tuple[tuple[str, str], ...] = ()  # (command, "done" or "full", or how it left before: "left", "broken")
     inbox: tuple[Any, ...] = ()
     ear: tuple[Any, ...] = ()
     mouth: tuple[Any, ...] = ()
@@ -282,7 +284,7 @@ class World:
             ranks = [rank._replace(mouth=(Join(index, ()),)) for index, rank in enumerate(ranks)]
         else:
             for rank in range(size):
-                coordinator.join(rank)
+                coordinator.receive(Join(rank, {}))
         self.start = State(
             self.coordinators.number(coordinator),
             tuple(ranks),
@@ -318,21 +320,25 @@ class World:
                 state._replace(says=(*state.says, ("dismiss",), ("stop",))).rank(rank, mode="over"),
             )
         elif me.mode == "over" and me.lost and not state.ear and not state.mouth:
-            yield f"{rank} is over", self._name_missing(state).rank(rank, mode="ended")
+            yield f"{rank} is over", self._finish(state).rank(rank, mode="ended")
         if me.trains and state.faults and "dies" in self.faults:
             yield f"{rank} dies", state._replace(faults=state.faults - 1).rank(rank, mode="dead")
 
     def _may_dismiss(self, state: State) -> bool:
         """Rank 0 waits for the others, but for a dead one not for ever; before that it says what it did itself."""
-        if ("end",) in state.says or state.mouth:
+        if any(item[0] == "end" for item in state.says) or state.mouth:
             return False
-        return not self.coordinators.ask(state.coordinator, owes) or any(other.mode == "dead" for other in state.ranks)
+        return not self.coordinators.ask(state.coordinator, owed) or any(other.mode == "dead" for other in state.ranks)
 
     def _run(self, state: State, rank: int, me: Rank) -> Moves:
-        if me.keep:
-            yield f"{rank} has stored", self._kept(state, rank, None)
+        if me.owes:
+            yield f"{rank} has stored", self._report(state, rank, "done")
             if state.faults and "keeps not" in self.faults:
-                yield f"{rank} could not store", self._kept(state._replace(faults=state.faults - 1), rank, "full")
+                yield f"{rank} could not store", self._report(state._replace(faults=state.faults - 1), rank, "full")
+            if state.faults and "gives up" in self.faults:
+                yield f"{rank} gives up", self._end(state._replace(faults=state.faults - 1), rank, "broken")
+            if self.early:
+                yield f"{rank} ends", self._end(state, rank, None)
             return
         if me.steps < len(self.numbers):
             participant, holds = self.participants.call(me.participant, "tick", self.numbers[me.steps])
@@ -392,19 +398,22 @@ class World:
         assert not me.did(number), "a list is applied twice"
         assert me.passed < due <= clock, "not at the first step end at T"
         assert all(clock == at for other in state.ranks for done, at in other.applied if done == number), "not together"
-        state = state.rank(rank, applied=(*me.applied, (number, clock)), keep=(number,) if saves(calls) else ())
-        return self._pass(self._tell(state, rank, Applied(number, rank)), rank)
+        state = state.rank(rank, applied=(*me.applied, (number, clock)), owes=awaiting(calls))
+        return self._pass(self._tell(state, rank, Applied(number, rank, outcome(rank, number))), rank)
 
-    def _kept(self, state: State, rank: int, fault: str | None) -> State:
+    def _report(self, state: State, rank: int, how: str) -> State:
+        for command in state.ranks[rank].owes:
+            state = self._tell(state, rank, Reported(rank, command, how))
+        return self._note_reports(state, rank, how)
+
+    def _note_reports(self, state: State, rank: int, how: str) -> State:
         me = state.ranks[rank]
-        for number in me.keep:
-            state = self._tell(state, rank, Reported(number, rank, fault))
-        return state.rank(rank, keep=(), kept=(*me.kept, *((number, fault) for number in me.keep)))
+        return state.rank(rank, owes=(), reports=(*me.reports, *((command, how) for command in me.owes)))
 
     def _end(self, state: State, rank: int, fault: str | None) -> State:
-        state = self._kept(state, rank, fault)
+        state = self._note_reports(state, rank, fault or "left")
         if rank == 0:
-            return state._replace(says=(*state.says, ("end",))).rank(0, mode="closing")
+            return state._replace(says=(*state.says, ("end", fault))).rank(0, mode="closing")
         clock = self.participants.thing(state.ranks[rank].participant).step
         return self._tell(state, rank, Leave(rank, clock, fault)).rank(rank, mode="off" if fault else "ended")
 
@@ -445,7 +454,7 @@ class World:
         me = state.ranks[rank]
         participant, answer = self.participants.call(me.participant, "prepare", number)
         yield "", state.rank(rank, participant=participant), answer
-        if not self.raced or me.mode != "run" or me.keep or me.steps >= len(self.numbers):
+        if not self.raced or me.mode != "run" or me.owes or me.steps >= len(self.numbers):
             return
         for method in ("prepare_while", "tick_while"):
             for at in range(10):
@@ -515,14 +524,15 @@ class World:
         if item[0] == "advance" or item[0] == "give":
             return state._replace(mouth=(item,))
         if item[0] == "end":
-            coordinator, actions = self.coordinators.call(state.coordinator, "close")
-            return self._push(state._replace(coordinator=coordinator), "mouth", actions)
+            coordinator, actions = self.coordinators.call(state.coordinator, "close", item[1])
+            state = self._then(state._replace(coordinator=coordinator), "mouth", ("advance",))
+            return self._push(state, "mouth", actions)
         if item[0] == "dismiss":
             return self._send(state, self.coordinators.ask(state.coordinator, silent), "over")
         return state.rank(0, lost=True)
 
     def _tell_coordinator(self, state: State, thread: str, message: Any) -> State:
-        coordinator, _ = self.coordinators.call(state.coordinator, type(message).__name__.lower(), *_fields(message))
+        coordinator, _ = self.coordinators.call(state.coordinator, "receive", message)
         return self._then(state._replace(coordinator=coordinator), thread, ("advance",))
 
     def _then(self, state: State, thread: str, *todo: Any) -> State:
@@ -581,12 +591,13 @@ class World:
     def _push(self, state: State, thread: str, actions: Any, *then: Any) -> State:
         todo: list[Any] = []
         for action in actions:
-            if isinstance(action, consensus.Post):
-                assert state.ranks[0].trains or ("end",) in state.says, "a round begins though rank 0 has ended"
+            if isinstance(action, Send):
+                ending = any(item[0] == "end" for item in state.says)
+                assert state.ranks[0].trains or ending, "a round begins though rank 0 has ended"
                 heard = [me for me in state.ranks[1:] if me.mode == "off" and not me.mouth]
                 assert not heard, "a round begins though a rank trains on without control"
                 todo.append(("post", *action))
-            elif isinstance(action, consensus.Propose):
+            elif isinstance(action, consensus.Decide):
                 todo.append(("propose", *action))
             else:
                 state = self._log(state, action)
@@ -623,41 +634,75 @@ class World:
         if due is None and taken:
             state = state._replace(queue=(*taken, *state.queue))
         coordinator, post = self.coordinators.call(
-            state.coordinator, "decided", Commit(number, due, calls), saves(calls), EARLY
+            state.coordinator, "decided", Commit(number, due, calls), awaiting(calls), EARLY
         )
         return self._then(state._replace(coordinator=coordinator), thread, ("post", *post))
 
     # What rank 0 says of rounds...
 
     def _log(self, state: State, action: Any) -> State:
-        number, fault = action
-        asked = [state.ranks[rank] for rank in state.asked[number - 1]]
-        assert all((type(said), said[0]) != (type(action), number) for said in state.log), "said twice"
-        if isinstance(action, consensus.AllApplied):
-            idle = [me for me in asked if not me.did(number)]
-            assert all(me.mode in ("ended", "off") for me in idle), "applied, but not by all"
-            assert (fault is not None) == any(me.mode == "off" for me in idle), f"applied with the fault {fault}"
+        assert all((type(said), said[0]) != (type(action), action[0]) for said in state.log), "said twice"
+        if isinstance(action, AllApplied):
+            self._check_applied(state, action)
         else:
-            kept = [dict(me.kept).get(number, "nothing") for me in asked]
-            assert all(what != "nothing" or me.mode in ("ended", "off") for what, me in zip(kept, asked)), "not by all"
-            failed = any(what not in (None, "nothing") for what in kept)
-            failed |= any(what == "nothing" and me.mode == "off" for what, me in zip(kept, asked))
-            assert (fault is not None) == failed, f"stored with the fault {fault}"
-        return state._replace(log=(*state.log, action))
+            self._check_reported(state, action)
+        return self._note(state, action)
 
-    def _name_missing(self, state: State) -> State:
-        """As ``Ranks`` does when it has waited long enough for those whom rank 0 waits for."""
-        if not self.coordinators.ask(state.coordinator, owes):
+    @staticmethod
+    def _note(state: State, action: Any) -> State:
+        return state._replace(log=(*state.log, action._replace(outcomes=freeze(action.outcomes))))
+
+    @staticmethod
+    def _check_applied(state: State, action: AllApplied) -> None:
+        number, outcomes, fault = action
+        asked = {rank: state.ranks[rank] for rank in state.asked[number - 1]}
+        idle = [me for me in asked.values() if not me.did(number)]
+        assert all(me.mode in ("ended", "off") for me in idle), "applied, but not by all"
+        assert (fault is not None) == any(me.mode == "off" for me in idle), f"applied with the fault {fault}"
+        done = {rank: outcome(rank, number) for rank, me in asked.items() if me.did(number)}
+        assert outcomes == {rank: what for rank, what in done.items() if what}, f"applied with {outcomes}"
+
+    @staticmethod
+    def _check_reported(state: State, action: AllReported) -> None:
+        command, outcomes, fault = action
+        (number,) = (
+            number
+            for number, decision in enumerate(state.decisions, 1)
+            if decision is not None and decision[0] is not None and command in awaiting(decision[1])
+        )
+        assert any(type(said) is AllApplied and said.number == number for said in state.log), "reported, not applied"
+        expected: dict[int, Any] = {}
+        failed = False
+        for rank in state.asked[number - 1]:
+            me = state.ranks[rank]
+            how = dict(me.reports).get(command)
+            assert how is not None or me.mode in ("ended", "off"), "reported, but not by all"
+            if how in ("done", "full"):
+                expected[rank] = how
+            elif how == "left":
+                expected[rank] = {}
+            elif how is None and me.mode == "ended":  # it owed a report only if it ended after T was proposed
+                expected.update({rank: {}} if rank in outcomes else {})
+            else:
+                failed = True
+        assert outcomes == expected and (fault is not None) == failed, f"reported with {outcomes} and {fault}"
+
+    def _finish(self, state: State) -> State:
+        """As ``Coordination`` does when rank 0 has waited long enough for the ranks that owe it something."""
+        missing_now = self.coordinators.ask(state.coordinator, missing)
+        assert bool(missing_now) == self.coordinators.ask(state.coordinator, owed)
+        if not missing_now:
             return state
-        assert self.coordinators.ask(state.coordinator, missing)
         assert any(other.mode == "dead" for other in state.ranks), (
             "rank 0 ended before the others could say what they did"
         )
-        going, keeping = self.coordinators.ask(state.coordinator, overdue)
-        said = [consensus.AllApplied(self.coordinators.ask(state.coordinator, number_of), "missing")] if going else []
-        return state._replace(
-            log=(*state.log, *said, *(consensus.AllReported(number, "missing") for number in keeping))
-        )
+        coordinator, _ = self.coordinators.call(state.coordinator, "lose", "missing")
+        coordinator, actions = self.coordinators.call(coordinator, "completed")
+        state = state._replace(coordinator=coordinator)
+        for action in actions:
+            assert action.fault is not None
+            state = self._note(state, action)
+        return state
 
     # When nothing can happen any more...
 
@@ -667,24 +712,19 @@ class World:
         for number, decision in enumerate(state.decisions, 1):
             if decision is None or decision[0] is None:
                 continue
-            self._check_round(state, number, saves(decision[1]), first)
+            self._check_round(state, number, awaiting(decision[1]), first)
         if first.mode == "dead":
             return
         agreed = [call for decision in state.decisions if decision and decision[0] is not None for call in decision[1]]
         everything = sorted([*agreed, *state.queue, *state.unsent])
         assert everything == sorted(self.start.unsent), "a command is lost, or comes twice"
 
-    def _check_round(self, state: State, number: int, stores: bool, first: Rank) -> None:
+    def _check_round(self, state: State, number: int, commands: tuple[str, ...], first: Rank) -> None:
         if first.mode == "dead" or not first.did(number):
             return
-        said = {type(action): action.fault for action in state.log if action.number == number}
-        assert consensus.AllApplied in said, "nobody said that it was applied"
-        assert not stores or consensus.AllReported in said, "nobody said that it was stored"
-
-
-def _fields(message: Any) -> tuple[Any, ...]:
-    """As ``Coordinator`` takes them: what a rank says of its process is not the coordinator's."""
-    return (message.rank,) if isinstance(message, Join) else tuple(message)
+        assert any(type(said) is AllApplied and said.number == number for said in state.log), "never called applied"
+        reported = {said.command_id for said in state.log if type(said) is AllReported}
+        assert reported.issuperset(commands), "never called reported"
 
 
 def explore(world: World) -> int:
@@ -840,19 +880,19 @@ def coordinator(size: int = 2) -> Coordinator:
     """One that everybody has come to."""
     made = Coordinator(size)
     for rank in range(size):
-        made.join(rank)
+        made.receive(Join(rank, {}))
     return made
 
 
-def decide(of: Coordinator, *clocks: int, keeps: bool = False, now: float = 0.0) -> int:
-    """Ask, have all answer, and let what is proposed stand; T."""
-    (post,) = of.next(now, True)
-    assert post == consensus.Post(tuple(range(len(clocks))), Prepare(of.number))
-    for rank, clock in enumerate(clocks):
+def decide(of: Coordinator, *steps: int, awaiting: Any = (), now: float = 0.0) -> int:
+    """Hold a round in which all ranks are ready, and let what is proposed stand; T."""
+    (prepare,) = of.next(now, True)
+    assert prepare == Send(tuple(range(len(steps))), Prepare(of.number))
+    for rank, step in enumerate(steps):
         assert of.next(now, True) == []
-        of.ready(of.number, rank, clock)
+        of.receive(Ready(of.number, rank, step))
     ((number, due),) = of.next(now, True)
-    assert of.decided(Commit(number, due, []), keeps, now) == consensus.Post(post.ranks, Commit(number, due, []))
+    assert of.decided(Commit(number, due, []), awaiting, now) == Send(prepare.ranks, Commit(number, due, []))
     return due
 
 
@@ -920,11 +960,11 @@ def test_a_round_that_is_off_before_it_is_asked():
 def test_nobody_is_asked_before_all_are_there():
     """Not even then, if nothing is pending."""
     made = Coordinator(2)
-    made.join(0)
-    assert (made.next(0.0, True), made.wait(0.0, True), made.state(1)) == ([], None, "absent")
-    made.join(1)
-    assert (made.next(0.0, False), made.wait(0.0, False), made.state(1)) == ([], None, "silent")
-    assert made.next(0.0, True) == [consensus.Post((0, 1), Prepare(1))]
+    made.receive(Join(0, {}))
+    assert (made.next(0.0, True), made.delay(0.0, True), made.state(1)) == ([], None, "absent")
+    made.receive(Join(1, {}))
+    assert (made.next(0.0, False), made.delay(0.0, False), made.state(1)) == ([], None, "silent")
+    assert made.next(0.0, True) == [Send((0, 1), Prepare(1))]
 
 
 def test_the_step_is_past_all_answers():
@@ -932,104 +972,192 @@ def test_the_step_is_past_all_answers():
     made = coordinator(3)
     assert decide(made, 4, 9, 7) == 10
     made = coordinator(3)
-    made.leave(2, 12, None)
+    made.receive(Leave(2, 12, None))
     assert decide(made, 4, 9) == 13
     made = coordinator(3)
     made.next(0.0, True)
     for rank, clock in enumerate((4, 9, 20)):
-        made.ready(1, rank, clock)
-    made.leave(2, 20, None)
-    assert made.next(0.0, True) == [consensus.Propose(1, 21)]
+        made.receive(Ready(1, rank, clock))
+    made.receive(Leave(2, 20, None))
+    assert made.next(0.0, True) == [consensus.Decide(1, 21)]
 
 
 def test_patience_and_pauses():
     """A round that is not answered in time is off; the next one waits, twice as long each time, up to a minute."""
     made, now, pauses = coordinator(2), 0.0, []
     for _ in range(9):
-        assert made.next(now, True) == [consensus.Post((0, 1), Prepare(made.number))]
-        made.ready(made.number, 0, 0)
-        assert (made.next(now + consensus.PATIENCE - 0.01, True), made.wait(now, True)) == ([], consensus.PATIENCE)
-        now += consensus.PATIENCE
-        assert made.next(now, True) == [consensus.Propose(made.number, None)]
-        made.decided(Commit(made.number, None, []), False, now)
-        pauses.append(made.wait(now, True))
-        assert made.next(now + pauses[-1] - 0.01, True) == [] and made.wait(now, False) is None
+        assert made.next(now, True) == [Send((0, 1), Prepare(made.number))]
+        made.receive(Ready(made.number, 0, 0))
+        assert (made.next(now + limits.READY_TIMEOUT - 0.01, True), made.delay(now, True)) == ([], limits.READY_TIMEOUT)
+        now += limits.READY_TIMEOUT
+        assert made.next(now, True) == [consensus.Decide(made.number, None)]
+        made.decided(Commit(made.number, None, []), (), now)
+        pauses.append(made.delay(now, True))
+        assert made.next(now + pauses[-1] - 0.01, True) == [] and made.delay(now, False) is None
         now += pauses[-1]
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert decide(made, 0, 0, now=now) == 1
-    made.applied(made.number, 0)
-    made.applied(made.number, 1)
-    assert made.next(now, False) == [consensus.AllApplied(made.number, None)]
+    made.receive(Applied(made.number, 0, {}))
+    made.receive(Applied(made.number, 1, {}))
+    assert made.next(now, False) == [AllApplied(made.number, {}, None)]
 
 
 def test_an_answer_that_comes_too_late_counts_for_nothing():
     """Neither in its own round nor in the next one."""
     made = coordinator(2)
     made.next(0.0, True)
-    made.ready(1, 0, 5)
-    assert made.next(consensus.PATIENCE, True) == [consensus.Propose(1, None)]
-    made.decided(Commit(1, None, []), False, consensus.PATIENCE)
-    made.ready(1, 1, 50)
-    assert made.next(100.0, True) == [consensus.Post((0, 1), Prepare(2))]
-    made.ready(1, 1, 50)
-    made.ready(2, 0, 6)
+    made.receive(Ready(1, 0, 5))
+    assert made.next(limits.READY_TIMEOUT, True) == [consensus.Decide(1, None)]
+    made.decided(Commit(1, None, []), (), limits.READY_TIMEOUT)
+    made.receive(Ready(1, 1, 50))
+    assert made.next(100.0, True) == [Send((0, 1), Prepare(2))]
+    made.receive(Ready(1, 1, 50))
+    made.receive(Ready(2, 0, 6))
     assert made.next(100.0, True) == []
-    made.ready(2, 1, 7)
-    assert made.next(100.0, True) == [consensus.Propose(2, 8)]
+    made.receive(Ready(2, 1, 7))
+    assert made.next(100.0, True) == [consensus.Decide(2, 8)]
 
 
-def test_what_a_member_does_before_the_decision_is_noted():
+def test_what_a_participant_does_before_the_decision_is_noted():
     """A rank that read it in the store may have applied it, or left by a fault, before the coordinator learns it."""
-    made = coordinator(3)
+    made = coordinator(4)
     made.next(0.0, True)
-    for rank in range(3):
-        made.ready(1, rank, 0)
-    assert made.next(0.0, True) == [consensus.Propose(1, 1)]
-    made.applied(1, 1)
-    made.reported(1, 1, "full")
-    made.leave(2, 1, "broken")
-    made.decided(Commit(1, 1, []), True, 0.0)
-    made.applied(1, 0)
-    assert made.next(0.0, True) == [consensus.AllApplied(1, "broken")]
-    made.reported(1, 0, None)
-    ((number, fault),) = made.next(0.0, True)
-    assert number == 1 and fault in ("full", "broken")
+    for rank in range(4):
+        made.receive(Ready(1, rank, 0))
+    assert made.next(0.0, True) == [consensus.Decide(1, 1)]
+    made.receive(Applied(1, 1, {"id": "early"}))
+    made.receive(Reported(1, "id", "full"))
+    made.receive(Leave(2, 1, "broken"))
+    made.receive(Leave(3, 1, None))
+    made.decided(Commit(1, 1, []), ("id",), 0.0)
+    made.receive(Reported(0, "id", "done"))
+    assert made.next(0.0, True) == []
+    made.receive(Applied(1, 0, {}))
+    reported = AllReported("id", {0: "done", 1: "full", 3: {}}, "broken")
+    assert made.next(0.0, True) == [AllApplied(1, {1: {"id": "early"}}, "broken"), reported]
 
 
-def test_checkpoints_outlive_their_round():
-    """Those of several rounds are open at once, each is told when it is whole, and spoilt by its own fault only."""
+def test_an_early_report_on_a_round_that_is_off():
+    """It is dropped with the round, and does not count when the command is committed in a later one."""
     made = coordinator(2)
-    for _ in range(2):
-        decide(made, 0, 0, keeps=True)
+    made.next(0.0, True)
+    made.receive(Reported(1, "id", "early"))  # nothing is committed: dropped at once
+    made.receive(Ready(1, 0, 0))
+    made.receive(Ready(1, 1, 0))
+    assert made.next(0.0, True) == [consensus.Decide(1, 1)]
+    made.receive(Reported(1, "id", "early"))
+    made.decided(Commit(1, None, []), (), 0.0)
+    decide(made, 0, 0, awaiting=("id",))
+    for rank in range(2):
+        made.receive(Applied(2, rank, {}))
+    made.receive(Reported(0, "id", "done"))
+    assert made.next(0.0, False) == [AllApplied(2, {}, None)] and made.missing == [1]
+
+
+def test_outcomes_are_collected_by_rank():
+    """Those that are empty are left out; a second answer of the same rank changes nothing."""
+    made = coordinator(3)
+    decide(made, 0, 0, 0)
+    made.receive(Applied(1, 2, {"id": "two"}))
+    made.receive(Applied(1, 0, {}))
+    made.receive(Applied(1, 2, {"id": "again"}))
+    assert made.next(0.0, False) == []
+    made.receive(Applied(1, 1, {"id": "one"}))
+    assert made.next(0.0, False) == [AllApplied(1, {2: {"id": "two"}, 1: {"id": "one"}}, None)]
+
+
+def test_reports_outlive_their_round():
+    """Those of several rounds are open at once; each command is completed, or spoilt, by itself."""
+    made = coordinator(2)
+    for name in ("one", "two"):
+        decide(made, 0, 0, awaiting=(name,))
         for rank in range(2):
-            made.applied(made.number, rank)
-        assert made.next(0.0, False) == [consensus.AllApplied(made.number, None)]
-    assert made.keeping == [1, 2] and made.missing == []
-    made.reported(2, 0, None)
-    assert made.owes and made.missing == [1]
-    made.reported(1, 1, None)
-    made.reported(2, 1, "full")
-    assert made.next(0.0, False) == [consensus.AllReported(2, "full")]
-    made.leave(1, 5, "it broke, but its part of the first was whole")
-    made.reported(1, 0, None)
-    assert made.next(0.0, False) == [consensus.AllReported(1, None)] and not made.owes
+            made.receive(Applied(made.number, rank, {}))
+        assert made.next(0.0, False) == [AllApplied(made.number, {}, None)]
+    assert made.missing == [] and not made.owed
+    made.receive(Reported(0, "two", {}))
+    assert made.owed and made.missing == [1]
+    made.receive(Reported(1, "one", {}))
+    made.receive(Reported(1, "two", "full"))
+    assert made.next(0.0, False) == [AllReported("two", {0: {}, 1: "full"}, None)]
+    made.receive(Leave(1, 5, "it broke, but had reported"))
+    made.receive(Reported(0, "one", "done"))
+    assert made.next(0.0, False) == [AllReported("one", {1: {}, 0: "done"}, None)] and not made.owed
+
+
+def test_commands_of_one_round_are_complete_one_by_one():
+    """A rank that leaves as it should owes no more reports; one that leaves by a fault spoils those it owes."""
+    made = coordinator(3)
+    decide(made, 0, 0, 0, awaiting=("save", "profile"))
+    for rank in range(3):
+        made.receive(Applied(1, rank, {}))
+        made.receive(Reported(rank, "save", rank))
+    assert made.next(0.0, False) == [AllApplied(1, {}, None), AllReported("save", {0: 0, 1: 1, 2: 2}, None)]
+    made.receive(Leave(1, 9, None))
+    made.receive(Leave(2, 9, "it broke"))
+    assert made.next(0.0, False) == []
+    made.receive(Reported(0, "profile", "trace"))
+    assert made.next(0.0, False) == [AllReported("profile", {1: {}, 0: "trace"}, "it broke")]
 
 
 def test_the_end_of_rank_0():
     """A round that is not decided is off, and no other begins."""
     made = coordinator(2)
     made.next(0.0, True)
-    assert made.close() == [consensus.Propose(1, None)]
-    made.decided(Commit(1, None, []), False, 0.0)
-    assert made.next(1000.0, True) == [] and made.close() == []
+    assert made.close(None) == [consensus.Decide(1, None)]
+    made.decided(Commit(1, None, []), (), 0.0)
+    assert made.next(1000.0, True) == [] and made.close(None) == []
+
+
+@pytest.mark.parametrize("fault", [None, "it broke"])
+def test_rank_0_ends_with_reports_open(fault):
+    """Its own are what a leaving rank's are; it waits for the others, but not for a round that it did not apply."""
+    made = coordinator(2)
+    decide(made, 0, 0, awaiting=("one",))
+    for rank in range(2):
+        made.receive(Applied(1, rank, {}))
+    assert made.next(0.0, False) == [AllApplied(1, {}, None)]
+    decide(made, 0, 0, awaiting=("two",))
+    made.close(fault)
+    assert made.missing == [1] and made.next(0.0, True) == []
+    made.receive(Reported(1, "one", "done"))
+    assert made.next(0.0, True) == [AllReported("one", {1: "done"} if fault else {0: {}, 1: "done"}, fault)]
+    assert made.missing == [] and not made.owed
+
+
+def test_a_lost_channel_fails_what_is_open():
+    """Also a round whose decision arrives later; what was complete before stays so."""
+    made = coordinator(2)
+    decide(made, 0, 0, awaiting=("one",))
+    for rank in range(2):
+        made.receive(Applied(1, rank, {}))
+    made.next(0.0, False)
+    made.receive(Reported(0, "one", "done"))
+    made.next(0.0, True)
+    for rank in range(2):
+        made.receive(Ready(2, rank, 0))
+    assert made.next(0.0, True) == [consensus.Decide(2, 1)]
+    made.lose("the store has gone")
+    assert made.completed() == [AllReported("one", {0: "done"}, "the store has gone")]
+    made.decided(Commit(2, 1, []), ("two",), 0.0)
+    failed = [AllApplied(2, {}, "the store has gone"), AllReported("two", {}, "the store has gone")]
+    assert made.completed() == failed and made.next(1000.0, True) == [] and not made.owed
 
 
 def test_a_fault_ends_all_agreement():
     """The round that is on is off, and no other begins."""
     made = coordinator(3)
     made.next(0.0, True)
-    made.ready(1, 0, 0)
-    made.leave(1, 0, "it broke")
-    assert made.next(0.0, True) == [consensus.Propose(1, None)]
-    made.decided(Commit(1, None, []), False, 0.0)
+    made.receive(Ready(1, 0, 0))
+    made.receive(Leave(1, 0, "it broke"))
+    assert made.next(0.0, True) == [consensus.Decide(1, None)]
+    made.decided(Commit(1, None, []), (), 0.0)
     assert (made.next(1000.0, True), made.fault, made.state(1)) == ([], "it broke", "ended")
+
+
+def test_only_the_first_leave_of_a_rank_counts():
+    """A rank whose training has ended cannot lose control any more."""
+    made = coordinator(3)
+    made.receive(Leave(2, 7, None))
+    made.receive(Leave(2, 7, "its channel broke as it was closed"))
+    assert made.fault is None and decide(made, 0, 0) == 8

@@ -1,44 +1,12 @@
-"""The worlds without a line between ranks: one process, which agrees with itself."""
+"""The group of one process, which agrees with itself; a polling group needs real ranks: see test_poll."""
 
 from __future__ import annotations
 
 import pytest
 
 from forgather_control.ranks.group import SingleProcess
-from forgather_control.training.command_queue import Mailbox
-from forgather_control.training.command_tracker import Ledger
 
-
-class Delegate:
-    """A job's side of a group, with a real mailbox."""
-
-    def __init__(self):
-        self.mailbox = Mailbox(lambda: None)
-        ledger = Ledger(self.mailbox, 0.0)
-        self.take, self.put_back, self.all_applied, self.submit = (
-            ledger.take,
-            ledger.put_back,
-            ledger.confirm,
-            ledger.submit,
-        )
-        self.met = None
-
-    @property
-    def pending(self):
-        """Whether commands wait."""
-        return self.mailbox.pending
-
-    def describe(self):
-        """What it says of its process."""
-        return {"host": "here", "pid": 1}
-
-    def all_joined(self, about):
-        """All ranks are there."""
-        self.met = about
-
-    def answer(self, what):
-        """Its answer."""
-        return {"asked": what}
+from ..support.ranks_delegate import Delegate
 
 
 @pytest.fixture
@@ -49,41 +17,73 @@ def delegate():
 
 @pytest.fixture
 def group(delegate):
-    """Its group, begun."""
-    made = SingleProcess(delegate)
+    """Its group, started."""
+    made = delegate.group = SingleProcess(delegate)
     made.start()
     return made
 
 
 def test_one_process_is_all_ranks(delegate, group):
-    """It meets itself, knows itself, and knows nobody else."""
-    assert (group.rank, group.size, delegate.met) == (0, 1, {0: {"host": "here", "pid": 1}})
+    """It joins itself, knows itself, and no other rank."""
+    assert (group.rank, group.size, delegate.notes("joined")) == (0, 1, [{0: {"pid": 0}}])
     assert group.description(0) == delegate.describe() and group.description(1) == {} and group.state(1) == "absent"
-    assert group.query("ranks").answers == {0: {"asked": "ranks"}}
+    assert group.query("ranks").answers == {0: {"rank": 0, "what": "ranks"}}
 
 
 def test_what_it_holds_all_hold(delegate, group):
-    """A command is due at once, heard once, applied when it is applied, and settled when it says so."""
+    """A command is due at once, received once with its parameters, and applied with its outcome."""
     assert not group.due(1)
-    delegate.mailbox.submit("save_checkpoint", "id")
+    name = delegate.order("user.sample", n=2)
     assert group.due(2)
-    calls = group.receive(2)
-    assert calls == [["id", "save_checkpoint", False]] and not group.due(3)
-    group.applied(calls, 2)
-    assert (delegate.mailbox.get("id").state, delegate.mailbox.get("id").applied_at_step) == ("applied", 2)
+    commands = group.receive(2)
+    assert commands == [(name, "user.sample", {"n": 2}, False)] and not group.due(3)
+    group.applied(commands, 2, {name: {"value": "text"}})
+    assert delegate.notes("applied") == [(commands, 2, {0: {name: {"value": "text"}}}, None)]
     told = []
-    group.settle("id", told.append)
-    assert told == [None]
+    group.when_reported(name, lambda *result: told.append(result))
+    assert told == [({}, None)]
+
+
+def test_a_command_that_awaits_its_report(delegate, group):
+    """Those that wait for the report are called with it, and those that come later, too."""
+    name = delegate.order("save_checkpoint")
+    told = []
+    commands = group.receive(1)
+    group.applied(commands, 1, {})
+    assert delegate.notes("applied") == [(commands, 1, {}, None)]
+    group.when_reported(name, lambda *result: told.append(result))
+    assert told == []
+    group.report(name, {"value": 3})
+    group.when_reported(name, lambda *result: told.append(result))
+    assert told == [({0: {"value": 3}}, None)] * 2
+
+
+@pytest.mark.parametrize("fault", [None, "it broke"])
+def test_the_end_of_training_completes_what_is_open(delegate, group, fault):
+    """With the reason, where training continues."""
+    name = delegate.order("save_checkpoint")
+    group.applied(group.receive(1), 1, {})
+    told = []
+    group.when_reported(name, lambda *result: told.append(result))
+    group.close(1.0, fault)
+    assert told == [({}, None if fault is None else "rank 0: it broke")]
 
 
 def test_a_signal_is_a_command_at_the_next_step(delegate, group):
     """It is only noted when it comes, as the interrupted thread may hold any lock."""
     group.request("abort")
     assert not delegate.pending and group.due(1)
-    assert [call[1] for call in group.receive(1)] == ["abort"] and not group.due(2)
+    assert [command.name for command in group.receive(1)] == ["abort"] and not group.due(2)
 
 
-def test_a_job_that_cannot_start_meets_nobody(delegate):
-    """Its adapter says why; nothing is left to be told."""
+def test_facts_are_added_to_the_description(delegate, group):
+    """The delegate is told again."""
+    group.describe({"methods": "digest"})
+    assert delegate.notes("joined")[1:] == [{0: {"pid": 0, "methods": "digest"}}]
+    assert group.description(0) == {"pid": 0, "methods": "digest"}
+
+
+def test_a_job_that_cannot_start_joins_nothing(delegate):
+    """Its integration says why; the delegate is told nothing."""
     SingleProcess(delegate).start("the job id is taken")
-    assert delegate.met is None
+    assert delegate.told == []

@@ -12,7 +12,7 @@ from forgather_control.ranks import select
 from forgather_control.ranks.group import SingleProcess
 
 from ..support.harness import needs_torch
-from .test_group import Delegate
+from ..support.ranks_delegate import Delegate
 
 
 def choose(name: str = "", **options: Any) -> Any:

@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 
 from forgather_control import connect, errors
-from forgather_control.errors import CommandFailed, JobEnding
-from forgather_control.ranks import consensus
+from forgather_control.errors import JobEnding
+from forgather_control.ranks import keys, limits
 from forgather_control.ranks.channel import StoreSender
 from forgather_control.ranks.store_group import StoreGroup
-from forgather_control.training.command_queue import Mailbox
+from forgather_control.wire.records import Outcome, ScheduledCommand
 
 from ..support.harness import MS, SOON, cli, needs_torch, until
+from ..support.ranks_delegate import REPORTED, Delegate, Record
+from ..support.ranks_groups import run_ranks
 from ..support.torchrun import START, Torchrun
+from .test_poll import check_outcomes
 
 # torch asks the name server for the name of 127.0.0.1 at each connection; one that is slow to say no costs seconds.
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
@@ -32,59 +35,7 @@ os.environ.setdefault("RES_OPTIONS", "attempts:0")
 #: Seeded runs of real threads; each takes some tens of milliseconds.
 THREAD_RUNS = int(os.environ.get("RANKS_RUNS", "12"))
 
-SAVES = ("save_checkpoint", "save_and_stop")
 STOPS = ("save_and_stop", "graceful_stop", "abort")
-
-
-# A rank without a trainer...
-
-
-class Delegate:
-    """What a rank has instead of a controller: a real mailbox, and a note of all it was told."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.mailbox = Mailbox(lambda: None)
-        self.told: list[tuple[str, Any]] = []
-        self.reply: Callable[[str], dict[str, Any]] = lambda what: {"rank": rank, "what": what}
-
-    @property
-    def pending(self) -> bool:
-        return self.mailbox.pending
-
-    def take(self) -> Any:
-        return [[record.command_id, record.command, False] for record in self.mailbox.drain()]
-
-    def put_back(self, calls: Any) -> None:
-        self.mailbox.put_back([call[0] for call in calls])
-
-    def all_applied(self, calls: Any, step: int, fault: str | None) -> None:
-        self.told.append(("applied", (calls, step, fault)))
-        for command_id, command, _ in calls:
-            if fault is None:
-                self.mailbox.applied(command_id, step)
-            else:
-                self.mailbox.failed(command_id, CommandFailed(f"not all ranks applied the {command}: {fault}"))
-
-    def submit(self, command: str) -> None:
-        self.mailbox.submit(command, None)
-        self.group.command_queued()
-
-    def describe(self) -> dict[str, Any]:
-        return {"pid": self.rank}
-
-    def answer(self, what: str) -> dict[str, Any]:
-        return self.reply(what)
-
-    def all_joined(self, about: dict[int, dict[str, Any]]) -> None:
-        self.told.append(("joined", dict(about)))
-
-    def answers_changed(self) -> None:
-        self.told.append(("changed", None))
-
-    def agreement_lost(self, why: str) -> None:
-        self.told.append(("lost", why))
-        self.mailbox.refuse(JobEnding(why))
 
 
 class Rank:
@@ -95,17 +46,14 @@ class Rank:
         self.group = self.delegate.group = StoreGroup(self.delegate, rank, size, connect, 0)
         self.rank, self.steps, self.step = rank, steps, 0
         self.pace: Callable[[int], None] = lambda step: time.sleep(0.3 * MS)
-        self.keep: Callable[[int], str | None] = lambda step: None
+        self.effect: Callable[[ScheduledCommand, int], Outcome] = lambda command, step: {}
+        self.work: Callable[[ScheduledCommand, int], Outcome | None] = lambda command, step: {}  # None: reports later
         self.applied: list[tuple[int, Any]] = []
         self.fault: str | None = None
         self.holds = 0
         self.stop = False
         self.thread = threading.Thread(target=self.train, name=f"rank-{rank}")
         self.errors: list[BaseException] = []
-
-    @property
-    def mailbox(self) -> Mailbox:
-        return self.delegate.mailbox
 
     def begin(self) -> Rank:
         self.group.start()
@@ -129,44 +77,50 @@ class Rank:
         if not self.group.due(step):
             return
         self.holds += 1
-        calls = self.group.receive(step)
-        if not calls:
+        commands = self.group.receive(step)
+        if not commands:
             return
-        self.group.applied(calls, step)
-        self.applied.append((step, calls))
-        self.stop |= any(call[1] in STOPS for call in calls)
-        if any(call[1] in SAVES for call in calls):
-            self.save(calls, step)
+        outcomes = {command.command_id: self.effect(command, step) for command in commands}
+        self.group.applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
+        self.applied.append((step, commands))
+        self.stop |= any(command.name in STOPS for command in commands)
+        for command in commands:
+            if command.name in REPORTED:
+                self.report(command, step)
 
-    def save(self, calls: Any, step: int) -> None:
-        fault = self.keep(step)
-        for command_id, command, _ in calls if self.rank == 0 and fault is None else ():
-            if command == "save_checkpoint":
-                self.group.settle(command_id, lambda why, name=command_id: self.settled(name, step, why))
-        self.group.kept(fault)
+    def report(self, command: ScheduledCommand, step: int) -> None:
+        outcome = self.work(command, step)
+        if self.rank == 0 and command.name not in STOPS:
+            self.finish_when_reported(command.command_id, step)
+        if outcome is not None:
+            self.group.report(command.command_id, outcome)
 
-    def settled(self, command_id: str, step: int, fault: str | None) -> None:
-        if fault is None:
-            self.mailbox.finished(command_id, {"step": step})
-        else:
-            self.mailbox.failed(command_id, CommandFailed(fault))
+    def finish_when_reported(self, command_id: str, step: int) -> None:
+        def finish(outcomes: dict[int, Outcome], fault: str | None) -> None:
+            errors = [f"rank {rank}: {outcome['error']}" for rank, outcome in outcomes.items() if "error" in outcome]
+            values = {rank: outcome["value"] for rank, outcome in outcomes.items() if "value" in outcome}
+            error = fault or next(iter(errors), None)
+            self.delegate.finish(command_id, {"step": step, **({"values": values} if values else {})}, error)
+
+        self.group.when_reported(command_id, finish)
 
     def end(self) -> None:
         self.group.close(SOON, self.fault)
-        for step, calls in self.applied if self.rank == 0 else ():
-            for command_id, command, _ in calls:
-                if command in STOPS:
-                    self.group.settle(command_id, lambda why, name=command_id, step=step: self.settled(name, step, why))
-        self.mailbox.close(JobEnding("training ended"))
+        for step, commands in self.applied if self.rank == 0 else ():
+            for command in commands:
+                if command.name in STOPS:
+                    self.finish_when_reported(command.command_id, step)
+        self.delegate.refuse("training ended")
 
-    def order(self, command: str) -> str:
+    def order(self, name: str, **params: Any) -> str:
         """Submit it as a client would; its id."""
-        record = self.mailbox.submit(command, None)
-        self.group.command_queued()
-        return record.command_id
+        return self.delegate.order(name, **params)
+
+    def record(self, command_id: str) -> Record:
+        return self.delegate.records[command_id]
 
     def state(self, command_id: str) -> str:
-        return self.mailbox.get(command_id).state
+        return self.record(command_id).state
 
 
 @pytest.fixture
@@ -175,7 +129,7 @@ def store(request: pytest.FixtureRequest) -> Callable[[], Any]:
     import torch.distributed as dist
 
     store = dist.HashStore()
-    return lambda: dist.PrefixStore("line", store.clone())
+    return lambda: dist.PrefixStore("run", store.clone())
 
 
 @contextmanager
@@ -194,12 +148,12 @@ def training(connect: Callable[[], Any], size: int, *, begin: bool = True, **opt
                 rank.thread.join(SOON)
         assert not any(rank.thread.is_alive() for rank in made)
         assert not any(rank.errors for rank in made)
-    threads = [thread for rank in made for thread in rank.group._line._threads]
+    threads = [thread for rank in made for thread in rank.group._channel._threads]
     until(lambda: not any(thread.is_alive() for thread in threads))
 
 
 def is_final(rank: Rank) -> bool:
-    return all(record.is_final for record in rank.mailbox.records())
+    return all(record.is_final for record in rank.delegate.records.values())
 
 
 class Pack:
@@ -262,15 +216,15 @@ def test_random_commands_to_real_threads(store, seed):
 
 def same(made: list[Rank]) -> None:
     assert all(rank.applied == made[0].applied for rank in made), [rank.applied for rank in made]
-    names = [call[0] for _, calls in made[0].applied for call in calls]
+    names = [command.command_id for _, commands in made[0].applied for command in commands]
     assert len(names) == len(set(names)), "applied twice"
-    assert all(rank.group._line._threads[0].is_alive() is False for rank in made)
+    assert all(rank.group._channel._threads[0].is_alive() is False for rank in made)
 
 
 def true_records(first: Rank, ids: list[str]) -> None:
-    steps = {call[0]: step for step, calls in first.applied for call in calls}
+    steps = {command.command_id: step for step, commands in first.applied for command in commands}
     for name in ids:
-        record = first.mailbox.get(name)
+        record = first.record(name)
         if name in steps:
             assert (record.state, record.applied_at_step, record.result) == (
                 "finished",
@@ -278,7 +232,7 @@ def true_records(first: Rank, ids: list[str]) -> None:
                 {"step": steps[name]},
             )
         else:
-            assert (record.state, record.error["message"]) == ("failed", "training ended"), record
+            assert (record.state, record.error) == ("failed", "training ended"), record
 
 
 @needs_torch
@@ -287,8 +241,7 @@ def test_an_idle_step_holds_nobody(store):
     with training(store, 3, steps=300) as made:
         until(lambda: all(not rank.thread.is_alive() for rank in made))
         assert [rank.holds for rank in made] == [0, 0, 0]
-        (met,) = [told for told in made[0].delegate.told if told[0] == "joined"]
-        assert met[1] == {rank: {"pid": rank} for rank in range(3)}
+        assert made[0].delegate.notes("joined") == [{rank: {"pid": rank} for rank in range(3)}]
 
 
 @needs_torch
@@ -316,7 +269,7 @@ def test_applied_waits_for_the_slowest(store):
     with training(store, 2, begin=False) as made:
         first, slow = made
         slow.pace = lambda step: at_step.wait(SOON) and time.sleep(0.3 * MS)
-        slow.keep = lambda step: None if at_save.wait(SOON) else "too late"
+        slow.work = lambda command, step: {} if at_save.wait(SOON) else {"error": "too late"}
         for rank in made:
             rank.begin()
         name = first.order("save_checkpoint")
@@ -344,12 +297,92 @@ def test_commands_that_come_while_a_round_is_on(store):
         names = [first.order("save_checkpoint")]
         until(lambda: first.applied)
         names += [first.order("save_and_stop"), first.order("abort"), first.order("graceful_stop")]
-        first.mailbox.cancel(names[2])
+        first.delegate.cancel(names[2])
         at_step.set()
         until(lambda: all(len(rank.applied) == 2 for rank in made))
     same(made)
-    assert [[call[0] for call in calls] for _, calls in first.applied] == [names[:1], [names[1], names[3]]]
+    assert [[command.command_id for command in commands] for _, commands in first.applied] == [
+        names[:1],
+        [names[1], names[3]],
+    ]
     assert [first.state(name) for name in names] == ["finished", "finished", "cancelled", "finished"]
+
+
+@needs_torch
+def test_outcomes_and_reports_by_rank(store):
+    """Rank 0 gets what each rank did: at once with the commands, and later for those that await reports."""
+    later = threading.Event()
+    with training(store, 3, begin=False) as made:
+        for rank in made:
+            rank.effect = lambda command, step, rank=rank.rank: {"value": command.params["n"] * rank} if rank else {}
+            rank.work = lambda command, step, rank=rank.rank: {"value": f"trace {rank}"}
+        made[2].work = lambda command, step: later.wait(SOON) and {"value": "late"}
+        for rank in made:
+            rank.begin()
+        sample = made[0].order("user.sample", n=3)
+        until(lambda: made[0].state(sample) == "applied")
+        assert made[0].record(sample).outcomes == {rank: {sample: {"value": 3 * rank}} for rank in (1, 2)}
+        profile = made[0].order("profile", n=1)
+        until(lambda: made[0].state(profile) == "applied")
+        begun = made[0].step
+        until(lambda: made[0].step > begun + 50)
+        assert made[0].state(profile) == "applied"
+        later.set()
+        until(lambda: made[0].state(profile) == "finished")
+        assert made[0].record(profile).result["values"] == {0: "trace 0", 1: "trace 1", 2: "late"}
+    same(made)
+
+
+@needs_torch
+def test_a_rank_that_ends_owes_no_reports(store):
+    """What it had not reported counts as done; the others' reports are complete without it."""
+    with training(store, 3, begin=False) as made:
+        made[1].work = lambda command, step: setattr(made[1], "stop", True)
+        for rank in made:
+            rank.begin()
+        name = made[0].order("profile")
+        until(lambda: made[0].record(name).is_final)
+        assert (made[0].state(name), made[0].record(name).error) == ("finished", None)
+
+
+@needs_torch
+def test_rank_0_waits_for_reports_only_so_long(store):
+    """As it ends, a report that does not come fails its command, and the sentence names the rank."""
+    never = threading.Event()
+    with training(store, 2, begin=False) as made:
+        made[1].work = lambda command, step: never.wait(SOON) and {}
+        end = made[0].group.close
+        made[0].group.close = lambda seconds, fault: end(50 * MS, fault)
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].state(name) == "applied")
+        made[0].stop = True
+        until(lambda: made[0].record(name).is_final)
+        assert made[0].record(name).error == "rank 1 had not reported when rank 0 ended"
+        never.set()
+
+
+@needs_torch
+def test_facts_are_added_to_descriptions(store):
+    """Rank 0 is told whenever one changes, after all have joined; the last one told is complete."""
+    with training(store, 3, begin=False) as made:
+        made[1].group.describe({"early": True})
+        for rank in made:
+            rank.begin()
+        until(lambda: made[0].delegate.notes("joined"))
+        for rank in made:
+            rank.group.describe({"methods": rank.rank})
+        facts = {rank: {"pid": rank, "methods": rank} for rank in range(3)}
+        facts[1]["early"] = True
+        until(lambda: made[0].delegate.notes("joined")[-1] == facts)
+        assert made[0].group.description(1) == facts[1] and len(made[0].delegate.notes("joined")) == 4
+
+
+@needs_torch
+def test_outcomes_and_reports_of_real_ranks():
+    """The same in processes of their own, on a process group of gloo."""
+    check_outcomes(run_ranks(3))
 
 
 # Ranks that end, give up, or hear nothing...
@@ -368,7 +401,7 @@ def test_a_stop_is_not_blamed_on_who_is_behind(store, size):
             until(lambda: all(rank.step for rank in made))
             name = made[0].order("graceful_stop")
             made[0].thread.join(SOON)
-            record = made[0].mailbox.get(name)
+            record = made[0].record(name)
             assert (record.state, record.applied_at_step) == ("finished", made[0].step), record
         same(made)
 
@@ -403,7 +436,7 @@ def test_a_rank_that_gives_up(store):
         made[1].steps, made[1].fault = 5, "it broke"
         for rank in made:
             rank.begin()
-        until(lambda: ("lost", "rank 1: it broke") in made[0].delegate.told)
+        until(lambda: made[0].delegate.notes("lost") == ["rank 1: it broke"])
         with pytest.raises(JobEnding, match="it broke"):
             made[0].order("save_checkpoint")
         begun = made[2].step
@@ -432,8 +465,8 @@ def test_a_rank_that_gives_up_with_a_list_in_hand(store):
         name = first.order("save_checkpoint")
         until(lambda: first.applied)
         at_step.set()
-        until(lambda: first.mailbox.get(name).is_final)
-        assert "rank 1: it broke" in first.mailbox.get(name).error["message"]
+        until(lambda: first.record(name).is_final)
+        assert "rank 1: it broke" in first.record(name).error
         assert first.state(name) == "failed"
 
 
@@ -448,13 +481,13 @@ def suppressed(call: Callable[..., Any], *args: Any) -> None:
 def test_a_shard_that_is_not_written(store):
     """A rank says that its part of the checkpoint is not on disk: so the save has failed, and the others train on."""
     with training(store, 3, begin=False) as made:
-        made[2].keep = lambda step: "the disk is full"
+        made[2].work = lambda command, step: {"error": "the disk is full"}
         for rank in made:
             rank.begin()
         name = made[0].order("save_checkpoint")
-        until(lambda: made[0].mailbox.get(name).is_final)
-        record = made[0].mailbox.get(name)
-        assert (record.state, record.error["message"]) == ("failed", "rank 2: the disk is full")
+        until(lambda: made[0].record(name).is_final)
+        record = made[0].record(name)
+        assert (record.state, record.error) == ("failed", "rank 2: the disk is full")
         assert record.applied_at_step == made[0].applied[0][0]
         later = made[0].order("graceful_stop")
         until(lambda: all(len(rank.applied) == 2 for rank in made))
@@ -468,12 +501,12 @@ def test_a_rank_that_gives_up_before_its_shard_is_written(store):
     with training(store, 2, begin=False) as made:
         first, broken = made
         broken.fault = "it broke"
-        broken.save = lambda calls, step: setattr(broken, "stop", True)
+        broken.work = lambda command, step: setattr(broken, "stop", True)
         for rank in made:
             rank.begin()
         name = first.order("save_checkpoint")
-        until(lambda: first.mailbox.get(name).is_final)
-        assert (first.state(name), "it broke" in first.mailbox.get(name).error["message"]) == ("failed", True)
+        until(lambda: first.record(name).is_final)
+        assert (first.state(name), "it broke" in first.record(name).error) == ("failed", True)
 
 
 @needs_torch
@@ -483,7 +516,7 @@ def test_a_rank_whose_control_cannot_start(store):
     rank.delegate.describe = lambda: {}["nothing"]
     with pytest.raises(KeyError):
         rank.group.start()
-    assert not any(thread.is_alive() for thread in rank.group._line._threads)
+    assert not any(thread.is_alive() for thread in rank.group._channel._threads)
 
 
 # The line in pieces...
@@ -507,14 +540,20 @@ def refused(*_: Any) -> Any:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is held waits longer than any test: so it is not patience that lets it go."""
-    monkeypatch.setattr(consensus, "PATIENCE", 10 * SOON)
+    monkeypatch.setattr(limits, "DECISION_TIMEOUT", 10 * SOON)
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Who is held loses patience at once, until this is called."""
-    monkeypatch.setattr(consensus, "PATIENCE", 50 * MS)
-    return lambda: monkeypatch.setattr(consensus, "PATIENCE", 10 * SOON)
+    monkeypatch.setattr(limits, "DECISION_TIMEOUT", 50 * MS)
+    monkeypatch.setattr(limits, "GIVE_UP_TIMEOUT", 50 * MS)
+
+    def calm() -> None:
+        for name in ("DECISION_TIMEOUT", "GIVE_UP_TIMEOUT"):
+            monkeypatch.setattr(limits, name, 10 * SOON)
+
+    return calm
 
 
 def torn(rank: Rank, connect: Callable[[], Any]) -> None:
@@ -533,14 +572,14 @@ class Coordinator:
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.store, self.heard = connect(), 0
-        self.voice = StoreSender(connect())
+        self.sender = StoreSender(connect())
 
     def send(self, *message: Any) -> None:
-        self.voice.send([1], list(message))
+        self.sender.send([1], list(message))
 
     def hear(self) -> Any:
         self.heard += 1
-        return json.loads(self.store.get(f"0/{self.heard}"))
+        return json.loads(self.store.get(keys.message(0, self.heard)))
 
 
 @contextmanager
@@ -554,7 +593,7 @@ def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Coordinator, Rank]]:
         kind, number, who, clock = coordinator.hear()
         assert (kind, number, who) == ("ready", 1, 1)
         coordinator.due = clock + 5
-        coordinator.calls = [["name", "save_checkpoint", False]]
+        coordinator.commands = [ScheduledCommand("name", "save_checkpoint", {"evaluate": "auto"})]
         until(lambda: rank.holds)
         yield coordinator, rank
     finally:
@@ -567,10 +606,10 @@ def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Coordinator, Rank]]:
 def test_a_farewell_overtakes_the_decision(store, patient):
     """Rank 0 ends between its decision and the word of it: who is held reads what stands in the store, and obeys."""
     with one_rank(store) as (coordinator, rank):
-        coordinator.voice.decide("go/1", [coordinator.due, coordinator.calls])
-        coordinator.send("over")
+        coordinator.sender.decide(keys.decision(1), [coordinator.due, coordinator.commands])
+        coordinator.send("shutdown")
         until(lambda: rank.applied)
-        assert rank.applied == [(coordinator.due, coordinator.calls)]
+        assert rank.applied == [(coordinator.due, coordinator.commands)]
         goes_on(rank)
 
 
@@ -578,9 +617,12 @@ def test_a_farewell_overtakes_the_decision(store, patient):
 def test_a_farewell_while_nothing_is_decided(store, patient):
     """The round is off from then on, and nobody is held."""
     with one_rank(store) as (coordinator, rank):
-        coordinator.send("over")
+        coordinator.send("shutdown")
         goes_on(rank)
-        assert coordinator.voice.decide("go/1", [coordinator.due, coordinator.calls]) == [None, []] and not rank.applied
+        assert (
+            coordinator.sender.decide(keys.decision(1), [coordinator.due, coordinator.commands]) == [None, []]
+            and not rank.applied
+        )
 
 
 @needs_torch
@@ -594,10 +636,10 @@ def test_a_question_that_comes_too_late(store, patient):
         coordinator.send("prepare", 3)
         while (answer := coordinator.hear())[:2] != ["ready", 3]:
             pass
-        coordinator.send("commit", 3, answer[3] + 50, coordinator.calls)
+        coordinator.send("commit", 3, answer[3] + 50, coordinator.commands)
         coordinator.send("prepare", 1)
         until(lambda: rank.applied)
-        assert rank.applied == [(answer[3] + 50, coordinator.calls)]
+        assert rank.applied == [(answer[3] + 50, coordinator.commands)]
 
 
 @needs_torch
@@ -608,11 +650,11 @@ def test_the_store_breaks_as_a_round_is_decided(store, patient):
         for rank in made:
             rank.begin()
         name = made[0].order("save_checkpoint")
-        until(lambda: made[0].mailbox.get(name).is_final)
-        assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
+        until(lambda: made[0].record(name).is_final)
+        assert "Connection reset by peer" in made[0].record(name).error
         goes_on(*made)
-        cuts = [told for told in made[0].delegate.told if told[0] == "lost"]
-        assert cuts == [("lost", "RuntimeError: Connection reset by peer")]
+        why = "rank 0 lost its connection to the store (RuntimeError: Connection reset by peer)"
+        assert made[0].delegate.notes("lost") == [why]
     assert not any(rank.applied for rank in made)
 
 
@@ -633,7 +675,7 @@ def test_a_leader_that_falls_silent_after_asking(store, hasty):
         name = made[0].order("graceful_stop")
         until(lambda: all(rank.holds for rank in made[1:]))
         goes_on(*made[1:])
-        assert real.get("go/1") == b"[null, []]" and made[0].state(name) == "accepted"
+        assert real.get(keys.decision(1)) == b"[null, []]" and made[0].state(name) == "accepted"
         hasty()
         back.set()
         until(lambda: all(rank.applied for rank in made))
@@ -654,18 +696,18 @@ def test_a_rank_is_told_before_the_coordinator(store, hasty):
     def send(key: str, data: str) -> None:
         real.set(key, data)
         if '"prepare"' in data:  # so that it is the mouth that decides, and the ear that hears what comes too early
-            until(lambda: 1 in made[0].group._coordinator._answers)
+            until(lambda: 1 in made[0].group._coordination._coordinator._steps)
 
     with training(store, 2, begin=False) as made:
         torn(made[0], lambda: Torn(store(), compare_set=stuck, set=send))
         made[0].pace = lambda step: back.wait(SOON) and time.sleep(0.3 * MS)  # in a long step
         for rank in made:
             rank.begin()
-        until(lambda: "joined" in dict(made[0].delegate.told))
+        until(lambda: made[0].delegate.notes("joined"))
         name = made[0].order("save_checkpoint")
         until(lambda: made[1].applied)
-        count = int(real.add("0/count", 0))
-        until(lambda: made[0].group._line._next > count)
+        count = int(real.add(keys.count(0), 0))
+        until(lambda: made[0].group._channel._next > count)
         hasty()
         back.set()
         until(lambda: made[0].state(name) == "finished")
@@ -689,10 +731,10 @@ def test_an_ear_breaks_while_its_rank_is_held(store, patient):
         for rank in made:
             rank.begin()
         name = made[0].order("save_checkpoint")
-        until(lambda: made[0].mailbox.get(name).is_final)
+        until(lambda: made[0].record(name).is_final)
         goes_on(*made)
-        message = made[0].mailbox.get(name).error["message"]
-        assert "rank 1 is cut off: RuntimeError: Connection reset by peer" in message
+        message = made[0].record(name).error
+        assert "rank 1 lost its connection to the store (RuntimeError: Connection reset by peer)" in message
     assert made[1].applied in ([], made[0].applied) and len(made[0].applied) == len(made[1].applied)
 
 
@@ -719,8 +761,8 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
         until(lambda: made[1].holds)
         goes_on(made[1])
         back.set()
-        until(lambda: made[0].mailbox.get(name).is_final)
-        assert "rank 1" in made[0].mailbox.get(name).error["message"]
+        until(lambda: made[0].record(name).is_final)
+        assert "rank 1" in made[0].record(name).error
         with pytest.raises(JobEnding, match="rank 1"):
             made[0].order("save_checkpoint")
         goes_on(*made)
@@ -744,8 +786,8 @@ def test_the_line_breaks_with_a_list_on_its_way(store, patient):
         until(lambda: made[0].applied)
         broken.set()
         made[1].group.request("graceful_stop")
-        until(lambda: made[0].mailbox.get(name).is_final)
-        assert "Connection reset by peer" in made[0].mailbox.get(name).error["message"]
+        until(lambda: made[0].record(name).is_final)
+        assert "Connection reset by peer" in made[0].record(name).error
         at_step.set()
         until(lambda: made[1].applied)
         goes_on(*made)
@@ -769,7 +811,7 @@ def test_any_rank_may_call(store):
         made[2].group.request("graceful_stop")
         until(lambda: all(rank.stop for rank in made))
     same(made)
-    assert [calls[0][1] for _, calls in made[0].applied] == ["save_checkpoint"] * 3 + ["graceful_stop"]
+    assert [commands[0].name for _, commands in made[0].applied] == ["save_checkpoint"] * 3 + ["graceful_stop"]
 
 
 @needs_torch
@@ -821,7 +863,7 @@ def test_a_question_to_all(store):
         late.set()
         until(lambda: 2 in first.answers and 2 in second.answers)
         assert (first.answers[2], second.answers[2]) == ({"late": "ranks"}, {"late": "stacks"})
-        assert ("changed", None) in made[0].delegate.told
+        assert made[0].delegate.notes("answers")
         assert made[0].group.description(1) == {"pid": 1} and not any(rank.holds for rank in made)
         at_step.set()
 
@@ -986,15 +1028,15 @@ def test_two_real_ranks(tmp_path):
     assert len(re.findall("^end", output, re.M)) == 2 and "Traceback" not in output
     ways = [line.partition(" INFO ")[2] for line in output.splitlines() if re.match("log . INFO ranks ", line)]
     over_the_store = (
-        "ranks agree on commands over the TCPStore of torch.distributed, and ask nothing while there are none"
+        "ranks agree on commands over torch.distributed's TCPStore; they do not communicate while no command is pending"
     )
     assert ways == [
         over_the_store,
         over_the_store,
-        "ranks ask one another for commands at every 5 steps: poll_steps=5 was given",
+        "ranks poll one another for commands every 5 steps: poll_steps=5 was given",
         over_the_store,
         over_the_store,
-        "ranks ask one another for commands at every 50 steps: a FileStore cannot wake who waits",
+        "ranks poll one another for commands every 50 steps: a FileStore cannot wake a waiting rank",
     ]
     assert not re.search("^log . (WARNING|ERROR)", output, re.M), output
 

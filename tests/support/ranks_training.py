@@ -163,9 +163,9 @@ class Job:
         """Note what this rank applies, where it tells the others of it."""
         tell = group.applied
 
-        def applied(calls: Any, step: int) -> None:
-            self.applied.append((step, [call[:2] for call in calls]))
-            tell(calls, step)
+        def applied(commands: Any, step: int, outcomes: Any) -> None:
+            self.applied.append((step, [command[:2] for command in commands]))
+            tell(commands, step, outcomes)
 
         group.applied = applied
 

@@ -17,7 +17,8 @@ ELSEWHERE = {
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
     "jobs/limits": "system/test_limits",
-    "ranks/poll": "ranks/test_store_group",  # a collective needs ranks
+    "ranks/coordination": "ranks/test_store_group",
+    "ranks/limits": "ranks/test_consensus",
 }
 #: Test files that belong to no single module.
 WITHOUT_MODULE = {"system"}

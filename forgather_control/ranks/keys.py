@@ -1,0 +1,29 @@
+"""The keys that ranks use in the store of torch.distributed."""
+
+from __future__ import annotations
+
+
+def prefix(name: str, restart: str, run: int) -> str:
+    """Return what all keys of one training run begin with.
+
+    Args:
+        name: the job id that was asked for, the same on all ranks.
+        restart: how often torchrun restarted the workers, which may then get the old store with all its keys.
+        run: the number of this training run among those of that name in this process.
+    """
+    return f"forgather_control/{name}/{restart}.{run}"
+
+
+def count(rank: int) -> str:
+    """Return the key of the number of messages sent to a rank so far."""
+    return f"{rank}/count"
+
+
+def message(rank: int, number: int) -> str:
+    """Return the key of a message to a rank; they are numbered from 1."""
+    return f"{rank}/{number}"
+
+
+def decision(number: int) -> str:
+    """Return the key of a round's decision."""
+    return f"decision/{number}"

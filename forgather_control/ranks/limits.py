@@ -1,0 +1,27 @@
+"""Time-outs and bounds of the ranks package; all times are in seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: In which all ranks must answer a Prepare. They answer in milliseconds, unless C code holds their interpreter's
+#: lock; to hold training any longer would do more harm than to try again later.
+READY_TIMEOUT: Final = 10.0
+#: That a training thread is held before its rank itself proposes to call the round off.
+DECISION_TIMEOUT: Final = 15.0
+#: That it is then held for the store's answer before the rank leaves the agreement and trains on without control.
+GIVE_UP_TIMEOUT: Final = 10.0
+#: From a round that was called off to the next one, doubled each time up to the maximum.
+RETRY_DELAY: Final = 1.0
+MAX_RETRY_DELAY: Final = 60.0
+#: That a call of the store may take before the channel counts as broken.
+STORE_TIMEOUT: Final = 30.0
+#: That the receiver's wait for a message may take: longer than any training, and short enough for poll(2), which
+#: counts milliseconds in an int (24.8 days).
+INBOX_TIMEOUT: Final = 20 * 86400.0
+#: That the interpreter's exit may wait for a channel that was not closed.
+EXIT_TIMEOUT: Final = 1.0
+#: Steps between two polls where ranks must poll and neither the caller nor the trainer says how many.
+POLL_STEPS: Final = 50
+#: Commands of which rank 0 remembers what the ranks reported, for callbacks that are registered later.
+MAX_RESULTS: Final = 1024

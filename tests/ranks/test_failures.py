@@ -1,0 +1,20 @@
+"""The sentences about lost ranks."""
+
+from __future__ import annotations
+
+from forgather_control.ranks import failures
+
+
+def test_control_off_says_what_happened_to_what_and_what_next():
+    """As the log shows it."""
+    why = failures.lost_connection(1, "Connection reset by peer")
+    assert failures.control_off(why) == (
+        "Control is off: rank 1 lost its connection to the store (Connection reset by peer), so ranks can no longer "
+        "agree on commands. Training continues."
+    )
+
+
+def test_ranks_are_listed_in_the_singular_and_the_plural():
+    """As English does."""
+    assert failures.not_reported([3]) == "rank 3 had not reported when rank 0 ended"
+    assert failures.not_reported([1, 2]) == "ranks 1, 2 had not reported when rank 0 ended"

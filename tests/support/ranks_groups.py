@@ -1,0 +1,129 @@
+"""One rank of a real process group, for test_poll and test_store_group: ``python -m ... RANK SIZE PORT POLL_STEPS``.
+
+It trains until it applied a ``graceful_stop``, and prints what it saw as one line of JSON. ``user.sample`` has an
+outcome on each rank but 0; every rank reports on ``save_checkpoint`` at once, where rank 2 fails, and on ``profile``
+``RANK`` steps later. Rank 2 asks for the ``profile``, as a signal handler would.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from .harness import ROOT, SOON
+from .ranks_delegate import Delegate
+from .torchrun import ENVIRONMENT
+
+
+def run_ranks(size: int, poll_steps: int = 0) -> list[Any]:
+    """Run so many ranks to their end; return what each of them saw."""
+    import os
+
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    words = [str(size), str(store.port), str(poll_steps)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, str(rank), *words],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        seen = [rank.communicate(timeout=3 * SOON)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * size
+    return [json.loads(line) for line in seen]
+
+
+class Rank:
+    """A rank that trains in step with the others."""
+
+    def __init__(self, rank: int, size: int, port: int, poll_steps: int) -> None:
+        import torch.distributed as dist
+
+        from forgather_control.ranks.select import select_group
+
+        store = dist.TCPStore("127.0.0.1", port, None, False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        self.dist, self.rank = dist, rank
+        self.delegate = Delegate(rank)
+        self.group = self.delegate.group = select_group(self.delegate, "job", 0, poll_steps or None)
+        self.applied: list[Any] = []
+        self.late: list[tuple[int, str]] = []  # reports at a later step
+        self.reported: dict[str, Any] = {}
+
+    def train(self) -> None:
+        self.group.start()
+        self.group.describe({"methods": f"of rank {self.rank}"})
+        step = 0
+        while "graceful_stop" not in [command[1] for _, commands in self.applied for command in commands]:
+            step += 1
+            self.dist.barrier()
+            self.act(step)
+            for due, command_id in self.late:
+                if due == step:
+                    self.group.report(command_id, {"value": f"trace of rank {self.rank}"})
+            if self.group.due(step):
+                self.apply(step)
+        self.group.close(SOON)
+
+    def act(self, step: int) -> None:
+        """What comes from outside before this step ends."""
+        if step == 2 and self.rank == 0:
+            self.delegate.order("user.sample", n=2)
+            self.delegate.order("save_checkpoint", evaluate=False)
+        if step == 4 and self.rank == 2:
+            self.group.request("profile")
+        joined = self.delegate.notes("joined")
+        told = bool(joined) and all("methods" in known for known in joined[-1].values())
+        if self.rank == 0 and len(self.reported) == 2 and told:
+            self.delegate.order("graceful_stop")
+
+    def apply(self, step: int) -> None:
+        commands = self.group.receive(step)
+        if not commands:
+            return
+        outcomes = {
+            command.command_id: {"value": command.params["n"] * self.rank}
+            for command in commands
+            if command.name == "user.sample" and self.rank
+        }
+        self.group.applied(commands, step, outcomes)
+        self.applied.append((step, commands))
+        for command in commands:
+            self.follow(step, *command[:2])
+
+    def follow(self, step: int, command_id: str, name: str) -> None:
+        if name == "save_checkpoint":
+            failed = {"error": {"code": -32000, "message": "full"}}
+            self.group.report(command_id, failed if self.rank == 2 else {})
+        elif name == "profile":
+            self.late.append((step + 1 + self.rank, command_id))
+        if self.rank == 0 and name in ("save_checkpoint", "profile"):
+            self.group.when_reported(command_id, lambda *result: self.reported.update({name: result}))
+
+    def seen(self) -> dict[str, Any]:
+        """All that it saw."""
+        return {"applied": self.applied, "told": self.delegate.told, "reported": self.reported}
+
+
+def main(*words: str) -> None:
+    rank = Rank(*map(int, words))
+    rank.train()
+    print(json.dumps(rank.seen()), flush=True)
+    rank.dist.barrier()
+    rank.dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
