@@ -15,7 +15,7 @@ from .. import states
 from ..deadline import Deadline
 from ..errors import JobsDirUnusable
 from . import limits, private_files
-from .record import SOCKET, JobRecord, check_job_id, read_record_in
+from .record import SOCKET, JobRecord, check_job_id, read_record
 from .registry import ask, judge
 
 #: Open a directory only to look up names in it: it need not be readable (open(2)).
@@ -80,7 +80,7 @@ def remove_dead(root: str, job_id: str) -> bool:
     with locked(root), _opened_root(root) as parent, contextlib.ExitStack() as stack:
         try:
             directory = stack.enter_context(private_files.opened(check_job_id(job_id), parent))
-            record = read_record_in(directory, job_id)
+            record = read_record(root, job_id, directory)
         except (OSError, ValueError) as err:
             if private_files.is_out_of_descriptors(err):
                 raise

@@ -61,23 +61,18 @@ class JobDirectory:
         self._listen = listen
         self._short: str | None = None  # a private directory for the socket, where ours cannot hold it
         self._files: dict[str, _FileId] = {}  # what this job made, by path
-        me = liveness.current_process()
+        me = liveness.current_process()._asdict()
         self._record = record.JobRecord(
             job_id=job_id,
-            host=me.host,
             port=None,
-            pid=me.pid,
             started_at=time.time(),
-            process_started_at=me.started_at,
-            boot_id=me.boot_id,
+            process_started_at=me.pop("started_at"),
             world_size=world_size,
             protocol=PROTOCOL,
             version=VERSION,
             user=_user(),
-            machine=me.machine,
-            booted_at=me.booted_at,
-            pid_namespace=me.pid_namespace,
             launch=launcher.of_this_process(),
+            **me,
         )
 
     def offer(self, address: str, port: int, token: str, tls_sha256: str | None) -> None:

@@ -89,35 +89,29 @@ def read(directory: int, name: str, limit: int) -> tuple[bytes, os.stat_result]:
         os.close(file)
 
 
-def read_trusted(path: str, name: str, limit: int) -> bytes | None:
+def read_trusted(path: str, name: str, limit: int, parent: int | None = None) -> bytes | None:
     """Return the content of a file that only this user and root can have written; ``None`` if there is none.
 
     Args:
-        path: the file's directory. A link is no directory.
+        path: the file's directory, relative to ``parent``. A link is no directory.
         limit: the most bytes.
 
     Raises:
         ValueError: the file cannot be read, is too long, or another user may have written it.
         OSError: this process has no descriptors left, which says nothing about the file.
     """
+    what = "its directory"
     try:
-        with opened(path) as directory:
-            return read_trusted_in(directory, name, limit)
+        with opened(path, parent) as directory:
+            _check_writers(os.fstat(directory), what)
+            what = name
+            data, facts = read(directory, name, limit + 1)
     except OSError as err:
-        if err.errno in NO_DIRECTORY:
+        if err.errno == errno.ENOENT or (what != name and err.errno in NO_DIRECTORY):
             return None
-        raise _explained(err, "its directory cannot be opened") from None
-
-
-def read_trusted_in(directory: int, name: str, limit: int) -> bytes | None:
-    """As :func:`read_trusted`, in an open directory."""
-    _check_writers(os.fstat(directory), "its directory")
-    try:
-        data, facts = read(directory, name, limit + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as err:
-        raise _explained(err, f"{name} cannot be read") from None
+        if is_out_of_descriptors(err):
+            raise
+        raise ValueError(f"{what} cannot be read ({err.strerror})") from None
     _check_writers(facts, name)
     if len(data) > limit:
         raise ValueError(f"{name} is longer than {limit} bytes")
@@ -131,10 +125,6 @@ def _check_writers(facts: os.stat_result, what: str) -> None:
         raise ValueError(f"{what} belongs to another user (uid {facts.st_uid})")
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"{what} can be written by other users; chmod go-w")
-
-
-def _explained(err: OSError, text: str) -> OSError | ValueError:
-    return err if is_out_of_descriptors(err) else ValueError(f"{text} ({err.strerror})")
 
 
 def is_out_of_descriptors(err: Exception) -> bool:

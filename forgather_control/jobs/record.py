@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..errors import BadJobId, JobsDirUnusable
@@ -32,12 +33,27 @@ _JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def jobs_dir() -> str:
-    """Return the jobs directory: $FORGATHER_JOBS_DIR, else under $XDG_CONFIG_HOME, else under ~/.config."""
+    """Return the jobs directory: $FORGATHER_JOBS_DIR, else under $XDG_CONFIG_HOME if that is absolute, else ~/.config.
+
+    Raises:
+        JobsDirUnusable: this user has no home directory.
+    """
     chosen = os.environ.get("FORGATHER_JOBS_DIR")
     if chosen:
-        return os.path.abspath(chosen)
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.abspath(os.path.join(config, "forgather", "jobs"))
+        return _absolute(chosen)
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(config):
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home):  # a uid without a name, as in containers
+            raise JobsDirUnusable("there is no home directory for the jobs directory; set HOME or FORGATHER_JOBS_DIR")
+        config = os.path.join(home, ".config")
+    return os.path.join(config, "forgather", "jobs")
+
+
+@cache
+def _absolute(path: str) -> str:
+    """Return the absolute path, the same for the whole life of the process: it may change its working directory."""
+    return os.path.abspath(path)
 
 
 def make_jobs_dir(root: str) -> None:
@@ -115,15 +131,8 @@ class JobRecord(NamedTuple):
     @property
     def owner(self) -> liveness.Identity:
         """The process that published the record."""
-        return liveness.Identity(
-            host=self.host,
-            pid=self.pid,
-            started_at=self.process_started_at,
-            booted_at=self.booted_at,
-            boot_id=self.boot_id,
-            machine=self.machine,
-            pid_namespace=self.pid_namespace,
-        )
+        where = (self.booted_at, self.boot_id, self.machine, self.pid_namespace)
+        return liveness.Identity(self.host, self.pid, self.process_started_at, *where)
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``endpoint.json`` holds."""
@@ -162,18 +171,16 @@ def parse_record(data: bytes, job_id: str) -> JobRecord:
     return load(JobRecord, _FIELDS, value, "the record")
 
 
-def read_record(root: str, job_id: str) -> JobRecord | None:
+def read_record(root: str, job_id: str, directory: int | None = None) -> JobRecord | None:
     """Return the record of a job; ``None`` if there is none.
+
+    Args:
+        directory: a descriptor of the job's directory, if it is open already.
 
     Raises:
         ValueError: the file is no record of this job, and why.
         OSError: this process has no descriptors left, which says nothing about the job.
     """
-    data = private_files.read_trusted(os.path.join(root, job_id), RECORD, limits.MAX_RECORD)
-    return None if data is None else parse_record(data, job_id)
-
-
-def read_record_in(directory: int, job_id: str) -> JobRecord | None:
-    """As :func:`read_record`, in an open directory."""
-    data = private_files.read_trusted_in(directory, RECORD, limits.MAX_RECORD)
+    path = os.path.join(root, job_id) if directory is None else "."
+    data = private_files.read_trusted(path, RECORD, limits.MAX_RECORD, directory)
     return None if data is None else parse_record(data, job_id)

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from forgather_control.errors import BadJobId, StartError
+from forgather_control.errors import BadJobId, JobsDirUnusable, StartError
 from forgather_control.jobs import limits, private_files, record
 from forgather_control.jobs.record import JobRecord, check_job_id, is_job_id, jobs_dir, parse_record, read_record
 from forgather_control.processes import liveness
@@ -36,7 +36,7 @@ def place(jobs_dir):
 
 
 def test_where_the_jobs_directory_is(monkeypatch):
-    """$FORGATHER_JOBS_DIR, else $XDG_CONFIG_HOME, else ~/.config; empty counts as unset; always absolute."""
+    """$FORGATHER_JOBS_DIR, else $XDG_CONFIG_HOME if absolute, else ~/.config; empty is unset; always absolute."""
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("XDG_CONFIG_HOME", "/xdg")
     monkeypatch.setenv("FORGATHER_JOBS_DIR", "some/jobs")
@@ -45,8 +45,28 @@ def test_where_the_jobs_directory_is(monkeypatch):
     assert jobs_dir() == "/xdg/forgather/jobs"
     monkeypatch.setenv("XDG_CONFIG_HOME", "")
     assert jobs_dir() == "/home/me/.config/forgather/jobs"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    assert jobs_dir() == "/home/me/.config/forgather/jobs"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     assert jobs_dir() == "/home/me/.config/forgather/jobs"
+
+
+def test_the_jobs_directory_stays_the_same_in_another_working_directory(monkeypatch, tmp_path):
+    """A relative path is resolved once: a job that changes its directory keeps its place."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", "kept/jobs")
+    before = jobs_dir()
+    monkeypatch.chdir(tmp_path)
+    assert jobs_dir() == before
+
+
+@pytest.mark.parametrize("home", ["~", "relative"])
+def test_without_a_home_there_is_no_jobs_directory(monkeypatch, home):
+    """No directory named "~" is made where the process happens to be: the error says what to set."""
+    for name in ("FORGATHER_JOBS_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: home)
+    with pytest.raises(JobsDirUnusable, match="set HOME or FORGATHER_JOBS_DIR"):
+        jobs_dir()
 
 
 @pytest.mark.parametrize("name", ["a", "0", "_", "A.b-c_9", "a..b", "x" * 128, "job_2026-01-01_node_1"])
@@ -255,7 +275,7 @@ def test_an_unreadable_record_says_so(place):
         assert nobody.line() == "endpoint.json cannot be read (Permission denied)"
         place.parent.chmod(0o700)
         nobody.say(str(place.parent.parent))
-        assert nobody.line() == "its directory cannot be opened (Permission denied)"
+        assert nobody.line() == "its directory cannot be read (Permission denied)"
 
 
 def test_reading_leaks_no_descriptors(place):
