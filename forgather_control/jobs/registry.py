@@ -183,7 +183,7 @@ def ask(records: Iterable[JobRecord], method: str, deadline: Deadline) -> dict[s
 
 
 class _Asked(NamedTuple):
-    """A job that was sent the request: what it has answered so far, and how long it keeps its place (monotonic)."""
+    """A job that was sent the request: what it has answered so far, and until when it keeps its place (monotonic)."""
 
     record: JobRecord
     received: bytearray
@@ -195,8 +195,6 @@ class _Asking:
 
     def __init__(self, records: Iterable[JobRecord], method: str, deadline: Deadline) -> None:
         self._waiting = deque(record for record in records if record.socket is not None)
-        self._busy: list[JobRecord] = []  # their backlog is full
-        self._retry_at = 0.0
         self._asked: dict[socket.socket, _Asked] = {}  # oldest first
         self._request, self._deadline = jsonrpc.request(method, {}, 1), deadline
         self._share = (deadline.left() or 0.0) / (len(self._waiting) // limits.MAX_ASKED_AT_ONCE + 1)
@@ -209,46 +207,32 @@ class _Asking:
         self._selector.close()
 
     def run(self) -> dict[str, dict[str, Any]]:
-        self._send_more()
-        while self._asked or self._busy:
-            is_last = self._deadline.passed()
-            for key, _ in self._selector.select(self._timeout()):
+        self._send_some()
+        while self._asked or self._waiting:
+            left = self._deadline.left() or 0.0
+            for key, _ in self._selector.select(min(left, limits.BUSY_RETRY) if self._waiting else left):
                 self._receive(key.fileobj)  # type: ignore[arg-type]  # all of them are sockets
-            if is_last:
+            if left == 0.0:
                 break
-            self._make_room()
-            self._send_more()
+            self._send_some()
         return self._answers
 
-    def _timeout(self) -> float:
-        moments = [self._retry_at] if self._busy else []
-        if self._waiting and self._asked:
-            moments.append(next(iter(self._asked.values())).until)
-        left = self._deadline.left() or 0.0
-        return min(left, max(0.0, min(moments) - time.monotonic())) if moments else left
-
-    def _make_room(self) -> None:
-        """Give up the oldest silent sockets while other jobs wait for a place."""
+    def _send_some(self) -> None:
+        """Try each waiting job once, while there is a place; those that are busy wait on."""
         now = time.monotonic()
-        for sock, asked in list(self._asked.items()):
-            if asked.until > now or len(self._asked) < limits.MAX_ASKED_AT_ONCE or not self._waiting:
-                return
-            self._drop(sock)
-
-    def _send_more(self) -> None:
-        now = time.monotonic()
-        if self._busy and now >= self._retry_at:
-            self._waiting.extend(self._busy)
-            self._busy.clear()
-        while self._waiting and len(self._asked) < limits.MAX_ASKED_AT_ONCE:
+        for _ in range(len(self._waiting)):
+            if len(self._asked) >= limits.MAX_ASKED_AT_ONCE:
+                oldest, asked = next(iter(self._asked.items()))
+                if asked.until > now:
+                    return
+                self._drop(oldest)
             record = self._waiting.popleft()
             try:
                 sock = _send(record, self._request)
             except JobNotAnswering:
-                self._busy.append(record)
-                self._retry_at = now + limits.BUSY_RETRY
+                self._waiting.append(record)
             except ControlError:
-                continue
+                pass
             else:
                 self._selector.register(sock, selectors.EVENT_READ)
                 self._asked[sock] = _Asked(record, bytearray(), now + self._share)
@@ -283,8 +267,7 @@ def _send(record: JobRecord, request: bytes) -> socket.socket:
         JobNotAnswering: the job's backlog is full.
         ControlError: no process that this user may talk to listens.
     """
-    assert record.socket is not None
-    sock = addresses.UnixEndpoint(record.socket).connect(Deadline(0.0))
+    sock = addresses.UnixEndpoint(record.socket or "").connect(Deadline(0.0))
     try:
         sock.setblocking(False)
         sock.send(request)
