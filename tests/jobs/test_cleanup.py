@@ -1,4 +1,4 @@
-"""What may be removed, and what may not: real jobs, real deaths, and many of them at once."""
+"""Which directories are removed and which are not: real jobs, real deaths, and many of them at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_another_boot_is_a_death(jobs_dir):
 
 
 def test_who_answers_is_not_removed(jobs_dir, dead):
-    """A record whose pid is gone here, but in whose name somebody answers, is a live job's."""
+    """A record whose pid is gone here, but whose job still answers, is a live job's."""
     record = publish(jobs_dir, "job", dead)
     with serving(record.socket, lambda request, sink: {"job_id": "job"}):
         assert not cleanup.is_dead(record) and not cleanup.remove_dead(str(jobs_dir), "job")
@@ -60,7 +60,7 @@ def test_who_answers_is_not_removed(jobs_dir, dead):
 
 
 def test_a_dead_jobs_record_costs_no_live_job_its_directory(jobs_dir, dead):
-    """Somebody copied it there: who answers at the socket beside it is not asked by what the record says."""
+    """A record was copied there: the socket beside it is asked, too, not only the one that the record names."""
     record = publish(jobs_dir, "job", dead, socket=None)
     with serving(jobs_dir / "job" / "control.sock", lambda request, sink: {"job_id": "job"}):
         assert cleanup.is_dead(record) and not cleanup.remove_dead(str(jobs_dir), "job")
@@ -83,7 +83,7 @@ def test_only_a_job_directory_is_removed(jobs_dir, dead, job_id):
 
 
 def test_links_inside_a_dead_job_are_removed_not_followed(jobs_dir, dead):
-    """What a dead job's directory points at stays, be it a file, a directory or the jobs directory."""
+    """Targets of links in a dead job's directory stay: a file, a directory, the jobs directory."""
     outside = jobs_dir.parent / "outside"
     outside.mkdir()
     (outside / "precious").write_text("weights")
@@ -110,7 +110,7 @@ def test_a_job_is_judged_again_under_the_lock(jobs_dir, dead):
 
 
 def test_the_lock_is_waited_for_until_the_deadline(jobs_dir):
-    """Who cannot get the lock says so in time, and leaves no descriptor; a killed holder lets go of it."""
+    """A process that cannot get the lock reports it in time, and leaves no descriptor; killing the holder frees the lock."""
     jobs_dir.mkdir()
     program = """
     import sys

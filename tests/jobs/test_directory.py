@@ -48,7 +48,7 @@ def claim(job_id):
 
 print(os.getpid(), flush=True)
 if len(sys.argv) > 1:
-    process.current_process()  # what is imported late is imported now: the interpreter may be out of nobody's reach
+    process.current_process()  # import now what is imported late: later this user may not read the interpreter's files
     os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 job = None
 for line in sys.stdin:
@@ -130,7 +130,7 @@ def test_a_claim_publishes_and_remove_leaves_nothing(jobs_dir, make):
 
 
 def test_a_live_owner_keeps_its_id(jobs_dir, make):
-    """A second claim, from this process or another, says who has the id, and changes nothing."""
+    """A second claim, from this process or another, names the holder of the id, and changes nothing."""
     with job_process() as other:
         before = published(jobs_dir)
         with pytest.raises(JobIdTaken, match=f'job id "job" is in use by pid {other.pid} on') as caught:
@@ -172,7 +172,7 @@ def test_a_dead_owners_directory_is_taken_over(jobs_dir, make):
 
 
 def test_what_a_crash_left_before_it_published_is_taken_over(jobs_dir, make):
-    """A directory without a record, seen under the lock, belongs to nobody."""
+    """A directory without a record, seen under the lock, belongs to no job."""
     (jobs_dir / "job" / "junk").mkdir(parents=True)
     make().claim()
     assert published(jobs_dir) and names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
@@ -219,7 +219,7 @@ FAR = {"job_id": "job", "host": "another.example.org", "port": None, "pid": 1, "
     ],
 )
 def test_a_run_begun_anew_takes_its_id_from_another_host(jobs_dir, make, monkeypatch, theirs, mine, taken):
-    """Who cannot be judged from here gives way to a later turn of its own run, and to nobody else."""
+    """A job that cannot be judged from here gives way to a later start of its own run, and to no other."""
     for variable, value in mine.items():
         monkeypatch.setenv(variable, value)
     (jobs_dir / "job" / "requests").mkdir(parents=True)
@@ -245,7 +245,7 @@ def test_a_live_process_of_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
     with job_process() as other:
         _again(monkeypatch, 1)
         for signum in (signal.SIGCONT, signal.SIGSTOP, None):
-            if signum is None:  # nobody listens any more, and its process could not restore that
+            if signum is None:  # nothing listens any more, and its process could not restore that
                 (jobs_dir / "job" / "control.sock").unlink()
             else:
                 os.kill(other.pid, signum)
@@ -257,7 +257,7 @@ def test_a_live_process_of_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
 
 
 def test_who_listens_on_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
-    """In another container its pid cannot be judged, but its socket is here, and somebody holds it."""
+    """In another container its pid cannot be judged, but its socket is here, and a process listens."""
     _again(monkeypatch, 0)
     with job_process():
         place = jobs_dir / "job" / "endpoint.json"
@@ -289,7 +289,7 @@ def test_an_earlier_turn_that_lives_on_stands_down(jobs_dir, make, monkeypatch):
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
 def test_everything_is_private_from_the_first_moment(jobs_dir, make, umask):
-    """While jobs are claimed and removed, nobody who looks ever sees a directory or a record open to others."""
+    """While jobs are claimed and removed, no directory and no record is ever open to other users."""
     seen, done = set(), threading.Event()
 
     def look():
@@ -449,7 +449,7 @@ def test_a_tmp_cleaner_at_the_short_directory_is_noticed(jobs_dir, make, whole):
 
 
 def test_open_connections_survive_a_restore(jobs_dir, make):
-    """Who is connected stays so when the socket gets a new file."""
+    """Open connections stay when the socket gets a new file."""
     job = make()
     job.claim()
     with Wire(jobs_dir / "job" / "control.sock") as wire:
@@ -490,7 +490,7 @@ def test_a_directory_that_another_took_over_is_left_alone(jobs_dir, make):
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_what_is_no_socket_is_never_unlinked(jobs_dir, make, kind):
-    """A file or a directory in the socket's place is somebody's: restore says so and leaves it."""
+    """A file or a directory in the socket's place is not ours: restore reports it and leaves it."""
     job = make()
     job.claim()
     obstacle = jobs_dir / "job" / "control.sock"
@@ -518,7 +518,7 @@ def test_what_is_no_directory_is_left_alone(jobs_dir, make, kind):
 
 
 def test_a_restore_does_not_wait_for_the_lock(jobs_dir, make):
-    """The server thread never stands still for a lock that somebody else holds."""
+    """The server thread never waits for a lock that another process holds."""
     job = make()
     job.claim()
     os.unlink(jobs_dir / "job" / "control.sock")
@@ -617,21 +617,21 @@ def test_whose_directory_may_be_used(jobs_dir, owner, bits, why):
         jobs_dir.mkdir()
         os.chown(jobs_dir, owner, owner)
         jobs_dir.chmod(bits)
-    with Process(CLAIMER, "65534") as nobody:
-        nobody.line()
-        nobody.say("job")
-        result = nobody.line()
+    with Process(CLAIMER, "65534") as other:
+        other.line()
+        other.say("job")
+        result = other.line()
         if why is None:
-            assert result == "mine" and read_record(str(jobs_dir), "job").pid == nobody.pid
-            nobody.say("end")
-            assert nobody.line() == "ended"
+            assert result == "mine" and read_record(str(jobs_dir), "job").pid == other.pid
+            other.say("end")
+            assert other.line() == "ended"
         else:
             assert result.startswith("JobsDirUnusable None") and why in result, result
         assert not jobs_dir.exists() or names(jobs_dir) == []
 
 
 def test_a_directory_in_which_anybody_may_rename_is_refused(jobs_dir, make):
-    """World-writable without the sticky bit: somebody could put his own job under our name."""
+    """World-writable without the sticky bit: another user could put a job under our name."""
     jobs_dir.mkdir()
     jobs_dir.chmod(0o777)
     refused(jobs_dir, make(), "any user may rename")
@@ -650,7 +650,7 @@ def test_what_cannot_be_a_directory_is_refused(jobs_dir, make, monkeypatch, kind
 
 
 def test_a_job_whose_record_was_deleted_keeps_its_name(jobs_dir):
-    """Between the deletion and the repair somebody still listens: the name is not free."""
+    """Between the deletion and the repair a process still listens: the name is not free."""
     with running_loop("job"):
         (jobs_dir / "job" / "endpoint.json").unlink()
         with pytest.raises(JobIdTaken, match="record was deleted"):

@@ -37,7 +37,7 @@ def of_job(jobs_dir):
 
 
 def test_ranks_survive_the_way_through_their_file(place, jobs_dir):
-    """What rank 0 writes is what a client reads, members that nobody knows included."""
+    """A client reads what rank 0 writes, null members included."""
     ranks = [
         RankRecord.of(0, current_process(), 5),
         RankRecord.of(1, current_process()._replace(pid=7, machine=None), None),
@@ -127,7 +127,7 @@ def test_a_job_id_is_checked_before_it_is_a_path(jobs_dir, name):
 
 
 def test_links_fifos_and_directories_are_not_read(place, jobs_dir):
-    """Each is a ValueError at once; a FIFO nobody writes to holds nobody up."""
+    """Each is a ValueError at once; a FIFO without a writer does not block."""
     before = descriptors()
     (jobs_dir / "secret").write_bytes(data({}))
     place.symlink_to(jobs_dir / "secret")
@@ -198,7 +198,7 @@ def test_room_for_thousands():
     assert len(json.dumps([rank._asdict() for rank in many])) < limits.MAX_RANKS_FILE
 
 
-def test_out_of_files_is_nobodys_fault(tmp_path):
+def test_running_out_of_descriptors_is_an_oserror(tmp_path):
     """An OSError says so: it must not look as if the job had no ranks."""
     source = """
     import os, resource

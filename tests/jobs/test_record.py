@@ -191,7 +191,7 @@ def test_the_longest_record_is_read(place):
 
 @pytest.mark.parametrize("member", ["job_id", "host", "unknown"])
 def test_no_nesting_gets_through(member):
-    """Up to 32,000 levels deep: a ValueError or, in a member nobody reads, a record; never a RecursionError."""
+    """Up to 32,000 levels deep: a ValueError or, in an unknown member, a record; never a RecursionError."""
     for depth in [*range(1, 30), *range(800, 1100, 7), 5000, 9999, 20000, 32000]:
         data = _data().replace(b'"job"' if member == "job_id" else b'"node"', b"@", member != "unknown")
         data = data.replace(b"@", b"[" * depth + b"]" * depth)
@@ -247,7 +247,7 @@ def test_nothing_is_no_record(place):
 
 
 def test_a_linked_job_directory_is_no_job(place):
-    """Who plants a link named after a job does not get its target read."""
+    """The target of a link with a job's name is not read."""
     place.write_bytes(_data(job_id="alias"))
     (place.parent.parent / "alias").symlink_to(place.parent)
     assert read_record(str(place.parent.parent), "alias") is None
@@ -255,7 +255,7 @@ def test_a_linked_job_directory_is_no_job(place):
 
 @needs_root
 def test_an_unreadable_record_says_so(place):
-    """Another user's job is a ValueError with the system's reason, be it the file or the directory."""
+    """A job of another user is a ValueError with the system's reason, for the file and for the directory."""
     place.write_bytes(_data())
     place.chmod(0o600)
     for directory_ in (place.parent.parent.parent, place.parent.parent, place.parent):
@@ -270,12 +270,12 @@ def test_an_unreadable_record_says_so(place):
         except ValueError as err:
             print(err, flush=True)
     """
-    with Process(program) as nobody:
-        nobody.say(str(place.parent.parent))
-        assert nobody.line() == "endpoint.json cannot be read (Permission denied)"
+    with Process(program) as other:
+        other.say(str(place.parent.parent))
+        assert other.line() == "endpoint.json cannot be read (Permission denied)"
         place.parent.chmod(0o700)
-        nobody.say(str(place.parent.parent))
-        assert nobody.line() == "its directory cannot be read (Permission denied)"
+        other.say(str(place.parent.parent))
+        assert other.line() == "its directory cannot be read (Permission denied)"
 
 
 def test_reading_leaks_no_descriptors(place):

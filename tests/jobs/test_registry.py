@@ -361,7 +361,7 @@ def test_the_only_live_job(jobs_dir, dead):
 
 
 def test_asking_takes_a_deadline_that_has_passed(jobs_dir):
-    """With no time left nobody is waited for."""
+    """With no time left no job is waited for."""
     record = publish(jobs_dir, "job", liveness.current_process())
     with listening(record.socket):
         start = time.monotonic()

@@ -118,7 +118,7 @@ def test_each_is_answered_once(desk):
     assert (desk.asked, desk.lying("requests"), desk.lying("replies")) == (["echo"], [], ["a.json"])
 
 
-def test_both_boxes_are_private(desk):
+def test_both_directories_are_private(desk):
     """They are made 0700, and requests/ is made so again."""
     modes = lambda: [(desk.path / box).stat().st_mode & 0o777 for box in ("requests", "replies")]  # noqa: E731
     assert modes() == [0o700, 0o700]
@@ -212,7 +212,7 @@ def test_a_huge_file_is_not_read(desk):
 
 
 def test_what_is_no_request_stays(desk, tmp_path_factory):
-    """Hidden and foreign names, links, FIFOs, sockets and directories: left alone, and nothing waits for them."""
+    """Hidden and foreign names, links, FIFOs, sockets and directories are left alone, and block nothing."""
     box, other = desk.path / "requests", tmp_path_factory.mktemp("other") / "file"
     other.write_bytes(b'{"jsonrpc": "2.0", "id": 1, "method": "echo"}')
     for name in (".hidden.json", "a.json.tmp", "a.json~", "-a.json", "nonsense", "ä.json"):
@@ -235,7 +235,7 @@ def test_what_is_no_request_stays(desk, tmp_path_factory):
 
 @needs_root
 def test_another_users_file_is_none(desk):
-    """Even where the directory lets somebody in: only this user's requests, and root's."""
+    """Even where the directory is open to others: only requests of this user and of root."""
     path = desk.put("abort")
     os.chown(path, 65534, 65534)
     desk.tick()
@@ -380,7 +380,7 @@ def test_two_who_take_do_not_both_run(tmp_path):
 
 
 def test_a_damaged_directory_is_one_warning(desk, caplog):
-    """Boxes are made anew; what cannot be is one warning, and works again once it can."""
+    """Deleted directories are made again; one that cannot be is one warning, and works again once it can."""
     shutil.rmtree(desk.path / "requests")
     shutil.rmtree(desk.path / "replies")
     desk.tick()
@@ -401,7 +401,7 @@ def test_a_damaged_directory_is_one_warning(desk, caplog):
 
 
 def test_another_directory_of_that_name_is_not_touched(tmp_path, caplog):
-    """Where another job has the path by now, nothing is read there and nothing written."""
+    """Where another job has the path now, nothing is read or written there."""
     home = tmp_path / "job"
     home.mkdir()
     desk = Desk(home)
@@ -540,7 +540,7 @@ def test_touch_from_a_shell(jobs_dir):
 
 @pytest.mark.once
 def test_a_stopped_job_refuses_what_it_slept_through(jobs_dir):
-    """What lay there from before is refused once the job goes on; it trains on."""
+    """Requests from before are refused once the job continues; training continues."""
     with job_process("job") as process:
         home = jobs_dir / "job"
         until(lambda: (home / "status.json").exists())
@@ -567,7 +567,7 @@ def test_waits_for_the_checkpoint(jobs_dir, quick):
 
 @pytest.mark.once
 def test_ten_thousand_files_at_once(jobs_dir):
-    """They are worked off in bounded pieces; over the socket the owner is answered meanwhile; training goes on."""
+    """They are answered in bounded pieces; the socket is answered meanwhile, and training continues."""
     with job_process("job") as process:
         home, away = jobs_dir / "job", jobs_dir.parent / "away"
         until(lambda: (home / "status.json").exists())
@@ -587,7 +587,7 @@ def test_ten_thousand_files_at_once(jobs_dir):
 
 
 def test_a_deleted_directory_comes_back(jobs_dir, quick):
-    """Directory, boxes and status are restored under a running job, and requests are answered again."""
+    """The directory, the spool and the status are restored under a running job, and requests are answered again."""
     with running_loop("job"):
         home = jobs_dir / "job"
         until(lambda: (home / "status.json").exists())
@@ -625,7 +625,7 @@ def test_requests_that_wait_at_the_end_are_answered(jobs_dir, quick):
 
 
 def test_the_end_does_not_wait_for_ever(jobs_dir, quick):
-    """A reply that nobody takes costs the end of training its bounded moment, and no more."""
+    """A reply that no client reads delays the end of training by a bounded moment, and no more."""
     with running_loop("job") as run:
         home = jobs_dir / "job"
         (home / "requests" / ".a").write_text(
@@ -637,7 +637,7 @@ def test_the_end_does_not_wait_for_ever(jobs_dir, quick):
 
 
 def test_writers_at_the_end_do_not_keep_the_directory(jobs_dir, quick, caplog):
-    """Who goes on writing requests while the job ends cannot make its directory stay behind."""
+    """Clients that keep writing requests while the job ends cannot make its directory stay behind."""
     with running_loop("job") as run:
         box, over = jobs_dir / "job" / "requests", threading.Event()
 
@@ -660,7 +660,7 @@ def test_writers_at_the_end_do_not_keep_the_directory(jobs_dir, quick, caplog):
 
 
 def test_an_ending_job_leaves_its_name_to_others(jobs_dir):
-    """No longer listed, its id is free; whoever takes it is not harmed when the first goes at last."""
+    """No longer listed, its id is free; the job that takes it is not harmed when the first is removed."""
     source = """
         from forgather_control.jobs.directory import JobDirectory
         mine = JobDirectory("job", lambda path: open(path, "w").close(), 1)
@@ -680,7 +680,7 @@ def test_an_ending_job_leaves_its_name_to_others(jobs_dir):
 
 
 def test_nobody_by_file_costs_the_end_nothing(desk):
-    """Without requests, open or lying, nobody is waited for; nor for whoever only touched a file."""
+    """Without requests, dispatched or not, the end does not wait; nor for a person who touched a file."""
     assert not desk.files.end()
     desk.put("save_checkpoint")
     assert desk.files.end()

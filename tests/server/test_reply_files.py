@@ -35,7 +35,7 @@ def test_replies_are_kept_within_bounds(desk, monkeypatch):
 
 
 def test_replies_that_were_taken_leave_room(desk, monkeypatch):
-    """What somebody took counts no more, so that a person's reply is not pushed out by a program's many."""
+    """Replies that were removed do not count, so a program's many do not push out a person's one."""
     patient(monkeypatch)
     desk.put("save_checkpoint")
     desk.tick()
