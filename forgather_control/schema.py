@@ -16,14 +16,10 @@ T = TypeVar("T")
 TEXT: Final = (str,)
 INTEGER: Final = (int,)
 NUMBER: Final = (int, float)
-BOOLEAN: Final = (bool,)
 OBJECT: Final = (dict,)
-ARRAY: Final = (list,)
 NULL: Final = (type(None),)
 
-_WORDS: Final = {
-    str: "a string", int: "an integer", float: "a number", bool: "a boolean", dict: "an object", list: "an array"
-}  # fmt: skip
+_WORDS: Final = {str: "a string", int: "an integer", float: "a number", dict: "an object"}
 #: The year 10000, where calendars end.
 _END_OF_TIME: Final = 253402300800.0
 

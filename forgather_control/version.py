@@ -1,6 +1,6 @@
-"""The version of the package and of the protocol it speaks. Floor 0: imports nothing."""
+"""The version of the package, and of the protocol that it speaks."""
 
 VERSION = "0.1.0"
 
-#: Written into ``endpoint.json`` and answered by ``ping``; raised when an old client could misread us.
+#: Written into ``endpoint.json`` and answered by ``ping``; raised when an older client could misunderstand a job.
 PROTOCOL = 2

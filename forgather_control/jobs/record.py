@@ -145,8 +145,10 @@ def _launch(value: object) -> Launch:
     return Launch.from_json(value)
 
 
-_FIELDS: Final = {
-    **dict.fromkeys(("job_id", "host", "version", "user"), Field(TEXT)),
+#: The rules for the members of a record.
+FIELDS: Final = {
+    "job_id": Field(TEXT, convert=check_job_id),
+    **dict.fromkeys(("host", "version", "user"), Field(TEXT)),
     **dict.fromkeys(("socket", "boot_id", "machine", "address", "token", "tls_sha256"), Field(TEXT + NULL)),
     **dict.fromkeys(("process_started_at", "booted_at"), nullable(TIME)),
     "port": Field(INTEGER + NULL, 0, 65535, convert=lambda port: port or None),
@@ -168,7 +170,7 @@ def parse_record(data: bytes, job_id: str) -> JobRecord:
     value = parse_json(data)
     if isinstance(value, dict) and value.get("job_id") != job_id:
         raise ValueError(f"it is the record of another job, {shown(value.get('job_id'))}")
-    return load(JobRecord, _FIELDS, value, "the record")
+    return load(JobRecord, FIELDS, value, "the record")
 
 
 def read_record(root: str, job_id: str, directory: int | None = None) -> JobRecord | None:

@@ -17,9 +17,10 @@ from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, InternalError, JobDead, JobNotAnswering, JobsDirUnusable, NoSuchJob
 from ..processes import liveness
+from ..schema import NULL, OBJECT, TEXT, Field, load
 from ..wire import addresses, jsonrpc
 from . import limits
-from .record import JobRecord, check_job_id, is_job_id, parse_record, read_record
+from .record import FIELDS, JobRecord, is_job_id, read_record
 
 if TYPE_CHECKING:
     from ..processes.launcher import Launch
@@ -54,13 +55,9 @@ class Job(NamedTuple):
             InternalError: it describes none.
         """
         try:
-            record = parse_record(jsonrpc.encode(value), check_job_id(value["job_id"]))
-            if value["state"] not in get_args(states.JobState):
-                raise ValueError("it has no state")
-            status = value.get("status")
-        except (LookupError, TypeError, ValueError, AttributeError) as err:
+            return load(cls, _FIELDS, value, "a job")
+        except ValueError as err:
             raise InternalError("the other side sent no list of jobs") from err
-        return cls(**_shared(record), state=value["state"], status=status if isinstance(status, dict) else None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the job as ``list --json`` prints it."""
@@ -69,6 +66,13 @@ class Job(NamedTuple):
 
 #: The members that a job and its record have in common.
 _SHARED: Final = tuple(name for name in Job._fields if name in JobRecord._fields)
+
+
+_FIELDS: Final = {
+    **{name: FIELDS[name] for name in _SHARED},
+    "state": Field(TEXT, choices=get_args(states.JobState)),
+    "status": Field(OBJECT + NULL),
+}
 
 
 def _shared(record: JobRecord) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_a_job_is_judged_again_under_the_lock(jobs_dir, dead):
 
 
 def test_the_lock_is_waited_for_until_the_deadline(jobs_dir):
-    """A process that cannot get the lock reports it in time, and leaves no descriptor; killing the holder frees the lock."""
+    """Without the lock there is an error in time, and no descriptor left; killing the holder frees the lock."""
     jobs_dir.mkdir()
     program = """
     import sys
