@@ -1,6 +1,6 @@
-"""The other end of an ssh: copy between standard streams and a job's socket, without reading what passes.
+"""The job's end of an ssh connection: copy between standard streams and a job's socket, without reading what passes.
 
-Floor 0: imports nothing of ours. Runs on the thread of a process of its own, ``forgather-control dial-stdio JOB``.
+Runs in a process of its own, ``forgather-control dial-stdio JOB``.
 """
 
 from __future__ import annotations
@@ -8,89 +8,68 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 from typing import Final
 
-#: The first line, with the job's id behind it: from here on every byte is the job's.
+#: The first line, followed by the job's id: every byte after it comes from the job.
 MARK: Final = "forgather-control dial-stdio 1 "
-#: Bytes kept for one direction while its target takes none.
-_KEPT: Final = 64 * 1024
-
-
-class _Way:
-    """One direction. Neither end is waited for alone: as much is read as can be kept, written what is taken."""
-
-    def __init__(self, source: int, target: int) -> None:
-        self._source, self._target = source, target
-        self.kept = b""
-        self.at_end = False
-
-    def wants_more(self) -> bool:
-        return not self.at_end and len(self.kept) < _KEPT
-
-    def read(self) -> None:
-        try:
-            data = os.read(self._source, _KEPT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self.kept += data
-        self.at_end = not data
-
-    def write(self) -> None:
-        try:
-            # What a pipe that is ready takes without blocking; ours may belong to somebody else, too.
-            self.kept = self.kept[os.write(self._target, self.kept[: select.PIPE_BUF]) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.kept, self.at_end = b"", True
+_CHUNK: Final = 64 * 1024
 
 
 def copy(job: str, sock: socket.socket, stdin: int = 0, stdout: int = 1, until_input_ends: bool = False) -> None:
-    """Copy both ways until the job hangs up, or whoever reads ``stdout`` does.
+    """Copy both ways until the job closes the connection or the reader of ``stdout`` goes.
 
-    The end of ``stdin`` is handed on, and replies still come: ``printf '{...}' | forgather-control dial-stdio``.
+    The end of ``stdin`` is passed on to the job, and its replies still come:
+    ``printf '{...}' | forgather-control dial-stdio``.
 
     Args:
-        until_input_ends: end with ``stdin``, too; from a client it means that this was killed, and ssh, which
-            reads on, will not tell before the job says something.
+        until_input_ends: end with ``stdin``, too. With ssh that means that the client is gone: ssh keeps
+            reading, so the reader of ``stdout`` would stay until the job says something.
     """
-    sock.setblocking(False)
-    up, down = _Way(stdin, sock.fileno()), _Way(sock.fileno(), stdout)
-    down.kept = f"{MARK}{job}\n".encode()
-    is_open = True
-    while (down.kept or not down.at_end) and (is_open or not until_input_ends):
-        ready = _ready(up, down, sock.fileno(), stdin, stdout)
-        if ready.get(stdout, 0) & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
-            return
-        if stdin in ready:
-            up.read()
-        if ready.get(sock.fileno(), 0) & ~select.POLLOUT and down.wants_more():
-            down.read()
-        if up.kept:
-            up.write()
-        if down.kept and ready.get(stdout):
-            down.write()
-        if up.at_end and not up.kept and is_open:
-            is_open = False
-            _half_close(sock)
-
-
-def _ready(up: _Way, down: _Way, sock: int, stdin: int, stdout: int) -> dict[int, int]:
+    threading.Thread(target=_copy_input, args=(stdin, sock, until_input_ends), daemon=True).start()
     poller = select.poll()
-    # Asked for nothing, poll still tells that nobody reads any more; but an end that is known would be told for ever.
-    poller.register(stdout, select.POLLOUT if down.kept else 0)
-    if up.wants_more():
-        poller.register(stdin, select.POLLIN)
-    asked = (select.POLLIN if down.wants_more() else 0) | (select.POLLOUT if up.kept else 0)
-    if asked:
-        poller.register(sock, asked)
-    return dict(poller.poll())
+    poller.register(stdout, 0)  # asks for nothing, and still reports that the reader has gone
+    poller.register(sock, select.POLLIN)
+    data = f"{MARK}{job}\n".encode()
+    while data and _write(stdout, data):
+        if any(file == stdout for file, _ in poller.poll()):
+            return
+        data = _read(sock.fileno())
 
 
-def _half_close(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:  # it is gone already, which reading will tell
+def _copy_input(stdin: int, sock: socket.socket, until_input_ends: bool) -> None:
+    while (data := _read(stdin)) and _write(sock.fileno(), data):
         pass
+    try:
+        sock.shutdown(socket.SHUT_RDWR if until_input_ends else socket.SHUT_WR)
+    except OSError:
+        pass  # the connection is gone already, which reading reports
+
+
+def _read(file: int) -> bytes:
+    """Return some bytes; none at the end, or where the other side broke off."""
+    while True:
+        try:
+            return os.read(file, _CHUNK)
+        except BlockingIOError:  # a stream that is shared with others may be non-blocking
+            _wait(file, select.POLLIN)
+        except OSError:
+            return b""
+
+
+def _write(file: int, data: bytes) -> bool:
+    """Write all of ``data``; whether there is still a reader."""
+    while data:
+        try:
+            data = data[os.write(file, data) :]
+        except BlockingIOError:
+            _wait(file, select.POLLOUT)
+        except OSError:
+            return False
+    return True
+
+
+def _wait(file: int, event: int) -> None:
+    poller = select.poll()
+    poller.register(file, event)
+    poller.poll()

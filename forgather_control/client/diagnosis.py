@@ -1,0 +1,80 @@
+"""Why a job did not answer, as its directory and the operating system tell it.
+
+psutil is loaded only here, when a process has to be judged.
+"""
+
+from __future__ import annotations
+
+import time
+
+from .. import states
+from ..deadline import Deadline
+from ..errors import ControlError, JobDead, JobNotAnswering, NoSuchJob
+from ..jobs import registry
+from ..jobs.record import JobRecord, jobs_dir
+from . import limits
+
+
+def describe_process(record: JobRecord) -> str:
+    """Name a job's process in a message."""
+    return f"pid {record.pid} on {record.host}"
+
+
+def connection_lost(record: JobRecord, note: str) -> ControlError:
+    """Explain a connection that ended without an answer.
+
+    Args:
+        note: what this means for the request, appended to the sentence.
+    """
+    now, state = _after_exit(record)
+    job, process = record.job_id, describe_process(record)
+    if now is not None and now.owner != record.owner:
+        return _restarted(now, note)
+    if state == states.JOB_DEAD:
+        return JobDead(f"the process of job {job}, {process}, ended before it answered{note}", job=job)
+    if now is None:
+        return JobDead(f"job {job} ended before it answered{note}", job=job)
+    if state == states.JOB_SILENT:
+        text = f"job {job} closed the connection before it answered, though {process} still runs{note}"
+        return JobNotAnswering(text, job=job)
+    return JobDead(f"job {job} ({process}) closed the connection before it answered{note}", job=job)
+
+
+def _after_exit(record: JobRecord) -> tuple[JobRecord | None, str]:
+    """Return the record that has the job's id now, and the state of ``record``'s process once it had time to exit."""
+    deadline = Deadline(limits.EXIT_TIME)
+    while True:
+        try:
+            now = registry.named(jobs_dir(), record.job_id)
+        except ControlError:
+            now = record  # an unreadable record does not prove that another job has the id
+        state = registry.judge(record)
+        if state != states.JOB_SILENT or now is None or now.owner != record.owner or deadline.passed():
+            return now, state
+        time.sleep(0.02)
+
+
+def unreachable(record: JobRecord) -> ControlError:
+    """Explain a socket that nothing listens at."""
+    now = registry.named(jobs_dir(), record.job_id)
+    job, process = record.job_id, describe_process(record)
+    if now is None:
+        return NoSuchJob(f"job {job} has just ended", job=job)
+    if now.owner != record.owner:
+        return _restarted(now, "")
+    state = registry.judge(record)
+    if state == states.JOB_DEAD:
+        text = f"job {job} is dead: {process} is gone. Remove what it left: forgather-control cleanup"
+        return JobDead(text, job=job)
+    if state == states.JOB_FOREIGN:
+        text = f"job {job} runs on another host ({process}) and cannot be reached from here. Use --ssh or its TCP port"
+        return JobNotAnswering(text, job=job)
+    return JobNotAnswering(f"job {job} runs ({process}), but nothing listens at its socket", job=job)
+
+
+def _restarted(now: JobRecord, note: str) -> JobDead:
+    count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
+    which = f", restart {count}" if count else ""
+    process = describe_process(now)
+    text = f"job {now.job_id} was restarted as {process}{which}, before it answered{note}. Repeat the request"
+    return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)

@@ -1,0 +1,122 @@
+"""Transports: how lines travel between a client and a job, whether over a socket, TLS, ssh or files.
+
+A transport belongs to the thread of its client.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Final, Protocol
+
+from ..deadline import Deadline
+from ..wire import jsonrpc
+from . import limits
+
+_RECEIVE_SIZE: Final = 65536
+
+
+class Transport(Protocol):
+    """One way to a job.
+
+    Attributes:
+        job_id: the job at the other end, where the way itself tells.
+        is_same_host: whether it is certain that the job runs on this host, and so has its clock.
+        probe_interval: seconds between two calls of :meth:`probe` while a reply has no deadline.
+        silence: seconds without a sign of life after which it returns false.
+        can_withdraw: whether a request that was not read can be taken back; then it needs no expiry.
+    """
+
+    job_id: str | None
+    is_same_host: bool
+    probe_interval: float
+    silence: float
+    can_withdraw: bool
+
+    def send(self, line: bytes, seconds: float) -> None:
+        """Send one request line.
+
+        Raises:
+            TimeoutError: the job did not take it within ``seconds``.
+            OSError: the connection is lost.
+            ControlError: it cannot be sent this way, and why.
+        """
+
+    def receive(self, deadline: Deadline) -> bytes | None:
+        """Return the next line; ``None`` where the deadline passes first.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+
+    def probe(self) -> bool:
+        """Look for a sign of life; whether there was one within the last ``silence`` seconds.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+
+    def withdraw(self) -> bool:
+        """Take back the request that got no reply; whether it is certain that the job will never read it."""
+
+    def why_lost(self) -> str | None:
+        """Return why the connection ended, where that says nothing of the job; ``None`` if the job closed it."""
+
+    def close(self) -> None:
+        """Release everything. May be called twice."""
+
+
+class SocketTransport:
+    """Lines over a connected stream socket, plain or TLS."""
+
+    can_withdraw = False
+
+    def __init__(self, sock: socket.socket, job_id: str | None = None, is_same_host: bool = False) -> None:
+        self.sock, self.job_id, self.is_same_host = sock, job_id, is_same_host
+        self.probe_interval, self.silence = limits.PING_INTERVAL, limits.SILENCE
+        self._received = bytearray()
+        self._given_up = Deadline(None)
+
+    def send(self, line: bytes, seconds: float) -> None:
+        self._given_up = Deadline(self.silence)
+        self._send(line, seconds)
+
+    def _send(self, line: bytes, seconds: float) -> None:
+        self.sock.settimeout(seconds)
+        self.sock.sendall(line)
+
+    def receive(self, deadline: Deadline) -> bytes | None:
+        while (end := self._received.find(b"\n")) < 0:
+            left = deadline.left()
+            if left == 0.0:
+                return None
+            try:
+                self.sock.settimeout(left)
+                data = self.sock.recv(_RECEIVE_SIZE)
+            except TimeoutError:
+                return None
+            if not data:
+                raise ConnectionResetError("the other side closed the connection")
+            self._received += data
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        self._given_up = Deadline(self.silence)
+        return line
+
+    def probe(self) -> bool:
+        if self._given_up.passed():
+            return False
+        try:
+            # Its reply has the id null and is skipped: only that it comes matters.
+            self._send(jsonrpc.request("ping", {}, None), limits.PING_INTERVAL)
+        except TimeoutError:
+            return False
+        return True
+
+    def withdraw(self) -> bool:
+        return False
+
+    def why_lost(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self.sock.close()
