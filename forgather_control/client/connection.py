@@ -1,113 +1,89 @@
-"""One connection to a job: call it, wait with a deadline, and say why where no answer comes.
-
-Floor 3: imports clock, commands, endpoint, errors, jobs, jsonrpc and record; psutil only where it has to be
-judged why a job hung up. Runs on the caller's thread; a :class:`Client` belongs to one thread at a time.
-"""
+"""One connection to a job: call its methods, wait for replies, follow its events, and explain a missing answer."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import CommandFailed, ControlError, JobDead, JobNotAnswering, NotAuthenticated
-from ..jobs import registry
-from ..jobs.record import JobRecord, jobs_dir
-from ..wire import addresses, builtin, jsonrpc
+from ..errors import (
+    CommandFailed,
+    ControlError,
+    InternalError,
+    JobDead,
+    JobNotAnswering,
+    NoSuchJob,
+    NotAuthenticated,
+    WireError,
+)
+from ..wire import jsonrpc
+from ..wire.builtin import BUILTIN
 from ..wire.records import CommandRecord
+from . import limits
+from .diagnosis import connection_lost
+from .events import EventQueue
+from .target import Target
 
-#: Seconds for a call that waits for nothing but the answer.
-CALL_TIMEOUT: Final = 10.0
-#: Seconds that a job has for saying that a deadline it was given is over.
-_GRACE: Final = 5.0
-#: While a wait has no deadline, the job is asked this often (seconds) whether it is still there ...
-_ARE_YOU_THERE: Final = 15.0
-#: ... and is given up after this many seconds of silence.
-_SILENCE: Final = 60.0
-#: Seconds that a process which has let go of its sockets may take to be gone (it frees its devices meanwhile).
-_DYING: Final = 1.0
+#: A job of this protocol or a later one takes ``expires_at`` and ``reason``.
+_WITH_EXPIRY: Final = 2
 
 
-def who(record: JobRecord) -> str:
-    """A job's process, for a sentence."""
-    return f"pid {record.pid} on {record.host}"
+class _Call(NamedTuple):
+    """One call that is under way.
 
+    Attributes:
+        seconds: to wait for the reply; ``None`` waits as long as the job shows that it lives.
+        expires: whether the job refuses the request if it reads it after these seconds.
+    """
 
-def _hung_up(record: JobRecord, fate: str) -> ControlError:
-    """Why a connection ended without an answer, as the job's directory and the operating system have it."""
-    now, state = _settled(record)
-    job, whose = record.job_id, who(record)
-    if now is not None and now.owner != record.owner:
-        return restarted(now, fate)
-    if state == states.JOB_DEAD:
-        return JobDead(f"the process of job {job}, {whose}, ended before it answered{fate}", job=job)
-    if now is None:
-        return JobDead(f"job {job} ended before it answered{fate}", job=job)
-    if state == states.JOB_SILENT:
-        return JobNotAnswering(f"job {job} hung up before it answered, though {whose} still runs{fate}", job=job)
-    return JobDead(f"job {job} ({whose}) went away before it answered{fate}", job=job)
+    method: str
+    params: dict[str, Any] | list[Any]
+    seconds: float | None
+    is_command: bool = False
+    expires: bool = False
 
-
-def _settled(record: JobRecord) -> tuple[JobRecord | None, states.JobState]:
-    """The record that now has the job's name, and the state of ``record``'s process, once it had time to die."""
-    deadline = Deadline(_DYING)
-    while True:
-        try:
-            now = registry.named(jobs_dir(), record.job_id)
-        except ControlError:
-            now = record  # what cannot be read names nobody else
-        state = registry.judge(record)
-        if state != states.JOB_SILENT or now is None or now.owner != record.owner or deadline.passed():
-            return now, state
-        time.sleep(0.02)
-
-
-def restarted(now: JobRecord, fate: str) -> JobDead:
-    """The job's name belongs to another process by now."""
-    count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
-    which = f", restart {count}" if count else ""
-    text = f"job {now.job_id} was restarted as {who(now)}{which}, before it answered{fate}; ask again"
-    return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)
-
-
-# Calling...
+    @property
+    def unknown(self) -> str:
+        """What a lost connection means for it, to append to a sentence."""
+        return f"; whether its {self.method} was carried out is not known" if self.is_command else ""
 
 
 class Client:
-    """One connection to one job.
+    """One connection to one job; belongs to one thread at a time.
 
     Args:
-        where: the endpoint.
-        name: what to call the job in errors.
+        target: the job and the way to it.
         timeout: seconds for connecting, and for each call that waits for nothing.
-        record: what it published, if known: then a connection that ends can be explained.
-        token: to be shown first, where a port wants one.
 
     Raises:
-        JobDead, JobNotAnswering: nobody listens, or nobody takes the connection.
+        JobDead, JobNotAnswering: nothing listens, or the connection is not accepted.
         NotAuthenticated: the token or the certificate is not the job's.
+        NoSuchJob: another job answers there.
     """
 
-    def __init__(
-        self,
-        where: addresses.Endpoint,
-        name: str,
-        timeout: float = CALL_TIMEOUT,
-        record: JobRecord | None = None,
-        token: str | None = None,
-    ) -> None:
-        self._name, self._timeout, self._record = name, timeout, record
-        self._fate = ""
-        self._sock = where.connect(Deadline(timeout))
-        self._received = bytearray()
+    def __init__(self, target: Target, timeout: float = limits.CALL_TIMEOUT) -> None:
+        self._target, self._timeout = target, timeout
+        self._transport, token = target.open(Deadline(timeout))
+        #: What messages call the job: its id, where that is known, else its address.
+        self.name = self._transport.job_id or target.name
         self._last_id = 0
-        if token is not None:
-            try:
-                self._show(token)
-            except BaseException:
-                self.close()
-                raise
+        self._is_closed = False
+        #: Events that came before replies, for :meth:`events`.
+        self._events = EventQueue()
+        #: What the job answered to ``ping`` or ``authenticate``.
+        self._identity: dict[str, Any] | None = None
+        #: Seconds by which the job's clock is ahead of this host's; ``None`` if not known.
+        self._clock_offset = 0.0 if self._transport.is_same_host else None
+        #: The parameters' names of the job's methods, as ``rpc.discover`` has them.
+        self._discovered: dict[str, tuple[str, ...]] | None = None
+        try:
+            self._shake_hands(token)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Client:
         return self
@@ -115,109 +91,266 @@ class Client:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _show(self, token: str) -> None:
-        """Show the token, and make sure that the job is the one that was meant."""
-        try:
-            found = self.call("authenticate", token=token)
-        except JobDead as err:
-            raise JobDead(f"{self._name} hung up on being shown a token: is this the job's port?") from err
-        job_id = found.get("job_id") if isinstance(found, dict) else None
-        if self._record is not None and job_id != self._record.job_id:
-            raise NotAuthenticated(f"another job answers at the port of {self._record.job_id}: {ascii(job_id)[:140]}")
-
     def close(self) -> None:
-        """Hang up. A command that was accepted goes on."""
-        self._sock.close()
+        """Close the connection. A command that was accepted is still carried out."""
+        self._is_closed = True
+        self._transport.close()
+
+    # Who answers...
+
+    def _shake_hands(self, token: str | None) -> None:
+        """Show the token, and make sure that the job is the one that was meant."""
+        target = self._target
+        if token is not None:
+            try:
+                self._identify("authenticate", token=token)
+            except JobDead as err:
+                text = f"{self.name} closed the connection when it was shown a token: is this the job's port?"
+                raise JobDead(text) from err
+        elif target.endpoint is None:
+            return
+        if target.job_id is None or self._said("job_id", str) == target.job_id:
+            return
+        found = ascii(self._said("job_id", str))[:140]
+        if target.record is not None:
+            raise NotAuthenticated(f"another job answers at the port of {target.job_id}: {found}")
+        text = f"another job answers there, {found}, not {ascii(target.job_id)[:140]}"
+        raise NoSuchJob(text, job=target.job_id)
+
+    @property
+    def job_id(self) -> str:
+        """The id of the job that answers.
+
+        Raises:
+            InternalError: the other side has none.
+        """
+        known: str | None = self._transport.job_id or self._target.job_id or self._said("job_id", str)
+        if known is None:
+            raise InternalError("the other side sent no job id")
+        return known
+
+    def _identify(self, method: str, **params: Any) -> None:
+        answer = self.call(method, **params)
+        self._identity = answer if isinstance(answer, dict) else {}
+        now = self._identity.get("time")
+        if self._clock_offset is None and isinstance(now, (int, float)):
+            self._clock_offset = now - time.time()
+
+    def _said(self, name: str, kind: type) -> Any:
+        """Return what the job says of itself, if it is of this type; it is asked once."""
+        if self._identity is None:
+            self._identify("ping")
+        value = (self._identity or {}).get(name)
+        return value if type(value) is kind else None
+
+    # Calling...
 
     def call(self, method: str, /, **params: Any) -> Any:
-        """The result of one call.
+        """Return the result of one call.
 
         With ``wait="applied"`` or ``"finished"`` it lasts until then, or for ``timeout`` seconds.
 
         Raises:
             ControlError: the error that the job answered, as its class.
-            JobDead: the job went away meanwhile, or was restarted as another process.
-            JobNotAnswering: it does not answer, or hung up though it lives.
+            JobDead: the job ended meanwhile, or was restarted as another process.
+            JobNotAnswering: it does not answer, or closed the connection though it lives.
         """
         return self.call_raw(method, params)
 
     def call_raw(self, method: str, params: dict[str, Any] | list[Any]) -> Any:
         """As :meth:`call`, with parameters by name or by position as they stand on the wire."""
+        call = self._prepared(method, params)
         self._last_id += 1
-        known = builtin.BUILTIN.get(method)
-        self._fate = f"; whether its {method} was carried out is not known" if known and known.is_command else ""
-        seconds = self._seconds(method, params)
-        self._send(jsonrpc.request(method, params, self._last_id))
-        reply = self._reply(self._last_id, Deadline(seconds), patient=seconds is None)
+        try:
+            self._transport.send(jsonrpc.request(method, call.params, self._last_id), self._timeout)
+            reply = self._reply(self._last_id, call)
+        except ControlError:
+            raise
+        except TimeoutError as err:
+            raise JobNotAnswering(f"job {self.name} does not read", job=self.name) from err
+        except OSError as err:
+            raise self._lost(call.unknown) from err
+        except BaseException:  # Ctrl-C: there will be no reader for the reply
+            self._transport.withdraw()
+            raise
         if reply.error is not None:
             raise reply.error
         return reply.result
-
-    def _seconds(self, method: str, params: dict[str, Any] | list[Any]) -> float | None:
-        known = builtin.BUILTIN.get(method)
-        given = known.by_name(params) if known is not None and known.is_command else {}
-        if given.get("wait", "accepted") == "accepted":
-            return self._timeout
-        asked = given.get("timeout")
-        return asked + _GRACE if isinstance(asked, (int, float)) else None
-
-    def _send(self, line: bytes) -> None:
-        try:
-            self._sock.settimeout(self._timeout)
-            self._sock.sendall(line)
-        except TimeoutError as err:
-            raise JobNotAnswering(f"job {self._name} does not read", job=self._name) from err
-        except OSError as err:
-            raise self._gone() from err
-
-    def _reply(self, id_: int, deadline: Deadline, patient: bool) -> jsonrpc.Reply:
-        """The reply to ``id_``; others, to pings of ours, only prove that somebody is there."""
-        silence = Deadline(_SILENCE)
-        while True:
-            line = self._line(Deadline(_ARE_YOU_THERE) if patient else deadline)
-            if line is not None:
-                silence = Deadline(_SILENCE)
-                reply = jsonrpc.parse_reply(line)
-                if reply.id == id_ or (reply.id is None and reply.error is not None):
-                    return reply
-            elif not patient or silence.passed():
-                raise JobNotAnswering(f"job {self._name} does not answer", job=self._name)
-            else:
-                self._send(jsonrpc.request("ping", {}, None))
-
-    def _line(self, deadline: Deadline) -> bytes | None:
-        while (end := self._received.find(b"\n")) < 0:
-            left = deadline.left()
-            if left == 0.0:
-                return None
-            try:
-                self._sock.settimeout(left)
-                data = self._sock.recv(65536)
-            except TimeoutError:
-                return None
-            except OSError as err:
-                raise self._gone() from err
-            if not data:
-                raise self._gone()
-            self._received += data
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
-        return line
-
-    def _gone(self) -> ControlError:
-        if self._record is not None:
-            return _hung_up(self._record, self._fate)
-        return JobDead(f"job {self._name} went away before it answered{self._fate}", job=self._name)
 
     def command(self, name: str, **params: Any) -> CommandRecord:
         """Give a command and return its record; parameters as on the wire, ``None`` left out.
 
         Raises:
             CommandFailed: it failed, or was cancelled, while this call waited.
-            DeadlinePassed: ``timeout`` passed first; the command goes on.
+            DeadlinePassed: ``timeout`` passed first; the command is still carried out.
         """
-        given = {name: value for name, value in params.items() if value is not None}
-        record = CommandRecord.from_json(self.call(name, **given))
+        record = CommandRecord.from_json(self.give(name, **params))
         if record.trouble is not None:
             raise CommandFailed(record.trouble, **record.to_json())
         return record
+
+    def give(self, name: str, **params: Any) -> Any:
+        """As :meth:`command`, but return the record as the job sent it, failed or not.
+
+        A job that is too old to keep a ``reason`` does not get it.
+        """
+        given = {key: value for key, value in params.items() if value is not None}
+        if "reason" in given and not self._takes(name, "reason"):
+            del given["reason"]
+        return self.call(name, **given)
+
+    def _prepared(self, method: str, params: dict[str, Any] | list[Any]) -> _Call:
+        names = self._parameters(method)
+        named = dict(zip(names, params)) if isinstance(params, list) else params
+        seconds = self._patience(named)
+        is_command = "wait" in names and "command_id" in names
+        own_expiry = self._transport.can_withdraw or "expires_at" in named or len(named) < len(params)
+        if not is_command or own_expiry or not self._takes(method, "expires_at"):
+            return _Call(method, params, seconds, is_command)
+        if self._clock_offset is None:
+            self._said("time", float)
+        if self._clock_offset is None:
+            return _Call(method, params, seconds, is_command)
+        limit = self._transport.silence if seconds is None else seconds
+        limit -= min(limits.EXPIRY_MARGIN, limit / 10)
+        expiring = {**named, "expires_at": time.time() + self._clock_offset + limit}
+        return _Call(method, expiring, seconds, is_command, expires=True)
+
+    def _parameters(self, method: str) -> tuple[str, ...]:
+        """Return the names of a method's parameters; those that this version does not know, the job describes."""
+        known = BUILTIN.get(method)
+        if known is not None:
+            return tuple(param.name for param in known.params)
+        if self._discovered is None:
+            self._discovered = {}
+            with suppress(WireError):
+                self._discovered = _parameters_in(self.call("rpc.discover"))
+        return self._discovered.get(method, ())
+
+    def _takes(self, method: str, param: str) -> bool:
+        """Whether the job's version of a method has a parameter that protocol 2 brought."""
+        if param not in self._parameters(method):
+            return False
+        if method not in BUILTIN:
+            return True
+        record = self._target.record
+        protocol = record.protocol if record is not None else self._said("protocol", int)
+        return protocol is not None and protocol >= _WITH_EXPIRY
+
+    def _patience(self, named: dict[str, Any]) -> float | None:
+        """Return the seconds to wait for a reply; ``None`` for as long as the job lives."""
+        if named.get("wait", states.COMMAND_ACCEPTED) == states.COMMAND_ACCEPTED:
+            return self._timeout
+        asked = named.get("timeout")
+        is_bounded = isinstance(asked, (int, float)) and 0 <= asked <= 1e9
+        return asked + limits.REPLY_GRACE if is_bounded else None  # type: ignore[operator]  # checked above
+
+    # Receiving...
+
+    def _reply(self, id_: int, call: _Call) -> jsonrpc.Reply:
+        """Return the reply to ``id_``; others, for example to our own pings, are skipped."""
+        deadline = Deadline(call.seconds)
+        while (message := self._next(deadline)) is not None:
+            if isinstance(message, jsonrpc.Notification):
+                self._events.put(message)
+            elif message.id == id_ or (message.id is None and message.error is not None):
+                return message
+        raise self._unanswered(call)
+
+    def _next(self, deadline: Deadline) -> jsonrpc.Reply | jsonrpc.Notification | None:
+        """Return the next message; ``None`` after the deadline or, without one, after too long a silence."""
+        is_patient = deadline.at is None
+        while True:
+            turn = Deadline(self._transport.probe_interval) if is_patient else deadline
+            line = self._transport.receive(turn)
+            if line is not None:
+                return jsonrpc.parse_incoming(line)
+            if not is_patient or not self._transport.probe():
+                return None
+
+    def _unanswered(self, call: _Call) -> ControlError:
+        waited = self._transport.silence if call.seconds is None else call.seconds
+        text = f"job {self.name} did not answer within {waited:g} s"
+        if self._transport.withdraw():
+            text += ": the request was not read. It was taken back, and nothing was done"
+        elif call.expires:
+            text += (
+                f". The {call.method} expired: the job refuses it if it reads it now. "
+                f"See whether it had accepted it before: forgather-control commands {self.name}"
+            )
+        elif call.is_command:
+            text += f"{call.unknown}, and it may still be carried out"
+        return JobNotAnswering(text, job=self.name)
+
+    def _lost(self, note: str = "") -> ControlError:
+        """Explain a connection that ended."""
+        why = self._transport.why_lost()
+        if why is not None:
+            return JobNotAnswering(f"{why} before job {self.name} answered{note}", job=self.name)
+        if self._target.record is not None:
+            return connection_lost(self._target.record, note)
+        return JobDead(f"job {self.name} closed the connection before it answered{note}", job=self.name)
+
+    # Events...
+
+    def events(self, since: int | None = None, kinds: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Subscribe to the job's events and return an iterator over them, which ends when training does.
+
+        Each event is an object with ``seq``, ``time``, ``kind`` and its facts; ``lost`` says how many events
+        before it were dropped. Other calls may be made meanwhile. A new iterator replaces the one before.
+
+        Args:
+            since: replay the events after this ``seq``, as far back as the job keeps them; ``None`` for new ones only.
+            kinds: the kinds of events; ``None`` for all.
+
+        Raises:
+            ControlError: as :meth:`call`. The job does not know events, or the way to it cannot carry them.
+        """
+        wanted = None if kinds is None else list(kinds)
+        params: dict[str, Any] = {} if since is None else {"since": since}
+        if wanted is not None:  # "ended" in any case: it ends the iterator
+            params["kinds"] = list(dict.fromkeys([*wanted, states.EVENT_ENDED]))
+        self._events = EventQueue()
+        self.call_raw("subscribe", params)
+        return self._follow(wanted)
+
+    def _follow(self, wanted: list[str] | None) -> Iterator[dict[str, Any]]:
+        is_over = False
+        try:
+            while not is_over:
+                event = self._events.take()
+                if event is None:
+                    self._receive_event()
+                    continue
+                is_over = event["kind"] == states.EVENT_ENDED
+                if wanted is None or event["kind"] in wanted:
+                    yield event
+        finally:
+            if not is_over and not self._is_closed:
+                with suppress(ControlError):  # the iterator was left early; a lost connection shows at the next call
+                    self.call_raw("unsubscribe", {})
+
+    def _receive_event(self) -> None:
+        """Wait for one more message."""
+        try:
+            message = self._next(Deadline(None))
+        except ControlError:
+            raise
+        except OSError as err:
+            raise self._lost() from err
+        if message is None:
+            raise self._unanswered(_Call("subscribe", {}, None))
+        if isinstance(message, jsonrpc.Notification):
+            self._events.put(message)
+
+
+def _parameters_in(document: Any) -> dict[str, tuple[str, ...]]:
+    """Return the parameters' names of each method in an OpenRPC document.
+
+    Raises:
+        InternalError: it is none.
+    """
+    try:
+        return {method["name"]: tuple(param["name"] for param in method["params"]) for method in document["methods"]}
+    except (LookupError, TypeError) as err:
+        raise InternalError("the other side sent no OpenRPC document") from err

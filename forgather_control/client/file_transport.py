@@ -1,10 +1,7 @@
 """Control by file, the client's half: for hosts that share only the file system, and for jobs without a socket.
 
-Floor 3: imports clock, errors, jobs, letters and record. Runs on the caller's thread; ``client.FileClient`` gives
-it the interface of a connection.
-
-A request is written whole under a new name, and its reply looked for until the deadline. Until the job has
-taken it, it can be taken back; so where nobody answers, this side knows whether anything may have been done.
+A request is written whole under a new name, and the client looks for its reply until the deadline. Until the job
+has taken the request it can be taken back, so an unanswered one is known not to be carried out, or to be unknown.
 """
 
 from __future__ import annotations
@@ -12,8 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Final
 
 from .. import states
 from ..deadline import Deadline
@@ -21,16 +17,17 @@ from ..errors import ControlError, FindError, JobNotAnswering
 from ..jobs import private_files, registry, spool
 from ..jobs.record import JobRecord, jobs_dir
 from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
+from .diagnosis import connection_lost
 
 #: Seconds between two looks for a reply: at first, and at most. The last is shorter than what an ending job leaves.
 _PAUSES: Final = (0.05, 0.2)
-#: Seconds between two looks whether the job still lives, and without a sign of life after which it is given up:
-#: three times what a job that lives lets ``status.json`` age.
-_ARE_YOU_THERE: Final = 2.0
+#: Seconds between two checks that the job still lives, and without a sign of life after which it is given up:
+#: three times what a live job lets ``status.json`` age.
+_PROBE_INTERVAL: Final = 2.0
 _SILENCE: Final = 90.0
 #: Longest reply that is read.
 _MAX_REPLY: Final = 4 << 20
-#: What says that a directory has gone, also one on another host (ESTALE).
+#: Error codes of a directory that was removed, also of one on another host (ESTALE).
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 
@@ -39,15 +36,19 @@ class FileTransport:
 
     Args:
         record: what the job published.
-        gone: says why its directory went away, or its process.
 
     Raises:
-        JobDead: its directory has gone.
+        JobDead: its directory was removed.
         FindError: its directory cannot be written.
     """
 
-    def __init__(self, record: JobRecord, gone: Callable[[], ControlError]) -> None:
-        self._job, self._gone = record, gone
+    can_withdraw = True
+    is_same_host = False
+
+    def __init__(self, record: JobRecord) -> None:
+        self._record = record
+        self.job_id: str | None = record.job_id
+        self.probe_interval, self.silence = _PROBE_INTERVAL, _SILENCE
         self._path = os.path.join(jobs_dir(), record.job_id)
         self._request = ""
         try:
@@ -55,122 +56,95 @@ class FileTransport:
             with spool.opened(self._path, REQUESTS, self._home):
                 pass
         except OSError as err:
-            raise self._trouble(err) from err
+            raise (connection_lost(record, "") if err.errno in _GONE else self._refusal(err)) from err
+        self._life, self._next_check = _SignOfLife(self._path, self._home), Deadline(_PROBE_INTERVAL)
 
-    def send(self, line: bytes) -> None:
-        """Leave a request.
-
-        Raises:
-            JobDead: its directory has gone.
-            FindError: its directory cannot be written.
-        """
-        name = f"{os.getpid()}-{os.urandom(16).hex()}{SUFFIX}"
-        self._request = name
+    def send(self, line: bytes, seconds: float) -> None:
+        self._request = f"{os.getpid()}-{os.urandom(16).hex()}{SUFFIX}"
+        self._life, self._next_check = _SignOfLife(self._path, self._home), Deadline(_PROBE_INTERVAL)
         try:
-            with spool.opened(self._path, REQUESTS, self._home) as box:
-                private_files.write(box, name, line)
+            with spool.opened(self._path, REQUESTS, self._home) as requests:
+                private_files.write(requests, self._request, line)
         except OSError as err:
-            raise self._trouble(err) from err
-        except BaseException:  # Ctrl-C: it may be there already
-            self._take_back()
-            raise
+            if err.errno in _GONE:
+                raise
+            raise self._refusal(err) from err
 
-    def reply(self, deadline: Deadline, patient: bool, fate: str) -> bytes:
-        """What it was answered.
-
-        Args:
-            patient: wait while the job shows that it lives, rather than until the deadline.
-            fate: what to say of a request that was taken and not answered.
-
-        Raises:
-            JobDead: the job went away meanwhile.
-            JobNotAnswering: it did not take the request, which was taken back; or took it, and does not answer.
-        """
-        try:
-            return self._wait(deadline, patient, fate)
-        except BaseException:  # Ctrl-C, too: nobody will read the reply
-            self._take_back()
-            raise
-
-    def _wait(self, deadline: Deadline, patient: bool, fate: str) -> bytes:
-        pause, most = _PAUSES
-        watch = _Watch(self._path, self._home)
+    def receive(self, deadline: Deadline) -> bytes | None:
+        pause, longest = _PAUSES
         while (data := self._taken()) is None:
-            if not watch.is_there():
-                raise self._gone()
-            if deadline.passed() or (patient and watch.silent_for() > _SILENCE):
-                self._give_up(fate)
-            if watch.is_time() and registry.judge(self._job) == states.JOB_DEAD:
-                raise self._gone()
+            self._check_job()
+            if deadline.passed():
+                return None
             left = deadline.left()
             time.sleep(pause if left is None else min(pause, left))
-            pause = min(pause * 1.5, most)
+            pause = min(pause * 1.5, longest)
         return data
 
+    def _check_job(self) -> None:
+        if not self._life.is_there():
+            raise ConnectionResetError("the job's directory was removed")
+        if self._next_check.passed():
+            self._next_check = Deadline(_PROBE_INTERVAL)
+            if registry.judge(self._record) == states.JOB_DEAD:
+                raise ConnectionResetError("the job's process is gone")
+
+    def probe(self) -> bool:
+        return self._life.silent_for() <= _SILENCE
+
+    def withdraw(self) -> bool:
+        try:
+            with spool.opened(self._path, REQUESTS, self._home) as requests:
+                return spool.remove(requests, self._request)
+        except OSError:
+            return False
+
+    def why_lost(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        """Do nothing: no file is open between calls."""
+
     def _taken(self) -> bytes | None:
-        """The reply, taken out of its box; ``None`` while there is none."""
+        """Return the reply and remove its file; ``None`` while there is none."""
         try:
             with spool.opened(self._path, REPLIES, self._home) as replies:
                 found = spool.read(replies, self._request, _MAX_REPLY)
                 if found is not None:
                     spool.remove(replies, self._request)
-        except OSError:  # not there; or the file system has a bad time, and the deadline bounds that
+        except OSError:  # not there; or a fault of the file system, which the deadline bounds
             return None
         return None if found is None else found[0]
 
-    def _give_up(self, fate: str) -> NoReturn:
-        job = f"job {self._job.job_id} (pid {self._job.pid} on {self._job.host})"
-        if self._take_back():
-            text = f"{job} did not take the request out of its directory; it was taken back, and nothing was done"
-        else:
-            text = f"{job} took the request and does not answer{fate}"
-        raise JobNotAnswering(text, job=self._job.job_id)
-
-    def _take_back(self) -> bool:
-        """Remove the request; whether it was still there, so that nobody has read it, nor will."""
-        try:
-            with spool.opened(self._path, REQUESTS, self._home) as box:
-                return spool.remove(box, self._request)
-        except OSError:
-            return False
-
-    def _trouble(self, err: OSError) -> ControlError:
-        if err.errno in _GONE:
-            return self._gone()
+    def _refusal(self, err: OSError) -> ControlError:
+        job = self._record.job_id
         if isinstance(err, PermissionError):
-            return FindError(f"the directory of job {self._job.job_id} belongs to another user", job=self._job.job_id)
-        text = f"no request can be written into the directory of job {self._job.job_id} ({err.strerror or err})"
-        return JobNotAnswering(text, job=self._job.job_id)
+            return FindError(f"the directory of job {job} belongs to another user", job=job)
+        return JobNotAnswering(
+            f"no request can be written into the directory of job {job} ({err.strerror or err})", job=job
+        )
 
 
-class _Watch:
-    """Whether the job's directory is still there, and shows that somebody lives in it.
+class _SignOfLife:
+    """Whether the job's directory is still there, and since when ``status.json`` has not changed.
 
-    Times of the file system are only compared for being equal: the clock of another host is none to count by.
+    Times of the file system are only compared for equality, because another host's clock may have written them.
     """
 
     def __init__(self, path: str, home: spool.DirectoryId) -> None:
         self._path, self._home = path, home
         self._seen: object = None
-        self._seen_at = self._looked_at = time.monotonic()
+        self._seen_at = time.monotonic()
 
     def is_there(self) -> bool:
-        """Whether it is the directory that it was."""
+        """Whether it is still the same directory."""
         try:
             return spool.directory_id(self._path) == self._home
         except OSError as err:
             return err.errno not in _GONE
 
-    def is_time(self) -> bool:
-        """Whether to look more closely: not at every turn."""
-        now = time.monotonic()
-        if now - self._looked_at < _ARE_YOU_THERE:
-            return False
-        self._looked_at = now
-        return True
-
     def silent_for(self) -> float:
-        """Seconds since ``status.json`` was last found to be written anew."""
+        """Return the seconds since ``status.json`` was last seen to change."""
         try:
             with spool.opened(self._path, ".", self._home) as home:
                 facts = os.stat(STATUS, dir_fd=home, follow_symlinks=False)
@@ -182,9 +156,13 @@ class _Watch:
         return time.monotonic() - self._seen_at
 
 
-def is_offered(record: JobRecord) -> bool:
-    """Whether this way is to be tried: the job is out of reach of its socket, and takes requests by file."""
+def is_offered(record: JobRecord, nothing_listens: bool = False) -> bool:
+    """Whether request files are worth a try for a job that lives and cannot be reached otherwise.
+
+    Args:
+        nothing_listens: at its socket. Where something does, the job hangs, and would read no file either.
+    """
     state = registry.judge(record)
-    if state == states.JOB_DEAD or (state == states.JOB_SILENT and record.socket is not None):
+    if state == states.JOB_DEAD or (state == states.JOB_SILENT and record.socket is not None and not nothing_listens):
         return False
     return os.path.isdir(os.path.join(jobs_dir(), record.job_id, REQUESTS))

@@ -6,14 +6,16 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from forgather_control import connect, errors
-from forgather_control.client import connection
+from forgather_control.client import limits
 from forgather_control.client.connection import Client
-from forgather_control.jobs.record import parse_record
+from forgather_control.client.target import Target
+from forgather_control.jobs.record import JobRecord, parse_record
 from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint
 
 from ..support.harness import MS, SOON, TOKEN, descriptors
@@ -59,6 +61,22 @@ class Peer:
         assert not self._thread.is_alive()
 
 
+def record_of(job_id: str, **members) -> JobRecord:
+    """The record of a job in this process."""
+    mine = {"job_id": job_id, "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
+    return parse_record(json.dumps({**mine, **members}).encode(), job_id)
+
+
+def to(peer: Peer, record: JobRecord | None = None) -> Target:
+    """The peer at its socket; with a record, the client knows its protocol without asking."""
+    return Target("peer", record=record, endpoint=UnixEndpoint(peer.path))
+
+
+def at_port(peer: Peer, record: JobRecord | None = None) -> Target:
+    """The peer at its port, which wants the token."""
+    return Target("job", record and record.job_id, record, TcpEndpoint(*peer.at), TOKEN)
+
+
 @pytest.fixture
 def folder(jobs_dir: Path) -> Path:
     jobs_dir.mkdir(parents=True, exist_ok=True)
@@ -67,14 +85,15 @@ def folder(jobs_dir: Path) -> Path:
 
 def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
     """Its process runs, its record stands: it does not answer, which is all that is known."""
-    monkeypatch.setattr(connection, "_DYING", 50 * MS)
+    monkeypatch.setattr(limits, "EXIT_TIME", 50 * MS)
     mine = {"job_id": "peer", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
     (folder / "peer").mkdir()
     with Peer(folder, lambda file, sock: file.readline()) as peer:
         (folder / "peer" / "endpoint.json").write_text(json.dumps({**mine, "socket": peer.path}))
         with connect("peer") as job:
             with pytest.raises(
-                errors.JobNotAnswering, match=f"hung up .* though pid {os.getpid()} .* still runs; whether"
+                errors.JobNotAnswering,
+                match=f"closed the connection .* though pid {os.getpid()} .* still runs; whether",
             ):
                 job.call("save_checkpoint")
 
@@ -90,15 +109,15 @@ def test_a_peer_that_is_none_of_us_is_named(folder, answer):
         file.readline()
         sock.sendall(answer)
 
-    with Peer(folder, act) as peer, Client(UnixEndpoint(peer.path), "peer") as job:
+    with Peer(folder, act) as peer, Client(to(peer)) as job:
         with pytest.raises(errors.InternalError):
             job.call("ping")
 
 
 def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
     """Without a deadline a silent peer is asked, and given up after the silence; one that answers is not."""
-    monkeypatch.setattr(connection, "_ARE_YOU_THERE", 30 * MS)
-    monkeypatch.setattr(connection, "_SILENCE", 150 * MS)
+    monkeypatch.setattr(limits, "PING_INTERVAL", 30 * MS)
+    monkeypatch.setattr(limits, "SILENCE", 150 * MS)
     asked: list[str] = []
 
     def act(file, sock) -> None:
@@ -108,7 +127,7 @@ def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
             if message["method"] == "ping" and len(asked) < 12:
                 sock.sendall(b'{"jsonrpc":"2.0","id":null,"result":{}}\n')
 
-    with Peer(folder, act) as peer, Client(UnixEndpoint(peer.path), "peer") as job:
+    with Peer(folder, act) as peer, Client(to(peer, record_of("peer"))) as job:
         with pytest.raises(errors.JobNotAnswering):
             job.call("save_checkpoint", wait="finished")
     assert asked[0] == "save_checkpoint" and len(asked) >= 12
@@ -121,7 +140,7 @@ def test_replies_of_earlier_calls_are_not_taken_for_later_ones(folder):
         file.readline()
         sock.sendall(b'{"jsonrpc":"2.0","id":99,"result":"old"}\n{"jsonrpc":"2.0","id":1,"result":"new"}\n')
 
-    with Peer(folder, act) as peer, Client(UnixEndpoint(peer.path), "peer") as job:
+    with Peer(folder, act) as peer, Client(to(peer)) as job:
         assert job.call("ping") == "new"
 
 
@@ -132,7 +151,7 @@ def test_a_reply_without_a_record_is_named(folder):
         file.readline()
         sock.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"state":"finished"}}\n')
 
-    with Peer(folder, act) as peer, Client(UnixEndpoint(peer.path), "peer") as job:
+    with Peer(folder, act) as peer, Client(to(peer, record_of("peer"))) as job:
         with pytest.raises(errors.InternalError, match="no command record"):
             job.command("abort")
 
@@ -140,17 +159,12 @@ def test_a_reply_without_a_record_is_named(folder):
 def test_only_commands_are_waited_for_without_a_deadline(folder):
     """A query whose first parameter, by position, is no wait keeps its deadline."""
     with Peer(folder, lambda file, sock: file.readline() and file.readline()) as peer:
-        with Client(UnixEndpoint(peer.path), "peer", timeout=100 * MS) as job:
+        with Client(to(peer), 100 * MS) as job:
             with pytest.raises(errors.JobNotAnswering):
                 job.call_raw("get_command", ["some-id"])
 
 
 # The token...
-
-
-def record_of(job_id: str):
-    mine = {"job_id": job_id, "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
-    return parse_record(json.dumps(mine).encode(), job_id)
 
 
 def answering(seen, *replies):
@@ -172,7 +186,7 @@ def test_the_token_is_shown_first_and_once():
     """Then the calls; each has an id of its own."""
     seen = []
     with Peer(None, answering(seen, {"result": {"job_id": "job"}}, {"result": 1})) as peer:
-        with Client(TcpEndpoint(*peer.at), "job", record=record_of("job"), token=TOKEN) as job:
+        with Client(at_port(peer, record_of("job"))) as job:
             assert job.call("ping") == 1
     assert [(one["method"], one["params"]) for one in seen[:2]] == [("authenticate", {"token": TOKEN}), ("ping", {})]
     assert seen[2] == b"" and seen[0]["id"] != seen[1]["id"]
@@ -185,7 +199,7 @@ def test_another_job_at_the_port_is_not_taken_for_this_one(found):
     before = descriptors()
     with Peer(None, answering(seen, {"result": found})) as peer:
         with pytest.raises(errors.NotAuthenticated, match="another job answers at the port of job") as caught:
-            Client(TcpEndpoint(*peer.at), "job", record=record_of("job"), token=TOKEN)
+            Client(at_port(peer, record_of("job")))
         assert str(caught.value).isprintable()
     assert seen[1:] == [b""] and descriptors() == before
 
@@ -195,7 +209,7 @@ def test_a_refused_token_is_the_error_that_the_job_sent():
     before = descriptors()
     with Peer(None, answering([], {"error": {"code": -31025, "message": "not it"}})) as peer:
         with pytest.raises(errors.NotAuthenticated, match=r"^not it$"):
-            Client(TcpEndpoint(*peer.at), "job", token=TOKEN)
+            Client(at_port(peer))
     assert descriptors() == before
 
 
@@ -203,7 +217,7 @@ def test_who_hangs_up_on_a_token_is_no_job():
     """The sentence asks whether it is the job's port, and does not hold the token."""
     with Peer(None, lambda file, sock: file.readline()) as peer:
         with pytest.raises(errors.JobDead, match="is this the job's port") as caught:
-            Client(TcpEndpoint(*peer.at), "job", token=TOKEN)
+            Client(at_port(peer))
     assert TOKEN not in repr(caught.value) + repr(caught.value.data)
 
 
@@ -212,7 +226,7 @@ def test_who_says_nothing_to_a_token_is_given_up():
     done = threading.Event()
     with Peer(None, lambda file, sock: done.wait(SOON)) as peer:
         with pytest.raises(errors.JobNotAnswering) as caught:
-            Client(TcpEndpoint(*peer.at), "job", timeout=100 * MS, token=TOKEN)
+            Client(at_port(peer), 100 * MS)
         done.set()
     assert TOKEN not in repr(caught.value)
 
@@ -220,6 +234,277 @@ def test_who_says_nothing_to_a_token_is_given_up():
 def test_without_a_token_none_is_shown(folder):
     """Over the socket the first line is the first call."""
     seen = []
-    with Peer(folder, answering(seen, {"result": 1})) as peer, Client(UnixEndpoint(peer.path), "job") as job:
+    with Peer(folder, answering(seen, {"result": 1})) as peer, Client(to(peer)) as job:
         job.call("ping")
     assert [one and one["method"] for one in seen] == ["ping", b""]
+
+
+# Commands that expire...
+
+
+def job(seen, **answers):
+    """A job of this version: answers by method, a value or a function of the parameters; the others with a record."""
+    record = {"command_id": "i", "command": "c", "state": "finished", "requested_at": 1.0}
+
+    def act(file, sock) -> None:
+        for line in file:
+            request = json.loads(line)
+            seen.append((request["method"], request["params"]))
+            answer = answers.get(request["method"], record)
+            answer = answer(request["params"]) if callable(answer) else answer
+            if answer is not None:
+                sock.sendall(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": answer}).encode() + b"\n")
+
+    return act
+
+
+def test_a_command_expires_when_the_client_gives_up(folder):
+    """A job of protocol 2 is told a little less than the client waits; queries and the caller's own expiry are left."""
+    seen = []
+    with Peer(folder, job(seen)) as peer, Client(to(peer, record_of("peer", protocol=2)), 8.0) as client:
+        before = time.time()
+        client.call("save_checkpoint")
+        client.call("save_checkpoint", wait="applied", timeout=100)
+        client.call("save_checkpoint", wait="finished")
+        client.call_raw("save_checkpoint", ["accepted", None, "id"])
+        client.call("save_checkpoint", expires_at=7.5)
+        client.call("status")
+    expiries = [params.get("expires_at") for _, params in seen]
+    waits = [expiry and round(expiry - before) for expiry in expiries]
+    assert waits[:4] == [7, 104, 59, 7] and expiries[4:] == [7.5, None]
+    assert seen[3][1]["wait"] == "accepted" and seen[3][1]["command_id"] == "id"
+
+
+@pytest.mark.parametrize("protocol", [1, None, "2", True])
+def test_an_older_job_gets_no_new_parameters(folder, protocol):
+    """Neither expires_at nor reason, where the record or else the answer to ping names an older protocol, or none."""
+    seen = []
+    with Peer(folder, job(seen, ping={"job_id": "peer", "protocol": protocol})) as peer, Client(to(peer)) as client:
+        client.command("save_checkpoint", reason="why")
+        client.command("abort")
+    assert [method for method, _ in seen] == ["ping", "save_checkpoint", "abort"], "asked once"
+    assert seen[1][1] == seen[2][1] == {}
+
+
+def test_a_reason_reaches_a_job_that_keeps_it(folder):
+    """Protocol 2, as the answer to ping says."""
+    seen = []
+    with Peer(folder, job(seen, ping={"job_id": "peer", "protocol": 2})) as peer, Client(to(peer)) as client:
+        client.command("save_checkpoint", reason="why", timeout=None)
+    assert seen[1][1].keys() == {"reason", "expires_at"} and seen[1][1]["reason"] == "why"
+
+
+def test_the_clock_is_the_jobs():
+    """Over TCP the job's clock may be an hour ahead; its answer to authenticate tells."""
+    seen = []
+    answer = {"job_id": "job", "protocol": 2, "time": time.time() + 3600}
+    far = record_of("job", protocol=2, host="elsewhere")
+    with Peer(None, job(seen, authenticate=answer)) as peer, Client(at_port(peer, far)) as client:
+        client.call("abort")
+    assert 3600 < seen[1][1]["expires_at"] - time.time() < 3600 + limits.CALL_TIMEOUT
+
+
+def test_a_clock_that_is_not_known_gives_no_expiry():
+    """A job that does not tell its time is not told when to refuse."""
+    seen = []
+    far = record_of("job", protocol=2, host="elsewhere")
+    with Peer(None, job(seen, authenticate={"job_id": "job"}, ping={})) as peer, Client(at_port(peer, far)) as client:
+        client.call("abort")
+    assert seen[-1] == ("abort", {})
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "said"),
+    [
+        ("save_checkpoint", 2, "The save_checkpoint expired: the job refuses it if it reads it now. See whether"),
+        ("save_checkpoint", 1, "whether its save_checkpoint was carried out is not known, and it may still be"),
+        ("status", 2, r"did not answer within 0.1 s$"),
+    ],
+)
+def test_a_time_out_says_what_can_still_happen(folder, method, protocol, said):
+    """An expired command is refused, an older job may carry it out later, a query has no effect."""
+    silent = job([], **{method: None})
+    with Peer(folder, silent) as peer, Client(to(peer, record_of("peer", protocol=protocol)), 100 * MS) as client:
+        with pytest.raises(errors.JobNotAnswering, match=said):
+            client.call(method)
+
+
+# Methods of a newer job...
+
+NEWER = {
+    "methods": [
+        {
+            "name": "user.sample",
+            "params": [{"name": name} for name in ("wait", "timeout", "command_id", "expires_at", "n")],
+        },
+        {"name": "older", "params": [{"name": name} for name in ("wait", "timeout", "command_id")]},
+        {"name": "news", "params": [{"name": "since"}]},
+    ]
+}
+
+
+def test_an_unknown_method_is_discovered(folder):
+    """Once a connection, and only for a method that this version does not know; then it is a command like others."""
+    seen = []
+    with Peer(folder, job(seen, **{"rpc.discover": NEWER})) as peer, Client(to(peer, record_of("peer"))) as client:
+        client.call("ping")
+        client.call("user.sample", n=1)
+        client.call_raw("user.sample", ["accepted", None, "id", None, 2])
+        client.call("older")
+        client.call("news")
+        client.call("nosuch")
+    assert [method for method, _ in seen].count("rpc.discover") == 1 and seen[1][0] == "rpc.discover"
+    assert seen[2][1].keys() == {"n", "expires_at"}
+    assert seen[3][1] == ["accepted", None, "id", None, 2], "an expiry of the caller's, even null, is left"
+    assert seen[4][1] == seen[5][1] == seen[6][1] == {}
+
+
+@pytest.mark.parametrize("document", [[], None, 7, {}, {"methods": [1]}, {"methods": [{"name": [], "params": []}]}])
+def test_a_document_that_is_none_discovers_nothing(folder, document):
+    """The call is made all the same."""
+    seen = []
+    answers = {"rpc.discover": lambda params: document if document is not None else "x", "new": 5}
+    with Peer(folder, job(seen, **answers)) as peer, Client(to(peer, record_of("peer"))) as client:
+        assert client.call("new") == 5
+
+
+@pytest.mark.parametrize("params", [{"wait": "finished"}, {"wait": "applied", "timeout": "x"}, ["finished"]])
+def test_a_wait_of_an_unknown_command_has_no_deadline(folder, params):
+    """By name or by position: the client waits as long as the job shows that it lives."""
+    done = threading.Event()
+
+    def sample(_params):
+        done.wait(SOON)
+        return 5
+
+    answers = {"rpc.discover": NEWER, "user.sample": sample}
+    with Peer(folder, job([], **answers)) as peer, Client(to(peer, record_of("peer")), 100 * MS) as client:
+        threading.Timer(300 * MS, done.set).start()
+        assert client.call_raw("user.sample", params) == 5
+
+
+@pytest.mark.parametrize(
+    ("params", "seconds"),
+    [
+        ({}, 10.0),
+        ({"wait": "accepted", "timeout": 99}, 10.0),
+        ({"wait": "finished"}, None),
+        ({"wait": "finished", "timeout": None}, None),
+        ({"wait": "applied", "timeout": 3}, 8.0),
+        ({"wait": "finished", "timeout": float("nan")}, None),
+        ({"wait": "finished", "timeout": float("inf")}, None),
+        ({"wait": "finished", "timeout": "5"}, None),
+    ],
+)
+def test_how_long_a_reply_is_waited_for(folder, params, seconds):
+    """The time-out of the call, or the caller's wait and a little more; the job refuses what is no number."""
+    with Peer(folder, lambda file, sock: file.readline()) as peer, Client(to(peer)) as client:
+        assert client._patience(params) == seconds
+
+
+# Events...
+
+
+def event(seq, kind="progress", **facts):
+    return {"jsonrpc": "2.0", "method": "event", "params": {"seq": seq, "time": 1.0, "kind": kind, **facts}}
+
+
+def streaming(seen, *events, tail=()):
+    """A job that sends these events after the reply to subscribe, and the others before its next reply."""
+
+    def act(file, sock) -> None:
+        def send(*messages) -> None:
+            sock.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+
+        for line in file:
+            request = json.loads(line)
+            seen.append((request["method"], request["params"]))
+            reply = {"jsonrpc": "2.0", "id": request["id"], "result": {"next": 1}}
+            if request["method"] == "subscribe":
+                send(reply, *events)
+            else:
+                send(*tail, reply)
+
+    return act
+
+
+def test_events_until_the_end(folder):
+    """Each event as it was sent; the last one ends the iterator, and the connection serves on."""
+    seen = []
+    sent = [event(1, "started"), event(2, step=5), event(3, "ended")]
+    with Peer(folder, streaming(seen, *sent)) as peer, Client(to(peer)) as client:
+        assert list(client.events()) == [one["params"] for one in sent]
+        assert client.call("ping") == {"next": 1}
+    assert [method for method, _ in seen] == ["subscribe", "ping"], "nothing to unsubscribe from"
+
+
+def test_events_of_some_kinds_end_as_well(folder):
+    """The end is subscribed to in any case, and only passed on if it was asked for."""
+    seen = []
+    with Peer(folder, streaming(seen, event(4, "metrics"), event(5, "ended"))) as peer, Client(to(peer)) as client:
+        assert [one["seq"] for one in client.events(since=3, kinds=("metrics",))] == [4]
+    assert seen == [("subscribe", {"since": 3, "kinds": ["metrics", "ended"]})]
+
+
+def test_events_and_replies_interleave(folder):
+    """A call made meanwhile gets its reply, and the events before that are not lost; other notifications are."""
+    seen = []
+    other = {"jsonrpc": "2.0", "method": "news", "params": 7}
+    tail = [event(2), other, event(3, "ended")]
+    with Peer(folder, streaming(seen, event(1), tail=tail)) as peer, Client(to(peer)) as client:
+        got = []
+        for one in client.events():
+            got.append(one["seq"])
+            if one["seq"] == 1:
+                assert client.call("ping") == {"next": 1}
+        assert got == [1, 2, 3]
+
+
+def test_an_iterator_that_is_left_unsubscribes(folder):
+    """Left by break: unsubscribed at once. Left open when the connection is closed: nothing more is sent."""
+    seen = []
+    with Peer(folder, streaming(seen, event(1), event(2))) as peer, Client(to(peer)) as client:
+        for _ in client.events():
+            break
+        assert client.call("ping") == {"next": 1}
+        left = client.events()
+        assert next(left)["seq"] == 1
+    left.close()
+    assert [method for method, _ in seen] == ["subscribe", "unsubscribe", "ping", "subscribe"]
+
+
+def test_events_of_a_job_that_dies(folder):
+    """The events come, then the reason."""
+    with Peer(folder, lambda file, sock: file.readline() and sock.sendall(
+        b'{"jsonrpc":"2.0","id":1,"result":{"next":1}}\n' + json.dumps(event(1)).encode() + b"\n")
+    ) as peer, Client(to(peer)) as client:  # fmt: skip
+        stream = client.events()
+        assert next(stream)["seq"] == 1
+        with pytest.raises(errors.JobDead, match="closed the connection"):
+            next(stream)
+
+
+def test_a_silent_stream_is_given_up(folder, monkeypatch):
+    """While nothing happens the job is pinged; when it does not answer that either, the iterator says so."""
+    monkeypatch.setattr(limits, "PING_INTERVAL", 30 * MS)
+    monkeypatch.setattr(limits, "SILENCE", 150 * MS)
+    seen = []
+
+    def act(file, sock) -> None:
+        sock.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"next":1}}\n')
+        for line in file:
+            seen.append(json.loads(line)["method"])
+            if len(seen) < 10:
+                sock.sendall(b'{"jsonrpc":"2.0","id":null,"result":{}}\n')
+
+    with Peer(folder, act) as peer, Client(to(peer), 100 * MS) as client:
+        with pytest.raises(errors.JobNotAnswering, match="did not answer within"):
+            next(client.events())
+    assert seen.count("ping") >= 9
+
+
+def test_a_refused_subscription_raises_at_once(folder):
+    """events() itself raises, not the first step of the iterator."""
+    with Peer(folder, answering([], {"error": {"code": -32601, "message": "no method"}})) as peer:
+        with Client(to(peer)) as client, pytest.raises(errors.MethodNotFound):
+            client.events()

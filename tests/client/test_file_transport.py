@@ -15,7 +15,9 @@ import pytest
 
 from forgather_control import errors
 from forgather_control.client import api, file_transport
-from forgather_control.client.api import FileClient, find
+from forgather_control.client.connection import Client
+from forgather_control.client.file_transport import FileTransport
+from forgather_control.client.target import Target, find
 from forgather_control.jobs import private_files, spool
 from forgather_control.server import limits
 
@@ -59,6 +61,21 @@ def stopped(process):
         os.kill(process.pid, signal.SIGCONT)
 
 
+class FileTarget(Target):
+    """A job that is reached by file, whatever else it offers."""
+
+    def open(self, deadline):
+        return FileTransport(self.record), None
+
+
+def by_file(record, timeout=SOON):
+    return Client(FileTarget(record.job_id, record.job_id, record), timeout)
+
+
+def uses_files(client):
+    return isinstance(client._transport, FileTransport)
+
+
 def lying(jobs_dir, box):
     return os.listdir(jobs_dir / "job" / box)
 
@@ -69,7 +86,7 @@ def lying(jobs_dir, box):
 def test_calls_commands_and_errors(job, jobs_dir):
     """As over a connection; each reply is taken, nothing is left behind, nothing stays open."""
     before = descriptors()
-    with FileClient(find("job")) as asked:
+    with by_file(find("job")) as asked:
         assert asked.call("ping")["pid"] == os.getpid()
         assert asked.call("status")["job_id"] == "job"
         record = asked.command("save_checkpoint", wait="finished", timeout=SOON)
@@ -88,7 +105,7 @@ def test_many_at_once(job, jobs_dir):
     found = []
 
     def ask(number):
-        with FileClient(find("job")) as asked:
+        with by_file(find("job")) as asked:
             for turn in range(5):
                 name = f"{number}-{turn}"
                 found.append(asked.command("save_checkpoint", command_id=name).command_id == name)
@@ -103,7 +120,7 @@ def test_many_at_once(job, jobs_dir):
 
 def test_a_stop_is_told_as_finished(job, jobs_dir):
     """The reply of a job's last moment is read, and then there is no job any more."""
-    with FileClient(find("job")) as asked:
+    with by_file(find("job")) as asked:
         assert asked.command("graceful_stop", wait="finished").state == "finished"
         until(lambda: not (jobs_dir / "job").exists())
         with pytest.raises(errors.JobDead, match="ended before it answered"):
@@ -113,7 +130,7 @@ def test_a_stop_is_told_as_finished(job, jobs_dir):
 def test_the_jobs_own_timeout_is_told(job):
     """A deadline that the job keeps is its answer: the command goes on."""
     job.job._controller._group.due = lambda step: False  # no step applies anything
-    with FileClient(find("job")) as asked, pytest.raises(errors.DeadlinePassed, match="it goes on"):
+    with by_file(find("job")) as asked, pytest.raises(errors.DeadlinePassed, match="it goes on"):
         asked.command("save_checkpoint", wait="finished", timeout=0.1)
 
 
@@ -123,19 +140,19 @@ def test_the_jobs_own_timeout_is_told(job):
 def test_what_nobody_takes_is_taken_back(jobs_dir):
     """A job that is stopped: the request is gone when the call gives up, and that nothing was done is said."""
     with job_process("job") as process:
-        asked = FileClient(find("job"), timeout=0.2)
+        asked = by_file(find("job"), timeout=0.2)
         with stopped(process):
             with pytest.raises(errors.JobNotAnswering, match="taken back, and nothing was done"):
                 asked.call("abort")
             assert lying(jobs_dir, "requests") == []
-        with FileClient(find("job")) as again:
+        with by_file(find("job")) as again:
             assert again.call("list_commands") == []
 
 
 def test_what_was_taken_and_not_answered_is_unknown(jobs_dir):
     """Taken out of its box by somebody who does not answer: what became of a command is not claimed."""
     with job_process("job") as process:
-        asked = FileClient(find("job"), timeout=1.0)
+        asked = by_file(find("job"), timeout=1.0)
         with stopped(process):
             box = jobs_dir / "job" / "requests"
             taker = threading.Thread(target=lambda: until(lambda: [path.unlink() for path in box.glob("*.json")]))
@@ -148,7 +165,13 @@ def test_what_was_taken_and_not_answered_is_unknown(jobs_dir):
 def test_interrupted_it_is_taken_back(jobs_dir):
     """Ctrl-C while it waits: the request does not lie there to be carried out later."""
     with job_process("job") as job:
-        source = "from forgather_control.client.api import *; FileClient(find('job')).call('abort')"
+        source = """
+        from forgather_control.client.connection import Client
+        from forgather_control.client.file_transport import FileTransport
+        from forgather_control.client.target import Target, find
+        Target.open = lambda self, deadline: (FileTransport(self.record), None)
+        Client(Target("job", "job", find("job"))).call("abort")
+        """
         with stopped(job), Process(source) as asking:
             until(lambda: [name for name in lying(jobs_dir, "requests") if not name.startswith(".")])
             asking.popen.send_signal(signal.SIGINT)
@@ -158,9 +181,9 @@ def test_interrupted_it_is_taken_back(jobs_dir):
 
 def test_a_job_that_dies_meanwhile(jobs_dir, monkeypatch):
     """Killed on this host: that is found out, long before the deadline."""
-    monkeypatch.setattr(file_transport, "_ARE_YOU_THERE", 0.1)
+    monkeypatch.setattr(file_transport, "_PROBE_INTERVAL", 0.1)
     with job_process("job") as process:
-        asked = FileClient(find("job"), timeout=SOON * 10)
+        asked = by_file(find("job"), timeout=SOON * 10)
         os.kill(process.pid, signal.SIGSTOP)
         timer = threading.Timer(0.2, process.popen.kill)
         timer.start()
@@ -175,7 +198,7 @@ def test_a_job_that_shows_no_life_is_given_up(jobs_dir, monkeypatch):
     monkeypatch.setattr(file_transport, "_SILENCE", 0.5)
     with job_process("job") as process:
         until(lambda: (jobs_dir / "job" / "status.json").exists())
-        asked = FileClient(find("job"))
+        asked = by_file(find("job"))
         with stopped(process):
             with pytest.raises(errors.JobNotAnswering, match="nothing was done"):
                 asked.command("save_checkpoint", wait="finished")
@@ -192,7 +215,7 @@ def test_a_job_that_shows_no_life_is_given_up(jobs_dir, monkeypatch):
 
 def test_a_directory_that_vanishes(job, jobs_dir):
     """Removed or replaced while a call waits: the job has ended, as far as can be said; nothing hangs."""
-    asked = FileClient(find("job"), timeout=SOON)
+    asked = by_file(find("job"), timeout=SOON)
     (jobs_dir / "job").rename(jobs_dir.parent / "away")
     with pytest.raises(errors.ControlError):
         asked.call("ping")
@@ -200,7 +223,7 @@ def test_a_directory_that_vanishes(job, jobs_dir):
 
 def test_a_reply_that_is_none(job, jobs_dir):
     """A link or a FIFO where the reply should be is no reply, and is not followed or waited on."""
-    asked = FileClient(find("job"))
+    asked = by_file(find("job"))
     asked._transport._request = "x.json"
     os.mkfifo(jobs_dir / "job" / "replies" / "x.json")
     assert asked._transport._taken() is None
@@ -221,7 +244,7 @@ def test_another_user_is_refused(job, jobs_dir):
         os.setgid(65534); os.setuid(65534)
         me = record.JobRecord("job", "h", None, 1, 1.0)
         try:
-            file_transport.FileTransport(me, lambda: None)
+            file_transport.FileTransport(me)
         except Exception as err:
             print(type(err).__name__, err)
     """
@@ -232,8 +255,8 @@ def test_another_user_is_refused(job, jobs_dir):
 
 def test_a_directory_that_is_not_there(job):
     """Nothing to write into: the job has gone, in the words of whoever asks."""
-    with pytest.raises(errors.JobDead, match="gone"):
-        file_transport.FileTransport(find("job")._replace(job_id="another"), lambda: errors.JobDead("gone"))
+    with pytest.raises(errors.JobDead, match="job another ended"):
+        FileTransport(find("job")._replace(job_id="another"))
 
 
 @needs_root
@@ -243,7 +266,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch, quick):
     with small_disk(tmp_path / "disk"):
         monkeypatch.setenv("FORGATHER_JOBS_DIR", str(tmp_path / "disk" / "jobs"))
         with running_loop("job"):
-            asked = FileClient(find("job"))
+            asked = by_file(find("job"))
             with pytest.raises(OSError), open(tmp_path / "disk" / "full", "wb") as full:
                 full.write(bytes(1 << 20))
             with pytest.raises(errors.JobNotAnswering, match="No space left"):
@@ -260,6 +283,7 @@ def test_only_where_it_is_needed(job, jobs_dir):
     """A job of this host is asked over its socket, however broken that is; another host's by file, if it has a box."""
     mine = find("job")
     assert not file_transport.is_offered(mine)
+    assert file_transport.is_offered(mine, nothing_listens=True)
     assert file_transport.is_offered(mine._replace(socket=None))
     far = mine._replace(host="elsewhere")
     assert file_transport.is_offered(far)
@@ -280,17 +304,17 @@ def test_connect_finds_it_last(quick, jobs_dir, monkeypatch):
     monkeypatch.setattr("forgather_control.jobs.directory.JobDirectory.restore", lambda self: False)
     with running_loop("job", port=0) as run:
         with api.connect("job") as way:
-            assert not isinstance(way, FileClient)
+            assert not uses_files(way)
         port = find("job").port
         publish_far(jobs_dir, address="127.0.0.1")
         with api.connect("job") as way:  # another host's loopback is out of reach
-            assert isinstance(way, FileClient) and way.call("ping")["pid"] == os.getpid()
+            assert uses_files(way) and way.call("ping")["pid"] == os.getpid()
         publish_far(jobs_dir, host="127.0.0.1", address="0.0.0.0")
         with api.connect("job") as way:
-            assert not isinstance(way, FileClient) and way.call("ping")["pid"] == os.getpid()
+            assert not uses_files(way) and way.call("ping")["pid"] == os.getpid()
         publish_far(jobs_dir, host="127.0.0.1", address="0.0.0.0", port=1)
         with api.connect("job") as way:
-            assert isinstance(way, FileClient)
+            assert uses_files(way)
         publish_far(jobs_dir, host="127.0.0.1", address="0.0.0.0", port=port, token="wrong")
         with pytest.raises(errors.NotAuthenticated):
             api.connect("job")

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from forgather_control.client import api, connection, recovery
+from forgather_control.client import api, limits, recovery
 from forgather_control.errors import (
     CommandFailed,
     ControlError,
@@ -49,7 +49,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(stack_dump, "_LOCK_HELD", 300 * MS)
     monkeypatch.setattr(recovery, "_SLACK", 200 * MS)
     monkeypatch.setattr(recovery, "GRACE", 300 * MS)
-    monkeypatch.setattr(connection, "_GRACE", 200 * MS)
+    monkeypatch.setattr(limits, "REPLY_GRACE", 200 * MS)
 
 
 def publish(jobs_dir, ranks, world_size=None, ranks_file_too=True, **changes):

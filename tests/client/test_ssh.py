@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from forgather_control import connect
-from forgather_control.client import ssh
+from forgather_control.client import limits, ssh
 from forgather_control.errors import (
     AmbiguousJob,
     FindError,
@@ -179,11 +179,11 @@ def test_every_verb_works_from_a_host_without_jobs(box):
         listed = over("list").stdout.splitlines()
         assert listed[1].split()[:2] == ["live", "job"] and re.search(r"\d+/\d+$", listed[1]), "with its step"
         assert over("status", "job").stdout.startswith("job  training\n")
-        saved = over("save", "job", "--wait=20")
+        saved = over("save", "job", "--timeout=20")
         assert (saved.returncode, saved.stderr) == (0, "") and saved.stdout.strip().endswith(run.saves[0])
         assert "MainThread" in over("stacks").stdout
         assert json.loads(cli("rpc", "job", "ping", "--ssh", "box").stdout)["job_id"] == "job"
-        assert over("stop").stdout == "the job on box: graceful_stop accepted\n"
+        assert over("stop").stdout == "job: graceful_stop accepted\n"
         run.thread.join(SOON)
         assert not run.thread.is_alive()
 
@@ -290,8 +290,8 @@ def test_errors_of_the_other_side_are_the_same_here(box):
     "host, kind, said",
     [
         ("nobody-there", JobNotAnswering, r"cannot be reached over ssh \(.*refused"),
-        ("stranger", NotAuthenticated, r"does not get into stranger \(.*Permission denied"),
-        ("unknown", NotAuthenticated, r"does not get into unknown \(Host key verification failed"),
+        ("stranger", NotAuthenticated, r"cannot log in to stranger \(.*Permission denied"),
+        ("unknown", NotAuthenticated, r"cannot log in to unknown \(Host key verification failed"),
         ("no-such-host.invalid", JobNotAnswering, r"cannot be reached over ssh \(.*resolve"),
     ],
 )
@@ -344,8 +344,8 @@ def test_a_list_that_is_none(box, monkeypatch):
 
 def test_a_login_that_does_not_end_is_given_up(box, monkeypatch):
     """The deadline holds for all that happens there, and the ssh is ended."""
-    monkeypatch.setattr(ssh, "_STARTING", 0.0)
-    monkeypatch.setattr(ssh, "_TYPING", 0.0)
+    monkeypatch.setattr(limits, "SSH_START", 0.0)
+    monkeypatch.setattr(limits, "SSH_TYPING", 0.0)
     monkeypatch.setenv(ssh.REMOTE, "cat >/dev/null; exit;")
     for reach in (lambda: connect("job", 0.3, ssh="box"), lambda: ssh.list_jobs("box", 0.3)):
         with pytest.raises(JobNotAnswering, match="does not answer over ssh in time"):
@@ -372,7 +372,9 @@ def test_a_job_that_dies_meanwhile_is_called_so(box):
     with job_process("slow", step_seconds=SOON) as job, waiting("slow") as client:
         job.kill()
         out, err = client.communicate(timeout=SOON)
-        assert (client.returncode, out) == (4, "") and err.startswith("job slow went away before it answered")
+        assert (client.returncode, out) == (4, "") and err.startswith(
+            "job slow closed the connection before it answered"
+        )
 
 
 def test_interrupted_it_leaves_nothing_running(box):
@@ -384,7 +386,7 @@ def test_interrupted_it_leaves_nothing_running(box):
             client.send_signal(signal.SIGINT)
             out, err = client.communicate(timeout=SOON)
         assert (client.returncode, out) == (130, "")
-        assert err == "interrupted; a command that was accepted goes on\n"
+        assert err == "interrupted; a command that was accepted is still carried out\n"
         until(lambda: not link.is_running() and not bridge.is_running())
         assert cli("status", "slow").returncode == 0
 

@@ -1,0 +1,267 @@
+"""Which job is meant and how it is reached: JOB, ``--connect`` and ``--ssh`` are resolved here, once, into a target."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Final, NamedTuple
+
+from .. import states
+from ..deadline import Deadline
+from ..errors import (
+    AmbiguousJob,
+    ControlError,
+    FindError,
+    InvalidParams,
+    JobDead,
+    JobNotAnswering,
+    NoSuchJob,
+    NotAuthenticated,
+)
+from ..jobs import registry
+from ..jobs.record import JobRecord, jobs_dir
+from ..processes import liveness
+from ..wire import addresses
+from . import limits
+from .diagnosis import unreachable
+from .transport import SocketTransport, Transport
+
+#: Environment variable: the token for ``--connect``.
+TOKEN: Final = "FORGATHER_CONTROL_TOKEN"
+#: The addresses that stand for every address of a host.
+_ANY: Final = ("0.0.0.0", "::")
+
+
+# Finding a record...
+
+
+def find(job: str | None = None) -> JobRecord:
+    """Return the record of one job.
+
+    Args:
+        job: its exact id, or what SLURM or torchrun call it (``123``, ``123_4``, the run id); ``None`` where
+            exactly one job is live.
+
+    Raises:
+        NoSuchJob: there is none; the message suggests an id that is similar.
+        AmbiguousJob: there are several.
+    """
+    root = jobs_dir()
+    if job is None:
+        return _only_live(root)
+    record = registry.named(root, job)
+    if record is not None:
+        return record
+    records = registry.scan(root)[0] if job else []
+    launched = _latest([record for record in records if record.launch is not None and job in record.launch.names])
+    if launched:
+        return _only(launched, f"{_shown(job)} names several jobs")
+    similar = _similar(job, [record.job_id for record in records])
+    hint = f"did you mean {similar}?" if similar else "forgather-control list shows what is there"
+    raise NoSuchJob(f"no job {_shown(job)} in {root}; {hint}", job=job)
+
+
+def _similar(job: str, ids: list[str]) -> str | None:
+    from difflib import get_close_matches  # only for a message, so not at every start
+
+    longer = [name for name in ids if job and name.startswith(job)]
+    return next(iter(longer or get_close_matches(job, ids, 1)), None)
+
+
+def _shown(job: object) -> str:
+    return ascii(job)[:140]
+
+
+def _latest(records: list[JobRecord]) -> list[JobRecord]:
+    """Leave out those that their launcher has started again since: they have ended, whatever they left."""
+    launches = [record.launch for record in records if record.launch is not None]
+    return [
+        record
+        for record in records
+        if record.launch is not None and not any(launch.follows(record.launch) for launch in launches)
+    ]
+
+
+def _only_live(root: str) -> JobRecord:
+    live = registry.live_records(root, limits.LIST_TIMEOUT)
+    if not live:
+        raise NoSuchJob(f"no live job in {root}; forgather-control list shows what is there")
+    return _only(live, "several jobs are live")
+
+
+def _only(records: list[JobRecord], problem: str) -> JobRecord:
+    if len(records) == 1:
+        return records[0]
+    names = [record.job_id for record in records]
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise AmbiguousJob(f"{problem}; name one of {shown}", candidates=names)
+
+
+# Targets...
+
+
+class Target(NamedTuple):
+    """One job and the way to it.
+
+    Attributes:
+        name: what messages call it: its id, else the address or ``ssh:HOST``.
+        job_id: the id that must answer there; ``None`` accepts any.
+        record: what the job published, where its jobs directory can be read here.
+        endpoint: the address that was given; ``None`` leaves the choice to :meth:`open`.
+        token: to be shown at that address.
+        ssh: the host on which the job is found and reached.
+    """
+
+    name: str
+    job_id: str | None = None
+    record: JobRecord | None = None
+    endpoint: addresses.Endpoint | None = None
+    token: str | None = None
+    ssh: str | None = None
+
+    def open(self, deadline: Deadline) -> tuple[Transport, str | None]:
+        """Connect; return the transport, and the token that must be shown first, if any.
+
+        Raises:
+            JobDead, JobNotAnswering, NotAuthenticated, FindError: why the job cannot be reached.
+        """
+        if self.ssh is not None:
+            from .ssh import SshTransport  # what is seldom needed is not imported at every start
+
+            return SshTransport(self.ssh, self.job_id, deadline), None
+        if self.endpoint is not None:
+            is_unix = isinstance(self.endpoint, addresses.UnixEndpoint)
+            return SocketTransport(self.endpoint.connect(deadline), is_same_host=is_unix), self.token
+        assert self.record is not None
+        try:
+            return _open_socket(self.record, deadline)
+        except NotAuthenticated:
+            raise
+        except FindError as err:
+            from . import file_transport
+
+            if not file_transport.is_offered(self.record, nothing_listens=isinstance(err.__cause__, JobDead)):
+                raise
+            return file_transport.FileTransport(self.record), None
+
+
+def resolve(job: str | None = None, at: str | None = None, token: str | None = None, ssh: str | None = None) -> Target:
+    """Return the target that these arguments of :func:`api.connect` mean.
+
+    Raises:
+        NoSuchJob, AmbiguousJob: as :func:`find`.
+        NotAuthenticated: the address needs a token, and there is none.
+        InvalidParams: ``at`` is no address, or ``ssh`` is combined with ``at`` or ``token``.
+    """
+    if ssh is not None:
+        if at is not None or token is not None:
+            raise InvalidParams("ssh goes with neither at nor token")
+        return Target(job or f"ssh:{ssh}", job, ssh=ssh)
+    if at is None:
+        record = find(job)
+        return Target(record.job_id, record.job_id, record)
+    where = addresses.parse(at)
+    if isinstance(where, addresses.UnixEndpoint):
+        return Target(job or at, job and _id_of(job), endpoint=where)
+    return _at_port(where, job, token)
+
+
+def _id_of(job: str) -> str:
+    """Return the id of the job that a launcher's name means, where its record can be read here."""
+    try:
+        return find(job).job_id
+    except ControlError:
+        return job
+
+
+def _at_port(where: addresses.TcpEndpoint, job: str | None, token: str | None) -> Target:
+    record = _record_behind(where, job)
+    if record is not None:
+        # The stricter of both: a port that speaks TLS gets no token in plain text.
+        where = where._replace(is_tls=where.is_tls or record.tls_sha256 is not None, sha256=record.tls_sha256)
+        if job is None:
+            where = where._replace(host=_port_host(record))
+    secret = token or os.environ.get(TOKEN) or (record.token if record is not None else None)
+    if not secret:
+        raise NotAuthenticated(
+            f"{where} needs the job's token, which stands in the endpoint.json of the job's directory. "
+            f"Give it with --token-file, or set {TOKEN}"
+        )
+    job_id = job if record is None else record.job_id
+    return Target(job_id or str(where), job_id, record, where, secret)
+
+
+def _record_behind(where: addresses.TcpEndpoint, job: str | None) -> JobRecord | None:
+    """Return the record of the job at a port, if it can be read here: the named job's, else the one with this port.
+
+    Its token is shown to whatever listens there, so a port alone is not enough: the host must be the job's. A job
+    that is found by its port is reached at the address that it has bound: at another address of the same host, for
+    example ``::1`` or ``127.0.0.2``, another user may listen.
+    """
+    try:
+        if job is not None:
+            return find(job)
+        records = registry.scan(jobs_dir())[0]
+    except ControlError:
+        return None
+    fits = [record for record in records if record.port == where.port and _is_host(where.host, record)]
+    if len(fits) > 1:  # dead jobs that had this port before may have left their records
+        fits = [record for record in fits if registry.judge(record) != states.JOB_DEAD]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _is_host(host: str, record: JobRecord) -> bool:
+    if host in (record.host, record.address):
+        return True
+    local = record.address in _ANY or (record.address is not None and addresses.is_loopback(record.address))
+    return local and addresses.is_loopback(host) and not liveness.is_elsewhere(record.owner)
+
+
+# Connecting to a record's job...
+
+
+def dial(job: str | None = None) -> tuple[str, socket.socket]:
+    """Return the id of a job of this host and a socket connected to it, for the stdio proxy of ssh.
+
+    Raises:
+        FindError: as :func:`api.connect`.
+    """
+    record = find(job)
+    if record.socket is None:
+        raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
+    try:
+        return record.job_id, addresses.UnixEndpoint(record.socket).connect(Deadline(limits.CALL_TIMEOUT))
+    except JobDead as err:
+        raise unreachable(record) from err
+
+
+def _open_socket(record: JobRecord, deadline: Deadline) -> tuple[Transport, str | None]:
+    """Connect to the job's socket, else to its port."""
+    port = _port(record)
+    if record.socket is not None:
+        try:
+            sock = addresses.UnixEndpoint(record.socket).connect(deadline)
+            return SocketTransport(sock, is_same_host=True), None
+        except JobDead as err:
+            # The port of a dead job may belong to another program, which must not see its token.
+            if port is None or registry.judge(record) == states.JOB_DEAD:
+                raise unreachable(record) from err
+    if port is None:
+        raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
+    return SocketTransport(port.connect(deadline)), record.token
+
+
+def _port(record: JobRecord) -> addresses.TcpEndpoint | None:
+    """Return the job's port, if it has one that this host can reach."""
+    if record.port is None or record.address is None:
+        return None
+    if addresses.is_loopback(record.address) and liveness.is_elsewhere(record.owner):
+        return None
+    return addresses.TcpEndpoint(_port_host(record), record.port, record.tls_sha256 is not None, record.tls_sha256)
+
+
+def _port_host(record: JobRecord) -> str:
+    """Return the host to connect to for the job's port."""
+    if record.address is None or (record.address in _ANY and liveness.is_elsewhere(record.owner)):
+        return record.host
+    return record.address
