@@ -51,12 +51,12 @@ def main() -> None:
         job = start(checkpoints)
         try:
             control("list")
-            control("save", JOB, "--wait=40")
+            control("save", JOB, "--timeout=40")
             control("status", JOB)
-            control("save-stop", JOB, "--wait=40")
+            control("save-stop", JOB, "--timeout=40")
             job.wait(20)
             job = start(checkpoints, "--resume")
-            control("stop", JOB, "--wait=40")
+            control("stop", JOB, "--timeout=40")
             job.wait(20)
             control("list")
         finally:

@@ -1,7 +1,7 @@
-"""What the CLI shows to people: pure functions from what the wire said to text.
+"""What the command line shows: pure functions from JSON values to text.
 
-Floor 3: imports jobs for its types. Text from a job or a file never reaches a terminal raw: what
-could move the cursor, or pretend to be something else, is shown as an escape.
+Text from a job or a file never reaches a terminal raw: characters that could move the cursor or imitate other
+text are shown as escapes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from .. import states
 from ..jobs.registry import Job
+from ..wire.builtin import BUILTIN
 
 _COLOURS: Final = {
     states.JOB_LIVE: "32",
@@ -26,7 +27,7 @@ _BAR: Final = 32
 #: Ranks that a sentence names one by one.
 _NAMED: Final = 8
 _KILL_OUTCOMES: Final = {
-    states.KILL_ENDED: "ended when it was told to (SIGTERM)",
+    states.KILL_ENDED: "ended after SIGTERM",
     states.KILL_KILLED: "killed (SIGKILL)",
     states.KILL_GONE: "had ended already",
     states.KILL_ELSEWHERE: "not reached: it runs on another host",
@@ -36,18 +37,18 @@ _KILL_OUTCOMES: Final = {
 
 
 def safe(value: object) -> str:
-    """``value`` as text in which every character is one that prints, and stands where it seems to."""
+    """Return ``value`` as text of printable characters only; the others are shown as escapes."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def safe_lines(value: object) -> str:
-    """``value`` as text of several lines, each of them safe."""
+    """Return ``value`` as text of several lines, each of them safe."""
     return "\n".join(safe(line) for line in str(value).split("\n"))
 
 
 def _columns(head: tuple[str, ...], rows: list[tuple[str, ...]], coloured: int | None) -> str:
-    """Aligned columns; the words in the column ``coloured`` have the colours of states."""
+    """Align cells in columns; the words in the column ``coloured`` get the colours of states."""
     widths = [max(map(len, cells)) for cells in zip(head, *rows)]
     lines = []
     for row in [head, *rows]:
@@ -62,7 +63,7 @@ def _columns(head: tuple[str, ...], rows: list[tuple[str, ...]], coloured: int |
 
 
 def job_table(found: list[Job], colour: bool) -> str:
-    """The jobs in aligned columns: state in words, id, host, port, pid, start, step."""
+    """Show jobs in aligned columns: state, id, host, port, pid, start, step."""
     head = ("STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP")
     return _columns(head, [_row(job) for job in found], 0 if colour else None)
 
@@ -85,11 +86,10 @@ def _row(job: Job) -> tuple[str, ...]:
 
 
 def status_screen(status: dict[str, Any], unicode: bool) -> str:
-    """How far the job is, on a few lines."""
+    """Show how far the job is, on a few lines."""
     head = f"{safe(status['job_id'])}  {safe(status['status'])}"
     lines = [head, _progress_line(status, unicode), _speed_line(status)]
-    values = "   ".join(f"{safe(name)} {number(value)}" for name, value in (status.get("metrics") or {}).items())
-    lines.append(values)
+    lines.append(_pairs(status.get("metrics") or {}))
     lines += [_command_line(record) for record in status.get("commands") or []]
     lines.append(_process_line(status))
     return "\n".join(line for line in lines if line)
@@ -122,14 +122,13 @@ def _speed(steps_per_second: float) -> str:
 
 
 def _command_line(record: dict[str, Any]) -> str:
-    words = f"{record['command']} {record['state']}"
-    if record.get("applied_at_step") is not None:
-        words += f" at step {record['applied_at_step']}"
-    if record.get("error"):
-        words += f": {record['error']['message']}"
-    elif (record.get("result") or {}).get("path"):
-        words += f": {record['result']['path']}"
-    return safe(words)
+    note = _note(record)
+    return safe(f"{record['command']} {record['state']}{_applied(record)}" + (f": {note}" if note else ""))
+
+
+def _applied(record: dict[str, Any]) -> str:
+    step = record.get("applied_at_step")
+    return "" if step is None else f" at step {step}"
 
 
 def _process_line(status: dict[str, Any]) -> str:
@@ -150,24 +149,76 @@ def _process_line(status: dict[str, Any]) -> str:
 
 
 def outcome(job: str, record: dict[str, Any]) -> str:
-    """What became of a command, in one line."""
-    result, state = record.get("result") or {}, record["state"]
-    where = f"{safe(job)}: "
-    if state != states.COMMAND_FINISHED:
-        step = record.get("applied_at_step")
-        return where + safe(f"{record['command']} {state}" + (f" at step {step}" if step is not None else ""))
+    """Say in one line what became of a command; how it ended depends on what its method finishes with."""
+    name, result = record["command"], record.get("result") or {}
+    method = BUILTIN.get(name)
+    finishes_when = method.finishes_when if method is not None else frozenset()
     path = result.get("path")
-    if record["command"] == "save_checkpoint":
-        return where + safe(f"saved at step {result.get('step')} in {duration(result.get('seconds'))}: {path}")
-    ended = f"ended at step {result.get('step')}"
-    return where + safe(f"{ended}, saved: {path}" if path else f"{ended}, no checkpoint was saved for it")
+    at_step = f" at step {result['step']}" if "step" in result else _applied(record)
+    took = f"{at_step} in {duration(result.get('seconds'))}: "
+    if record["state"] != states.COMMAND_FINISHED:
+        text = f"{name} {record['state']}{_applied(record)}"
+    elif states.WHEN_ENDED in finishes_when:
+        text = f"ended{at_step}, " + (f"saved: {path}" if path else "no checkpoint was saved for it")
+    elif states.WHEN_SAVED in finishes_when:
+        text = f"saved{took}{path}"
+    elif states.WHEN_EVALUATED in finishes_when:
+        text = f"evaluated{took}{_pairs(result.get('metrics') or {})}"
+    else:
+        text = f"{name} finished{at_step}" + (f": {_pairs(result)}" if result else "")
+    return safe(f"{job}: {text}")
+
+
+def command_table(records: list[dict[str, Any]]) -> str:
+    """Show command records in aligned columns, oldest first."""
+    if not records:
+        return "no commands"
+    head = ("ID", "COMMAND", "STATE", "STEP", "REQUESTED", "BY", "NOTE")
+    return _columns(head, [_command_row(record) for record in records], None)
+
+
+def _command_row(record: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        safe(record["command_id"]),
+        safe(record["command"]),
+        safe(record["state"]),
+        _cell(record.get("applied_at_step")),
+        moment(record.get("requested_at")),
+        safe(_requester(record.get("requested_by") or {})),
+        safe(_note(record) or record.get("reason") or ""),
+    )
+
+
+def _requester(by: dict[str, Any]) -> str:
+    """Name the user and the process that gave a command, as far as the job knows them."""
+    user = by.get("user") or ("" if by.get("uid") is None else f"uid {by['uid']}")
+    process = "" if by.get("pid") is None else f"{by.get('program') or 'pid'} {by['pid']}"
+    return ", ".join(part for part in (user, process, by.get("via")) if part) or "-"
+
+
+def _note(record: dict[str, Any]) -> str:
+    """Return what a command's record adds to its state: why it failed, or where its checkpoint is."""
+    if record.get("error"):
+        return str(record["error"]["message"])
+    return (record.get("result") or {}).get("path") or ""
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return "   ".join(f"{safe(name)} {number(value)}" for name, value in values.items())
+
+
+def values(answer: Any) -> str:
+    """Show the answer of a method that has no screen of its own: a line for each member or item."""
+    if isinstance(answer, dict):
+        return "\n".join(f"{safe(name)}: {number(value)}" for name, value in answer.items())
+    return "\n".join(_pairs(item) if isinstance(item, dict) else safe(item) for item in answer)
 
 
 # The ranks of one job...
 
 
 def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
-    """The ranks in aligned columns, and below them who is behind, silent, gone."""
+    """Show ranks in aligned columns, and below them which are behind, silent or gone."""
     head = ("RANK", "HOST", "PID", "STATE", "STEP", "BEHIND", "LAST STEP", "MEMORY", "DEVICE")
     behind = _behind(rows)
     table = _columns(head, [_rank(row, behind.get(row["rank"])) for row in rows], 3 if colour else None)
@@ -175,7 +226,7 @@ def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
 
 
 def _behind(rows: list[dict[str, Any]]) -> dict[int, int]:
-    """How many steps each rank is behind the foremost one, by rank."""
+    """Return by how many steps each rank is behind the foremost one."""
     steps = {row["rank"]: row["step"] for row in rows if type(row.get("step")) is int}
     return {rank: max(steps.values()) - step for rank, step in steps.items()}
 
@@ -218,7 +269,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def stacks_text(rows: list[dict[str, Any]]) -> str:
-    """The stacks, rank by rank, each under a line that says whose they are."""
+    """Show stacks rank by rank, each under a line that names the rank."""
     return "\n\n".join(f"{_who(row)}, {_cell(row.get('state'))}\n{_stacks(row.get('stacks'))}" for row in rows)
 
 
@@ -227,7 +278,7 @@ def _stacks(stacks: Any) -> str:
 
 
 def process_outcomes(rows: list[dict[str, Any]]) -> str:
-    """What became of processes that were to end, a line each."""
+    """Say what became of processes that were to end, a line for each."""
     return "\n".join(f"{_who(row)}: {_KILL_OUTCOMES[row['outcome']]}" for row in rows)
 
 
@@ -239,18 +290,18 @@ def _who(row: dict[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """A metric in at most five digits."""
+    """Show a metric in at most five digits."""
     return f"{value:.5g}" if isinstance(value, float) else safe(value)
 
 
 def mebibytes(size: Any) -> str:
-    """Bytes, where they are a number."""
+    """Show a number of bytes."""
     return f"{size / 2**20:.0f} MiB" if isinstance(size, (int, float)) and math.isfinite(size) else "-"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
-    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):  # a job may claim anything
+    """Show seconds in the units that a reader expects."""
+    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):  # a job may send anything
         return "?"
     if seconds < 10:
         return f"{seconds:.1f} s"
@@ -266,10 +317,10 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(epoch: float | None) -> str:
-    """A time of this host's clock and zone."""
+    """Show a time in this host's time zone."""
     if epoch is None:
         return "?"
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch))
-    except (TypeError, ValueError, OverflowError, OSError):  # a file may claim any number
+    except (TypeError, ValueError, OverflowError, OSError):  # a file may hold any number
         return "?"

@@ -177,13 +177,13 @@ def get_command(job: JobQueries, command_id: str) -> Json:
     return job.get_command(command_id).to_json()
 
 
-@query("cancel_command", _KNOWN_ID, result=schemas.COMMAND_RECORD)
+@query("cancel_command", _KNOWN_ID, result=schemas.COMMAND_RECORD, verb="cancel")
 def cancel_command(job: JobQueries, command_id: str) -> Json:
     """Cancel a command that is not applied yet."""
     return job.cancel_command(command_id).to_json()
 
 
-@query("list_commands", result=schemas.array(schemas.COMMAND_RECORD, "CommandRecords"))
+@query("list_commands", result=schemas.array(schemas.COMMAND_RECORD, "CommandRecords"), verb="commands")
 def list_commands(job: JobQueries) -> Json:
     """Answer the records that the job keeps, oldest first."""
     return [record.to_json() for record in job.list_commands()]

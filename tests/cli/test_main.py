@@ -15,7 +15,6 @@ import pytest
 
 from forgather_control import connect
 from forgather_control.cli import main as command_line
-from forgather_control.cli import parser
 from forgather_control.errors import JobNotAnswering
 from forgather_control.jobs import record
 from forgather_control.jobs.rank_processes import RankRecord
@@ -91,7 +90,7 @@ def test_waiting_verbs_say_what_happened_and_where():
         saved = cli("save", "--wait", "job")
         assert saved.returncode == 0, saved.stderr
         assert saved.stdout.startswith("job: saved at step ") and saved.stdout.strip().endswith(run.saves[0])
-        stopped = cli("stop", "job", "--wait=20")
+        stopped = cli("stop", "job", "--timeout=20")
         assert stopped.returncode == 0 and stopped.stdout.startswith("job: ended at step ")
 
 
@@ -101,7 +100,7 @@ def test_json_prints_one_text_of_what_the_wire_said():
         assert json.loads(cli("status", "--json").stdout)["job_id"] == "job"
         (listed,) = json.loads(cli("list", "--json").stdout)
         assert (listed["job_id"], listed["state"]) == ("job", "live") and listed["global_step"] >= 0
-        assert json.loads(cli("save", "--json", "--wait=20").stdout)["state"] == "finished"
+        assert json.loads(cli("save", "--json", "--timeout=20").stdout)["state"] == "finished"
         assert json.loads(cli("rpc", "job", "ping", "--json").stdout)["protocol"] == 2
         refused = cli("rpc", "job", "nosuch", "--json")
         assert refused.returncode == 1 and json.loads(refused.stdout)["error"]["code"] == -32601
@@ -119,9 +118,12 @@ def test_json_prints_one_text_of_what_the_wire_said():
         (("save", "nobody", "--wait"), 3),
         (("nonsense",), 2),
         ((), 2),
-        (("save", "--wait=soon"), 2),
-        (("save", "--wait=-1"), 2),
-        (("save", "--wait=nan"), 2),
+        (("save", "--wait=5"), 2),
+        (("save", "--wait", "30"), 3),
+        (("save", "--timeout=soon"), 2),
+        (("save", "--timeout=-1"), 2),
+        (("save", "--timeout", "nan"), 2),
+        (("save", "--timeout"), 2),
         (("rpc", "x"), 2),
         (("list", "extra"), 2),
         (("status", "--wait"), 2),
@@ -133,7 +135,8 @@ def test_json_prints_one_text_of_what_the_wire_said():
         (("abort", "--kill-after"), 2),
         (("abort", "--kill-after="), 2),
         (("abort", "--kill-after=-1"), 2),
-        (("abort", "--kill-after=5", "--wait=5"), 2),
+        (("abort", "--kill-after=5", "--wait"), 2),
+        (("abort", "--kill-after=5", "--timeout=5"), 2),
         (("stop", "--kill-after=5"), 2),
     ],
 )
@@ -148,8 +151,8 @@ def test_exit_codes_without_any_job(words, code):
 def test_exit_codes_with_jobs_that_resist(jobs_dir):
     """Refused is 1, ambiguous 2, dead and silent 4, too late 5."""
     with job_process("slow-one", step_seconds=SOON) as slow, job_process("slow-two", step_seconds=SOON):
-        assert cli("status").returncode == cli("status", "slow").returncode == 2
-        assert cli("save", "slow-one", "--wait=0.2").returncode == 5
+        assert cli("status").returncode == 2 and cli("status", "slow").returncode == 3
+        assert cli("save", "slow-one", "--timeout=0.2").returncode == 5
         assert cli("rpc", "slow-one", "cancel_command", '{"command_id":"none"}').returncode == 1
         assert cli("rpc", "slow-one", "ping", "[1]").returncode == 1
         assert cli("rpc", "slow-one", "ping", "{").returncode == cli("rpc", "slow-one", "ping", "7").returncode == 2
@@ -173,9 +176,9 @@ def test_a_command_that_fails_is_exit_code_one():
     """
     with Process(source) as process:
         process.line()
-        done = cli("save", "deaf", "--wait=20")
+        done = cli("save", "deaf", "--timeout=20")
         assert done.returncode == 1 and done.stdout == "" and "did not call saved()" in done.stderr
-        assert cli("stop", "deaf", "--wait=20").returncode == 0
+        assert cli("stop", "deaf", "--timeout=20").returncode == 0
 
 
 @pytest.mark.parametrize("verb", [("abort", "job"), ("cleanup",)])
@@ -263,16 +266,6 @@ def test_the_list_says_every_state_in_words(jobs_dir):
     assert "\x1b" not in done.stdout, "no colours into a pipe"
 
 
-@pytest.mark.parametrize("settings, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
-def test_colours_are_for_terminals_that_want_them(settings, coloured, monkeypatch):
-    """NO_COLOR and dumb terminals get none (https://no-color.org)."""
-    monkeypatch.setenv("TERM", "xterm")
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert command_line._colour() is coloured
-
-
 def test_hostile_names_reach_no_terminal_raw(jobs_dir):
     """A host name and a metric name with escapes are shown as text."""
     put(jobs_dir, "far", host="\x1b[2Jevil\u202e")
@@ -316,7 +309,10 @@ def test_interrupted_while_waiting_it_says_that_the_command_goes_on():
         until(lambda: json.loads(cli("rpc", "slow", "list_commands").stdout))
         waiting.send_signal(signal.SIGINT)
         out, err = waiting.communicate(timeout=SOON)
-        assert (waiting.returncode, out) == (130, "") and err == "interrupted; a command that was accepted goes on\n"
+        assert (waiting.returncode, out) == (
+            130,
+            "",
+        ) and err == "interrupted; a command that was accepted is still carried out\n"
 
 
 def test_a_jobs_directory_too_deep_for_sockets_still_works(monkeypatch, jobs_dir):
@@ -394,13 +390,6 @@ def test_a_process_out_of_files_says_so_and_nothing_else():
                 timeout=SOON,
             ).stderr
         )
-
-
-def test_the_help_names_every_exit_code():
-    """The epilog and the constants say the same."""
-    said = parser.EPILOG.partition("exit codes: ")[2].replace("\n", " ")
-    codes = {int(part.split()[0]) for part in said.split(", ")}
-    assert codes == {value for name, value in vars(command_line).items() if name.isupper() and isinstance(value, int)}
 
 
 # Slow and stuck jobs...
@@ -484,7 +473,7 @@ def test_abort_kills_what_does_not_end(jobs_dir, impatient, capsys):
     """A real job whose step never ends: the deadline passes, the process is told to end, and does; exit code 0."""
     with job_process("stuck", step_seconds=SOON) as stuck:
         code, out, err = run(capsys, "abort", "stuck", "--force", "--kill-after=0.1")
-        assert code == 0 and "ended when it was told to (SIGTERM)" in out and str(stuck.pid) in out
+        assert code == 0 and "ended after SIGTERM" in out and str(stuck.pid) in out
         assert "abort is accepted after 0.1 s" in err
         assert stuck.popen.wait(SOON) == -signal.SIGTERM
     assert run(capsys, "abort", "stuck", "--force", "--kill-after=0.1")[0] == 4, "it is dead already"
@@ -511,7 +500,7 @@ def test_abort_tells_each_process_its_fate(jobs_dir, impatient, capsys):
         publish(jobs_dir, [*records, far], world_size=4)
         code, out, err = run(capsys, "abort", "job", "--force", "--kill-after=0")
         assert code == 4 and [line.partition(": ")[2] for line in out.splitlines()] == [
-            "killed (SIGKILL)", "ended when it was told to (SIGTERM)", "not reached: it runs on another host",
+            "killed (SIGKILL)", "ended after SIGTERM", "not reached: it runs on another host",
         ]  # fmt: skip
         assert "\x1b" not in out and "1 more of its processes are not recorded" in err
         assert (deaf.popen.wait(SOON), other.popen.wait(SOON)) == (-9, -15)
@@ -553,10 +542,12 @@ def test_the_new_verbs_cost_others_nothing():
     import sys
     from forgather_control.cli import main as cli
     cli.main(["status", "nobody"])
-    print({"rescue", "dump", "roster", "ssh", "bridge"} & {name.rpartition(".")[2] for name in sys.modules}, flush=True)
+    others = {"recovery", "stack_dump", "rank_processes", "ssh", "stdio_proxy", "file_transport", "cleanup"}
+    loaded = {name.rpartition(".")[2] for name in sys.modules if name.startswith("forgather_control.")}
+    print("main" in loaded, others & loaded, flush=True)
     """
     with Process(source) as other:
-        assert other.line() == "set()"
+        assert other.line() == "True set()"
 
 
 def test_a_real_job_shows_its_rank_and_its_stacks():
@@ -627,9 +618,9 @@ def test_every_verb_works_over_a_port(remote, tmp_path, capsys):
     until(lambda: remote.steps)
     code, out, err = run(capsys, "status", *way)
     assert (code, err) == (0, "") and out.startswith("far  training")
-    code, out, err = run(capsys, "save", "far", "--wait=20", *way)
+    code, out, err = run(capsys, "save", "far", "--timeout=20", *way)
     assert code == 0 and out.startswith("far: saved at step "), err
-    code, out, _err = run(capsys, "save", "--wait=20", *way)
+    code, out, _err = run(capsys, "save", "--timeout=20", *way)
     assert code == 0 and out.startswith(f"{remote.at}: saved at step ")
     assert json.loads(run(capsys, "ranks", "--json", *way)[1])[0]["state"] == "answering"
     assert "MainThread" in run(capsys, "stacks", *way)[1]
@@ -641,7 +632,7 @@ def test_every_verb_works_over_a_port(remote, tmp_path, capsys):
     assert code == 2 and "--kill-after" in err
     code, _out, err = run(capsys, "abort", "other", "--force", *way)
     assert code == 3 and "another job answers" in err
-    code, out, _err = run(capsys, "stop", "--wait=20", *way)
+    code, out, _err = run(capsys, "stop", "--timeout=20", *way)
     assert code == 0 and "ended at step" in out and not remote.job.aborted
 
 
@@ -652,7 +643,7 @@ def test_the_token_may_come_from_the_environment(remote, monkeypatch, capsys):
     assert run(capsys, "status", "--connect", remote.at)[0] == 0
     monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "wrong")
     code, out, err = run(capsys, "status", "--connect", remote.at)
-    assert (code, out) == (1, "") and "not the job's token" in err and remote.token not in err
+    assert (code, out) == (1, "") and "Wrong token" in err and remote.token not in err
     code, out, err = run(capsys, "status", "--json", "--connect", remote.at)
     assert code == 1 and json.loads(out)["error"]["code"] == -31025
 

@@ -7,7 +7,8 @@ import pytest
 from forgather_control.cli import parser
 from forgather_control.client.api import connect
 from forgather_control.errors import InvalidParams
-from forgather_control.wire import builtin
+from forgather_control.version import VERSION
+from forgather_control.wire.builtin import BUILTIN
 
 from ..support.harness import Process
 
@@ -18,21 +19,86 @@ def parse(*words: str):
 
 def test_every_verb_of_the_table_is_there():
     """Each with its method, and those that the table does not know beside them."""
-    for method in builtin.BUILTIN:
+    for method in BUILTIN:
         if method.verb is not None:
-            args = parse(method.verb)
+            words = [param.name for param in method.params if param.required]
+            args = parse(method.verb, *words)
             assert (args.verb, args.method, args.json, args.ssh) == (method.verb, method.name, False, None)
-    assert parse("cleanup").verb == "cleanup" and parse("rpc", "job", "ping").params == "{}"
+    assert parse("cleanup").verb == "cleanup" and parse("rpc", "job", "ping").json_params == "{}"
 
 
-def test_a_bare_wait_does_not_swallow_the_job():
-    """``save --wait JOB`` waits without end for JOB."""
-    assert (parse("save", "--wait", "job").wait, parse("save", "--wait", "job").job) == (None, "job")
-    assert parse("save", "job", "--wait=5").wait == 5.0 and not hasattr(parse("save"), "wait")
+def test_wait_is_a_flag_and_swallows_no_job():
+    """``save --wait JOB`` waits without end for JOB, and so does ``--wait 30`` for the job named 30."""
+    for words in (["save", "--wait", "job"], ["save", "job", "--wait"], ["--wait", "save", "job"]):
+        args = parse(*words)
+        assert (args.job, args.params) == ("job", {"wait": "finished"})
+    assert parse("save", "--wait", "30").job == "30"
+    assert parse("save", "job").params == {}
+
+
+def test_a_time_out_implies_waiting(capsys):
+    """``--timeout`` alone waits until finished or for so many seconds; a value for ``--wait`` is refused, naming it."""
+    for words in (["--timeout=5"], ["--timeout", "5"], ["--wait", "--timeout=5"]):
+        assert parse("save", "job", *words).params == {"wait": "finished", "timeout": 5.0}
+    with pytest.raises(SystemExit):
+        parse("save", "--wait=5")
+    assert "--timeout SECONDS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--json", "--connect", "unix:/s", "save", "job", "--reason", "a b"),
+        ("save", "--reason", "a b", "--connect", "unix:/s", "job", "--json"),
+        ("--reason=a b", "save", "job", "--connect=unix:/s", "--json"),
+        ("--connect", "unix:/s", "--reason", "a b", "--json", "save", "--", "job"),
+    ],
+)
+def test_options_stand_anywhere(words):
+    """Before the verb, behind it, behind the job; with their values behind them or after an equals sign."""
+    args = parse(*words)
+    assert (args.verb, args.job, args.json, args.connect) == ("save", "job", True, "unix:/s")
+    assert args.params == {"reason": "a b"}
+
+
+def test_words_between_options_keep_their_order():
+    """``rpc JOB --json METHOD PARAMS``: options may stand between words, and a double dash ends them."""
+    args = parse("rpc", "job", "--json", "status", "--connect", "unix:/s", '{"a":1}')
+    assert (args.job, args.method, args.json_params) == ("job", "status", '{"a":1}')
+    assert parse("cancel", "job", "--", "-id").params == {"command_id": "-id"}
+    assert (parse("cancel", "id").job, parse("cancel", "id").params) == (None, {"command_id": "id"})
+
+
+def test_the_version(capsys):
+    """``--version`` needs no verb, and does nothing beside one."""
+    for words in (["--version"], ["--version", "stop", "job"], ["stop", "job", "--version"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(*words)
+        assert ended.value.code == 0 and VERSION in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb, said",
+    [("statsu", "did you mean status?"), ("save-stpo", "did you mean save-stop?"), ("zzz", "choose from"),
+     ("x\x1b[2J" + "y" * 999, "choose from")],
+)  # fmt: skip
+def test_a_mistyped_verb_gets_a_suggestion(verb, said, capsys):
+    """Exit code 2 and a similar verb, else all of them; nothing of it reaches the terminal raw."""
+    with pytest.raises(SystemExit) as ended:
+        parse(verb, "job")
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and said in shown and "\x1b" not in shown and len(shown) < 800
+
+
+def test_options_are_not_abbreviated(capsys):
+    """``--js`` is no ``--json``: what a later version adds would change its meaning."""
+    with pytest.raises(SystemExit):
+        parse("status", "--js")
+    assert "unrecognized arguments: --js" in capsys.readouterr().err
 
 
 def test_ssh_may_stand_before_the_verb_and_behind_it():
-    """Both say the same; where both are there, the one behind counts."""
+    """Both say the same; where both are there, the last one counts."""
     for words in (
         ["--ssh", "me@gpu7", "status", "job"],
         ["status", "job", "--ssh", "me@gpu7"],
@@ -107,16 +173,24 @@ def test_a_narrow_terminal_gets_its_help():
             assert process.popen.poll() is None or line, process.errors
 
 
-def test_one_verb_is_parsed_as_among_all(capsys):
-    """Only the verb that comes first is made ready; its help, and what is said of a wrong one, are the same."""
-    for verb in parser._VERBS:
-        alone, among = parser._parser("x", verb), parser._parser("x")
-        assert alone.format_usage() == among.format_usage()
-        for each in (alone, among):
-            with pytest.raises(SystemExit):
-                each.parse_args([verb, "--help"])
+def test_every_verb_has_its_help(capsys):
+    """It names the exit codes and says what JOB is; a percent sign in a method's text does no harm."""
+    for verb in parser._verbs():
+        with pytest.raises(SystemExit) as ended:
+            parse(verb, "--help")
         told = capsys.readouterr().out
-        assert told[: len(told) // 2] == told[len(told) // 2 :]
-    with pytest.raises(SystemExit):
-        parse("nosuch", "status")
-    assert "save-stop" in capsys.readouterr().err
+        assert ended.value.code == 0 and f"forgather control {verb}" in told
+        assert "exit codes: 0 done" in told and "exact id of a job" in told
+
+
+def test_the_list_of_verbs(capsys):
+    """``--help`` shows each verb with its sentence; so does a missing verb name the usage."""
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and all(
+        f"\n    {name}" in told for name, verb in parser._verbs().items() if verb.is_listed
+    )
+    with pytest.raises(SystemExit) as ended:
+        parse()
+    assert ended.value.code == 2 and "a verb is missing" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def _instrumented() -> Any:
 
 with _instrumented():
     from forgather_control.cli import output, parser
-    from forgather_control.client import api, recovery
+    from forgather_control.client import recovery, target
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
     from forgather_control.jobs import rank_processes, record, registry
     from forgather_control.processes import liveness
@@ -292,7 +292,7 @@ def target_record(data: bytes) -> None:
     assert record.parse_record(json.dumps(found.to_json()).encode(), "job") == found
     if len(data) % 16 == 0:  # asking the system takes longer than all the rest
         assert registry.judge(found) in ("silent", "dead", "foreign")
-    if (port := api._port(found)) is not None:
+    if (port := target._port(found)) is not None:
         assert 0 < port.port < 65536 and isinstance(str(port), str)
     job = registry.Job(**registry._shared(found), state="dead")
     assert len(output.job_table([job], colour=False).splitlines()) == 2
@@ -540,7 +540,7 @@ TARGETS = {
         target_words,
         [
             b"status\0job\0--json",
-            b"--ssh\0me@gpu\0save\0--wait=5\0job",
+            b"--ssh\0me@gpu\0save\0--timeout=5\0job",
             b"rpc\0job\0ping\0{}",
             b"abort\0--kill-after\0001",
             b"list\0--remote\0h:1",

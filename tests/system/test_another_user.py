@@ -34,10 +34,11 @@ OWNER, STRANGER = 64123, 64124
 
 #: What an ordinary user's process must have imported before: this Python may lie where only root can read.
 DROP = """
-import contextlib, ctypes, encodings.idna, fcntl, getpass, hashlib, importlib, io, json, logging, os, pkgutil
+import contextlib, ctypes, difflib, encodings.idna, fcntl, getpass, hashlib, importlib, io, json, logging, os, pkgutil
 import pwd, resource, shutil, signal, socket, ssl, stat, struct, subprocess, sys, tempfile, threading, time, traceback
 import psutil
 import forgather_control
+from forgather_control import deadline
 for module in pkgutil.walk_packages(forgather_control.__path__, "forgather_control."):
     if module.name != "forgather_control.__main__":
         importlib.import_module(module.name)
@@ -356,7 +357,7 @@ def test_no_secret_is_seen_from_outside(stranger, unmoved):
         ("status {job}", 3),
         ("status exp", 3),
         ("save {job}", 3),
-        ("stop --wait=5 {job}", 3),
+        ("stop --timeout=5 {job}", 3),
         ("abort --force {job}", 3),
         ("abort --force --kill-after 0 {job}", 3),
         ("ranks {job}", 3),
@@ -382,9 +383,9 @@ def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ("file_transport.FileTransport(record.JobRecord(job, 'h', None, pid, 1.0), lambda: None)", "FindError"),
+        ("file_transport.FileTransport(record.JobRecord(job, 'h', None, pid, 1.0))", "FindError"),
         (
-            "dump.dump_stacks(process.current_process()._replace(pid=pid, started_at=None), 3, client.Deadline(5.0))",
+            "dump.dump_stacks(process.current_process()._replace(pid=pid, started_at=None), 3, deadline.Deadline(5.0))",
             "FindError",
         ),
         ("cleanup.remove_tree(root, job, (0, 0))", "JobsDirUnusable"),
@@ -505,11 +506,11 @@ def test_a_forged_job_is_nobodys(owner, stranger, unmoved, shared, kind):
             code, out, err = owner.does("it = control('list', '--json')")
             assert code == 0 and [row["job_id"] for row in json.loads(out)] == ["experiment-2"]
             assert err.startswith("left out exp: ") and ("another user" in err or "other users" in err), err
-            for words in ("status exp", "stop exp", "abort --force exp", "save --wait=5 exp", "ranks exp"):
+            for words in ("status exp", "stop exp", "abort --force exp", "save --timeout=5 exp", "ranks exp"):
                 code, out, err = owner.does("it = control(*words)", words=words.split())
                 assert (code, out) == (3, ""), (words, out, err)
-            # Without a name and by a longer prefix the owner's own is meant; there is no other.
-            for words in ("status --json", "status --json experi"):
+            # Without a name the owner's own is meant; there is no other.
+            for words in ("status --json", "status --json experiment-2"):
                 code, out, err = owner.does("it = control(*words)", words=words.split())
                 assert code == 0 and json.loads(out)["pid"] == mine.known["pid"], err
             assert owner.does("it = control('cleanup', '--force')")[1] == "nothing to clean up\n"

@@ -662,7 +662,7 @@ def everything_is_there_again(chaos: Chaos, commanders: list[Commander]) -> None
         until(lambda one=commander: not {name for name, _ in one.letters} & {*one.requests_left()})
         commander.read_replies()
         until(lambda one=victim: one.look() == [])
-        done = cli("save", victim.name, "--wait=60", "--json")
+        done = cli("save", victim.name, "--timeout=60", "--json")
         assert done.returncode == 0, done.stderr
         victim.ledger.note(json.loads(done.stdout))
         assert not victim.ledger.refused & victim.ledger.records.keys()
@@ -684,7 +684,7 @@ def all_are_stopped(victims: list[Victim]) -> dict[str, list[dict[str, Any]]]:
     """From outside, in good order; what each rank tells of itself."""
     found = {}
     for victim in victims:
-        done = cli("stop", victim.name, "--wait=60")
+        done = cli("stop", victim.name, "--timeout=60")
         assert done.returncode == 0, done.stderr
         reports = [victim.folder / f"{victim.name}-{rank}.json" for rank in range(victim.size)]
         until(lambda reports=reports: all(report.exists() for report in reports))

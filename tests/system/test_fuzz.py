@@ -27,12 +27,14 @@ import pytest
 
 from forgather_control.cli import main
 from forgather_control.client import api
+from forgather_control.client.connection import Client
 from forgather_control.errors import ControlError
 from forgather_control.jobs import private_files, spool
 from forgather_control.server.connection import Connection
 from forgather_control.server.dispatcher import Dispatcher
 from forgather_control.wire import jsonrpc
 
+from ..client.test_file_transport import FileTarget
 from ..support.harness import MS, SOON, Wire, descriptors, running_loop, serving_tcp, strict, until
 from . import coverage_fuzz
 from .coverage_fuzz import TARGETS, agrees, echo, expected
@@ -426,7 +428,7 @@ def test_no_record_hides_a_good_one_or_reaches_outside(jobs_dir, outside, capsys
                 ours_only(lambda name=name: api.connect(name).close())
             for words in (["list"], ["list", "--json"], *(["status", dice.choice(names)] for _ in range(5))):
                 assert main.main(words) in range(6)
-            assert api.find("goo").job_id == "good" and api.get_job_status()["job_id"] == "good"
+            assert api.find("good").job_id == "good" and api.get_job_status()["job_id"] == "good"
             dead = [name for name, state in states.items() if state == "dead"]
             assert main.main(["cleanup", "--force"]) == 0 and not [name for name in dead if (jobs_dir / name).exists()]
             said = capsys.readouterr()
@@ -648,7 +650,7 @@ def test_no_reply_by_file_gets_out_as_anything_but_our_errors(jobs_dir, outside,
     answering.start()
     try:
         for _ in range(some(60)):
-            with suppress(ControlError), api.FileClient(api.find("bad"), 0.1) as job:
+            with suppress(ControlError), Client(FileTarget("bad", "bad", api.find("bad")), 0.1) as job:
                 ask_oddly(dice, job)
     finally:
         over.set()

@@ -131,7 +131,8 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
 
 #: Bounds that no client of a job meets, and the tests that hold them.
 INSIDE: dict[str, str] = {
-    "cli.parser._MAX_TOKEN": "cli.test_parser",  # what the CLI reads of a token file
+    "cli.options._MAX_TOKEN": "cli.test_options",  # what the CLI reads of a token file
+    "client.limits.MAX_EVENTS": "client.test_events",  # events that a client keeps while it waits for a reply
     "client.file_transport._MAX_REPLY": "client.test_file_transport",  # what a client reads of a reply
     "training.rank_report._MAX_STACKS": "training.test_rank_report",
     "training.controller._MAX_SUFFIX": "training.test_controller",

@@ -17,6 +17,7 @@ ELSEWHERE = {
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
     "jobs/limits": "system/test_limits",
+    "client/limits": "client/test_connection",
     "ranks/coordination": "ranks/test_store_group",
     "ranks/limits": "ranks/test_consensus",
 }

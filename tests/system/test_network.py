@@ -102,7 +102,7 @@ def test_who_has_the_token_controls_it_and_who_has_not_does_nothing(hosts, jobs_
         assert json.loads(status.stdout)["status"] == "training" and not json.loads(status.stdout)["commands"]
         listed = control("list", "--json", "--remote", at.removeprefix("tcp://"), token=known["token"])
         assert [row["job_id"] for row in json.loads(listed.stdout)] == ["far"] and known["token"] not in listed.stdout
-        stopped = control("stop", "--wait=60", "--connect", at, token=known["token"])
+        stopped = control("stop", "--timeout=60", "--connect", at, token=known["token"])
         assert stopped.returncode == 0, stopped.stderr
         said, complained = process.communicate(timeout=SOON)
         assert said == "ended False\n" and complained.count("WARNING") == 2, complained
@@ -135,7 +135,7 @@ def test_over_tls_it_is_known_by_its_fingerprint(hosts, jobs_dir, tmp_path, pem)
                 done = there(HOSTS[1], "-m", "forgather_control", "status", "--json", *words, **mine)
                 assert done.returncode == code, (words, done)
                 assert code == 0 or "is not the job's" in done.stderr
-        stopped = there(HOSTS[1], "-m", "forgather_control", "stop", "--wait=60", "far", **mine)
+        stopped = there(HOSTS[1], "-m", "forgather_control", "stop", "--timeout=60", "far", **mine)
         assert stopped.returncode == 0, stopped.stderr
         until(lambda: process.poll() is not None)
         assert process.stdout.read() == "ended False\n" and "WARNING" not in process.stderr.read()

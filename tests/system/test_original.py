@@ -62,7 +62,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     6: (
         "the client reads any endpoint.json if the job id is a path",
-        (f"{HERE}::test_a_path_is_no_job", "tests/client/test_api.py::test_a_name_that_fits_nothing_is_no_such_job"),
+        (f"{HERE}::test_a_path_is_no_job", "tests/client/test_target.py::test_a_name_that_fits_nothing_is_no_such_job"),
     ),
     7: (
         "endpoint.json is 0644, its directory 0755, and it is written in place",
@@ -252,7 +252,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
             "tests/system/test_mirror.py::test_module_has_its_tests",
             "tests/cli/test_main.py::test_json_prints_one_text_of_what_the_wire_said",
             "tests/client/test_api.py::test_every_wait_returns_at_its_own_moment",
-            "tests/client/test_api.py::test_a_job_is_found_by_id_prefix_and_silence",
+            "tests/client/test_target.py::test_a_job_is_found_by_its_exact_id_or_alone",
             "tests/cli/test_main.py::test_the_list_says_every_state_in_words",
             "tests/cli/test_main.py::test_without_a_terminal_nothing_dangerous_happens_unforced",
         ),

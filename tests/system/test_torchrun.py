@@ -420,7 +420,7 @@ class Trainer:
 
     def give(self, *words: str) -> dict[str, Any]:
         """A verb of the command line, and the record that it prints."""
-        done = cli(words[0], self.name, "--wait=60", "--json", *words[1:])
+        done = cli(words[0], self.name, "--timeout=60", "--json", *words[1:])
         assert done.returncode == 0, done.stderr
         record = json.loads(done.stdout)
         assert record["state"] == "finished", record

@@ -149,7 +149,7 @@ def trains(job: str) -> bool:
 
 def stop(host: Host, folder: Path) -> None:
     """End the job from there; both ranks end at the same step."""
-    stopped = host.control("stop", "--wait=60")
+    stopped = host.control("stop", "--timeout=60")
     ends = [folder / f"ended-{rank}" for rank in range(2)]
     until(lambda: all(end.exists() for end in ends))
     assert {end.read_text() for end in ends} == {str(stopped["applied_at_step"])}
@@ -170,7 +170,7 @@ def test_one_job_is_controlled_from_both_of_its_hosts(tmp_path, hosts):
             assert (found["job_id"], found["state"], found["host"]) == ("first", "live", "host-a")
             status = host.control("status")
             assert (status["world_size"], status["host"], status["status"]) == (2, "host-a", "training")
-            saved = host.control("save", "--wait=60")
+            saved = host.control("save", "--timeout=60")
             # Also the part that the other host took longer to write.
             parts = {part.name for part in Path(saved["result"]["path"]).iterdir()}
             assert saved["state"] == "finished" and parts == {"host-a-0", "host-b-1"}

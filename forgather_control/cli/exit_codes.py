@@ -1,0 +1,34 @@
+"""The exit codes of the command line: what each means, and which error gives which."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..errors import AmbiguousJob, ControlError, DeadlinePassed, JobDead, JobNotAnswering, NoSuchJob
+
+DONE: Final = 0
+REFUSED: Final = 1
+USAGE: Final = 2
+NO_SUCH_JOB: Final = 3
+NO_ANSWER: Final = 4
+TOO_LATE: Final = 5
+INTERRUPTED: Final = 130
+
+#: For the help of every verb.
+HELP: Final = """\
+exit codes: 0 done, 1 the job refused or failed it, 2 usage, 3 no such job,
+4 the job is dead or does not answer, 5 the deadline passed, 130 interrupted"""
+
+#: The first class that fits gives the code; an error that fits none was refused.
+_BY_CLASS: Final[tuple[tuple[type[ControlError], int], ...]] = (
+    (AmbiguousJob, USAGE),
+    (NoSuchJob, NO_SUCH_JOB),
+    (JobDead, NO_ANSWER),
+    (JobNotAnswering, NO_ANSWER),
+    (DeadlinePassed, TOO_LATE),
+)
+
+
+def exit_code(error: ControlError) -> int:
+    """Return the exit code of an error."""
+    return next((code for kind, code in _BY_CLASS if isinstance(error, kind)), REFUSED)

@@ -1,0 +1,171 @@
+"""The options of the command line: what each one reads, and how a method's parameter becomes an option."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+from ..errors import ControlError
+from ..version import VERSION
+from ..wire import addresses, methods, schemas
+from ..wire.builtin import BUILTIN
+
+#: Begins the names under which argparse keeps a method's own parameters.
+PARAM: Final = "param "
+#: Characters of a token file that are read; our tokens have 43.
+_MAX_TOKEN: Final = 4096
+
+
+# Values...
+
+
+def _host(text: str) -> str:
+    from ..client.ssh import check_host
+
+    return str(_valid(check_host, text))
+
+
+def _address(text: str) -> str:
+    _valid(addresses.parse, text)
+    return text
+
+
+def _valid(check: Callable[[str], Any], text: str) -> Any:
+    try:
+        return check(text)
+    except ControlError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def _first_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            token = file.readline(_MAX_TOKEN).strip()
+    except (OSError, ValueError) as err:
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read ({err})") from err
+    if not token:
+        raise argparse.ArgumentTypeError(f"{path!r} holds no token in its first line")
+    return token
+
+
+def _value(param: methods.Param) -> Callable[[str], Any]:
+    """Return the function that turns a word into a parameter's value."""
+    is_number = bool({"number", "integer"} & _kinds(param))
+    words = {_word(choice): choice for choice in param.schema.get("enum", ())}
+    expected = " or ".join(words) or schemas.expected(param.schema).removesuffix(", or null")
+
+    def value(text: str) -> Any:
+        try:
+            return schemas.check(param.schema, float(text) if is_number else words.get(text, text))
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from err
+
+    return value
+
+
+def _kinds(param: methods.Param) -> set[str]:
+    kinds = param.schema.get("type", [])
+    return {*kinds} if isinstance(kinds, list) else {kinds}
+
+
+def _word(choice: Any) -> str:
+    """Return how a choice is typed: JSON's true and false are yes and no."""
+    return {True: "yes", False: "no"}.get(choice, str(choice)) if isinstance(choice, bool) else str(choice)
+
+
+# Options...
+
+#: The options that several verbs have, as ``add_argument`` takes them.
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "--json": {"action": "store_true", "help": "print what the wire said, one JSON text"},
+    "--version": {"action": "version", "version": f"forgather-control {VERSION}"},
+    "--force": {"action": "store_true", "help": "do not ask"},
+    "--connect": {
+        "metavar": "ADDRESS",
+        "type": _address,
+        "help": "tcp://HOST:PORT, tls://HOST:PORT or unix:PATH",
+    },
+    # Never the token itself: every user of this host sees the arguments of every process.
+    "--token-file": {
+        "metavar": "FILE",
+        "type": _first_line,
+        "dest": "token",
+        "help": "holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's endpoint.json",
+    },
+    "--ssh": {
+        "metavar": "HOST",
+        "type": _host,
+        "help": "do it on that host, over ssh: an alias, or [USER@]HOST; no port is opened for it",
+    },
+    "--remote": {
+        "metavar": "HOST:PORT",
+        "type": lambda text: _address(text if "://" in text else f"tcp://{text}"),
+        "help": "the jobs of another host, listed by the job at this port",
+    },
+    "--wait": {"action": "store_true", "help": "return when it is finished"},
+    "--timeout": {
+        "metavar": "SECONDS",
+        "type": _value(methods.TIMEOUT),
+        "help": "give up waiting after this time, with exit code 5 (implies --wait)",
+    },
+    "--kill-after": {
+        "metavar": "SECONDS",
+        "type": _value(methods.TIMEOUT),
+        "help": "wait, and kill those of its processes on this host that have not ended by then",
+    },
+    "--reason": {
+        "metavar": "TEXT",
+        "type": _value(methods.REASON),
+        "dest": PARAM + "reason",
+        "help": "why; kept in the command's record",
+    },
+    "--until-input-ends": {"action": "store_true", "help": "do not wait for replies after it"},
+}
+
+
+@cache
+def value_options() -> frozenset[str]:
+    """Return the options that are followed by a value."""
+    verbs = [method for method in BUILTIN if method.verb is not None]
+    derived = {_option(param) for method in verbs for param in own_params(method) if not _is_flag(param)}
+    return frozenset(derived | {name for name, rules in _OPTIONS.items() if "action" not in rules})
+
+
+def _option(param: methods.Param) -> str:
+    return "--" + param.name.replace("_", "-")
+
+
+def _is_flag(param: methods.Param) -> bool:
+    return _kinds(param) == {"boolean"}
+
+
+def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    for name in names:
+        parser.add_argument(name, **{**_OPTIONS[name], **changes})
+
+
+def own_params(method: methods.Method) -> list[methods.Param]:
+    """Return the parameters that are not common to all commands, which have options of their own."""
+    return [param for param in method.params if not method.is_command or param.name not in methods.COMMON_NAMES]
+
+
+def add_param(parser: argparse.ArgumentParser, param: methods.Param) -> None:
+    """Add a parameter of a method: a word of its own if it is required, else an option."""
+    doc, dest = plain(param.doc), PARAM + param.name
+    if param.required:
+        parser.add_argument(dest, metavar=param.name.rpartition("_")[2].upper(), type=_value(param), help=doc)
+    elif _is_flag(param):
+        parser.add_argument(_option(param), dest=dest, action="store_const", const=True, help=doc)
+    else:
+        choices = "|".join(map(_word, param.schema.get("enum", ())))
+        unit = str(param.schema.get("unit", param.name)).upper()
+        if param.default is not None:
+            doc += f" (default {_word(param.default)})"
+        parser.add_argument(_option(param), dest=dest, metavar=choices or unit, type=_value(param), help=doc)
+
+
+def plain(doc: str) -> str:
+    """Return a text that argparse prints as it is."""
+    return doc.replace("%", "%%")

@@ -1,0 +1,98 @@
+"""Printing for users and scripts, and asking the user: nothing from outside reaches a terminal raw."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import InternalError
+from . import output
+from .exit_codes import REFUSED, USAGE
+
+
+class Refusal(Exception):
+    """The verb ends here; ``args`` are the sentence for stderr and the exit code."""
+
+
+def open_streams() -> None:
+    """Send what is printed to nowhere where stdout was closed (``>&-``), as that asks for."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+
+
+def discard_output() -> None:
+    """Drop the rest of the output, whose reader has gone: flushing at exit must not fail (signal, note on SIGPIPE)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(text: str, code: int = 0) -> int:
+    """Print a line on stderr, unless that is closed; return ``code``."""
+    if sys.stderr is not None:
+        print(output.safe(text), file=sys.stderr)
+    return code
+
+
+def print_text(text: str) -> None:
+    """Print to stdout; everything goes through here.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+        Refusal: it cannot be written; the verb itself has done its work.
+    """
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        discard_output()
+        why = f"the output is lost ({err.strerror}), but the verb was carried out"
+        raise Refusal(why, REFUSED) from err
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON text."""
+    print_text(json.dumps(value))
+
+
+def print_answer(as_json: bool, answer: Any, show: Callable[..., str], *args: Any) -> None:
+    """Print an answer: as JSON, or as ``show(*args)`` makes it readable.
+
+    Raises:
+        InternalError: it is none that this version can show.
+    """
+    if as_json:
+        return print_json(answer)
+    try:
+        text = show(*args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        raise InternalError("the other side sent an answer that cannot be shown; --json prints it") from err
+    return print_text(text)
+
+
+def has_colour() -> bool:
+    """Whether stdout is a terminal that wants colours (https://no-color.org: any non-empty value means no)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def has_unicode() -> bool:
+    """Whether stdout can print any character."""
+    return (sys.stdout.encoding or "").lower().startswith("utf")
+
+
+def confirm(what: str, question: str) -> None:
+    """Ask the user on the terminal.
+
+    Raises:
+        Refusal: there is no terminal, or the answer is no.
+    """
+    if not (sys.stdin is not None and sys.stdin.isatty()):
+        text = f"{what} needs confirmation, but stdin is not a terminal. Use --force to skip the question"
+        raise Refusal(text, USAGE)
+    sys.stderr.write(f"{output.safe(question)} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Refusal("nothing was done", REFUSED)
