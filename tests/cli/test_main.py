@@ -643,7 +643,7 @@ def test_the_token_may_come_from_the_environment(remote, monkeypatch, capsys):
     assert run(capsys, "status", "--connect", remote.at)[0] == 0
     monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "wrong")
     code, out, err = run(capsys, "status", "--connect", remote.at)
-    assert (code, out) == (1, "") and "Wrong token" in err and remote.token not in err
+    assert (code, out) == (1, "") and "not the job's token" in err and remote.token not in err
     code, out, err = run(capsys, "status", "--json", "--connect", remote.at)
     assert code == 1 and json.loads(out)["error"]["code"] == -31025
 

@@ -219,7 +219,7 @@ def test_the_token_comes_from_the_caller_else_the_environment_else_the_record(mo
         record = find("job")
         at = f"tcp://{HERE}:{record.port}"
         monkeypatch.setenv("FORGATHER_CONTROL_TOKEN", "wrong")
-        with pytest.raises(errors.NotAuthenticated, match="Wrong token") as caught:
+        with pytest.raises(errors.NotAuthenticated, match="not the job's token") as caught:
             forgather_control.connect(at=at)
         assert record.token not in str(caught.value)
         forgather_control.connect(at=at, token=record.token).close()
