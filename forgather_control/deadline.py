@@ -1,8 +1,12 @@
-"""Deadlines on the monotonic clock."""
+"""Deadlines on the monotonic clock, and the wait for a file lock, which has none of its own."""
 
 from __future__ import annotations
 
 import time
+from typing import Final
+
+#: Seconds between two attempts to lock: flock(2) has no time-out, and its signals belong to the application.
+_LOCK_RETRY: Final = 0.005
 
 
 class Deadline:
@@ -23,3 +27,21 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the moment is over."""
         return self.at is not None and time.monotonic() >= self.at
+
+
+def lock_file(file: int, deadline: Deadline) -> bool:
+    """Take an exclusive lock on an open file (flock(2)); return whether it was free before the deadline.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    import fcntl
+
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if deadline.passed():
+                return False
+        time.sleep(_LOCK_RETRY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from types import SimpleNamespace
@@ -9,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from forgather_control import deadline as module
-from forgather_control.deadline import Deadline
+from forgather_control.deadline import Deadline, lock_file
 
-from .support.harness import MS
+from .support.harness import MS, SOON
 
 
 @pytest.fixture
@@ -53,3 +54,17 @@ def test_deadline_fits_a_wait():
     assert deadline.at - time.monotonic() < 20 * MS
     event.set()
     assert event.wait(Deadline(None).left())
+
+
+def test_a_lock_is_waited_for_until_the_deadline(tmp_path):
+    """It is taken when it is free before the deadline, and not after it."""
+    with open(tmp_path / "lock", "w") as one, open(tmp_path / "lock", "w") as two:
+        assert lock_file(one.fileno(), Deadline(0.0))
+        begin = time.monotonic()
+        assert not lock_file(two.fileno(), Deadline(0.05)) and time.monotonic() - begin >= 0.05
+        taken = []
+        waiter = threading.Thread(target=lambda: taken.append(lock_file(two.fileno(), Deadline(SOON))))
+        waiter.start()
+        fcntl.flock(one.fileno(), fcntl.LOCK_UN)
+        waiter.join(SOON)
+        assert taken == [True]

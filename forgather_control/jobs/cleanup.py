@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from .. import states
-from ..deadline import Deadline
+from ..deadline import Deadline, lock_file
 from ..errors import JobsDirUnusable
 from . import limits, private_files
 from .record import SOCKET, JobRecord, check_job_id, read_record
@@ -50,7 +50,7 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
 
 def _lock(file: int, root: str, seconds: float) -> bool:
     try:
-        is_free = private_files.lock(file, Deadline(seconds))
+        is_free = lock_file(file, Deadline(seconds))
     except OSError:
         return False
     if not is_free:

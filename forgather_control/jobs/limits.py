@@ -18,8 +18,6 @@ BUSY_RETRY: Final = 0.02
 
 #: Seconds to wait for the lock of the jobs directory; its holders need milliseconds.
 LOCK_TIMEOUT: Final = 5.0
-#: Seconds between two attempts to lock: flock(2) has no time-out, and its signals belong to the application.
-LOCK_RETRY: Final = 0.01
 #: Seconds that a job has to answer before its directory is removed as a dead one's.
 ANSWER_TIMEOUT: Final = 1.0
 #: Attempts to empty a directory into which other processes still write.

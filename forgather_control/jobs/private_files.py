@@ -1,4 +1,4 @@
-"""Files that only this user may read or change: open a directory, write, read, lock. Any thread, any process.
+"""Files that only this user may read or change: open a directory, write, read. Any thread, any process.
 
 Nothing here follows a link in the last part of a path, blocks on a FIFO, or leaves a descriptor to child processes.
 """
@@ -9,12 +9,8 @@ import contextlib
 import errno
 import os
 import stat
-import time
 from collections.abc import Iterator
 from typing import Final
-
-from ..deadline import Deadline
-from . import limits
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Not blocking, because the file may be a FIFO.
@@ -130,24 +126,6 @@ def _check_writers(facts: os.stat_result, what: str) -> None:
 def is_out_of_descriptors(err: Exception) -> bool:
     """Return whether the error is this process's own, and so says nothing about the file."""
     return isinstance(err, OSError) and err.errno in (errno.EMFILE, errno.ENFILE)
-
-
-def lock(file: int, deadline: Deadline) -> bool:
-    """Take an exclusive lock (flock(2)); return whether it was free before the deadline.
-
-    Raises:
-        OSError: the file system has no locks.
-    """
-    import fcntl
-
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if deadline.passed():
-                return False
-        time.sleep(limits.LOCK_RETRY)
 
 
 def make_directories(path: str) -> None:

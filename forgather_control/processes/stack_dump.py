@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from .. import states
-from ..deadline import Deadline
+from ..deadline import Deadline, lock_file
 from ..errors import FindError, JobDead, JobNotAnswering
 from . import proc
 from .liveness import Identity, judge
@@ -109,7 +109,7 @@ class StackDumper:
 
     def close(self) -> None:
         """Stop; may be called twice. While a client is reading a dump, all stays until the process ends."""
-        if self.fd is not None and _lock(self.fd, Deadline(_CLOSE_TIMEOUT)):
+        if self.fd is not None and lock_file(self.fd, Deadline(_CLOSE_TIMEOUT)):
             self._release()
 
     def _release(self) -> None:
@@ -163,7 +163,7 @@ def dump_stacks(identity: Identity, fd: int, deadline: Deadline) -> str:
     try:
         _check_running(identity)
         with _open(identity, fd) as file:
-            if not _lock(file, deadline):
+            if not lock_file(file, deadline):
                 raise JobNotAnswering(f"another client is reading the stacks of pid {identity.pid}; try again")
             header = _read_header(file)
             os.ftruncate(file, _HEADER_SIZE)
@@ -279,19 +279,3 @@ def _main_thread_first(text: str) -> str:
 
 def _bounded(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}\n... the rest is left out\n"
-
-
-# Both...
-
-
-def _lock(file: int, deadline: Deadline) -> bool:
-    import fcntl
-
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if deadline.passed():
-                return False
-            time.sleep(_POLL_INTERVAL)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat
-import threading
-import time
 
 import pytest
 
-from forgather_control.deadline import Deadline
 from forgather_control.jobs import private_files
 
-from ..support.harness import SOON, descriptors, needs_root
+from ..support.harness import descriptors, needs_root
 
 
 @pytest.fixture
@@ -185,20 +181,3 @@ def test_root_reads_the_files_of_any_user(opened):
     for name in ("a", "."):
         os.chown(path / name, 65534, 65534)
     assert private_files.read_trusted(str(path), "a", 3) == b"abc"
-
-
-# Locking...
-
-
-def test_a_lock_is_waited_for_until_the_deadline(tmp_path):
-    """It is taken when it is free before the deadline, and not after it."""
-    with open(tmp_path / "lock", "w") as one, open(tmp_path / "lock", "w") as two:
-        assert private_files.lock(one.fileno(), Deadline(0.0))
-        begin = time.monotonic()
-        assert not private_files.lock(two.fileno(), Deadline(0.05)) and time.monotonic() - begin >= 0.05
-        taken = []
-        waiter = threading.Thread(target=lambda: taken.append(private_files.lock(two.fileno(), Deadline(SOON))))
-        waiter.start()
-        fcntl.flock(one.fileno(), fcntl.LOCK_UN)
-        waiter.join(SOON)
-        assert taken == [True]
