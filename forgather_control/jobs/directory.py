@@ -272,7 +272,7 @@ def _explained(path: str) -> Iterator[None]:
 
 
 def _taken(holder: record.JobRecord) -> JobIdTaken:
-    text = f'job id "{holder.job_id}" is in use by pid {holder.pid} on {holder.host}'
+    text = f'job id "{holder.job_id}" is in use by pid {holder.pid} on {holder.host}; use another, or stop that job'
     return JobIdTaken(text, pid=holder.pid, host=holder.host)
 
 
