@@ -169,7 +169,7 @@ class TrainerControlCallback(Adapter):
             self._steer(args, state, control)
         path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
         if path is None and not self._controller.is_main:  # for example on another host without a shared disk
-            self._controller.saves_nothing()
+            self._controller.nothing_to_save()
         elif path is None:
             self._controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
         else:
@@ -194,7 +194,7 @@ class TrainerControlCallback(Adapter):
     def _apply(self, state: Any) -> None:
         self._late = False
         if self._controller is not None:
-            self._controller.step(state.global_step, self._requested, state.epoch)
+            self._controller.step(state.global_step, state.epoch)
 
     def _steer(self, args: Any, state: Any, control: Any) -> None:
         requested = self._requested

@@ -123,7 +123,7 @@ class LightningHooks(Adapter):
         self._steps += 1
         every = trainer.log_every_n_steps
         self._fresh = self._fresh or bool(every and self._steps % every == 0)
-        controller.step(step, self._requested, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+        controller.step(step, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
         if self._requested.any:
             self._carry_out(trainer, module)
 

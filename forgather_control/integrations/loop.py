@@ -103,7 +103,7 @@ class TrainingJob(Adapter):
         controller.phase = states.STATUS_TRAINING
         if type(step) is not int:  # for example a NumPy number, which JSON has not
             step = _whole("step", step)
-        controller.step(step, self._requested, epoch if epoch is None else float(epoch))
+        controller.step(step, epoch if epoch is None else float(epoch))
 
     @guarded
     def log(self, /, **metrics: Any) -> None:
@@ -153,7 +153,7 @@ class TrainingJob(Adapter):
         self._requested.saved()
         self._looked = False
         if not controller.is_main:  # often only rank 0 saves
-            controller.saves_nothing()
+            controller.nothing_to_save()
             return
         controller.save_failed("the loop saw should_save and did not call saved() before its next step")
 

@@ -75,7 +75,7 @@ class Adapter:
         self._requested = RequestedActions()
         if not self._options.enabled:
             return
-        controller = Controller(self._options, step, max_steps, log_steps)
+        controller = Controller(self._options, self._requested, step, max_steps, log_steps)
         try:
             controller.start()
         except ControlError as err:
@@ -91,7 +91,7 @@ class Adapter:
     def _listen_to_signals(self, controller: Controller) -> None:
         try:
             if self._signals is not None:
-                self._signals.install(controller.call)
+                self._signals.install(controller.request)
         except ControlError as err:
             log.warning("%s", err)
 

@@ -1,185 +1,252 @@
-"""What becomes of commands between "taken from the queue" and "over": who waits for a checkpoint, who for the end.
+"""What becomes of commands after they are taken from the queue: effects, outcomes, rank reports, results.
 
-Floor 3, training side: imports commands, errors, mailbox, rounds and group. Each rank has one. What is applied,
-saved and ended is noted on the training thread; ``take``, ``put_back``, ``confirm`` and ``submit`` belong to
-rank 0 and run on the thread that decides a round: what both touch is the mailbox, and values assigned whole.
+Each rank has a tracker. Effects, saves, evaluations and the end are noted on the training thread; ``take``,
+``put_back``, ``all_applied`` and ``submit`` belong to rank 0 and run on the thread that decides a round. What both
+touch is the queue, which has its lock. Only rank 0 has records; the other ranks report to it through the group.
 
-What a command waits for after it is applied is its ``completes`` in the table; that rule is kept here. Only
-rank 0 has records; on the others a ledger knows what this rank still has to say to rank 0.
+A command is finished when all events in its ``finishes_when`` have happened. A command that fails on one rank, in its
+effect or in its report, has failed; control continues.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 
+from .. import states
 from ..errors import CommandFailed, ControlError
 from ..ranks.group import RankGroup
-from ..wire import builtin
 from ..wire.builtin import TrainingLoop
-from ..wire.methods import COMMON
+from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord, Outcome, ScheduledCommand
-from .command_queue import Mailbox
+from .command_queue import CommandQueue
+from .run_state import RunState
 
 log = logging.getLogger("forgather_control")
 
-#: What a command's result says where no checkpoint was saved for it.
-_NO_SAVE: Final[dict[str, Any]] = {"path": None, "seconds": None}
+#: What did not happen, in messages.
+_EVENTS: Final = {
+    states.WHEN_SAVED: "the checkpoint was saved",
+    states.WHEN_EVALUATED: "the evaluation was finished",
+    states.WHEN_REPORTED: "the result was reported",
+}
+#: What a record says of the caller of a signal's command.
+_SIGNAL: Final[dict[str, Any]] = {"via": states.VIA_SIGNAL, "uid": None, "user": None, "pid": None, "program": None}
 
 
-class Ledger:
-    """The applied commands of one rank.
+@dataclass
+class _Applied:
+    """A command that this rank has applied and that is not finished here. Training thread only."""
 
-    Args:
-        mailbox: where their records are.
-        fresh_seconds: age up to which a checkpoint is not saved again when a signal saves and stops.
-    """
-
-    def __init__(self, mailbox: Mailbox, fresh_seconds: float) -> None:
-        self._mailbox, self._fresh_seconds = mailbox, fresh_seconds
-        self._by_signal: set[str] = set()  # commands; each id is added and taken whole
-        self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), what
-        # Applied commands that are not over; training thread only.
-        self._saving: dict[str, float] = {}  # since when, monotonic
-        self._ending: dict[str, float] = {}
-        self._saves: dict[str, dict[str, Any]] = {}  # what was saved for those that still wait for the end
-
-    # On the training thread...
+    command_id: str
+    method: Method
+    since: float  # monotonic
+    reported: bool = False
+    result: dict[str, Any] | None = None
 
     @property
     def ends(self) -> bool:
-        """Whether training is to end."""
-        return bool(self._ending)
+        return states.WHEN_ENDED in self.method.finishes_when
+
+    def awaits(self, event: str) -> bool:
+        return self.method.rank_report == event and not self.reported
+
+
+class CommandTracker:
+    """The applied commands of one rank.
+
+    Args:
+        queue: holds their records.
+        fresh_seconds: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old.
+    """
+
+    def __init__(self, queue: CommandQueue, methods: MethodTable, state: RunState, fresh_seconds: float) -> None:
+        self._queue, self._methods, self._state = queue, methods, state
+        self._fresh_seconds = fresh_seconds
+        self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), result
+        self._applied: dict[str, _Applied] = {}
+
+    # On the training thread...
 
     def apply(self, commands: list[ScheduledCommand], loop: TrainingLoop, step: int, group: RankGroup) -> None:
-        """Run the commands that all ranks run after this step."""
+        """Run the effects of the commands that all ranks apply after this step."""
+        outcomes = {command.command_id: self._run(command, loop) for command in commands}
+        group.applied(commands, step, {command_id: outcome for command_id, outcome in outcomes.items() if outcome})
         for command in commands:
+            self._follow(command, outcomes[command.command_id], group)
+        if any("abort" in self._methods[command.name].needs for command in commands):
+            self.fail(states.WHEN_SAVED, "an abort was applied: no checkpoint is written after it", group)
+            self.fail(states.WHEN_EVALUATED, "an abort was applied before the evaluation", group)
+
+    def _run(self, command: ScheduledCommand, loop: TrainingLoop) -> Outcome:
+        try:
             if command.skip_save:
                 loop.request_end()
-            else:
-                builtin.BUILTIN[command.name].run(loop, **command.params)
-        group.applied(commands, step, {})
-        for command in commands:
-            self._follow(group, command)
-        if any(command.name == "abort" for command in commands):  # whether the save came before it or behind it
-            self.fail_saves(group, "an abort was applied: no checkpoint is written after it")
+                return {}
+            value = self._methods[command.name].run(loop, **command.params)
+        except Exception as err:  # boundary: a failing effect fails its command, never control
+            log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
+            return _failure(err)
+        return {} if value is None else {"value": value}
 
-    def _follow(self, group: RankGroup, command: ScheduledCommand) -> None:
-        now = time.monotonic()
-        finishes_when = builtin.BUILTIN[command.name].finishes_when
-        if "ended" in finishes_when:
-            self._ending[command.command_id] = now
+    def _follow(self, command: ScheduledCommand, outcome: Outcome, group: RankGroup) -> None:
+        applied = _Applied(command.command_id, self._methods[command.name], time.monotonic())
+        if "error" in outcome:  # the record fails once all ranks have applied; they must not wait for this one's report
+            if applied.method.rank_report:
+                group.report(command.command_id, outcome)
+            return
+        if not (applied.ends or applied.method.rank_report):
+            return
+        self._applied[command.command_id] = applied
+        if applied.ends:
+            self._state.ending = True
         if command.skip_save:
-            if self._checkpoint is not None:
-                self._saves[command.command_id] = self._checkpoint[1]
-            group.report(command.command_id, {})
-        elif "saved" in finishes_when:
-            self._saving[command.command_id] = now
+            applied.result = self._checkpoint[1] if self._checkpoint else None
+            self._report(applied, {}, group)
 
-    def saved(self, step: int, path: str, group: RankGroup) -> None:
-        """A checkpoint is complete on disk, or this rank's part of it, whoever asked for it."""
+    def saved(self, step: int, path: str, evaluated: bool, group: RankGroup) -> None:
+        """Note that a checkpoint is complete on disk, or this rank's part of it, whatever caused it."""
         now = time.monotonic()
-        self._checkpoint = now, _save_result(step, path, 0.0)
-        for command_id, since in self._saving.items():
-            result = _save_result(step, path, now - since)
-            if command_id in self._ending:
-                self._saves[command_id] = result
+        self._checkpoint = now, _save_result(step, path, 0.0, evaluated)
+        for applied in self._awaiting(states.WHEN_SAVED):
+            applied.result = _save_result(step, path, now - applied.since, evaluated)
+            self._report(applied, {}, group)
+        for applied in self._applied.values():
+            if applied.ends and applied.result is None:
+                applied.result = _save_result(step, path, now - applied.since, evaluated)
+
+    def evaluated(self, step: int, metrics: dict[str, Any], group: RankGroup) -> None:
+        """Note that this rank has evaluated, and with which metrics."""
+        now = time.monotonic()
+        for applied in self._awaiting(states.WHEN_EVALUATED):
+            applied.result = {"step": step, "metrics": metrics, "seconds": round(now - applied.since, 6)}
+            self._report(applied, {}, group)
+
+    def nothing_to_save(self, group: RankGroup) -> None:
+        """Note that this rank writes no part of the checkpoint that was asked for. Not on rank 0."""
+        for applied in self._awaiting(states.WHEN_SAVED):
+            self._report(applied, {}, group)
+
+    def fail(self, event: str, reason: str, group: RankGroup) -> None:
+        """Note that an event will not come on this rank, so that the commands that wait for it fail."""
+        for applied in self._awaiting(event):
+            self._report(applied, _failure(CommandFailed(reason)), group)
+
+    def close_reports(self, reason: str | None, group: RankGroup) -> None:
+        """Report what this rank still owes when training ends.
+
+        Args:
+            reason: why training did not end as it should; ``None`` if it did. Then another rank than 0 has no part that
+                is missing (often only rank 0 saves), and on rank 0 the event did not come.
+        """
+        for applied in [each for each in self._applied.values() if each.method.rank_report and not each.reported]:
+            if reason is None and group.rank != 0:
+                self._report(applied, {}, group)
             else:
-                self._finish(command_id, result, group)
-        self._report_saves(group, {})
-        for command_id, since in self._ending.items():
-            self._saves.setdefault(command_id, _save_result(step, path, now - since))
-
-    def saves_nothing(self, group: RankGroup) -> None:
-        """The checkpoint that was asked for has no part that this rank writes. Not on rank 0."""
-        self._report_saves(group, {})
-
-    def _report_saves(self, group: RankGroup, outcome: Outcome) -> None:
-        for command_id in self._saving:
-            group.report(command_id, outcome)
-        self._saving.clear()
-
-    def fail_saves(self, group: RankGroup, reason: str, fault: str | None = None) -> None:
-        """The checkpoint that was asked for will not come; ``fault``: for want of this rank's part of it."""
-        for command_id in self._saving:
-            self._ending.pop(command_id, None)
-            self._fail(command_id, CommandFailed(reason), group)
-        self._report_saves(group, {} if fault is None else {"error": {"code": CommandFailed.code, "message": fault}})
+                why = reason or f"training ended before {_EVENTS[applied.method.rank_report or '']}"
+                self._report(applied, _failure(CommandFailed(why)), group)
 
     def end(self, step: int, reason: str | None, group: RankGroup) -> None:
-        """Training has ended; ``reason`` says why, if not as it should."""
-        for command_id in self._ending if group.rank == 0 else ():
-            result = self._saves.get(command_id) or {"step": step, **_NO_SAVE}
-            if reason is None:
-                self._finish(command_id, result, group)
+        """Note that training has ended; ``reason`` says why, if it did not end as it should."""
+        for applied in [applied for applied in self._applied.values() if applied.ends]:
+            applied.result = applied.result or {"step": step, "path": None, "seconds": None, "evaluated": False}
+            if group.rank == 0 and reason is None:
+                self._finish_when_reported(applied, group)
+            elif group.rank == 0:
+                self._queue.failed(applied.command_id, CommandFailed(reason or ""), applied.result)
+        self._applied.clear()
+
+    def _awaiting(self, event: str) -> list[_Applied]:
+        return [applied for applied in self._applied.values() if applied.awaits(event)]
+
+    def _report(self, applied: _Applied, outcome: Outcome, group: RankGroup) -> None:
+        """Report this rank's part of a command; finish the command here unless it waits for the end of training."""
+        applied.reported = True
+        if applied.method.rank_report:
+            group.report(applied.command_id, outcome)
+        if not applied.ends or "error" in outcome:
+            del self._applied[applied.command_id]
+            if group.rank == 0:
+                self._finish_when_reported(applied, group)
+
+    def _finish_when_reported(self, applied: _Applied, group: RankGroup) -> None:
+        def finish(outcomes: dict[int, Outcome], fault: str | None) -> None:
+            why = fault or _error_text(outcomes)
+            if why is not None:
+                self._queue.failed(applied.command_id, CommandFailed(why), applied.result)
             else:
-                self._mailbox.failed(command_id, CommandFailed(reason), result)
-        self._ending.clear()
+                self._queue.finished(applied.command_id, applied.result or _result(applied.method, outcomes))
 
-    def _finish(self, command_id: str, result: dict[str, Any], group: RankGroup) -> None:
-        """Say that a command is over, once every rank has done its part."""
-        if group.rank == 0:
-            group.when_reported(
-                command_id, lambda outcomes, fault: self._settled(command_id, result, fault or _first_error(outcomes))
-            )
-
-    def _fail(self, command_id: str, error: ControlError, group: RankGroup) -> None:
-        """Say that a command failed; also that only once every rank has applied it."""
-        if group.rank == 0:
-            group.when_reported(command_id, lambda outcomes, fault: self._mailbox.failed(command_id, error))
-
-    def _settled(self, command_id: str, result: dict[str, Any], fault: str | None) -> None:
-        if fault is None:
-            self._mailbox.finished(command_id, result)
-        else:
-            self._mailbox.failed(command_id, CommandFailed(fault), result)
+        group.when_reported(applied.command_id, finish)
 
     # On the thread that decides; rank 0...
 
     def take(self) -> list[ScheduledCommand]:
-        """Take what is queued."""
-        return [self._schedule(record) for record in self._mailbox.drain()]
+        """Take the queued commands."""
+        return [
+            ScheduledCommand(record.command_id, record.command, record.params, self._skips_save(record))
+            for record in self._queue.drain()
+        ]
 
-    def _schedule(self, record: CommandRecord) -> ScheduledCommand:
-        own = builtin.BUILTIN[record.command].params[len(COMMON) :]
-        params = {**{param.name: param.default for param in own}, **record.params}
-        return ScheduledCommand(record.command_id, record.command, params, self._is_spare(record))
-
-    def _is_spare(self, record: CommandRecord) -> bool:
-        """Whether it is a signal's, and saves and stops, and what was saved last is young enough."""
+    def _skips_save(self, record: CommandRecord) -> bool:
+        """Return whether a signal's save_and_stop needs no save, because the last checkpoint is young enough."""
         last = self._checkpoint
-        if record.command_id not in self._by_signal or record.command != "save_and_stop" or last is None:
+        by_signal = (record.requested_by or {}).get("via") == states.VIA_SIGNAL
+        if not by_signal or record.command != "save_and_stop" or last is None:
             return False
         return time.monotonic() - last[0] < self._fresh_seconds
 
     def put_back(self, commands: list[ScheduledCommand]) -> None:
-        """Queue it again: the round was off."""
-        self._mailbox.put_back([command.command_id for command in commands])
+        """Queue commands again on which the ranks did not agree."""
+        self._queue.put_back([command.command_id for command in commands])
 
-    def confirm(self, commands: list[ScheduledCommand], step: int, fault: str | None) -> None:
-        """All ranks applied it; or not all, and why."""
-        for command_id, command, *_ in commands:
-            self._by_signal.discard(command_id)
-            if fault is None:
-                self._mailbox.applied(command_id, step)
-            else:
-                self._mailbox.failed(command_id, CommandFailed(f"not all ranks applied the {command}: {fault}"))
+    def all_applied(
+        self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None
+    ) -> None:
+        """Note that all ranks applied the commands, with which outcomes; or not all, and why."""
+        for command in commands:
+            mine = {rank: found[command.command_id] for rank, found in outcomes.items() if command.command_id in found}
+            why = f"not all ranks applied the {command.name}: {fault}" if fault else _error_text(mine)
+            method = self._methods[command.name]
+            if why is not None:
+                self._queue.failed(command.command_id, CommandFailed(why))
+                continue
+            self._queue.applied(command.command_id, step)
+            if method.finishes_when == {states.WHEN_APPLIED}:
+                self._queue.finished(command.command_id, _result(method, mine))
 
     def submit(self, command: str) -> None:
-        """A signal on some rank asks for this command."""
+        """Queue the command of a signal that some rank received."""
         try:
-            self._by_signal.add(self._mailbox.submit(command, None).command_id)
+            self._queue.submit(command, None, self._methods[command].own_params(), None, _SIGNAL)
         except ControlError as err:
-            log.warning("the signal that asks for %s came in vain: %s", command, err)
+            log.warning("Ignored the signal for %s: %s", command, err)
 
 
-def _first_error(outcomes: dict[int, Outcome]) -> str | None:
-    """The first rank's error, with its rank."""
-    errors = {rank: outcome["error"] for rank, outcome in sorted(outcomes.items()) if "error" in outcome}
-    return next((f"rank {rank}: {error['message']}" for rank, error in errors.items()), None)
+def _result(method: Method, outcomes: dict[int, Outcome]) -> dict[str, Any]:
+    values = {rank: outcomes[rank].get("value") for rank in sorted(outcomes)}
+    return method.combine(values) if method.combine is not None else {"value": values.get(0)}
 
 
-def _save_result(step: int, path: str, seconds: float) -> dict[str, Any]:
+def _failure(err: Exception) -> Outcome:
+    message = err.message if isinstance(err, ControlError) else f"{type(err).__name__}: {err}"
+    return {"error": {"code": getattr(err, "code", CommandFailed.code), "message": message[:1000]}}
+
+
+def _error_text(outcomes: dict[int, Outcome]) -> str | None:
+    """Say which ranks failed and why: rank 0's message stands for the same message of others."""
+    messages: dict[str, list[int]] = {}
+    for rank in sorted(outcomes):
+        if "error" in outcomes[rank]:
+            messages.setdefault(outcomes[rank]["error"]["message"], []).append(rank)
+    texts = [
+        text if ranks[0] == 0 else f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in messages.items()
+    ]
+    return "; ".join(texts) or None
+
+
+def _save_result(step: int, path: str, seconds: float, evaluated: bool) -> dict[str, Any]:
     shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON cannot carry a byte that is no UTF-8
-    return {"step": step, "path": shown, "seconds": round(seconds, 6)}
+    return {"step": step, "path": shown, "seconds": round(seconds, 6), "evaluated": evaluated}

@@ -1,40 +1,43 @@
-"""Logged values as JSON values. Floor 0: imports nothing of ours, and torch and numpy only by their manners.
+"""Logged values as JSON values; recognises tensors and NumPy scalars by their attributes.
 
 A logged value may be anything: a tensor on a device, a NumPy scalar, a list of a million numbers.
 ``hold`` runs on the training thread and must cost next to nothing, above all no synchronisation
-with a device; ``plain`` runs on the server thread, when somebody has asked.
+with a device; ``plain`` runs on the server thread, when a client has asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-#: Most names kept, and the longest text of one value; what is logged ends up in every status reply.
-MAX_NAMES: Final = 256
-MAX_TEXT: Final = 200
+from .limits import MAX_NAMES, MAX_TEXT
 
 
 def hold(logs: Mapping[Any, Any]) -> dict[str, Any]:
-    """The values as they are, without the graphs and memory behind them."""
+    """Return the values as they are, without the graphs and memory behind them."""
     return {_name(name): _light(value) for name, value in logs.items()}
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A new dictionary with the latest value of each name, the latest ``MAX_NAMES`` of them."""
+    """Return a new dictionary with the latest value of each name, the latest ``MAX_NAMES`` of them."""
     merged = {**{name: value for name, value in old.items() if name not in new}, **new}
     return dict(list(merged.items())[-MAX_NAMES:])
 
 
 def plain(held: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as JSON values: numbers where they are numbers, else short texts."""
+    """Return the values as JSON values: numbers where they are numbers, else short texts."""
     return {name: _plain(value) for name, value in held.items()}
+
+
+def on_host(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that can be read without a device, as JSON values."""
+    return {name: _plain(value) for name, value in held.items() if _is_small(value)}
 
 
 def _name(name: Any) -> str:
     try:
         return str(name)[:MAX_TEXT]
-    except Exception:  # border: an object of somebody else's
+    except Exception:  # boundary: an object of the user's
         return type(name).__name__
 
 
@@ -43,7 +46,7 @@ def _light(value: Any) -> Any:
         if _is_small(value):
             return value
         return str(value)[:MAX_TEXT] if isinstance(value, str) else _light_object(value)
-    except Exception:  # border: an object of somebody else's; one odd value must not end the control of a job
+    except Exception:  # boundary: an object of the user's; one odd value must not end control
         return type(value).__name__
 
 
@@ -73,5 +76,5 @@ def _plain(value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 63:
             value = float(value)
         return value if _is_small(value) else repr(value)[:MAX_TEXT]
-    except BaseException:  # border: as above (SystemExit would end the server); also an integer beyond a double
+    except BaseException:  # boundary: as above (SystemExit would end the server); also an integer beyond a double
         return type(value).__name__

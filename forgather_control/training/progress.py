@@ -1,4 +1,4 @@
-"""How far a job is and how fast it goes. Floor 0: imports nothing of ours.
+"""How far a job is and how fast it goes.
 
 The training thread writes, the server thread reads; each attribute is one immutable value that is
 assigned whole, so neither needs a lock and a step costs no more than that.
@@ -7,12 +7,9 @@ assigned whole, so neither needs a lock and a step costs no more than that.
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any
 
-#: Seconds between two samples of the step counter, and how many are kept: the speed is that of the
-#: last minute, or of the last 60 steps where a step takes longer than a second.
-_SAMPLE_EVERY: Final = 1.0
-_SAMPLES: Final = 60
+from . import limits
 
 
 class Progress:
@@ -20,7 +17,7 @@ class Progress:
 
     Args:
         step: where training begins; not 0 when it is resumed.
-        max_steps: where it ends, or ``None`` if nobody knows.
+        max_steps: where it ends, or ``None`` if unknown.
     """
 
     def __init__(self, step: int, max_steps: int | None) -> None:
@@ -31,19 +28,19 @@ class Progress:
 
     @property
     def step(self) -> int:
-        """The last step that is done."""
+        """The last finished step."""
         return self._last[0]
 
     def beat(self, step: int, epoch: float | None) -> None:
-        """Note that a step is done. On the training thread, every step."""
+        """Note that a step is finished. On the training thread, every step."""
         now = time.monotonic()
         self._last = (step, epoch, now)
         if now >= self._sample_at:
-            self._sample_at = now + _SAMPLE_EVERY
-            self._samples = (*self._samples[1 - _SAMPLES :], (now, step))
+            self._sample_at = now + limits.SPEED_SAMPLE_PERIOD
+            self._samples = (*self._samples[1 - limits.SPEED_SAMPLES :], (now, step))
 
     def report(self) -> dict[str, Any]:
-        """The figures of ``status``; ``None`` where there is nothing to tell. On the server thread."""
+        """Return the figures of ``status``; ``None`` where one is unknown. On the server thread."""
         step, epoch, at = self._last
         speed = self._speed(step, at)
         end = self._max_steps

@@ -1,61 +1,59 @@
-"""What ranks say of themselves, also while their training hangs: who is where, and in which line of code.
+"""What each rank reports of itself, also while training hangs: process, step, memory, stacks.
 
-Floor 3, training side: imports dump, exchange, process, progress, roster, stacks, process_stats and group. Made and
-closed on the training thread of every rank; ``tell`` runs on the ear's thread, on rank 0 the rest on the
-server's.
+Made and closed on the training thread of every rank. ``answer`` runs on the channel's receiver thread, on rank 0 the
+rest runs on the server thread.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from .. import states
+from ..deadline import Deadline
 from ..jobs import rank_processes
 from ..processes import stacks, usage
 from ..processes.liveness import Identity, current_process
 from ..processes.stack_dump import StackDumper
 from ..ranks.group import RankGroup, RankQuery
 from ..server.dispatcher import PENDING, Deferred
+from . import limits
 from .progress import Progress
 
 log = logging.getLogger("forgather_control")
 
-#: Most characters of stacks in one reply, all ranks together; a thousand ranks then say two pages each.
-_MAX_STACKS: Final = 4 << 20
-#: What each question's answer has for a rank that gave none.
+#: What the answer to each query has for a rank that gave none.
 _UNKNOWN: Final[dict[str, dict[str, Any]]] = {
     "ranks": dict.fromkeys(("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes")),
     "stacks": {"stacks": None},
 }
 
 
-class Census:
-    """One rank's part in the questions to all ranks.
+class RankReporter:
+    """One rank's part in queries to all ranks.
 
     Args:
         progress: of this rank.
-        thread: the identifier of the thread that trains, at present.
+        thread: returns the identifier of the training thread.
     """
 
     def __init__(self, progress: Progress, thread: Callable[[], int | None]) -> None:
         self._progress, self._thread = progress, thread
-        self._recorder = StackDumper(self._stacks)
+        self._stack_dumper = StackDumper(self._stacks)
         self._ranks: list[rank_processes.RankRecord] = []
 
-    def about(self) -> dict[str, Any]:
-        """What the other ranks are told of this process; from here on its stacks can be had from outside, too."""
-        self._recorder.start()
-        return {**current_process()._asdict(), "stack_fd": self._recorder.fd}
+    def describe(self) -> dict[str, Any]:
+        """Return what rank 0 is told of this process; from here on its stacks can be read from outside, too."""
+        self._stack_dumper.start()
+        return {**current_process()._asdict(), "stack_fd": self._stack_dumper.fd}
 
     def close(self) -> None:
         """End. May be called twice."""
-        self._recorder.close()
+        self._stack_dumper.close()
 
-    def tell(self, what: str) -> dict[str, Any]:
-        """What this rank answers. Never raises: that would cut the line between the ranks."""
+    def answer(self, what: str) -> dict[str, Any]:
+        """Return what this rank answers. Never raises: that would break the channel between the ranks."""
         try:
             mine = usage.process_stats()
             if what == "stacks":
@@ -63,51 +61,49 @@ class Census:
             report = self._progress.report()
             mine.update(step=report["global_step"], seconds_since_step=report["seconds_since_step"])
             return {name: mine[name] for name in ("host", "pid", *_UNKNOWN["ranks"])}
-        except Exception:  # border: as above
-            log.exception("this rank could not say how it is")
+        except Exception:  # boundary: as above
+            log.exception("Internal error: this rank could not answer the query %r.", what)
             return {}
 
     def _stacks(self) -> str:
         return stacks.python_stacks(self._thread())
 
-    def meet(self, about: dict[int, dict[str, Any]]) -> None:
-        """Note who all the ranks are."""
-        self._ranks = [_record(rank, about[rank]) for rank in sorted(about)]
+    def all_joined(self, descriptions: dict[int, dict[str, Any]]) -> bool:
+        """Note the processes of all ranks; return whether they were not known before."""
+        known, self._ranks = self._ranks, [_record(rank, descriptions[rank]) for rank in sorted(descriptions)]
+        return known != self._ranks
 
     def write(self, directory: str) -> None:
-        """Leave the ranks' processes where they can be read when nobody answers any more."""
+        """Write the ranks' processes to a file, for when no rank answers any more."""
         try:
             rank_processes.write(directory, self._ranks)
         except OSError as err:
             log.warning("%s cannot be written: %s", rank_processes.RANKS_FILE, err.strerror)
 
     def ask(self, group: RankGroup, what: str, timeout: float) -> Any:
-        """All ranks' answers in order: now, or deferred, when all that can have answered, or after ``timeout`` s."""
-        inquiry = group.query(what)
-        deadline = time.monotonic() + timeout
+        """Return all ranks' answers in order: now, or deferred until all have answered or ``timeout`` s have passed."""
+        query, deadline = group.query(what), Deadline(timeout)
 
         def poll() -> Any:
-            silent = any(
-                rank not in inquiry.answers and group.state(rank) == states.RANK_SILENT for rank in range(group.size)
-            )
-            if silent and time.monotonic() < deadline:
+            missing = (rank for rank in range(group.size) if rank not in query.answers)
+            if any(group.state(rank) == states.RANK_SILENT for rank in missing) and not deadline.passed():
                 return PENDING
-            return [_row(group, inquiry, what, rank) for rank in range(group.size)]
+            return [_row(group, query, what, rank) for rank in range(group.size)]
 
-        return Deferred(poll, deadline) if (answers := poll()) is PENDING else answers
-
-
-def _record(rank: int, about: dict[str, Any]) -> rank_processes.RankRecord:
-    identity = Identity(**{name: about.get(name) for name in Identity._fields})  # type: ignore[arg-type]
-    return rank_processes.RankRecord.of(rank, identity, about.get("stack_fd"))
+        return Deferred(poll, deadline.at) if (answers := poll()) is PENDING else answers
 
 
-def _row(group: RankGroup, inquiry: RankQuery, what: str, rank: int) -> dict[str, Any]:
-    answer = inquiry.answers.get(rank)
-    about = group.description(rank)
-    known = {"rank": rank, "host": about.get("host"), "pid": about.get("pid")}
+def _record(rank: int, description: dict[str, Any]) -> rank_processes.RankRecord:
+    identity = Identity(**{name: description.get(name) for name in Identity._fields})  # type: ignore[arg-type]
+    return rank_processes.RankRecord.of(rank, identity, description.get("stack_fd"))
+
+
+def _row(group: RankGroup, query: RankQuery, what: str, rank: int) -> dict[str, Any]:
+    answer = query.answers.get(rank)
+    description = group.description(rank)
+    known = {"rank": rank, "host": description.get("host"), "pid": description.get("pid")}
     state = group.state(rank) if answer is None else states.RANK_ANSWERING
     row = {**known, "state": state, **_UNKNOWN[what], **(answer or {})}
     if row.get("stacks") is not None:
-        row["stacks"] = row["stacks"][: _MAX_STACKS // group.size]
+        row["stacks"] = row["stacks"][: limits.MAX_STACKS // group.size]
     return row

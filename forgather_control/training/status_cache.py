@@ -1,51 +1,48 @@
-"""What ``status`` answers, written as JSON once a change, not once a request.
+"""The answer of ``status``, written as JSON once for each change, not once for each request.
 
-Floor 2, training side: imports jsonrpc only. Runs on the server thread only.
-
-Asking the operating system for the process figures takes longer than all the rest of an answer, and a processor
-share over less than a second says little; so these are kept longer than the rest.
+Runs on the server thread only. Reading the process figures takes longer than the rest of an answer, and a processor
+share over less than a second means little, so the figures are kept longer.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from ..wire import jsonrpc
-
-#: Seconds for which an answer stands while nothing changes but the time: how old ``seconds_since_step`` may be.
-FRESH: Final = 0.1
-#: Seconds for which the process figures stand.
-FIGURES_FRESH: Final = 1.0
+from . import limits
 
 
-class Snapshot:
+class StatusCache:
     """The latest answer, as text.
 
     Args:
-        tell: what there is to tell.
-        mark: differs when that has changed; cheap, and compared by ``==``.
-        figures: of the process; those that are unknown are ``None``, and left out.
+        build: returns the answer without the process figures.
+        version: returns a value that differs when the answer has changed; cheap, and compared by ``==``.
+        process_stats: returns the process figures; unknown ones are ``None`` and left out.
     """
 
     def __init__(
-        self, tell: Callable[[], dict[str, Any]], mark: Callable[[], object], figures: Callable[[], dict[str, Any]]
+        self,
+        build: Callable[[], dict[str, Any]],
+        version: Callable[[], object],
+        process_stats: Callable[[], dict[str, Any]],
     ) -> None:
-        self._tell, self._mark, self._ask_figures = tell, mark, figures
+        self._build, self._version, self._process_stats = build, version, process_stats
         self._text = jsonrpc.Encoded()
-        self._told: object = None
-        self._told_at = self._figures_at = float("-inf")  # monotonic
-        self._figures: dict[str, Any] = {}
+        self._built: object = None  # the version of the text
+        self._built_at = self._stats_at = float("-inf")  # monotonic
+        self._stats: dict[str, Any] = {}
 
     def text(self) -> jsonrpc.Encoded:
-        """What ``status`` answers now."""
-        now, mark = time.monotonic(), self._mark()
-        if mark != self._told or now - self._told_at >= FRESH:
-            if now - self._figures_at >= FIGURES_FRESH:
-                self._figures = {name: value for name, value in self._ask_figures().items() if value is not None}
-                self._figures_at = now
-            # What changes after the mark was read, changes the next mark.
-            self._text = jsonrpc.encoded({**self._tell(), **self._figures})
-            self._told, self._told_at = mark, now
+        """Return what ``status`` answers now."""
+        now, version = time.monotonic(), self._version()
+        if version != self._built or now - self._built_at >= limits.STATUS_AGE:
+            if now - self._stats_at >= limits.PROCESS_STATS_AGE:
+                self._stats = {name: value for name, value in self._process_stats().items() if value is not None}
+                self._stats_at = now
+            # A change after the version was read changes the next version.
+            self._text = jsonrpc.encoded({**self._build(), **self._stats})
+            self._built, self._built_at = version, now
         return self._text

@@ -84,6 +84,7 @@ class Method(NamedTuple):
             ``applied`` it, ``saved``, ``evaluated`` or ``reported`` its part, training has ``ended``. Empty: a query.
         needs: what the training loop must be able to do, else the command is refused before any rank receives it.
         verb: its name in the command line, if it has one.
+        combine: makes the result out of every rank's value, by rank; without it the result is rank 0's ``value``.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Method(NamedTuple):
     finishes_when: frozenset[str] = frozenset()
     needs: tuple[str, ...] = ()
     verb: str | None = None
+    combine: Callable[[dict[int, Json]], dict[str, Json]] | None = None
 
     @property
     def is_command(self) -> bool:
@@ -143,6 +145,11 @@ class Method(NamedTuple):
             seen = ascii(given[param.name])
             text = f"{param.name} must be {err}, not {seen if len(seen) <= 80 else seen[:77] + '...'}"
             raise InvalidParams(text, parameter=param.name) from err
+
+    def own_params(self, bound: dict[str, Json] | None = None) -> dict[str, Json]:
+        """Return a command's own parameters out of all bound ones; without those, their defaults."""
+        values = self.bind({}) if bound is None else bound
+        return {name: value for name, value in values.items() if name not in COMMON_NAMES}
 
     def param(self, name: str) -> Param | None:
         """Return the parameter of this name, or ``None``."""

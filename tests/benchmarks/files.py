@@ -14,6 +14,7 @@ from rows import Aim, Rounds, Table, each_of
 
 from forgather_control.server import limits
 from forgather_control.training.controller import Controller
+from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 
 ROUNDS, CALLS = 40, 50
@@ -50,7 +51,7 @@ def measure() -> Iterator[Table]:
     """One table."""
     tick, limits.TICK_PERIOD = limits.TICK_PERIOD, 3600.0
     table = Table("files")
-    controller = Controller(ControlOptions("job"), max_steps=1000)
+    controller = Controller(ControlOptions("job"), RequestedActions(), max_steps=1000)
     controller.start()
     ways, found = variants(controller), Rounds()
     for _ in range(ROUNDS):

@@ -130,7 +130,7 @@ def test_a_stop_is_told_as_finished(job, jobs_dir):
 def test_the_jobs_own_timeout_is_told(job):
     """A deadline that the job keeps is its answer: the command goes on."""
     job.job._controller._group.due = lambda step: False  # no step applies anything
-    with by_file(find("job")) as asked, pytest.raises(errors.DeadlinePassed, match="it goes on"):
+    with by_file(find("job")) as asked, pytest.raises(errors.DeadlinePassed, match="will still run"):
         asked.command("save_checkpoint", wait="finished", timeout=0.1)
 
 

@@ -234,7 +234,7 @@ def test_an_exception_inside_is_one_warning_and_the_end_of_control(monkeypatch, 
     with TrainingJob("job") as job:
         thread, heard = last_words(job, "graceful_stop")
         monkeypatch.setattr(loop.TrainingJob, "_miss_save", None)
-        monkeypatch.setattr(job._controller, "_apply", lambda *_: 1 / 0)
+        monkeypatch.setattr(job._controller._tracker, "apply", lambda *_: 1 / 0)
         for step in range(1, 4):
             job.step(step)
         thread.join(SOON)
@@ -358,7 +358,7 @@ def test_begun_on_one_thread_trained_on_another():
     helper.start()
     helper.join(SOON)
     job.step(1)
-    job._controller._tick()
+    job._controller._server._tick()
     assert forgather_control.get_job_status("job")["global_step"] == 1
     job.__exit__(None, None, None)
 

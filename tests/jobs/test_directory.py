@@ -23,6 +23,7 @@ from forgather_control.jobs.record import is_job_id, read_record
 from forgather_control.server import limits
 from forgather_control.server.server import Server
 from forgather_control.training import controller
+from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 
 from ..support.harness import MS, Process, Wire, job_process, needs, needs_root, running_loop, until
@@ -391,7 +392,7 @@ def test_generated_ids_are_ids_and_get_suffixes(jobs_dir, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("FORGATHER_JOBS_DIR", str(jobs_dir))
     monkeypatch.setattr(directory, "generate_job_id", lambda: "x" * 128)
-    running = [controller.Controller(ControlOptions()) for _ in range(3)]
+    running = [controller.Controller(ControlOptions(), RequestedActions()) for _ in range(3)]
     for one in running:
         one.start()
     assert [one.job_id for one in running] == ["x" * 128, "x" * 124 + "-2", "x" * 124 + "-3"]

@@ -134,7 +134,7 @@ class Victim:
             write(self.folder / f"{self.job_id}-{self.rank}.pid", os.getpid())
             steps = self.train(job)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        records = [record.to_json() for record in controller._mailbox.records()]
+        records = [record.to_json() for record in controller._queue.records()]
         report = {"steps": steps, "digest": self.training.digest(), "forks": self.forks, "records": records}
         write(self.folder / f"{self.job_id}-{self.rank}.json", report)
         if self.size > 1:

@@ -200,7 +200,7 @@ class Job:
             "steps": self.step,
             "aborted": job.aborted,
             "digest": me.digest(),
-            "records": [record.to_json() for record in controller._mailbox.records()],
+            "records": [record.to_json() for record in controller._queue.records()],
         }
 
     def wait_for_the_test(self) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from forgather_control.errors import CommandNotFound, InvalidParams, InvalidRequest, NotAuthenticated, TooManyCommands
 from forgather_control.server import limits
-from forgather_control.training import command_queue, metrics
+from forgather_control.training import limits as training_limits
 from forgather_control.wire import limits as wire_limits
 
 from ..server.test_file_requests import Desk
@@ -57,12 +57,12 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("`command_id`", f"{wire_limits.MAX_COMMAND_ID} characters", f"{InvalidParams.code}"): (
         "test_the_longest_command_id_and_one_more",
     ),
-    ("commands of one name that are not over", f"{command_queue.MAX_PENDING}", f"{TooManyCommands.code}"): (
+    ("commands of one name that are not over", f"{training_limits.MAX_PENDING}", f"{TooManyCommands.code}"): (
         "test_the_last_command_that_fits_and_one_more",
     ),
     (
         "records of commands",
-        f"{command_queue.MAX_RECORDS}",
+        f"{training_limits.MAX_RECORDS}",
         f"the oldest that is over is forgotten ({CommandNotFound.code})",
     ): ("test_the_oldest_record_goes",),
     (
@@ -121,7 +121,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "logged names; characters of a value",
-        f"{metrics.MAX_NAMES}; {metrics.MAX_TEXT}",
+        f"{training_limits.MAX_NAMES}; {training_limits.MAX_TEXT}",
         "the oldest names go; the rest is cut off",
     ): ("training.test_metrics.test_names_are_bounded", "training.test_metrics.test_any_name"),
     ("processor time", f"{limits.CPU_SHARE * 100:.0f} % of one core", "answers come later"): (
@@ -134,8 +134,10 @@ INSIDE: dict[str, str] = {
     "cli.options._MAX_TOKEN": "cli.test_options",  # what the CLI reads of a token file
     "client.limits.MAX_EVENTS": "client.test_events",  # events that a client keeps while it waits for a reply
     "client.file_transport._MAX_REPLY": "client.test_file_transport",  # what a client reads of a reply
-    "training.rank_report._MAX_STACKS": "training.test_rank_report",
-    "training.controller._MAX_SUFFIX": "training.test_controller",
+    "training.limits.MAX_STACKS": "training.test_rank_report",
+    "training.limits.MAX_SUFFIX": "training.test_controller",
+    "training.limits.MAX_EVENTS": "training.test_events",
+    "training.limits.MAX_SAMPLE_EVENTS": "training.test_events",
     "processes.stack_dump._MAX_DUMP": "processes.test_stack_dump",
     "processes.stack_dump._MAX_TEXT": "processes.test_stack_dump",
     "wire.addresses.MAX_PATH": "jobs.test_directory",
@@ -234,11 +236,11 @@ def test_the_longest_command_id_and_one_more(job, more):
 def test_the_last_command_that_fits_and_one_more(job):
     """64 of a name; the next is refused and not queued, another command is not, and one that is over makes room."""
     with Wire(job) as wire:
-        for number in range(command_queue.MAX_PENDING):
+        for number in range(training_limits.MAX_PENDING):
             assert wire.call("save_checkpoint", {"command_id": f"{number}"})["result"]["state"] == "accepted"
         refused = wire.call("save_checkpoint", {"command_id": "one more"})["error"]
-        assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": command_queue.MAX_PENDING})
-        assert len(wire.call("list_commands")["result"]) == command_queue.MAX_PENDING
+        assert (refused["code"], refused["data"]) == (TooManyCommands.code, {"limit": training_limits.MAX_PENDING})
+        assert len(wire.call("list_commands")["result"]) == training_limits.MAX_PENDING
         assert wire.call("abort")["result"]["state"] == "accepted"
         wire.call("cancel_command", {"command_id": "7"})
         assert wire.call("save_checkpoint", {"command_id": "one more"})["result"]["state"] == "accepted"
@@ -249,14 +251,14 @@ def test_the_oldest_record_goes(job):
     """255, 256: all are known; 257: all but the first of those that are over."""
     with Wire(job) as wire:
         wire.call("abort", {"command_id": "open"})
-        for number in range(1, command_queue.MAX_RECORDS + 1):
+        for number in range(1, training_limits.MAX_RECORDS + 1):
             wire.send(request("save_checkpoint", command_id=f"{number}"))
             wire.send(request("cancel_command", command_id=f"{number}"))
             assert [wire.reply()["result"]["state"] for _ in range(2)] == ["accepted", "cancelled"]
-            if number in (command_queue.MAX_RECORDS - 2, command_queue.MAX_RECORDS - 1):
+            if number in (training_limits.MAX_RECORDS - 2, training_limits.MAX_RECORDS - 1):
                 assert len(wire.call("list_commands")["result"]) == number + 1
         known = [record["command_id"] for record in wire.call("list_commands")["result"]]
-        assert known == ["open", *(f"{number}" for number in range(2, command_queue.MAX_RECORDS + 1))]
+        assert known == ["open", *(f"{number}" for number in range(2, training_limits.MAX_RECORDS + 1))]
         assert wire.call("get_command", {"command_id": "1"})["error"]["code"] == CommandNotFound.code
 
 
@@ -300,7 +302,7 @@ def batch_of_lists(last: bytes) -> bytes:
 
 def with_records(wire: Wire) -> None:
     """Have a list of commands of 100 KiB and more."""
-    for number in range(command_queue.MAX_RECORDS):
+    for number in range(training_limits.MAX_RECORDS):
         wire.send(request("save_checkpoint", command_id=f"{number:0128}"))
         wire.send(request("cancel_command", command_id=f"{number:0128}"))
         assert [wire.reply()["result"]["state"] for _ in range(2)] == ["accepted", "cancelled"]
@@ -328,7 +330,7 @@ def test_batches_that_wait_hold_little(quick_job):
         for _ in range(limits.MAX_BATCHES_HELD // limits.MAX_BATCH_REPLY * 2):
             wire.send(few.encode() + b"\n")
         assert wire.reply()[-1]["error"]["code"] == TooManyCommands.code
-        assert len(owner.call("list_commands")["result"]) == command_queue.MAX_RECORDS
+        assert len(owner.call("list_commands")["result"]) == training_limits.MAX_RECORDS
 
 
 def test_the_last_connection_that_fits_and_one_more(jobs_dir):

@@ -16,6 +16,8 @@ ELSEWHERE = {
     "version": "system/test_exports",
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
+    "training/limits": "system/test_limits",
+    "training/job_server": "training/test_controller",
     "jobs/limits": "system/test_limits",
     "client/limits": "client/test_connection",
     "ranks/coordination": "ranks/test_store_group",

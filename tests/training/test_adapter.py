@@ -41,7 +41,7 @@ class Hooks(Adapter):
     def step(self, step: int) -> None:
         """Apply."""
         if self._controller is not None:
-            self._controller.step(step, self._requested)
+            self._controller.step(step)
 
     @guarded
     def end(self) -> None:
@@ -356,7 +356,11 @@ def test_a_young_checkpoint_is_spared(age, spared):
         wire.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "save_and_stop", "params": wait}).encode() + b"\n")
         job.end()
         record = wire.reply()["result"]
-    expected = ("finished", {"step": 1, "path": "/checkpoint-1", "seconds": 0.0}) if spared else ("failed", None)
+    expected = (
+        ("finished", {"step": 1, "path": "/checkpoint-1", "seconds": 0.0, "evaluated": False})
+        if spared
+        else ("failed", None)
+    )
     assert (record["state"], record["result"]) == expected
 
 

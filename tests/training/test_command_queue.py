@@ -1,4 +1,4 @@
-"""The mailbox between two threads: every accepted command ends in exactly one state, whoever races whom."""
+"""The command queue between two threads: every accepted command ends in exactly one state, whatever the race."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from forgather_control.errors import (
     TooManyCommands,
 )
 from forgather_control.states import FINAL_STATES
-from forgather_control.training.command_queue import MAX_PENDING, MAX_RECORDS, Mailbox
+from forgather_control.training.command_queue import CommandQueue
+from forgather_control.training.limits import MAX_PENDING, MAX_RECORDS
 from forgather_control.wire.records import CommandRecord
 
 from ..support.harness import SOON
@@ -30,15 +31,14 @@ ENDED = JobEnding("training ended")
 
 @pytest.fixture
 def changes():
-    """The calls of ``on_change``, each with the states at that time."""
+    """The records that ``on_change`` was called with, as (id, state)."""
     return []
 
 
 @pytest.fixture
 def box(changes):
-    """A mailbox whose ``on_change`` asks it back: a lock that is still held would show as a deadlock."""
-    mailbox = Mailbox(lambda: changes.append([record.state for record in mailbox.records()]))
-    return mailbox
+    """A queue that notes its changes."""
+    return CommandQueue(lambda record: changes.append((record.command_id, record.state)))
 
 
 def states(box):
@@ -61,7 +61,7 @@ def test_whole_life(box, changes):
     assert (finished.state, finished.applied_at_step, finished.result) == ("finished", 7, {"path": "p"})
     assert finished.error is None
     assert finished.finished_at >= finished.requested_at == record.requested_at
-    assert changes == [["applied"], ["finished"]]
+    assert changes == [("id", "accepted"), ("id", "applied"), ("id", "finished")]
 
 
 def test_failure_says_why(box):
@@ -157,7 +157,7 @@ def test_cancel(box, changes):
     box.submit("save_checkpoint", "b")
     record = box.cancel("a")
     assert (record.state, record.error, record.finished_at >= record.requested_at) == ("cancelled", None, True)
-    assert box.pending and changes == [["cancelled", "accepted"]]
+    assert box.pending and changes[-1] == ("a", "cancelled")
     box.cancel("b")
     assert not box.pending and box.drain() == []
 
@@ -230,7 +230,7 @@ def test_bound_of_records(box):
         assert len(box.records()) <= MAX_RECORDS
     last = [f"{number}" for number in range(2 * MAX_RECORDS + 2, 3 * MAX_RECORDS)]
     assert list(states(box)) == ["applied", "pending", *last]
-    with pytest.raises(CommandNotFound, match="any more"):
+    with pytest.raises(CommandNotFound, match="no record of command"):
         box.get("0")
 
 
@@ -256,7 +256,8 @@ def test_close_fails_what_is_left(box, changes):
     }
     assert box.get("applied").applied_at_step == 4
     assert box.get("pending").error == {"code": JobEnding.code, "message": "training ended"}
-    assert not box.pending and box.drain() == [] and len(changes) == 1
+    assert not box.pending and box.drain() == []
+    assert sorted(changes) == [(name, "failed") for name in ("applied", "drained", "pending")]
 
 
 def test_put_back_stands_before_what_came_meanwhile(box, changes):
@@ -383,13 +384,14 @@ def hurry():
 def test_race(hurry, seed):
     """Submit, cancel, drain and close at once: each accepted command has one last state, and each refusal none."""
     transitions, lock = [], threading.Lock()
-    box = Mailbox(lambda: None)
+    box = CommandQueue(lambda record: None)
     put = box._put
 
-    def spy(record, **change):
+    def spy(record):
         with lock:
-            transitions.append((record.command_id, record.state, change["state"]))
-        return put(record, **change)
+            before = box._records.get(record.command_id)
+            transitions.append((record.command_id, before.state if before else None, record.state))
+        return put(record)
 
     box._put = spy
     accepted, refused, cancelled, drained = [], [], [], []
@@ -460,7 +462,7 @@ def test_race_of_submit_and_close(hurry):
     """A command that meets the end is either refused or failed: never accepted and forgotten."""
     outcomes = Counter()
     for number in range(300):
-        box = Mailbox(lambda: None)
+        box = CommandQueue(lambda record: None)
 
         def submit(box=box):
             try:
@@ -480,6 +482,28 @@ def test_race_of_submit_and_close(hurry):
 def test_race_for_one_id(hurry):
     """Eight callers with one id, or without one, start one command."""
     for command_id in ["id", None] * 20:
-        box, found = Mailbox(lambda: None), []
+        box, found = CommandQueue(lambda record: None), []
         together(*[lambda: found.append(box.submit("abort", command_id))] * 8)  # noqa: B023  they end in this round
         assert len({record.command_id for record in found}) == 1 == len(box.drain())
+
+
+def test_a_record_keeps_who_asked_for_what_and_why(box):
+    """Parameters, reason and caller are in the record from the start."""
+    by = {"via": "socket", "uid": 1000, "user": "alice", "pid": 7, "program": "python"}
+    record = box.submit("save_checkpoint", None, {"evaluate": False}, "before maintenance", by)
+    assert (record.params, record.reason, record.requested_by) == ({"evaluate": False}, "before maintenance", by)
+
+
+def test_equal_pending_commands_have_equal_parameters(box):
+    """Without an id a pending command is shared only by one with the same parameters."""
+    first = box.submit("save_checkpoint", None, {"evaluate": "auto"})
+    assert box.submit("save_checkpoint", None, {"evaluate": "auto"}).command_id == first.command_id
+    assert box.submit("save_checkpoint", None, {"evaluate": False}).command_id != first.command_id
+
+
+def test_one_id_is_one_command_with_its_parameters(box):
+    """The same id with other parameters is refused, and nothing is queued."""
+    box.submit("save_checkpoint", "id", {"evaluate": "auto"})
+    with pytest.raises(InvalidParams, match="with other parameters"):
+        box.submit("save_checkpoint", "id", {"evaluate": False})
+    assert len(box.records()) == 1

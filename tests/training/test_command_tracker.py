@@ -1,205 +1,339 @@
-"""The ledger: each applied command ends as its row of the table says, once all ranks did their part."""
+"""Applied commands: each ends as its row of the table says, once all ranks did their part."""
 
 from __future__ import annotations
 
 import pytest
 
-from forgather_control.training.command_queue import Mailbox
-from forgather_control.training.command_tracker import Ledger
+from forgather_control.errors import CommandRefused, JobEnding
+from forgather_control.training.command_queue import CommandQueue
+from forgather_control.training.command_tracker import CommandTracker
 from forgather_control.training.loop_actions import RequestedActions
+from forgather_control.training.run_state import RunState
 from forgather_control.wire.builtin import BUILTIN
+from forgather_control.wire.methods import COMMON, Method, MethodTable
 from forgather_control.wire.records import ScheduledCommand
 
-COMMANDS = [method.name for method in BUILTIN if method.is_command]
 
-
-class Ranks:
-    """A group of which each side is written down: what this rank said, and what waits for the others."""
+class Group:
+    """A rank group that records what this rank sent, and lets the test act for the other rank."""
 
     size = 2
 
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
-        self.said = []
-        self.outcomes = {}
+        self.sent = []
+        self.callbacks = {}
 
     def applied(self, commands, step, outcomes):
         """As ``RankGroup``."""
-        self.said.append(("applied", [command.command_id for command in commands], step))
+        self.sent.append(("applied", [command.command_id for command in commands], step, outcomes))
 
     def report(self, command_id, outcome):
         """As ``RankGroup``."""
-        self.said.append((command_id, outcome))
+        self.sent.append(("report", command_id, outcome))
 
     def when_reported(self, command_id, callback):
-        """As ``RankGroup``; the test says when the others are done."""
-        self.outcomes[command_id] = callback
+        """As ``RankGroup``; the test decides when the others have reported."""
+        self.callbacks[command_id] = callback
 
-    def all_done(self):
-        """The others have done their part of everything."""
-        while self.outcomes:
-            self.outcomes.pop(next(iter(self.outcomes)))({}, None)
-
-
-@pytest.fixture
-def box():
-    """Where rank 0 has its records."""
-    return Mailbox(lambda: None)
+    def all_report(self, outcomes=None, fault=None):
+        """All ranks have reported for everything."""
+        mine = {command_id: outcome for kind, command_id, outcome in filter(lambda s: s[0] == "report", self.sent)}
+        while self.callbacks:
+            command_id, callback = self.callbacks.popitem()
+            callback({0: mine.get(command_id, {}), **(outcomes or {})}, fault)
 
 
-@pytest.fixture
-def group():
-    """Rank 0 of two."""
-    return Ranks()
+def method(name, *finishes_when, run=lambda loop: None, combine=None):
+    """A command that a job could add."""
+    return Method(name, "Do it.", COMMON, {}, run, frozenset(finishes_when), (), None, combine)
 
 
-def apply(ledger, box, group, *commands, step=1):
-    """Submit each command under its own name, and apply them all at one step."""
-    requested = RequestedActions()
-    for command in commands:
-        box.submit(command, command)
-    calls = ledger.take()
-    ledger.apply(calls, requested, step, group)
-    ledger.confirm(calls, step, None)
-    return requested
+class Rank:
+    """One rank's tracker with what it needs."""
+
+    def __init__(self, rank=0, fresh_seconds=0.0, *methods):
+        self.queue = CommandQueue(lambda record: None)
+        self.methods = MethodTable(BUILTIN)
+        for each in methods:
+            self.methods.add(each)
+        self.state = RunState(0, None, lambda: None)
+        self.group = Group(rank)
+        self.loop = RequestedActions()
+        self.tracker = CommandTracker(self.queue, self.methods, self.state, fresh_seconds)
+
+    def apply(self, *names, step=1, outcomes=None, fault=None):
+        """Submit each command under its own name, apply them all at one step, and have all ranks acknowledge it."""
+        for name in names:
+            self.queue.submit(name, name, self.methods[name].own_params())
+        commands = self.tracker.take()
+        self.tracker.apply(commands, self.loop, step, self.group)
+        mine = self.group.sent[-1][3] if self.group.sent[-1][0] == "applied" else {}
+        for kind, *facts in self.group.sent:
+            if kind == "applied":
+                mine = facts[2]
+        self.tracker.all_applied(commands, step, {0: mine, **(outcomes or {})}, fault)
+
+    def record(self, name):
+        """The record of the command that was submitted under its own name."""
+        return self.queue.get(name)
 
 
-def test_a_save_is_over_once_the_others_have_written_theirs(box, group):
-    """Not when rank 0 has; its result is that of rank 0."""
-    ledger = Ledger(box, 0.0)
-    apply(ledger, box, group, "save_checkpoint", step=7)
-    ledger.saved(7, "/c-7", group)
-    assert box.get("save_checkpoint").state == "applied" and group.said[-1] == ("save_checkpoint", {})
-    group.outcomes["save_checkpoint"]({}, None)
-    record = box.get("save_checkpoint")
-    assert (record.state, record.applied_at_step, record.result["path"]) == ("finished", 7, "/c-7")
+# Finished when...
 
 
-def test_a_save_that_another_rank_could_not_finish_has_failed(box, group):
-    """With what rank 0 did save, and the other's reason."""
-    ledger = Ledger(box, 0.0)
-    apply(ledger, box, group, "save_checkpoint")
-    ledger.saved(1, "/c-1", group)
-    group.outcomes["save_checkpoint"]({0: {}, 1: {"error": {"code": -32000, "message": "disk full"}}}, None)
-    record = box.get("save_checkpoint")
-    assert (
-        record.state == "failed" and record.error["message"] == "rank 1: disk full" and record.result["path"] == "/c-1"
-    )
+def test_a_save_is_finished_once_every_rank_has_written_its_part():
+    """Rank 0's part alone is not enough; the result is that of rank 0."""
+    rank = Rank()
+    rank.apply("save_checkpoint", step=7)
+    rank.tracker.saved(7, "/c-7", False, rank.group)
+    assert rank.record("save_checkpoint").state == "applied"
+    assert rank.group.sent[-1] == ("report", "save_checkpoint", {})
+    rank.group.all_report()
+    record = rank.record("save_checkpoint")
+    assert (record.state, record.applied_at_step) == ("finished", 7)
+    assert record.result.keys() == {"step", "path", "seconds", "evaluated"} and record.result["path"] == "/c-7"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "fault", "message"),
+    [
+        ({1: {"error": {"code": 1, "message": "disk full"}}}, None, "rank 1: disk full"),
+        ({}, "rank 1 left", "rank 1 left"),
+    ],
+)
+def test_a_save_that_another_rank_could_not_finish_has_failed(outcomes, fault, message):
+    """The record has the other rank's reason, and what rank 0 did save."""
+    rank = Rank()
+    rank.apply("save_checkpoint")
+    rank.tracker.saved(1, "/c-1", False, rank.group)
+    rank.group.all_report(outcomes, fault)
+    record = rank.record("save_checkpoint")
+    assert (record.state, record.error["message"], record.result["path"]) == ("failed", message, "/c-1")
+
+
+def test_an_evaluation_is_finished_with_its_metrics():
+    """The result has the step, the metrics and the seconds."""
+    rank = Rank(0, 0.0, method("user.evaluate", "evaluated"))
+    rank.apply("user.evaluate", step=5)
+    rank.tracker.evaluated(5, {"eval_loss": 0.5}, rank.group)
+    rank.group.all_report()
+    record = rank.record("user.evaluate")
+    assert record.state == "finished" and record.result["seconds"] >= 0
+    assert (record.result["step"], record.result["metrics"]) == (5, {"eval_loss": 0.5})
 
 
 @pytest.mark.parametrize("command", ["graceful_stop", "save_and_stop", "abort"])
-def test_a_stop_is_over_when_training_has_ended(box, group, command):
-    """Not before; until then the job is stopping."""
-    ledger = Ledger(box, 0.0)
-    apply(ledger, box, group, command, step=3)
+def test_a_stop_is_finished_when_training_has_ended(command):
+    """It is not finished before; until then the job is stopping."""
+    rank = Rank()
+    rank.apply(command, step=3)
     if command == "save_and_stop":
-        ledger.saved(3, "/c-3", group)
-    assert ledger.ends and box.get(command).state == "applied" and not group.outcomes
-    ledger.end(3, None, group)
-    group.outcomes[command]({}, None)
+        rank.tracker.saved(3, "/c-3", False, rank.group)
+    assert rank.state.ending and rank.record(command).state == "applied" and not rank.group.callbacks
+    rank.tracker.end(3, None, rank.group)
+    rank.group.all_report()
     path = "/c-3" if command == "save_and_stop" else None
-    assert (box.get(command).state, box.get(command).result["path"]) == ("finished", path)
-    assert box.get(command).result["step"] == 3 and not ledger.ends
+    record = rank.record(command)
+    assert (record.state, record.result["path"], record.result["step"]) == ("finished", path, 3)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_training_that_raised_fails_what_waited_for_it(box, group, command):
-    """Each command that is not over says what ended the run."""
-    ledger = Ledger(box, 0.0)
-    apply(ledger, box, group, command)
-    ledger.fail_saves(group, "training ended by ValueError", "training ended by ValueError")
-    assert box.get(command).state == "applied", "all ranks applied it: that is told first"
-    group.all_done()
-    ledger.end(1, "training ended by ValueError", group)
-    record = box.get(command)
+def test_a_command_may_be_finished_when_it_is_applied():
+    """Its result is rank 0's value."""
+    rank = Rank(0, 0.0, method("user.count", "applied", run=lambda loop: 5))
+    rank.apply("user.count", outcomes={1: {"user.count": {"value": 6}}})
+    record = rank.record("user.count")
+    assert (record.state, record.result) == ("finished", {"value": 5})
+
+
+def test_a_command_may_combine_the_values_of_all_ranks():
+    """The declaration says how the result is made."""
+    rank = Rank(0, 0.0, method("user.all", "applied", run=lambda loop: 1, combine=lambda values: {"values": values}))
+    rank.apply("user.all", outcomes={1: {"user.all": {"value": 2}}})
+    assert rank.record("user.all").result == {"values": {0: 1, 1: 2}}
+
+
+# Failures...
+
+
+@pytest.mark.parametrize("error", [ValueError("no\nway"), CommandRefused("no way"), ZeroDivisionError()], ids=repr)
+def test_a_failing_effect_fails_its_command_and_no_other(error, caplog):
+    """Control continues, and the commands beside it are carried out."""
+
+    def fail(loop):
+        raise error
+
+    rank = Rank(0, 0.0, method("user.bad", "applied", run=fail))
+    rank.apply("user.bad", "save_checkpoint")
+    record = rank.record("user.bad")
+    assert (record.state, record.result) == ("failed", None) and rank.loop.save
+    assert str(error) in record.error["message"] and rank.record("save_checkpoint").state == "applied"
+
+
+def test_an_effect_that_fails_on_another_rank_fails_the_command():
+    """The record names the rank."""
+    rank = Rank()
+    failure = {"error": {"code": 1, "message": "ValueError: no"}}
+    rank.apply("graceful_stop", outcomes={1: {"graceful_stop": failure}, 2: {"graceful_stop": failure}})
+    record = rank.record("graceful_stop")
+    assert (record.state, record.error["message"]) == ("failed", "rank 1, 2: ValueError: no")
+
+
+def test_a_failing_effect_leaves_no_rank_waiting_for_its_report():
+    """The rank whose effect failed reports that at once."""
+
+    def fail(loop):
+        raise ValueError("no")
+
+    rank = Rank(1, 0.0, method("user.bad", "reported", run=fail))
+    rank.tracker.apply([ScheduledCommand("id", "user.bad", {})], rank.loop, 1, rank.group)
+    assert rank.group.sent[-1][:2] == ("report", "id") and "no" in rank.group.sent[-1][2]["error"]["message"]
+
+
+def test_a_command_that_not_all_ranks_applied_has_failed():
+    """The record says so, though some ranks did apply it."""
+    rank = Rank()
+    rank.queue.submit("abort", "abort")
+    rank.tracker.all_applied(rank.tracker.take(), 5, {}, "rank 1 did not acknowledge it")
+    record = rank.record("abort")
+    assert record.state == "failed" and "not all ranks applied the abort: rank 1" in record.error["message"]
+
+
+@pytest.mark.parametrize("command", BUILTIN.commands)
+def test_training_that_raised_fails_what_waited_for_it(command):
+    """Each unfinished command says what ended the run."""
+    rank = Rank()
+    rank.apply(command)
+    rank.tracker.close_reports("training ended by ValueError", rank.group)
+    assert rank.record(command).state == "applied", "that all ranks applied it is told first"
+    rank.group.all_report()
+    rank.tracker.end(1, "training ended by ValueError", rank.group)
+    record = rank.record(command)
     assert record.state == "failed" and "ValueError" in record.error["message"]
 
 
-def test_an_abort_fails_the_saves_before_it(box, group):
-    """No checkpoint is written after it, so they will not come."""
-    ledger = Ledger(box, 0.0)
-    apply(ledger, box, group, "save_checkpoint", "abort")
-    group.all_done()
-    assert box.get("save_checkpoint").state == "failed" and "abort" in box.get("save_checkpoint").error["message"]
-    assert box.get("abort").state == "applied"
+def test_the_end_of_training_fails_an_open_save():
+    """Without another reason the record says that training ended first."""
+    rank = Rank()
+    rank.apply("save_checkpoint")
+    rank.tracker.close_reports(None, rank.group)
+    rank.group.all_report()
+    assert rank.record("save_checkpoint").error["message"] == "training ended before the checkpoint was saved"
 
 
-def test_a_save_that_fails_takes_no_other_stop_with_it(box, group):
+def test_an_abort_fails_the_saves_before_it():
+    """No checkpoint is written after it, so the saves will not come."""
+    rank = Rank()
+    rank.apply("save_checkpoint", "abort")
+    rank.group.all_report()
+    assert rank.record("save_checkpoint").state == "failed"
+    assert "abort" in rank.record("save_checkpoint").error["message"] and rank.record("abort").state == "applied"
+
+
+def test_a_save_that_fails_takes_no_other_stop_with_it():
     """A save-and-stop failed; a stop beside it is finished when training ends."""
-    ledger = Ledger(box, 0.0)
-    apply(ledger, box, group, "save_and_stop", "graceful_stop")
-    ledger.fail_saves(group, "disk full", "disk full")
-    assert group.said[-1][0] == "save_and_stop" and group.said[-1][1]["error"]["message"] == "disk full"
-    group.all_done()
-    assert box.get("save_and_stop").state == "failed"
-    ledger.end(1, None, group)
-    group.outcomes["graceful_stop"]({}, None)
-    assert list(group.outcomes) == ["graceful_stop"] and box.get("graceful_stop").state == "finished"
+    rank = Rank()
+    rank.apply("save_and_stop", "graceful_stop")
+    rank.tracker.fail("saved", "disk full", rank.group)
+    assert rank.group.sent[-1][2]["error"]["message"] == "disk full"
+    rank.group.all_report()
+    assert rank.record("save_and_stop").state == "failed"
+    rank.tracker.end(1, None, rank.group)
+    assert list(rank.group.callbacks) == ["graceful_stop"]
+    rank.group.all_report()
+    assert rank.record("graceful_stop").state == "finished"
 
 
-def test_another_rank_has_no_records(box):
-    """It runs the same effects and reports its part; the mailbox is rank 0's."""
-    ledger, group, requested = Ledger(box, 0.0), Ranks(rank=1), RequestedActions()
-    calls = [
-        ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"}),
+# Another rank...
+
+
+def test_another_rank_reports_and_keeps_no_records():
+    """It runs the same effects and reports its part; the queue is rank 0's."""
+    rank = Rank(rank=1)
+    commands = [
+        ScheduledCommand("id", "save_checkpoint", {"evaluate": False}),
         ScheduledCommand("other", "graceful_stop", {}),
     ]
-    ledger.apply(calls, requested, 4, group)
-    assert requested.save and requested.stop and group.said == [("applied", ["id", "other"], 4)]
-    ledger.saved(4, "/c-4", group)
-    ledger.saves_nothing(group)
-    ledger.fail_saves(group, "late", "late")
-    ledger.end(4, None, group)
-    assert group.said[1:] == [("id", {})]
-    assert group.outcomes == {} and box.records() == []
+    rank.tracker.apply(commands, rank.loop, 4, rank.group)
+    assert rank.loop.save and rank.loop.stop and rank.group.sent == [("applied", ["id", "other"], 4, {})]
+    rank.tracker.saved(4, "/c-4", False, rank.group)
+    rank.tracker.nothing_to_save(rank.group)
+    rank.tracker.fail("saved", "late", rank.group)
+    rank.tracker.end(4, None, rank.group)
+    assert rank.group.sent[1:] == [("report", "id", {})]
+    assert rank.group.callbacks == {} and rank.queue.records() == []
 
 
-def test_what_not_all_ranks_applied_has_failed(box):
-    """The truth is told, though some did."""
-    ledger = Ledger(box, 0.0)
-    box.submit("abort", "abort")
-    ledger.confirm(ledger.take(), 5, "rank 1 did not say that it did its part")
-    assert box.get("abort").state == "failed" and "not all ranks" in box.get("abort").error["message"]
+def test_a_rank_without_a_part_in_the_checkpoint_reports_at_once():
+    """The others do not wait for it."""
+    rank = Rank(rank=1)
+    rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], rank.loop, 4, rank.group)
+    rank.tracker.nothing_to_save(rank.group)
+    assert rank.group.sent[-1] == ("report", "id", {})
 
 
-def test_what_is_put_back_is_taken_again(box):
-    """A round that was off loses nothing."""
-    ledger = Ledger(box, 0.0)
-    box.submit("abort", "abort")
-    calls = ledger.take()
-    ledger.put_back(calls)
-    assert ledger.take() == calls == [("abort", "abort", {}, False)]
+# The queue...
 
 
-def test_only_a_signals_save_and_stop_is_spared(box, group):
-    """And only while a checkpoint is young; its record then names that one."""
-    ledger = Ledger(box, 1e6)
-    ledger.submit("save_and_stop")
-    assert [call.skip_save for call in ledger.take()] == [False], "there is no checkpoint yet"
-    ledger.saved(2, "/c-2", group)
-    for command, by_signal, spared in (("save_checkpoint", True, False), ("abort", False, False)):
-        ledger.submit(command) if by_signal else box.submit(command, None)
-        assert [call.skip_save for call in ledger.take()] == [spared]
+def test_commands_are_taken_with_their_parameters():
+    """What every rank gets is the name, the id and the own parameters."""
+    rank = Rank()
+    rank.queue.submit("save_checkpoint", "a", {"evaluate": False}, "because")
+    assert rank.tracker.take() == [ScheduledCommand("a", "save_checkpoint", {"evaluate": False}, False)]
 
 
-def test_a_spared_stop_names_the_checkpoint_there_is(box, group):
-    """It ends as a stop does, and saves nothing."""
-    ledger, requested = Ledger(box, 1e6), RequestedActions()
-    ledger.saved(2, "/c-2", group)
-    ledger.submit("save_and_stop")
-    (call,) = calls = ledger.take()
-    ledger.apply(calls, requested, 3, group)
-    assert call.skip_save and requested.stop and requested.skip_save and not requested.save
-    ledger.end(3, None, group)
-    group.outcomes[call.command_id]({}, None)
-    assert box.get(call.command_id).result == {"step": 2, "path": "/c-2", "seconds": 0.0}
+def test_commands_that_are_put_back_are_taken_again():
+    """A round that was called off loses nothing."""
+    rank = Rank()
+    rank.queue.submit("abort", "abort")
+    commands = rank.tracker.take()
+    rank.tracker.put_back(commands)
+    assert rank.tracker.take() == commands == [ScheduledCommand("abort", "abort", {})]
 
 
-def test_a_signal_that_comes_too_late_is_one_warning(box, caplog):
-    """The mailbox is closed: nothing is raised into the thread that decides."""
-    from forgather_control.errors import JobEnding
+def test_only_a_signals_save_and_stop_skips_its_save():
+    """It does so only while the last checkpoint is young enough."""
+    rank = Rank(0, 1e6)
+    rank.tracker.submit("save_and_stop")
+    assert [command.skip_save for command in rank.tracker.take()] == [False], "there is no checkpoint yet"
+    rank.tracker.saved(2, "/c-2", False, rank.group)
+    rank.tracker.submit("save_checkpoint")
+    rank.queue.submit("abort")
+    rank.queue.submit("save_and_stop", None, {"evaluate": "auto"}, None, {"via": "socket"})
+    assert [command.skip_save for command in rank.tracker.take()] == [False, False, False]
+    rank.tracker.submit("save_and_stop")
+    assert [command.skip_save for command in rank.tracker.take()] == [True]
 
-    box.close(JobEnding("training ended"))
-    Ledger(box, 0.0).submit("abort")
+
+def test_a_stop_that_skips_its_save_names_the_last_checkpoint():
+    """It ends as a stop does, and no rank waits for a save."""
+    rank = Rank(0, 1e6)
+    rank.tracker.saved(2, "/c-2", False, rank.group)
+    rank.tracker.submit("save_and_stop")
+    (command,) = commands = rank.tracker.take()
+    rank.tracker.apply(commands, rank.loop, 3, rank.group)
+    assert rank.loop.stop and rank.loop.skip_save and not rank.loop.save
+    assert rank.group.sent[-1] == ("report", command.command_id, {})
+    rank.tracker.end(3, None, rank.group)
+    rank.group.all_report()
+    expected = {"step": 2, "path": "/c-2", "seconds": 0.0, "evaluated": False}
+    assert rank.queue.get(command.command_id).result == expected
+
+
+def test_a_signal_that_comes_too_late_is_one_warning(caplog):
+    """The queue is closed: nothing is raised into the thread that decides."""
+    rank = Rank()
+    rank.queue.close(JobEnding("training ended"))
+    rank.tracker.submit("abort")
     (warning,) = caplog.records
-    assert "in vain" in warning.getMessage()
+    assert "Ignored the signal for abort: training ended" in warning.getMessage()
+
+
+def test_a_rank_that_ends_cleanly_owes_nothing_more():
+    """Often only rank 0 saves; an exception on another rank fails the save all the same."""
+    for reason, outcome in ((None, {}), ("training ended by ValueError", "error")):
+        rank = Rank(rank=1)
+        rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], rank.loop, 4, rank.group)
+        rank.tracker.close_reports(reason, rank.group)
+        assert rank.group.sent[-1][:2] == ("report", "id")
+        assert rank.group.sent[-1][2] == outcome or outcome in rank.group.sent[-1][2]

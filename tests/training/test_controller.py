@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import shutil
@@ -16,13 +15,13 @@ import psutil
 import pytest
 
 import forgather_control
-import forgather_control.wire.builtin
 from forgather_control import errors
 from forgather_control.server import limits
-from forgather_control.training import controller as module
-from forgather_control.training.controller import Controller
+from forgather_control.training import limits as training_limits
+from forgather_control.training.controller import Controller, _not_shared
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
+from forgather_control.wire.methods import COMMON, Method
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
 
@@ -30,7 +29,7 @@ from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop
 @pytest.fixture
 def job():
     """A published controller whose training thread is this one."""
-    controller = Controller(ControlOptions("job"), step=0, max_steps=100)
+    controller = Controller(ControlOptions("job"), RequestedActions(), step=0, max_steps=100)
     controller.start()
     yield controller
     controller.close()
@@ -66,7 +65,7 @@ def test_status_follows_the_steps(job, wire):
     for step in range(1, 11):
         job.phase = "training"
         time.sleep(10 * MS)
-        job.step(step, RequestedActions(), epoch=step / 5)
+        job.step(step, epoch=step / 5)
     status = give(wire, "status")
     took = time.monotonic() - begin
     assert (status["global_step"], status["epoch"], status["progress"]) == (10, 2.0, 0.1)
@@ -90,7 +89,7 @@ def test_the_word_is_stopping_only_between_the_steps(job, wire, phase):
     give(wire, "graceful_stop")
     job.phase = phase
     assert give(wire, "status")["status"] == phase
-    job.step(1, RequestedActions())
+    job.step(1)
     assert give(wire, "status")["status"] == ("stopping" if phase == "training" else phase)
 
 
@@ -99,9 +98,8 @@ def test_all_pending_commands_are_applied_at_one_step_in_order(job, wire):
     ids = {give(wire, "save_checkpoint")["command_id"] for _ in range(10)}
     give(wire, "save_checkpoint", command_id="mine")
     give(wire, "graceful_stop")
-    requested = RequestedActions()
-    job.step(5, requested)
-    assert len(ids) == 1 and requested.save and requested.stop
+    job.step(5)
+    assert len(ids) == 1 and job._loop.save and job._loop.stop
     records = give(wire, "list_commands")
     assert [record["command"] for record in records] == ["save_checkpoint", "save_checkpoint", "graceful_stop"]
     assert {record["applied_at_step"] for record in records} == {5}
@@ -111,7 +109,7 @@ def test_one_save_finishes_all_that_wait_for_it(job, wire, tmp_path):
     """Two saves of one step share the checkpoint; a later one waits for its own."""
     give(wire, "save_checkpoint", command_id="a")
     give(wire, "save_checkpoint", command_id="b")
-    job.step(1, RequestedActions())
+    job.step(1)
     give(wire, "save_checkpoint", command_id="late")
     job.saved(1, str(tmp_path))
     states = {record["command_id"]: record["state"] for record in give(wire, "list_commands")}
@@ -122,7 +120,7 @@ def test_status_shows_what_is_pending_and_the_last_few(job, wire, tmp_path):
     """A hundred finished commands do not make status a hundred records long."""
     for step in range(1, 101):
         give(wire, "save_checkpoint", command_id=f"save-{step}")
-        job.step(step, RequestedActions())
+        job.step(step)
         job.saved(step, str(tmp_path))
     give(wire, "graceful_stop")
     shown = give(wire, "status")["commands"]
@@ -135,7 +133,7 @@ def test_requests_in_the_last_moment_are_answered(job, jobs_dir):
     path = jobs_dir / "job" / "control.sock"
     waiting, late = Wire(path), [Wire(path) for _ in range(20)]
     waiting.send(b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"finished"}}\n')
-    until(lambda: job.list_commands())
+    until(lambda: job.state.events.next_seq > 3)
     for client in late:
         client.send(b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"applied"}}\n')
     job.close()
@@ -155,7 +153,7 @@ def test_an_idle_client_does_not_delay_the_end(job, jobs_dir):
     clients[0].send(b'{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n' * 200)
     begin = time.monotonic()
     job.close()
-    assert time.monotonic() - begin < module.CLOSE_TIMEOUT
+    assert time.monotonic() - begin < training_limits.CLOSE_TIMEOUT
     for client in clients:
         client.close()
 
@@ -173,7 +171,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
         assert run.thread.is_alive()
     assert [path.name for path in jobs_dir.iterdir()] == [".lock"]
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "the job directory was damaged; it is restored"
+        "Restored the job directory, which was damaged."
     ]
 
 
@@ -261,7 +259,7 @@ def test_a_controller_that_is_forgotten_ends(jobs_dir):
 
 def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
     """No thread to be had: the directory goes again, and the descriptors do."""
-    Controller(ControlOptions("warm-up"))._server.close(1)
+    Controller(ControlOptions("warm-up"), RequestedActions())
     files = len(os.listdir("/proc/self/fd"))
 
     def no_thread(self) -> None:
@@ -269,7 +267,7 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     with pytest.raises(RuntimeError):
-        Controller(ControlOptions("job")).start()
+        Controller(ControlOptions("job"), RequestedActions()).start()
     assert not (jobs_dir / "job").exists()
     assert len(os.listdir("/proc/self/fd")) == files
 
@@ -279,40 +277,7 @@ def test_closing_twice_is_closing_once(job, jobs_dir):
     job.close()
     job.close("again")
     with pytest.raises(errors.JobEnding):
-        job._mailbox.submit("abort", None)
-
-
-def test_list_jobs_on_the_wire_needs_no_other_job_to_answer(job, wire, jobs_dir):
-    """It judges by processes, says "live" of itself alone, and shows no secrets."""
-    (jobs_dir / "far").mkdir()
-    record = {"job_id": "far", "host": "elsewhere", "port": 1, "pid": 1, "started_at": 1.0, "token": "secret"}
-    (jobs_dir / "far" / "endpoint.json").write_text(json.dumps(record))
-    with running_loop("other"):
-        reply = wire.call("list_jobs")
-    assert {found["job_id"]: found["state"] for found in reply["result"]} == {
-        "job": "live", "other": "running", "far": "foreign"
-    }  # fmt: skip
-    assert "secret" not in json.dumps(reply)
-
-
-def test_discover_describes_what_the_table_holds(wire):
-    """An OpenRPC document with every method and parameter."""
-    found = give(wire, "rpc.discover")
-    assert found["openrpc"].startswith("1.")
-    assert {method["name"] for method in found["methods"]} == {
-        method.name for method in forgather_control.wire.builtin.BUILTIN
-    }
-    for method in found["methods"]:
-        assert method["summary"] and all(param["schema"] for param in method["params"])
-
-
-def test_no_word_of_a_fault_goes_over_the_wire(job, wire, monkeypatch, caplog):
-    """An exception in a query is an internal error with nothing of ours in it; the log has the traceback."""
-    monkeypatch.setattr(job, "_recent", lambda: 1 / 0)
-    error = wire.call("status")["error"]
-    assert error["code"] == -32603 and "ZeroDivision" not in json.dumps(error)
-    assert any(record.exc_info for record in caplog.records)
-    wire.still_answers()
+        job._queue.submit("abort")
 
 
 def test_a_start_in_an_unusable_place_is_one_sentence(monkeypatch):
@@ -320,11 +285,20 @@ def test_a_start_in_an_unusable_place_is_one_sentence(monkeypatch):
     for place in ("/dev/null/jobs", str(Path(__file__) / "jobs"), "/proc/nowhere"):
         monkeypatch.setenv("FORGATHER_JOBS_DIR", place)
         with pytest.raises(errors.JobsDirUnusable, match=place.split("/")[1]):
-            Controller(ControlOptions("job")).start()
+            Controller(ControlOptions("job"), RequestedActions()).start()
 
 
-def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_dir):
-    """The record under our id says another pid: only its process is judged."""
-    record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
-    (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**record, "pid": 1, "process_started_at": None}))
-    assert [found["state"] for found in wire.call("list_jobs")["result"]] == ["running"]
+def test_methods_are_fixed_at_the_first_step(job):
+    """Before it a method can be added, after it no more."""
+    job.methods.add(Method("user.one", "One.", COMMON, {}, lambda loop: None, frozenset({"applied"})))
+    job.step(1)
+    with pytest.raises(ValueError, match="fixed at the first step"):
+        job.methods.add(Method("user.two", "Two.", COMMON, {}, lambda loop: None, frozenset({"applied"})))
+
+
+def test_a_method_that_a_rank_did_not_register_is_unavailable():
+    """The reason names the ranks; methods that all registered alike are available."""
+    added = [{"user.a": "1", "user.b": "1"}, {"user.a": "1"}, {"user.a": "1", "user.b": "2", "user.c": "1"}]
+    found = _not_shared(added)
+    assert found.keys() == {"user.b", "user.c"}
+    assert "rank 1, 2 " in found["user.b"] and "rank 2 " in found["user.c"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from forgather_control.training import progress
+from forgather_control.training import limits, progress
 from forgather_control.training.progress import Progress
 from forgather_control.wire.jsonrpc import encode
 
@@ -89,7 +89,7 @@ def test_samples_are_bounded(now):
     """A million steps keep no more than a minute's samples."""
     counter = Progress(0, None)
     run(now, counter, 20_000, 0.5)
-    assert len(counter._samples) <= progress._SAMPLES
+    assert len(counter._samples) <= limits.SPEED_SAMPLES
 
 
 def test_a_job_that_hangs(now):

@@ -1,4 +1,4 @@
-"""The census: what ranks say of themselves, in one row each, whoever does not answer."""
+"""The reporter: what ranks say of themselves, in one row each, whoever does not answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forgather_control.processes.liveness import current_process
 from forgather_control.ranks.group import RankQuery
 from forgather_control.server.dispatcher import PENDING, Deferred
 from forgather_control.training.progress import Progress
-from forgather_control.training.rank_report import Census
+from forgather_control.training.rank_report import RankReporter
 
 from ..support.harness import MS, SOON, running_loop, until
 
@@ -25,14 +25,14 @@ class Ranks:
 
     rank = 0
 
-    def __init__(self, census, *states):
+    def __init__(self, reporter, *states):
         self.size, self.states = len(states), list(states)
         self.inquiry = None
-        self._census = census
+        self._reporter = reporter
 
     def query(self, what):
         """As ``RankGroup``."""
-        self.inquiry = RankQuery({0: self._census.tell(what)})
+        self.inquiry = RankQuery({0: self._reporter.answer(what)})
         return self.inquiry
 
     def state(self, rank):
@@ -45,26 +45,26 @@ class Ranks:
 
 
 @pytest.fixture
-def census():
+def reporter():
     """Of a rank that is at step 5, and whose training thread is this one."""
     progress = Progress(0, 10)
     progress.beat(5, None)
-    made = Census(progress, threading.get_ident)
+    made = RankReporter(progress, threading.get_ident)
     yield made
     made.close()
 
 
-def test_one_rank_answers_at_once(census):
+def test_one_rank_answers_at_once(reporter):
     """Nobody else has to be waited for."""
-    (row,) = census.ask(Ranks(census, "silent"), "ranks", 5.0)
+    (row,) = reporter.ask(Ranks(reporter, "silent"), "ranks", 5.0)
     assert row.keys() == ROW and (row["rank"], row["state"], row["step"]) == (0, "answering", 5)
     assert row["pid"] == os.getpid() and row["rss_bytes"] > 1 << 20 and row["seconds_since_step"] < SOON
 
 
-def test_the_answer_waits_for_the_others_and_no_longer(census):
+def test_the_answer_waits_for_the_others_and_no_longer(reporter):
     """For those that can answer: who has ended, or was never there, is not waited for."""
-    group = Ranks(census, "silent", "silent", "ended", "absent")
-    later = census.ask(group, "ranks", SOON)
+    group = Ranks(reporter, "silent", "silent", "ended", "absent")
+    later = reporter.ask(group, "ranks", SOON)
     assert isinstance(later, Deferred) and later.poll() is PENDING
     group.inquiry.answers[1] = {"host": "node1", "pid": 101, "step": 4}
     rows = later.poll()
@@ -73,43 +73,43 @@ def test_the_answer_waits_for_the_others_and_no_longer(census):
     assert [row["pid"] for row in rows] == [os.getpid(), 101, 102, None]
 
 
-def test_who_is_late_is_silent(census):
+def test_who_is_late_is_silent(reporter):
     """The deadline names him, with what is known of him, and holds up nobody else."""
-    group = Ranks(census, "silent", "silent")
-    later = census.ask(group, "stacks", 20 * MS)
+    group = Ranks(reporter, "silent", "silent")
+    later = reporter.ask(group, "stacks", 20 * MS)
     rows = until(lambda: (answer := later.poll()) is not PENDING and answer)
     assert time.monotonic() >= later.deadline
     assert [row["state"] for row in rows] == ["answering", "silent"]
     assert (rows[1]["host"], rows[1]["pid"], rows[1]["stacks"]) == ("node1", 101, None)
 
 
-def test_the_stacks_begin_with_the_thread_that_trains(census):
+def test_the_stacks_begin_with_the_thread_that_trains(reporter):
     """And they are this test's."""
-    (row,) = census.ask(Ranks(census, "silent"), "stacks", 5.0)
+    (row,) = reporter.ask(Ranks(reporter, "silent"), "stacks", 5.0)
     first = row["stacks"].split("\n\n")[0]
     assert "test_the_stacks_begin_with_the_thread_that_trains" in first and "MainThread" in first
 
 
-def test_stacks_of_many_ranks_fit_into_one_reply(census, monkeypatch):
+def test_stacks_of_many_ranks_fit_into_one_reply(reporter, monkeypatch):
     """Each has its share of the room."""
-    monkeypatch.setattr("forgather_control.training.rank_report._MAX_STACKS", 1000)
-    group = Ranks(census, *["silent"] * 10)
-    later = census.ask(group, "stacks", SOON)
+    monkeypatch.setattr("forgather_control.training.limits.MAX_STACKS", 1000)
+    group = Ranks(reporter, *["silent"] * 10)
+    later = reporter.ask(group, "stacks", SOON)
     group.inquiry.answers.update({rank: {"stacks": "x" * 5000} for rank in range(1, 10)})
     assert sum(len(row["stacks"]) for row in later.poll()) <= 1000
 
 
-def test_a_rank_that_cannot_tell_says_nothing(census, monkeypatch, caplog):
+def test_a_rank_that_cannot_tell_says_nothing(reporter, monkeypatch, caplog):
     """An exception there would cut the line between the ranks."""
     monkeypatch.setattr("forgather_control.processes.usage.process_stats", lambda: 1 / 0)
-    assert census.tell("ranks") == {} and "ZeroDivisionError" in caplog.text
+    assert reporter.answer("ranks") == {} and "ZeroDivisionError" in caplog.text
 
 
-def test_the_roster_names_all_who_are_there(census, tmp_path):
+def test_the_roster_names_all_who_are_there(reporter, tmp_path):
     """Each rank's process as it said it, in order."""
     me = {**current_process()._asdict(), "stack_fd": 7}
-    census.meet({1: {**me, "pid": 4711}, 0: me})
-    census.write(str(tmp_path))
+    reporter.all_joined({1: {**me, "pid": 4711}, 0: me})
+    reporter.write(str(tmp_path))
     (tmp_path / "jobs").mkdir()
     os.rename(tmp_path / rank_processes.RANKS_FILE, tmp_path / "jobs" / rank_processes.RANKS_FILE)
     ranks = rank_processes.read(str(tmp_path), "jobs")
@@ -117,10 +117,10 @@ def test_the_roster_names_all_who_are_there(census, tmp_path):
     assert ranks[0].identity == current_process()
 
 
-def test_a_roster_that_cannot_be_written_is_one_warning(census, tmp_path, caplog):
+def test_a_roster_that_cannot_be_written_is_one_warning(reporter, tmp_path, caplog):
     """Training has no use for it."""
-    census.meet({0: current_process()._asdict()})
-    census.write(str(tmp_path / "nowhere"))
+    reporter.all_joined({0: current_process()._asdict()})
+    reporter.write(str(tmp_path / "nowhere"))
     (warning,) = caplog.records
     assert rank_processes.RANKS_FILE in warning.getMessage()
 

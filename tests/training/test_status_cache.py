@@ -1,4 +1,4 @@
-"""The text of ``status``: as new as what it tells of, and written no oftener."""
+"""The text of ``status``: up to date, and written once for each change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from forgather_control.client.api import connect
 from forgather_control.training import status_cache
-from forgather_control.training.status_cache import FIGURES_FRESH, FRESH, Snapshot
+from forgather_control.training.limits import PROCESS_STATS_AGE, STATUS_AGE
+from forgather_control.training.status_cache import StatusCache
 
 from ..support.harness import running_loop, until
 
@@ -20,7 +21,7 @@ class Facts:
     def __init__(self, monkeypatch):
         self.at, self.step, self.told, self.asked = 1000.0, 0, 0, 0
         monkeypatch.setattr(status_cache, "time", SimpleNamespace(monotonic=lambda: self.at))
-        self.snapshot = Snapshot(self.tell, lambda: self.step, self.figures)
+        self.cache = StatusCache(self.tell, lambda: self.step, self.figures)
 
     def tell(self):
         self.told += 1
@@ -31,7 +32,7 @@ class Facts:
         return {"rss": self.asked, "device": None}
 
     def read(self):
-        return json.loads(self.snapshot.text())
+        return json.loads(self.cache.text())
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def facts(monkeypatch):
 
 def test_it_is_written_once_a_change(facts):
     """A thousand requests between two steps cost one writing; the next step shows at once."""
-    texts = {facts.snapshot.text() for _ in range(1000)}
+    texts = {facts.cache.text() for _ in range(1000)}
     assert len(texts) == 1 and facts.told == facts.asked == 1
     facts.step = 1
     assert facts.read()["step"] == 1
@@ -49,21 +50,21 @@ def test_it_is_written_once_a_change(facts):
 
 
 def test_time_is_a_change(facts):
-    """What depends on the time is never older than ``FRESH``, though nothing else changes."""
+    """What depends on the time is never older than ``STATUS_AGE``, though nothing else changes."""
     begin = facts.read()["at"]
-    facts.at += 0.9 * FRESH
+    facts.at += 0.9 * STATUS_AGE
     assert facts.read()["at"] == begin
-    facts.at += 0.2 * FRESH
+    facts.at += 0.2 * STATUS_AGE
     assert facts.read()["at"] == facts.at
 
 
 def test_figures_are_asked_for_seldom(facts):
-    """However fast training steps, the system is asked once in ``FIGURES_FRESH``; what it does not know is left out."""
+    """However fast training steps, the system is asked seldom; figures that it does not know are left out."""
     for _ in range(100):
         facts.step += 1
         assert facts.read().keys() == {"step", "at", "rss"}
     assert facts.asked == 1
-    facts.at += FIGURES_FRESH
+    facts.at += PROCESS_STATS_AGE
     assert facts.read()["rss"] == 2
 
 
@@ -76,7 +77,7 @@ def test_a_change_while_it_is_written_is_told_next(facts):
         facts.step = 7
         return found
 
-    facts.snapshot._tell = told
+    facts.cache._build = told
     assert facts.read()["step"] == 0
     assert facts.read()["step"] == 7
 

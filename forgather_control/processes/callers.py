@@ -1,0 +1,23 @@
+"""Who called: the user's name and the program of another process, for records of commands."""
+
+from __future__ import annotations
+
+
+def user_name(uid: int | None) -> str | None:
+    """Return the name of a user id; ``None`` where the system has none for it."""
+    import pwd
+
+    try:
+        return None if uid is None else pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return None
+
+
+def program_name(pid: int | None) -> str | None:
+    """Return the name of the program that a process runs; ``None`` where it is gone or may not be read."""
+    import psutil
+
+    try:
+        return None if pid is None else str(psutil.Process(pid).name())[:100]
+    except (psutil.Error, OSError, ValueError):
+        return None

@@ -1,0 +1,205 @@
+"""Answers to requests: dispatch by the method table, read-only answers from a snapshot, commands into the queue.
+
+Runs on the server thread of rank 0 only; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from .. import states
+from ..deadline import Deadline
+from ..errors import CommandExpired, CommandRefused, DeadlinePassed
+from ..jobs import registry
+from ..jobs.record import JobRecord, jobs_dir
+from ..processes import callers
+from ..ranks.group import RankGroup
+from ..server.dispatcher import PENDING, Deferred, Peer, ReplySink, Subscription
+from ..version import PROTOCOL, VERSION
+from ..wire import discovery, jsonrpc
+from ..wire.builtin import TrainingLoop
+from ..wire.methods import Method, MethodTable
+from ..wire.records import CommandRecord
+from . import limits
+from .command_queue import CommandQueue
+from .rank_report import RankReporter
+from .run_state import RunState
+from .status_cache import StatusCache
+
+#: What ``list_jobs`` tells of a job's record.
+_PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
+
+
+class JobQueries:
+    """Answers the requests of clients about one run; see ``builtin.JobQueries``.
+
+    Args:
+        loop: what the training loop can do.
+        process_stats: returns the process figures that ``status`` shows.
+        check_capacity: raises TooManyCommands where an answer that has to wait could not be kept.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        queue: CommandQueue,
+        group: RankGroup,
+        reporter: RankReporter,
+        methods: MethodTable,
+        loop: TrainingLoop,
+        *,
+        process_stats: Callable[[], dict[str, Any]],
+        check_capacity: Callable[[], None],
+    ) -> None:
+        self._state, self._queue, self._group, self._reporter = state, queue, group, reporter
+        self.methods, self._loop, self._check_capacity = methods, loop, check_capacity
+        self._status = StatusCache(self._tell, self.mark, process_stats)
+        self._sink: ReplySink | None = None  # of the request that is being answered
+        #: Why a method that ranks do not share is refused, by name.
+        self.unavailable: dict[str, str] = {}
+
+    def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
+        """Answer one request with a JSON value, a ``Deferred`` or a ``Subscription``; see ``dispatcher.Handler``.
+
+        Raises:
+            ControlError: the request is refused.
+        """
+        if request.method == "rpc.discover":
+            return discovery.document(self.methods)
+        method = self.methods.lookup(request.method)
+        params = method.bind(request.params)
+        self._sink = sink
+        if method.is_command:
+            wants_reply = not isinstance(request.id, jsonrpc.NoId)
+            return self._command(method, params, sink.peer, wants_reply)
+        return method.run(self, **params)
+
+    # Commands...
+
+    def _command(self, method: Method, params: dict[str, Any], peer: Peer, wants_reply: bool) -> Any:
+        own = method.own_params(params)
+        if self._queue.find(params["command_id"]) is None:
+            self._check(method, own, params["expires_at"])
+        if params["wait"] != states.COMMAND_ACCEPTED and wants_reply:
+            self._check_capacity()  # a request that is answered with "no room" must not be carried out all the same
+        by = requested_by(peer)
+        record = self._queue.submit(method.name, params["command_id"], own, params["reason"], by)
+        self._group.command_queued()
+        return self._wait(record, params["wait"], params["timeout"])
+
+    def _check(self, method: Method, own: dict[str, Any], expires_at: float | None) -> None:
+        late = 0.0 if expires_at is None else time.time() - expires_at
+        if late > 0:
+            raise CommandExpired(f"{method.name} expired {late:.1f} s before the job read it; nothing was done")
+        if method.name in self.unavailable:
+            raise CommandRefused(f"{method.name} cannot be run: {self.unavailable[method.name]}")
+        for need in method.needs:
+            why = self._loop.cannot(need, own)
+            if why is not None:
+                raise CommandRefused(f"{method.name} was refused: {why}", needs=need)
+
+    def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
+        deadline = Deadline(timeout)
+
+        def poll() -> Any:
+            now = self._queue.get(record.command_id)
+            if now.is_final or now.state == until:
+                return now.to_json()
+            if deadline.passed():
+                text = f"{now.command} is {now.state} after {timeout:g} s, and will still run; get_command shows it"
+                raise DeadlinePassed(text, **now.to_json())
+            return PENDING
+
+        if until == states.COMMAND_ACCEPTED:
+            return record.to_json()
+        return Deferred(poll, deadline.at) if (answer := poll()) is PENDING else answer
+
+    # Read-only answers...
+
+    def ping(self) -> dict[str, Any]:
+        """Return which job this is."""
+        return {
+            "job_id": self._state.job_id,
+            "pid": os.getpid(),
+            "protocol": PROTOCOL,
+            "version": VERSION,
+            "time": time.time(),
+        }
+
+    def status(self) -> jsonrpc.Encoded:
+        """Return how far the job is."""
+        return self._status.text()
+
+    def mark(self) -> object:
+        """Return a value that differs when ``status`` has something new."""
+        return self._state.mark(), self._queue.changes
+
+    def _tell(self) -> dict[str, Any]:
+        records = self._queue.records()
+        recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
+        shown = [record for record in records if not record.is_final or record in recent]
+        return {
+            **self._state.report(),
+            "world_size": self._group.size,
+            "commands": [record.to_json() for record in shown],
+        }
+
+    def get_command(self, command_id: str) -> CommandRecord:
+        """Return the record of one command."""
+        return self._queue.get(command_id)
+
+    def cancel_command(self, command_id: str) -> CommandRecord:
+        """Cancel a command that is not applied yet."""
+        return self._queue.cancel(command_id)
+
+    def list_commands(self) -> list[CommandRecord]:
+        """Return all records kept."""
+        return self._queue.records()
+
+    def ranks(self, timeout: float) -> Any:
+        """Return where each rank is."""
+        return self._reporter.ask(self._group, "ranks", timeout)
+
+    def stacks(self, timeout: float) -> Any:
+        """Return which code each rank's threads are in."""
+        return self._reporter.ask(self._group, "stacks", timeout)
+
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """Return the jobs of the jobs directory, judged by their processes; asking them would block this thread."""
+        records = registry.scan(jobs_dir())[0]
+        return [
+            {**{name: getattr(record, name) for name in _PUBLIC}, "state": self._judge(record)} for record in records
+        ]
+
+    def _judge(self, record: JobRecord) -> str:
+        if record.job_id == self._state.job_id and record.pid == os.getpid():
+            return states.JOB_LIVE
+        state = registry.judge(record)
+        return states.JOB_RUNNING if state == states.JOB_SILENT else state  # it was not asked, so it is not silent
+
+    # Events...
+
+    def subscribe(self, since: int | None, kinds: list[str] | None) -> Subscription:
+        """Send events on the connection of this request."""
+        subscriber = self._state.events.subscribe(since, kinds)
+        return Subscription({"next": self._state.events.next_seq}, subscriber.pull, subscriber.next_at, lambda: None)
+
+    def unsubscribe(self) -> dict[str, Any]:
+        """Stop sending events on the connection of this request."""
+        if self._sink is not None:
+            self._sink.end_subscription()
+        return {"subscribed": False}
+
+
+def requested_by(peer: Peer) -> dict[str, Any]:
+    """Return the caller of a command as its record shows it, from what the kernel says of the peer."""
+    return {
+        "via": peer.via,
+        "uid": peer.uid,
+        "user": callers.user_name(peer.uid),
+        "pid": peer.pid,
+        "program": callers.program_name(peer.pid),
+    }

@@ -1,0 +1,165 @@
+"""Rank 0's side towards clients: the control server, the job directory and the request files.
+
+``publish``, ``unpublish`` and ``close`` run on the training thread; the tick runs on the server thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+from ..errors import ControlError, JobIdTaken, StartError
+from ..jobs import directory
+from ..server import limits as server_limits
+from ..server.dispatcher import Handler
+from ..server.file_requests import FileRequestServer
+from ..server.server import Server
+from ..server.tcp import BoundPort
+from . import limits
+from .options import ControlOptions
+
+log = logging.getLogger("forgather_control")
+
+
+class JobServer:
+    """Serves one job over its socket, a TCP port and request files, and keeps its directory whole.
+
+    Args:
+        options: which job id and which TCP port.
+        world_size: for the job's record.
+        handler: answers requests.
+        on_tick: called on the server thread before each tick; returns whether the job is still controlled.
+        on_restored: called on the server thread with the path of the directory after it was repaired.
+    """
+
+    def __init__(
+        self,
+        options: ControlOptions,
+        world_size: int,
+        handler: Handler,
+        on_tick: Callable[[], bool],
+        on_restored: Callable[[str], None],
+    ) -> None:
+        self._options, self._world_size = options, world_size
+        self._on_tick, self._on_restored = on_tick, on_restored
+        self._server = Server(handler, self._tick, self._last_look)
+        self.wake, self.check_capacity = self._server.wake, self._server.check_room
+        self._lock = threading.Lock()  # guards _directory against unpublish() during a tick
+        self._directory: directory.JobDirectory | None = None
+        self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
+        self._file_requests: FileRequestServer | None = None
+        self._warned: str | None = None
+
+    def publish(self, status: Callable[[], Any], mark: Callable[[], object], methods: Container[str]) -> str:
+        """Claim the job id, start to serve, and return the id. From here on the job can be found.
+
+        Args:
+            status: returns what ``status`` answers.
+            mark: returns a value that differs when ``status`` has something new.
+            methods: the names that an empty request file may have.
+
+        Raises:
+            StartError: why the job cannot be controlled.
+        """
+        self._directory = self._claim()
+        self._file_requests = FileRequestServer(self._directory.path, self._server.dispatch, status, mark, methods)
+        self._server.start()
+        return self._directory.job_id
+
+    def _claim(self) -> directory.JobDirectory:
+        bound = self._open_port()
+        for job_id in self._candidates():
+            mine = directory.JobDirectory(job_id, self._server.listen, self._world_size)
+            if bound is not None:
+                mine.offer(*bound)
+            try:
+                mine.claim()
+                return mine
+            except JobIdTaken:
+                if self._options.job_id is not None:
+                    raise
+        raise JobIdTaken("every generated job id is taken")
+
+    def _open_port(self) -> BoundPort | None:
+        """Open the port that was asked for; a job without it can still be controlled from this host."""
+        try:
+            wanted = self._options.tcp_options()
+            return None if wanted is None else wanted.open(self._server)
+        except StartError as err:
+            log.warning("No control over TCP: %s", err)
+            return None
+
+    def _candidates(self) -> Iterator[str]:
+        if self._options.job_id is not None:
+            yield self._options.job_id
+            return
+        generated = directory.generate_job_id()
+        yield generated
+        for suffix in range(2, limits.MAX_SUFFIX):
+            yield f"{generated[:124]}-{suffix}"
+
+    def write(self, write: Callable[[str], None]) -> None:
+        """Call ``write`` with the path of the job directory, unless the job is unpublished."""
+        with self._lock:
+            if self._directory is not None:
+                write(self._directory.path)
+
+    # On the server thread...
+
+    def _tick(self) -> None:
+        if not self._on_tick() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._directory is not None and self._file_requests is not None:
+                self._restore(self._directory, self._file_requests)
+                self._file_requests.tick()
+        except ControlError as err:
+            if str(err) != self._warned:
+                log.warning("Clients cannot find this job at the moment: %s", err)
+            self._warned = str(err)
+            if isinstance(err, JobIdTaken):
+                self._directory = None  # it is the other job's now
+        finally:
+            self._lock.release()
+
+    def _restore(self, mine: directory.JobDirectory, requests: FileRequestServer) -> None:
+        if mine.restore():
+            log.warning("Restored the job directory, which was damaged.")
+            self._on_restored(mine.path)
+            requests.renew()
+
+    def _last_look(self) -> None:
+        if self._leaving is not None and self._file_requests is not None:
+            self._file_requests.take_last()
+
+    # End...
+
+    def unpublish(self) -> None:
+        """Take the job out of the list; clients that wait for a reply by file still find their directory."""
+        mine = self._directory
+        if mine is None or not self._lock.acquire(timeout=limits.CLOSE_TIMEOUT):
+            return  # a tick hangs in the file system: what stays is judged dead, and cleaned up
+        try:
+            if self._file_requests is not None and self._file_requests.end() and not self._server.is_this_thread:
+                mine.unlist()
+                self._leaving = mine
+            else:
+                mine.remove()
+        except ControlError as err:
+            log.warning("The job directory could not be removed: %s", err)
+        finally:
+            self._directory = None
+            self._lock.release()
+
+    def close(self) -> None:
+        """Answer what can be answered, close all connections, and remove what is left of the directory."""
+        self._server.close(limits.CLOSE_TIMEOUT)
+        if self._leaving is None or self._file_requests is None:
+            return
+        self._file_requests.linger(server_limits.CLOSE_GRACE)
+        try:
+            self._leaving.remove()
+        except ControlError as err:
+            log.warning("The job directory could not be removed: %s", err)

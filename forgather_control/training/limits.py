@@ -1,0 +1,47 @@
+"""Limits and periods of the training side, in one place; read as ``limits.NAME`` when they are used."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Commands...
+
+#: Most unfinished commands of one name: a loop that never saves keeps its saves open for ever, and they must not
+#: keep an abort out. Equal pending commands without an id share a record, so only a client that sends many ids
+#: reaches the limit.
+MAX_PENDING: Final = 64
+#: Records kept; the oldest finished ones are dropped first.
+MAX_RECORDS: Final = 256
+#: Finished commands that ``status`` still shows.
+RECENT_COMMANDS: Final = 5
+
+# Status...
+
+#: Longest age in seconds of an answer of ``status`` while nothing but the time changes.
+STATUS_AGE: Final = 0.1
+#: Longest age in seconds of the process figures in it.
+PROCESS_STATS_AGE: Final = 1.0
+#: Most metric names kept, and the longest text of one value; both are part of every status reply.
+MAX_NAMES: Final = 256
+MAX_TEXT: Final = 200
+#: Seconds between two samples of the step counter, and how many are kept: the speed is that of the last minute, or of
+#: the last 60 steps where a step takes longer than a second.
+SPEED_SAMPLE_PERIOD: Final = 1.0
+SPEED_SAMPLES: Final = 60
+#: Most characters of stacks in one reply, all ranks together; a thousand ranks then have two pages each.
+MAX_STACKS: Final = 4 << 20
+
+# Events...
+
+#: Events kept for subscribers that are slow or come late: of the rare kinds, and of progress and metrics.
+MAX_EVENTS: Final = 1000
+MAX_SAMPLE_EVENTS: Final = 50
+#: Seconds between two samples of progress and metrics for subscribers.
+EVENT_SAMPLE_PERIOD: Final = 0.2
+
+# Start and end...
+
+#: Suffixes that are tried for a generated job id that is taken.
+MAX_SUFFIX: Final = 99
+#: Seconds that the end of training may wait for the last replies.
+CLOSE_TIMEOUT: Final = 3.0

@@ -1,0 +1,150 @@
+"""Answers to requests: what each query returns, how commands are checked, and what is refused before any effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import jsonschema
+import pytest
+
+from forgather_control.training.controller import Controller
+from forgather_control.training.loop_actions import RequestedActions
+from forgather_control.training.options import ControlOptions
+from forgather_control.wire.builtin import BUILTIN
+from forgather_control.wire.methods import COMMON, Method
+
+from ..support.harness import Wire, running_loop
+
+
+class Loop(RequestedActions):
+    """A training loop that refuses what the test says."""
+
+    def __init__(self):
+        super().__init__()
+        self.refuses = {}
+
+    def cannot(self, need, params):
+        """As ``builtin.TrainingLoop``."""
+        return self.refuses.get(need)
+
+
+@pytest.fixture
+def job():
+    """A published controller whose training thread is this one, with a command of its own."""
+    controller = Controller(ControlOptions("job"), Loop(), step=0, max_steps=100)
+    controller.methods.add(Method("user.ask", "Ask.", COMMON, {}, lambda loop: 5, frozenset({"applied"}), ("ask",)))
+    controller.start()
+    yield controller
+    controller.close()
+
+
+@pytest.fixture
+def wire(job, jobs_dir):
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        yield wire
+
+
+def give(wire: Wire, method: str, **params) -> dict:
+    return wire.call(method, params)["result"]
+
+
+# Commands...
+
+
+def test_a_record_has_what_was_asked_by_whom_and_why(job, wire):
+    """The caller is the peer of the socket, as the kernel tells it."""
+    record = give(wire, "save_checkpoint", evaluate=False, reason="before maintenance")
+    assert (record["params"], record["reason"]) == ({"evaluate": False}, "before maintenance")
+    assert record["requested_by"].keys() == {"via", "uid", "user", "pid", "program"}
+    assert (record["requested_by"]["via"], record["requested_by"]["uid"]) == ("socket", os.getuid())
+    assert (record["requested_by"]["pid"], record["requested_by"]["program"][:6]) == (os.getpid(), "python")
+
+
+def test_a_request_that_is_read_late_is_refused(job, wire):
+    """After its expires_at nothing is queued; before it the command is accepted."""
+    error = wire.call("abort", {"expires_at": time.time() - 5})["error"]
+    assert error["code"] == -32009 and "nothing was done" in error["message"]
+    assert give(wire, "list_commands") == []
+    assert give(wire, "abort", expires_at=time.time() + 60)["state"] == "accepted"
+
+
+def test_a_known_command_is_answered_though_it_has_expired(job, wire):
+    """A client that asks again with the same id learns what became of it, not that nothing was done."""
+    give(wire, "abort", command_id="id")
+    assert give(wire, "abort", command_id="id", expires_at=1.0)["state"] == "accepted"
+
+
+def test_what_the_loop_cannot_do_is_refused_before_it_is_queued(job, wire):
+    """The reason is the loop's; nothing is queued, and other commands are accepted."""
+    job._loop.refuses = {"ask": "this loop has no answer", "save": "this loop saves nothing"}
+    for method, why in (("user.ask", "no answer"), ("save_checkpoint", "saves nothing"), ("save_and_stop", "nothing")):
+        error = wire.call(method)["error"]
+        assert error["code"] == -32008 and why in error["message"] and error["data"]["needs"]
+    assert give(wire, "list_commands") == []
+    assert give(wire, "graceful_stop")["state"] == "accepted"
+
+
+def test_an_added_command_runs_and_its_value_is_the_result(job, wire):
+    """It is described by rpc.discover, dispatched, applied, finished."""
+    names = [method["name"] for method in give(wire, "rpc.discover")["methods"]]
+    assert names == [*(method.name for method in BUILTIN), "user.ask"]
+    give(wire, "user.ask", command_id="id")
+    job.step(1)
+    assert give(wire, "get_command", command_id="id")["result"] == {"value": 5}
+
+
+def test_a_command_that_ranks_do_not_share_is_refused(job, wire):
+    """The reason names what differs."""
+    job._queries.unavailable = {"user.ask": "rank 1 did not register it"}
+    assert "rank 1 did not register it" in wire.call("user.ask")["error"]["message"]
+
+
+def test_ping_tells_the_time_of_the_jobs_clock(job, wire):
+    """Clients compute expires_at from it."""
+    assert abs(give(wire, "ping")["time"] - time.time()) < 60
+
+
+# Answers fit their schemas...
+
+
+@pytest.mark.parametrize("method", [m for m in BUILTIN if m.name != "authenticate"], ids=lambda method: method.name)
+def test_every_answer_validates(job, wire, method):
+    """Each method's answer fits the result schema that rpc.discover publishes."""
+    give(wire, "save_checkpoint", command_id="known")
+    params = {"command_id": "known"} if method.name in ("get_command", "cancel_command") else {}
+    reply = wire.call(method.name, params)
+    jsonschema.validate(reply["result"], method.result)
+
+
+# Queries...
+
+
+def test_list_jobs_on_the_wire_needs_no_other_job_to_answer(job, wire, jobs_dir):
+    """It judges by processes, says "live" of itself alone, and shows no secrets."""
+    (jobs_dir / "far").mkdir()
+    record = {"job_id": "far", "host": "elsewhere", "port": 1, "pid": 1, "started_at": 1.0, "token": "secret"}
+    (jobs_dir / "far" / "endpoint.json").write_text(json.dumps(record))
+    with running_loop("other"):
+        reply = wire.call("list_jobs")
+    assert {found["job_id"]: found["state"] for found in reply["result"]} == {
+        "job": "live", "other": "running", "far": "foreign"
+    }  # fmt: skip
+    assert "secret" not in json.dumps(reply)
+
+
+def test_no_word_of_a_fault_goes_over_the_wire(job, wire, monkeypatch, caplog):
+    """An exception in a query is an internal error with nothing of ours in it; the log has the traceback."""
+    monkeypatch.setattr(job._queries._queue, "records", lambda: 1 / 0)
+    error = wire.call("status")["error"]
+    assert error["code"] == -32603 and "ZeroDivision" not in json.dumps(error)
+    assert any(record.exc_info for record in caplog.records)
+    wire.still_answers()
+
+
+def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_dir):
+    """The record under our id says another pid: only its process is judged."""
+    record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
+    (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**record, "pid": 1, "process_started_at": None}))
+    assert [found["state"] for found in wire.call("list_jobs")["result"]] == ["running"]
