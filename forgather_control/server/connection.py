@@ -158,15 +158,19 @@ class Connection:
                 log.exception("Internal error while a subscription was closed (recovered)")
         return subscription is not None
 
-    def may_stream(self) -> bool:
-        """Whether there is a subscription and room for its lines. Without room, sending what is kept comes first."""
-        return self.subscription is not None and not self.broken and self.unsent < limits.MAX_STREAM_UNSENT
+    @property
+    def stream_time(self) -> float | None:
+        """When more of the subscription can be sent, in ``time.monotonic()`` seconds; ``None`` if nothing is due.
+
+        Nothing is due while the client has not accepted what was sent before.
+        """
+        has_room = not self.broken and self.unsent < limits.MAX_STREAM_UNSENT
+        return self.stream_at if self.subscription is not None and has_room else None
 
     def stream(self) -> bool:
         """Send the next lines of the subscription, if they are due; return whether there were any."""
-        if self.subscription is None or not self.may_stream():
-            return False
-        if self.stream_at is None or self.stream_at > time.monotonic():
+        at = self.stream_time
+        if self.subscription is None or at is None or at > time.monotonic():
             return False
         try:
             data = self.subscription.pull(limits.STREAM_CHUNK)

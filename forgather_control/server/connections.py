@@ -101,20 +101,17 @@ class Connections:
         Args:
             woken: all of them may have more.
         """
+        if not self._subscribed:
+            return []
         now = time.monotonic()
-        found = []
-        for connection in list(self._subscribed):
-            if connection.subscription is None:
-                self._subscribed.discard(connection)
-            elif woken:
-                connection.stream_at = now
-            if connection.may_stream() and connection.stream_at is not None and connection.stream_at <= now:
-                found.append(connection)
-        return found
+        self._subscribed = {connection for connection in self._subscribed if connection.subscription is not None}
+        for connection in self._subscribed if woken else ():
+            connection.stream_at = now
+        return [each for each in self._subscribed if (at := each.stream_time) is not None and at <= now]
 
     def stream_times(self) -> Iterator[float]:
         """Return when subscribed connections can be sent more, in ``time.monotonic()`` seconds."""
-        return (each.stream_at for each in self._subscribed if each.stream_at is not None and each.may_stream())
+        return (at for connection in self._subscribed if (at := connection.stream_time) is not None)
 
     # The end...
 

@@ -160,21 +160,25 @@ class Dispatcher:
                 self._dispatch_one(reply, place, item)
 
     def _dispatch_one(self, reply: _Reply, place: int, request: jsonrpc.Request) -> None:
-        is_notification = isinstance(request.id, jsonrpc.NoId)
-        if reply.is_full and not is_notification:
-            reply.answer(place, _response(request.id, _batch_too_long(reply.room)))
-            return
-        value = _outcome(lambda: self._handler(request, reply.sink))
-        if isinstance(value, Subscription):
-            value = _outcome(lambda: _start(value, reply, is_notification))
-        if is_notification:
+        value = _outcome(lambda: self._handle(reply, request))
+        if isinstance(request.id, jsonrpc.NoId):
             reply.answer(place, b"")
-        elif not isinstance(value, Deferred):
-            reply.answer(place, _response(request.id, value))
-        elif len(self._waiting) < limits.MAX_DEFERRED:
+        elif isinstance(value, Deferred):
             self._waiting.append(_Waiting(value, reply, place, request.id))
         else:
-            reply.answer(place, _response(request.id, _too_many_waiting()))
+            reply.answer(place, _response(request.id, value))
+
+    def _handle(self, reply: _Reply, request: jsonrpc.Request) -> Any:
+        is_notification = isinstance(request.id, jsonrpc.NoId)
+        if reply.is_full and not is_notification:
+            text = "Not carried out: the replies to batches are too long already. Send fewer requests in a batch."
+            raise TooManyCommands(text, limit=max(0, reply.room))
+        value = self._handler(request, reply.sink)
+        if isinstance(value, Subscription):
+            return _start(value, reply, is_notification)
+        if isinstance(value, Deferred) and not is_notification:
+            self.check_room()
+        return value
 
     def check_room(self) -> None:
         """Check that one more answer can be deferred, before a request that needs it has any effect.
@@ -183,7 +187,8 @@ class Dispatcher:
             TooManyCommands: ``MAX_DEFERRED`` requests are waiting already.
         """
         if len(self._waiting) >= limits.MAX_DEFERRED:
-            raise _too_many_waiting()
+            text = f"{limits.MAX_DEFERRED} requests are waiting for their reply already. Try again later."
+            raise TooManyCommands(text, limit=limits.MAX_DEFERRED)
 
     def _room(self) -> int:
         held = sum(reply.size for reply in {item.reply for item in self._waiting})
@@ -258,13 +263,3 @@ def _response(id_: Any, value: Any) -> bytes:
 
 def _internal_error() -> InternalError:
     return InternalError("Internal error in the job. The job's log has the details.")
-
-
-def _batch_too_long(room: int) -> TooManyCommands:
-    text = "Not carried out: the replies to batches are too long already. Send fewer requests in a batch."
-    return TooManyCommands(text, limit=max(0, room))
-
-
-def _too_many_waiting() -> TooManyCommands:
-    text = f"{limits.MAX_DEFERRED} requests are waiting for their reply already. Try again later."
-    return TooManyCommands(text, limit=limits.MAX_DEFERRED)

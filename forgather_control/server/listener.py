@@ -12,15 +12,13 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from ..wire import addresses
 from . import limits
 from .dispatcher import Peer
 
 log = logging.getLogger("forgather_control")
-
-Adopt = Callable[[socket.socket, Peer], None]
 
 _OUT_OF_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -29,25 +27,26 @@ class Listener:
     """A listening socket.
 
     Args:
-        adopt: is given each accepted connection and its peer.
+        bind: gives the socket its address.
+        admit: returns the peer of an accepted connection; ``None`` to refuse it.
+        adopt: is given each admitted connection and its peer.
     """
 
-    def __init__(self, family: int, address: Any, adopt: Adopt) -> None:
-        self.socket, self._adopt = socket.socket(family, socket.SOCK_STREAM), adopt
+    def __init__(
+        self,
+        family: int,
+        bind: Callable[[socket.socket], None],
+        admit: Callable[[socket.socket], Peer | None],
+        adopt: Callable[[socket.socket, Peer], None],
+    ) -> None:
+        self.socket, self._admit, self._adopt = socket.socket(family, socket.SOCK_STREAM), admit, adopt
         try:
-            self._bind(address)
+            bind(self.socket)
             self.socket.setblocking(False)
             self.socket.listen(addresses.BACKLOG)
         except BaseException:
             self.socket.close()
             raise
-
-    def _bind(self, address: Any) -> None:
-        raise NotImplementedError
-
-    def _admit(self, sock: socket.socket) -> Peer | None:
-        """Return the peer of a connection; ``None`` to refuse it."""
-        raise NotImplementedError
 
     def fileno(self) -> int:
         """Return the descriptor for a selector."""
@@ -70,57 +69,26 @@ class Listener:
             self._adopt(sock, peer)
         return True
 
+    def accept_all(self) -> None:
+        """Take the whole backlog."""
+        try:
+            while self.accept():
+                pass
+        except OSError:
+            pass  # out of descriptors: these clients cannot be answered
 
-class UnixListener(Listener):
-    """A socket at one path, for clients of the same user and root.
+
+def open_socket(path: str, adopt: Callable[[socket.socket, Peer], None]) -> Listener:
+    """Listen at a path, for clients of the same user and root.
 
     Raises:
         OSError: the path cannot be bound.
     """
-
-    def __init__(self, path: str, adopt: Adopt) -> None:
-        super().__init__(socket.AF_UNIX, path, adopt)
-
-    def _bind(self, address: Any) -> None:
-        addresses.bind(self.socket, address)
-
-    def _admit(self, sock: socket.socket) -> Peer | None:
-        uid, pid = addresses.peer_ids(sock)
-        if uid in (None, 0, os.geteuid()):
-            return Peer("socket", uid, pid)
-        log.warning("Refused a connection from uid %s: only the job's own user and root may control it", uid)
-        return None
+    return Listener(socket.AF_UNIX, lambda sock: addresses.bind(sock, path), _admit_local, adopt)
 
 
-class TcpListener(Listener):
-    """A port of one address of this host, whose clients must authenticate.
-
-    Raises:
-        OSError, ValueError, TypeError: it cannot be bound.
-    """
-
-    def __init__(self, host: str, port: int, adopt: Adopt) -> None:
-        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port), adopt)
-
-    def _bind(self, address: Any) -> None:
-        # Without it the port of an ended job stays taken for a minute. It allows no second listener (socket(7)).
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(address)
-
-    @property
-    def bound(self) -> tuple[str, int]:
-        """The numeric address and port."""
-        address = self.socket.getsockname()
-        return str(address[0]), int(address[1])
-
-    def _admit(self, sock: socket.socket) -> Peer | None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # replies are lines
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # detects a host that has vanished
-        return Peer("tcp")
-
-
-def open_port(host: str, port: int | None, adopt: Adopt) -> TcpListener:
-    """Listen on a port. It is bound at once, never tested first and bound later.
+def open_port(host: str, port: int | None, adopt: Callable[[socket.socket, Peer], None]) -> Listener:
+    """Listen on a port of one address of this host. It is bound at once, never tested first and bound later.
 
     Args:
         port: a number, 0 for any, ``None`` for the first free one from ``DEFAULT_PORT``.
@@ -128,16 +96,38 @@ def open_port(host: str, port: int | None, adopt: Adopt) -> TcpListener:
     Raises:
         OSError, ValueError, TypeError: it cannot be bound, or none of the first ``PORTS_TRIED``.
     """
-    if port is not None:
-        return TcpListener(host, port, adopt)
-    last = limits.DEFAULT_PORT + limits.PORTS_TRIED - 1
-    for candidate in range(limits.DEFAULT_PORT, last):
+    first = limits.DEFAULT_PORT if port is None else port
+    last = limits.DEFAULT_PORT + limits.PORTS_TRIED - 1 if port is None else port
+    for candidate in range(first, last):
         try:
-            return TcpListener(host, candidate, adopt)
+            return _open_port(host, candidate, adopt)
         except OSError as err:
             if err.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
-    return TcpListener(host, last, adopt)
+    return _open_port(host, last, adopt)
+
+
+def _open_port(host: str, port: int, adopt: Callable[[socket.socket, Peer], None]) -> Listener:
+    def bind(sock: socket.socket) -> None:
+        # Without it the port of an ended job stays taken for a minute. It allows no second listener (socket(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+
+    return Listener(socket.AF_INET6 if ":" in host else socket.AF_INET, bind, _admit_remote, adopt)
+
+
+def _admit_local(sock: socket.socket) -> Peer | None:
+    uid, pid = addresses.peer_ids(sock)
+    if uid in (None, 0, os.geteuid()):
+        return Peer("socket", uid, pid)
+    log.warning("Refused a connection from uid %s: only the job's own user and root may control it", uid)
+    return None
+
+
+def _admit_remote(sock: socket.socket) -> Peer:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # replies are lines
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # detects a host that has vanished
+    return Peer("tcp")
 
 
 class Listeners:
@@ -154,17 +144,14 @@ class Listeners:
         self.retry_at: float | None = None
 
     def add(self, listener: Listener) -> None:
-        """Accept connections of a listener from now on."""
+        """Accept connections of a listener; a Unix socket replaces the one before, after its backlog."""
+        for old in list(self._listeners):
+            if old.socket.family == listener.socket.family == socket.AF_UNIX:
+                old.accept_all()  # a client in the backlog has already sent its request
+                self._remove(old)
         self._listeners.append(listener)
         if self.retry_at is None:
             self._selector.register(listener, selectors.EVENT_READ)
-
-    def replace_unix(self, listener: UnixListener) -> None:
-        """Accept connections of a listener instead of those of the Unix socket before, whose backlog is accepted."""
-        for old in [old for old in self._listeners if isinstance(old, UnixListener)]:
-            _accept_all(old)  # a client in the backlog has already sent its request
-            self._remove(old)
-        self.add(listener)
 
     def accept(self, listener: Listener, most: int) -> None:
         """Accept at most so many connections."""
@@ -186,10 +173,10 @@ class Listeners:
             for listener in self._listeners:
                 self._selector.register(listener, selectors.EVENT_READ)
 
-    def accept_backlog(self) -> None:
+    def accept_backlogs(self) -> None:
         """Accept all clients that have connected."""
         for listener in self._listeners:
-            _accept_all(listener)
+            listener.accept_all()
 
     def close(self) -> None:
         """Close all listeners."""
@@ -206,11 +193,3 @@ class Listeners:
             self._selector.unregister(listener)
         self._listeners.remove(listener)
         listener.socket.close()
-
-
-def _accept_all(listener: Listener) -> None:
-    try:
-        while listener.accept():
-            pass
-    except OSError:
-        pass  # out of descriptors: these clients cannot be answered

@@ -35,7 +35,7 @@ from .budget import CpuBudget
 from .connection import Connection, TlsConnection
 from .connections import Connections
 from .dispatcher import Dispatcher, Handler, Peer, ReplySink
-from .listener import Listener, Listeners, UnixListener, open_port
+from .listener import Listener, Listeners, open_port, open_socket
 from .waker import Waker
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Server:
         Raises:
             OSError: the path cannot be bound.
         """
-        self._listeners.replace_unix(UnixListener(path, self._adopt))
+        self._listeners.add(open_socket(path, self._adopt))
 
     def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]:
         """Listen on a port, too, for clients with the token; return its address and port. Before ``start``.
@@ -97,7 +97,8 @@ class Server:
         self._authenticator = TokenAuthenticator(token)
         listener = open_port(host, port, lambda sock, peer: self._adopt(sock, peer, tls))
         self._listeners.add(listener)
-        return listener.bound
+        host, port = listener.socket.getsockname()[:2]
+        return host, port
 
     def start(self) -> None:
         """Start the server thread."""
@@ -297,7 +298,7 @@ class Server:
     # ... the end
 
     def _last_round(self) -> None:
-        self._listeners.accept_backlog()
+        self._listeners.accept_backlogs()
         for connection in self._connections:
             connection.read()
             while not connection.broken and (line := connection.take_line()) is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from forgather_control.errors import InvalidParams
-from forgather_control.server import limits, listener
+from forgather_control.server import limits
 from forgather_control.server.dispatcher import PENDING, Deferred, Dispatcher, Peer
 from forgather_control.server.file_requests import FileRequestServer
 from forgather_control.wire import limits as wire_limits
@@ -696,10 +696,10 @@ def test_nobody_by_file_costs_the_end_nothing(desk):
 def test_a_job_without_a_socket(jobs_dir, quick, monkeypatch):
     """Where the system has no Unix sockets, the job is controlled by file, and says so in its record."""
 
-    def refuse(self, path):
+    def refuse(sock, path):
         raise OSError(97, "Address family not supported by protocol")
 
-    monkeypatch.setattr(listener.UnixListener, "_bind", refuse)
+    monkeypatch.setattr(addresses, "bind", refuse)
     with running_loop("job"):
         home = jobs_dir / "job"
         assert json.loads((home / "endpoint.json").read_text())["socket"] is None

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from forgather_control.server import limits
-from forgather_control.server.listener import TcpListener, UnixListener, open_port
+from forgather_control.server.listener import open_port, open_socket
 
 from ..support.harness import SOON, Process, descriptors, needs_root, until
 
@@ -25,6 +25,11 @@ def opened(port, host=HERE):
 def closing_server(listener):
     with closing(listener.socket):
         yield listener
+
+
+def bound(listener):
+    """The address and port of a listener."""
+    return listener.socket.getsockname()[:2]
 
 
 def taken(port=0):
@@ -58,11 +63,11 @@ def test_auto_begins_at_8900():
 def test_any_port_and_a_number():
     """0 is any; a number is that one, and listens before the call returns."""
     with opened(0) as free:
-        host, port = free.bound
+        host, port = bound(free)
         assert (host, port > 1023) == (HERE, True)
         socket.create_connection((HERE, port), SOON).close()
     with opened(port) as chosen:
-        assert chosen.bound == (HERE, port)
+        assert bound(chosen) == (HERE, port)
 
 
 def test_a_port_that_is_taken_is_an_error_and_leaves_nothing():
@@ -77,21 +82,21 @@ def test_a_port_that_is_taken_is_an_error_and_leaves_nothing():
 def test_a_port_is_free_again_at_once():
     """Connections that the last job closed (TIME_WAIT) do not keep it taken."""
     with opened(0) as first:
-        port = first.bound[1]
+        port = bound(first)[1]
         with socket.create_connection((HERE, port), SOON) as client:
             until(first.accept)  # closed by the server first
             assert client.recv(1) == b""
     with opened(port) as second:
-        assert second.bound[1] == port
+        assert bound(second)[1] == port
 
 
 def test_auto_takes_the_first_free_one(range_of_ports):
     """Taken ones are skipped, in order, and each is bound at once."""
     with taken(range_of_ports[0]), taken(range_of_ports[2]):
         with opened(None) as one, opened(None) as two:
-            assert [one.bound[1], two.bound[1]] == [range_of_ports[1], range_of_ports[3]]
+            assert [bound(one)[1], bound(two)[1]] == [range_of_ports[1], range_of_ports[3]]
     with opened(None) as again:
-        assert again.bound[1] == range_of_ports[0]
+        assert bound(again)[1] == range_of_ports[0]
 
 
 def test_auto_gives_up_in_the_end(range_of_ports):
@@ -115,7 +120,7 @@ limits.DEFAULT_PORT, limits.PORTS_TRIED = int(sys.argv[1]), 5
 print("ready", flush=True)
 sys.stdin.readline()
 held = listener.open_port("127.0.0.1", None, print)
-print(held.bound[1], flush=True)
+print(held.socket.getsockname()[1], flush=True)
 sys.stdin.readline()
 """
 
@@ -138,8 +143,8 @@ def test_ipv6():
         assert err.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT), err
         return  # there is no IPv6 here
     with closing_server(six):
-        assert six.bound[0] == "::1"
-        socket.create_connection(("::1", six.bound[1]), SOON).close()
+        assert bound(six)[0] == "::1"
+        socket.create_connection(("::1", bound(six)[1]), SOON).close()
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "300.1.1.1", "a" * 64, "x..y", "\0", "[::1]", "192.0.2.1"])
@@ -154,11 +159,11 @@ def test_a_host_that_is_none_is_an_error(host):
 def test_accept_takes_what_is_there_and_does_not_block():
     """False without anybody; a connection that was reset before it was taken is no fault."""
     got = []
-    with closing_server(TcpListener(HERE, 0, lambda sock, peer: got.append(sock))) as tcp:
+    with closing_server(open_port(HERE, 0, lambda sock, peer: got.append(sock))) as tcp:
         assert not tcp.accept()
-        with socket.create_connection(tcp.bound, SOON) as sock:
+        with socket.create_connection(bound(tcp), SOON) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        with socket.create_connection(tcp.bound, SOON):
+        with socket.create_connection(bound(tcp), SOON):
             until(lambda: tcp.accept() and len(got) == 2)
             assert got[1].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert got[1].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -180,7 +185,7 @@ def test_another_user_is_not_let_in(jobs_dir, caplog):
     print(sock.recv(1), flush=True)
     """
     got = []
-    with closing_server(UnixListener(str(jobs_dir / "s"), lambda sock, peer: got.append(sock))) as listening:
+    with closing_server(open_socket(str(jobs_dir / "s"), lambda sock, peer: got.append(sock))) as listening:
         (jobs_dir / "s").chmod(0o777)
         with Process(source, str(jobs_dir / "s")) as nobody:
             assert nobody.line() == "connected"
