@@ -13,7 +13,7 @@ import pytest
 from forgather_control.errors import InvalidParams, TooManyCommands
 from forgather_control.server import limits
 from forgather_control.server.dispatcher import Dispatcher, Subscription
-from forgather_control.server.file_requests import FileReply
+from forgather_control.server.reply_files import FileReply
 from forgather_control.server.server import Server
 
 from ..support.harness import MS, SOON, Process, Wire, descriptors, needs, serving, serving_tcp, strict, until
@@ -272,7 +272,7 @@ def test_a_batch_and_a_notification_cannot_subscribe(control, path, ring, data):
 def test_a_request_file_cannot_subscribe(ring):
     """The reply says what to do instead."""
     replies = {}
-    sink = FileReply("a.json", replies.__setitem__)
+    sink = FileReply("a.json", True, 0, lambda sink, data: replies.update({sink.name: data}))
     Dispatcher(ring).dispatch(sink, line("subscribe"))
     error = json.loads(replies["a.json"])["error"]
     assert error["code"] == -32600 and "Connect to the job's socket" in error["message"] and ring.closed == [0]

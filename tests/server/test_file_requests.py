@@ -20,6 +20,7 @@ from forgather_control.errors import InvalidParams
 from forgather_control.server import limits
 from forgather_control.server.dispatcher import PENDING, Deferred, Dispatcher, Peer
 from forgather_control.server.file_requests import FileRequestServer
+from forgather_control.wire import addresses
 from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import (
