@@ -21,14 +21,14 @@ without a step, and saves nothing after it.
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from .. import states
 from ..training.adapter import Adapter, guarded
 from ..training.options import ControlOptions
+from . import huggingface_trainer as facts
+from .extra_evaluation import ExtraEvaluation
 from .locked_control import locked
 
 
@@ -73,6 +73,7 @@ class TrainerControlCallback(Adapter):
         self._evaluated_at: int | None = None
         self._saved_at = 0
         self._forced_at: int | None = None
+        self._evaluation = ExtraEvaluation()
         self._best: str | None = None  # of the state of an aborted run, which must load and delete nothing
         # In an aborted run: the trainer's control object, and the one that it gets instead.
         self._own_control: Any = None
@@ -87,11 +88,18 @@ class TrainerControlCallback(Adapter):
             control = self._own_control
         if self._stopping or self._requested.abort:  # Forgather never clears these flags
             control.should_training_stop = False
-            _set_abort(control, False)
+            facts.set_abort(control, False)
         self._begin()
         self._saved_at = state.global_step  # where it was resumed from, if it was
-        self._period = _period(args, state, control)
-        self._open(state.global_step, state.max_steps, _log_steps(args, state))
+        self._period = facts.save_period(args, state, control)
+        trainer = facts.find_trainer(self)
+        self._open(
+            state.global_step,
+            state.max_steps,
+            facts.log_steps(args, state),
+            no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
+            evaluation_counter=facts.evaluation_counter(state, trainer, kwargs.get("lr_scheduler")),
+        )
         return control
 
     @guarded
@@ -100,6 +108,7 @@ class TrainerControlCallback(Adapter):
         if self._controller is None:
             return
         self._controller.phase = states.STATUS_TRAINING
+        self._evaluation.settle()
         if self._late:  # the scheduled save did not happen
             self._apply(state)
 
@@ -127,8 +136,9 @@ class TrainerControlCallback(Adapter):
             return None
         if self._requested.any or self._owed_evaluation:
             self._steer(args, state, control)
-        if self._forced_at == state.global_step:
+        if self._forced_at == state.global_step and not self._requested.save:
             self._not_twice(args, state, control)
+        self._evaluation.settle()
         return self._locked_control
 
     @guarded
@@ -149,6 +159,7 @@ class TrainerControlCallback(Adapter):
         if self._controller is None:
             return
         self._evaluated_at = state.global_step
+        self._evaluation.evaluated()
         if self._requested.save:
             control.should_save = True
         self._controller.phase = states.STATUS_SAVING if control.should_save else states.STATUS_TRAINING
@@ -160,20 +171,18 @@ class TrainerControlCallback(Adapter):
             return
         self._controller.phase = states.STATUS_TRAINING
         self._saved_at = state.global_step
-        late = self._late
+        late, evaluated = self._late, self._evaluated_at == state.global_step
         if late:
             self._apply(state)
-        self._requested.saved()
-        self._asked_to_save = False
-        if late and self._requested.any:
-            self._steer(args, state, control)
-        path = checkpoint_path(args.output_dir, state.global_step, _place(state, control))
-        if path is None and not self._controller.is_main:  # for example on another host without a shared disk
-            self._controller.nothing_to_save()
-        elif path is None:
-            self._controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
-        else:
-            self._controller.saved(state.global_step, path)
+        # A scheduled save without an evaluation does not count for a command that came with it and wants one.
+        counts = evaluated or not late or self._requested.evaluate_first is not True
+        if counts:
+            self._requested.saved()
+            self._asked_to_save = False
+        if late and (self._requested.stop or self._requested.abort):
+            self._end(args, state, control)
+        if counts:
+            self._report_save(args, state, control, evaluated)
 
     @guarded
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -198,25 +207,30 @@ class TrainerControlCallback(Adapter):
 
     def _steer(self, args: Any, state: Any, control: Any) -> None:
         requested = self._requested
+        if requested.stop or requested.abort:
+            self._end(args, state, control)
         if requested.abort:
-            self._stopping = True
-            self._abort(state, control)
             return
-        if requested.stop:
-            control.should_training_stop = True
-            if (
-                not self._stopping
-                and not requested.skip_save
-                and _word(args.save_strategy) != "no"
-                and self._saved_at != state.global_step
-            ):
-                requested.request_save()
-            self._stopping = True
         if requested.save:
             self._save(args, state, control)
         elif self._owed_evaluation and not self._stopping:
             self._owed_evaluation = False
             control.should_evaluate = True
+
+    def _end(self, args: Any, state: Any, control: Any) -> None:
+        requested = self._requested
+        if requested.abort:
+            self._abort(state, control)
+        else:
+            control.should_training_stop = True
+            if (
+                not self._stopping
+                and not requested.skip_save
+                and facts.word(args.save_strategy) != "no"
+                and self._saved_at != state.global_step
+            ):
+                requested.request_save()
+        self._stopping = True
 
     def _save(self, args: Any, state: Any, control: Any) -> None:
         control.should_save = True
@@ -224,11 +238,33 @@ class TrainerControlCallback(Adapter):
             if control.should_evaluate and self._evaluated_at != state.global_step:
                 self._owed_evaluation = True
             control.should_evaluate = False
-        elif self._requested.evaluate_first and _evaluates_for_best(args):
-            control.should_evaluate = True
+        elif self._evaluates_first(args):
+            self._evaluation.request(control)
         self._requested.evaluate_first = False
         self._asked_to_save = True
         self._forced_at = state.global_step
+
+    def _evaluates_first(self, args: Any) -> bool:
+        requested = self._requested
+        if requested.evaluate_first == "auto":
+            return (
+                bool(getattr(args, "load_best_model_at_end", False))
+                and facts.word(getattr(args, "eval_strategy", "no")) != "no"
+                and requested.evaluation_counter is None
+            )
+        return requested.evaluate_first and requested.no_evaluation is None
+
+    def _report_save(self, args: Any, state: Any, control: Any, evaluated: bool) -> None:
+        controller = self._controller
+        if controller is None:
+            return
+        path = facts.checkpoint_path(args.output_dir, state.global_step, facts.checkpoint_place(state, control))
+        if path is None and not controller.is_main:  # for example on another host without a shared disk
+            controller.nothing_to_save()
+        elif path is None:
+            controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
+        else:
+            controller.saved(state.global_step, path, evaluated)
 
     def _not_twice(self, args: Any, state: Any, control: Any) -> None:
         """Do not repeat at the end of an epoch what its last step has just done on request.
@@ -238,7 +274,10 @@ class TrainerControlCallback(Adapter):
         """
         saved = self._saved_at == state.global_step
         ends = self._stopping and saved
-        if self._evaluated_at == state.global_step or (ends and _word(args.save_strategy) == "best"):
+        if control.should_evaluate and self._evaluated_at == state.global_step:
+            control.should_evaluate = False
+            self._evaluation.stand_in()
+        if ends and facts.word(args.save_strategy) == "best":
             control.should_evaluate = False
         if ends or (saved and not control.should_evaluate):
             control.should_save = False
@@ -246,70 +285,10 @@ class TrainerControlCallback(Adapter):
     def _abort(self, state: Any, control: Any) -> None:
         control.should_training_stop = control.should_epoch_stop = True
         control.should_save = control.should_evaluate = control.should_log = False
-        _set_abort(control, True)
+        facts.set_abort(control, True)
         if self._locked_control is None:
             self._own_control, self._locked_control = control, locked(control)
         # Without a best checkpoint none is loaded at the end, nor any other deleted in its favour.
         best = getattr(state, "best_model_checkpoint", None)
         if best is not None:
             self._best, state.best_model_checkpoint = best, None
-
-
-def checkpoint_path(output_dir: str, step: int, place: str = "") -> str | None:
-    """Return the absolute path of the checkpoint directory of ``step``; ``None`` if there is none.
-
-    Args:
-        place: where below ``output_dir`` this trainer saves, ``"*"`` for any directory in it. If no checkpoint is
-            there, the newest directory of that name counts.
-    """
-    name = f"checkpoint-{step}"
-    root = glob.escape(output_dir)
-    for pattern in (place, "", "*"):
-        found = [path for path in glob.glob(os.path.join(root, pattern, name)) if os.path.isdir(path)]
-        if found:
-            return os.path.abspath(max(found, key=os.path.getmtime))
-    return None
-
-
-def _place(state: Any, control: Any) -> str:
-    """Return where below the output directory this trainer saves its checkpoints."""
-    if _is_forgather(control):
-        return "checkpoints"
-    return "*" if getattr(state, "is_hyper_param_search", False) else ""
-
-
-def _log_steps(args: Any, state: Any) -> int | None:
-    """Return after how many steps the trainer logs; the setting may be a fraction of all steps."""
-    steps = getattr(args, "logging_steps", None)
-    if not isinstance(steps, (int, float)) or steps <= 0:
-        return None
-    return max(1, int(steps * state.max_steps if steps < 1 else steps))
-
-
-def _evaluates_for_best(args: Any) -> bool:
-    """Whether a save needs an evaluation first; without an evaluation strategy there may be no data for it."""
-    strategy = _word(getattr(args, "eval_strategy", "no"))
-    return bool(getattr(args, "load_best_model_at_end", False)) and strategy != "no"
-
-
-def _period(args: Any, state: Any, control: Any) -> int | None:
-    """Return after how many steps Forgather's trainer saves by its schedule; ``None`` for other trainers."""
-    if not _is_forgather(control):
-        return None
-    steps = {"steps": args.save_steps, "epoch": getattr(state, "epoch_train_steps", None)}
-    period = steps.get(_word(args.save_strategy))
-    return None if period is None else max(1, int(period))
-
-
-def _is_forgather(control: Any) -> bool:
-    return hasattr(control, "should_abort_without_save")
-
-
-def _set_abort(control: Any, value: bool) -> None:
-    if _is_forgather(control):
-        control.should_abort_without_save = value
-
-
-def _word(strategy: Any) -> str:
-    """Return a strategy, which may be an enum of strings, as a string."""
-    return str(getattr(strategy, "value", strategy)).lower()

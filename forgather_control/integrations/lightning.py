@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import states
 from ..training.adapter import Adapter, guarded
 from ..training.options import ControlOptions
-from . import lightning_checkpoint
-from .overrides import AttributeOverrides
+from . import lightning_checkpoint, lightning_validation
+from .overrides import AttributeOverrides, do_nothing
 
 log = logging.getLogger("forgather_control")
 
@@ -84,7 +84,8 @@ class LightningHooks(Adapter):
         self._silenced = False
         self._steps = 0  # in this run, of whatever size
         self._fresh = False  # whether there are new metrics to log
-        self._awaited: tuple[int, str] | None = None  # the checkpoint being saved in the background: step and path
+        # The checkpoint being saved in the background: step, path, whether it was evaluated.
+        self._awaited: tuple[int, str, bool] | None = None
 
     # Hooks.
 
@@ -99,7 +100,13 @@ class LightningHooks(Adapter):
         self._begin()
         if self._signals is not None and signal.SIGTERM in self._signals.commands and self._options.enabled:
             _put_sigterm_back(trainer)
-        self._open(trainer.global_step, _max_steps(trainer, module), trainer.log_every_n_steps or None)
+        self._open(
+            trainer.global_step,
+            _max_steps(trainer, module),
+            trainer.log_every_n_steps or None,
+            no_evaluation=lightning_validation.no_evaluation(trainer),
+            evaluation_counter=lightning_validation.evaluation_counter(trainer),
+        )
 
     @guarded
     def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
@@ -183,8 +190,9 @@ class LightningHooks(Adapter):
             if not self._silenced:
                 self._silence(trainer, module)
         elif requested.save:
-            # Nothing is evaluated first: Lightning has no load_best_model_at_end.
-            self._save(trainer)
+            # "auto" does not evaluate first: Lightning has no load_best_model_at_end.
+            evaluated = requested.evaluate_first is True and self._evaluate(trainer)
+            self._save(trainer, evaluated)
 
     def _end(self, trainer: Any) -> None:
         """Let the trainer stop at any step, with a last checkpoint if it saves any."""
@@ -200,15 +208,29 @@ class LightningHooks(Adapter):
         override = self._overrides.set
         override(trainer, "save_checkpoint", _refuse_to_save)
         override(trainer, "limit_val_batches", 0)
-        override(trainer.fit_loop.epoch_loop, "update_lr_schedulers", _nothing)
+        override(trainer.fit_loop.epoch_loop, "update_lr_schedulers", do_nothing)
         for each in (*trainer.callbacks, module):
-            override(each, "on_train_epoch_end", _nothing)
+            override(each, "on_train_epoch_end", do_nothing)
         for each in trainer.checkpoint_callbacks:
             # They would also record what they did not write, and delete other checkpoints for it.
             for name in [name for name in dir(each) if name.startswith("on_")]:
-                override(each, name, _nothing)
+                override(each, name, do_nothing)
 
-    def _save(self, trainer: Any) -> None:
+    def _evaluate(self, trainer: Any) -> bool:
+        """Validate now; return whether that worked."""
+        controller = self._controller
+        if controller is None or self._requested.no_evaluation is not None:
+            return False
+        try:
+            lightning_validation.validate(trainer)
+        except Exception as err:  # boundary: the user's validation_step
+            log.warning("A requested validation failed: %s", err, exc_info=True)
+            return False
+        finally:
+            controller.phase = states.STATUS_TRAINING
+        return True
+
+    def _save(self, trainer: Any, evaluated: bool) -> None:
         controller, step = self._controller, trainer.global_step
         assert controller is not None
         controller.phase = states.STATUS_SAVING
@@ -219,19 +241,19 @@ class LightningHooks(Adapter):
         if trouble is not None:
             self._miss(trouble)
         elif lightning_checkpoint.exists(path) or not trainer.is_global_zero:
-            controller.saved(step, path)
+            controller.saved(step, path, evaluated)
         elif lightning_checkpoint.saves_in_background(trainer):
-            self._awaited = step, path
+            self._awaited = step, path, evaluated
         else:
             self._miss(f"no file {path} was found after saving it")
 
     def _look_for_awaited(self, last: bool = False) -> None:
         if self._awaited is None or self._controller is None:
             return
-        step, path = self._awaited
+        step, path, evaluated = self._awaited
         if lightning_checkpoint.exists(path):
             self._awaited = None
-            self._controller.saved(step, path)
+            self._controller.saved(step, path, evaluated)
         elif last:
             self._miss(f"{path} was not written in the background")
 
@@ -244,10 +266,6 @@ class LightningHooks(Adapter):
         self._fresh = False
         if self._controller is not None:
             self._controller.log(_metrics(trainer))
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing, in place of a disabled hook."""
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

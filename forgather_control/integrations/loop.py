@@ -66,7 +66,10 @@ class TrainingJob(Adapter):
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another
-        self._looked = False  # whether the loop has read should_save since it was set
+        self._steps = 0
+        # Whether the loop has read should_save since it was set, and should_evaluate; whether it ever read the latter.
+        self._saw_save = self._saw_evaluate = self._can_evaluate = False
+        self._evaluated_at: int | None = None
 
     def __enter__(self) -> TrainingJob:
         self._depth += 1
@@ -81,6 +84,7 @@ class TrainingJob(Adapter):
 
     @guarded
     def _begin(self) -> None:
+        self._steps = 0
         self._open(self._start_step, self._max_steps)
 
     @guarded
@@ -98,8 +102,11 @@ class TrainingJob(Adapter):
         controller = self._controller
         if controller is None:
             return
-        if self._looked or (self._requested.save and not controller.is_main):
+        if self._saw_save or (self._requested.save and not controller.is_main):
             self._miss_save(controller)
+        self._steps += 1
+        if self._steps > 1 and not self._can_evaluate:
+            self._requested.no_evaluation = "this loop does not read job.should_evaluate"
         controller.phase = states.STATUS_TRAINING
         if type(step) is not int:  # for example a NumPy number, which JSON has not
             step = _whole("step", step)
@@ -116,9 +123,31 @@ class TrainingJob(Adapter):
         """Whether to save a checkpoint now. Call ``saved(path)`` when it is complete, before the next step."""
         wanted = self._requested.save and not self._requested.abort
         if wanted and self._controller is not None:
-            self._looked = True
+            self._saw_save = True
             self._controller.phase = states.STATUS_SAVING
         return wanted
+
+    @property
+    def should_evaluate(self) -> bool:
+        """Whether to evaluate now. Call ``evaluated(metrics)`` with the result, before ``saved`` and the next step."""
+        self._can_evaluate, self._requested.no_evaluation = True, None
+        requested = self._requested
+        wanted = requested.save and requested.evaluate_first is True and not requested.abort
+        if wanted and self._controller is not None:
+            self._controller.phase = states.STATUS_EVALUATING
+        return wanted
+
+    @guarded
+    def evaluated(self, metrics: Mapping[str, Any]) -> None:
+        """Report a finished evaluation, requested or not.
+
+        Args:
+            metrics: numbers by name.
+        """
+        self._requested.evaluate_first = False
+        if self._controller is not None:
+            self._controller.phase = states.STATUS_TRAINING
+            self._evaluated_at = self._controller.last_step
 
     @property
     def should_stop(self) -> bool:
@@ -134,7 +163,7 @@ class TrainingJob(Adapter):
         """
         controller = self._controller
         self._requested.saved()
-        self._looked = False
+        self._saw_save = False
         if controller is None:
             return
         controller.phase = states.STATUS_TRAINING
@@ -144,14 +173,14 @@ class TrainingJob(Adapter):
         except (TypeError, ValueError):
             where, exists = repr(path)[:200], False
         if exists:
-            controller.saved(controller.last_step, where)
+            controller.saved(controller.last_step, where, self._evaluated_at == controller.last_step)
         else:
             controller.save_failed(f"the loop reported a checkpoint at {where}, but there is none")
 
     def _miss_save(self, controller: Any) -> None:
         # Otherwise a loop that saves without a report would save at every step from here on.
         self._requested.saved()
-        self._looked = False
+        self._saw_save = False
         if not controller.is_main:  # often only rank 0 saves
             controller.nothing_to_save()
             return

@@ -32,3 +32,7 @@ class AttributeOverrides:
             else:
                 setattr(owner, name, previous)
         self._previous = kept
+
+
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, in place of a disabled method."""

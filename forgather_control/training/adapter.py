@@ -69,10 +69,14 @@ class Adapter:
         """Whether this run was aborted, so that a script can skip what it saves at its end."""
         return self._requested.abort
 
-    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None) -> None:
-        """Start a run. If it cannot be controlled, log one warning and let it train."""
+    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None, **facts: str | None) -> None:
+        """Start a run. If it cannot be controlled, log one warning and let it train.
+
+        Args:
+            facts: see ``RequestedActions``.
+        """
         self._close("training was started again")
-        self._requested = RequestedActions()
+        self._requested = RequestedActions(**facts)
         if not self._options.enabled:
             return
         controller = Controller(self._options, self._requested, step, max_steps, log_steps)

@@ -19,16 +19,19 @@ class RequestedActions:
         save: save a checkpoint.
         evaluate_first: whether to evaluate before that save; "auto" leaves it to the integration.
         abort: end training without saving anything.
-        no_evaluation: why this run cannot evaluate; ``None`` if it can. Set by the integration, read on any thread.
+
+    Args:
+        no_evaluation: why this run cannot evaluate on request; ``None`` if it can.
+        evaluation_counter: what counts evaluations in this run, so that an extra one would change training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, no_evaluation: str | None = None, evaluation_counter: str | None = None) -> None:
         self.stop = False
         self.skip_save = False
         self.save = False
         self.evaluate_first: bool | Literal["auto"] = False
         self.abort = False
-        self.no_evaluation: str | None = None
+        self.no_evaluation, self.evaluation_counter = no_evaluation, evaluation_counter
 
     @property
     def any(self) -> bool:

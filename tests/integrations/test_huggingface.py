@@ -23,7 +23,6 @@ import pytest
 import forgather_control
 from forgather_control import TrainerControlCallback, connect, get_command, get_job_status
 from forgather_control.client.api import find
-from forgather_control.integrations.huggingface import checkpoint_path
 from forgather_control.training.controller import Controller
 
 from ..support import forgather_loop
@@ -88,7 +87,9 @@ def data(size: int) -> list[dict[str, Any]]:
     return [{"x": torch.randn(2, generator=made), "labels": torch.randn(1, generator=made)} for _ in range(size)]
 
 
-def make(out: Path, *callbacks: Any, model: Any = None, kind: Any = None, **options: Any) -> Any:
+def make(
+    out: Path, *callbacks: Any, model: Any = None, kind: Any = None, eval_dataset: Any = None, **options: Any
+) -> Any:
     """A trainer of 2 epochs of 5 steps that saves at steps 4 and 8 and evaluates at 2, 4, 6, 8, if it does by steps."""
     settings: dict[str, Any] = {
         "output_dir": str(out),
@@ -113,7 +114,7 @@ def make(out: Path, *callbacks: Any, model: Any = None, kind: Any = None, **opti
         model=model or Tiny(),
         args=TrainingArguments(**settings),
         train_dataset=data(STEPS_A_EPOCH * batches),
-        eval_dataset=data(2) if settings.get("eval_strategy", "no") != "no" else None,
+        eval_dataset=data(2) if settings.get("eval_strategy", "no") != "no" else eval_dataset,
         callbacks=list(callbacks),
     )
     made.remove_callback(transformers.PrinterCallback)
@@ -134,12 +135,12 @@ SENT: list[Sent] = []
 class Sent:
     """A command whose sender waits for its end, accepted already."""
 
-    def __init__(self, command: str, job: str = JOB) -> None:
+    def __init__(self, command: str, job: str = JOB, **params: Any) -> None:
         self.id = f"{command}-{len(SENT)}"
         with connect(job) as client:
             self.wire = Wire(find(job).socket)
             SENT.append(self)
-            request = {"wait": "finished", "command_id": self.id}
+            request = {"wait": "finished", "command_id": self.id, **params}
             message = {"jsonrpc": "2.0", "id": 1, "method": command, "params": request}
             self.wire.send(json.dumps(message).encode() + b"\n")
             until(lambda: any(known["command_id"] == self.id for known in client.call("list_commands")))
@@ -177,8 +178,8 @@ class Watcher(TrainerCallback):
 class At(Watcher):
     """Sends ``command`` when ``hook`` is first called at ``step``; before ours, it is applied at that very step."""
 
-    def __init__(self, step: int, command: str, hook: str = "on_step_end", job: str = JOB) -> None:
-        self.step, self.command, self.job = step, command, job
+    def __init__(self, step: int, command: str, hook: str = "on_step_end", job: str = JOB, **params: Any) -> None:
+        self.step, self.command, self.job, self.params = step, command, job, params
         self.sent: Sent | None = None
         self.before: Callable[[], Any] = lambda: None
         self.seen: Any = None
@@ -188,7 +189,7 @@ class At(Watcher):
         if state.global_step == self.step and self.sent is None:
             self.best = state.best_model_checkpoint
             self.seen = self.before()
-            self.sent = Sent(self.command, self.job)
+            self.sent = Sent(self.command, self.job, **self.params)
 
     def record(self) -> Any:
         """What became of it."""
@@ -213,11 +214,11 @@ class Events(Watcher):
 
 
 class Hostile(Watcher):
-    """Wants something else at every call of some hooks, from a step on."""
+    """Wants something else at every call of some hooks, from one step to another."""
 
-    def __init__(self, *hooks: str, since: int = 0, **flags: bool) -> None:
+    def __init__(self, *hooks: str, since: int = 0, until: int = STEPS, **flags: bool) -> None:
         def insist(state: Any, control: Any) -> None:
-            for name, value in flags.items() if state.global_step >= since else ():
+            for name, value in flags.items() if since <= state.global_step <= until else ():
                 setattr(control, name, value)
 
         super().__init__(**dict.fromkeys(hooks, insist))
@@ -320,7 +321,8 @@ def test_graceful_stop_saves_as_the_strategy_says(tmp_path, settings, step):
     assert trainer.state.global_step == step == record["applied_at_step"]
     if settings["save_strategy"] == "no":
         assert files(tmp_path) == at.seen == {}
-        assert record["state"] == "finished" and record["result"] == {"step": step, "path": None, "seconds": None}
+        assert record["state"] == "finished"
+        assert record["result"] == {"step": step, "path": None, "seconds": None, "evaluated": False}
     else:
         is_saved(record, tmp_path, step)
         assert events.steps("save").count(step) == 1
@@ -468,14 +470,67 @@ def test_a_save_is_not_starved_by_bad_metrics(tmp_path, loss_of, step, best):
     assert STEPS in events.steps("evaluate")  # the last one counts, and comes
 
 
-def test_a_save_at_an_epochs_end_does_not_cost_patience(tmp_path):
+def test_a_save_at_an_epochs_end_is_made_once(tmp_path):
     """What is evaluated for a save at the end of an epoch is not evaluated again by its schedule."""
     at, events = At(5, "save_checkpoint"), Events()
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
-    trainer = make(tmp_path, EarlyStoppingCallback(1), at, ours(), events, **settings)
+    trainer = make(tmp_path, at, ours(), events, **settings)
     trainer.train()
     is_saved(at.record(), tmp_path, 5)
     assert events.seen == [("evaluate", 5), ("save", 5), ("evaluate", 10), ("save", 10)]
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_save_does_not_cost_patience(tmp_path, step):
+    """Beside EarlyStoppingCallback a save does not evaluate, so training goes on as long as without it."""
+    at, events, early = At(step, "save_checkpoint"), Events(), EarlyStoppingCallback(2)
+    settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = make(tmp_path, early, at, ours(), events, **settings)
+    trainer.train()
+    record = at.record()
+    is_saved(record, tmp_path, step)
+    assert record["result"]["evaluated"] is False
+    assert events.steps("evaluate") == [5, 10] and trainer.state.global_step == STEPS
+    assert early.early_stopping_patience_counter == 1
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 10])
+@pytest.mark.parametrize(("evaluate", "best"), [("auto", True), ("auto", False), (True, False), (False, True)])
+def test_a_save_evaluates_first(tmp_path, evaluate, best, step):
+    """As its parameter says; "auto" where the best model is wanted. What the schedule evaluates counts, too."""
+    at, events, model = At(step, "save_checkpoint", evaluate=evaluate), Events(), Tiny()
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "load_best_model_at_end": best}
+    make(tmp_path, at, ours(), events, model=model, **settings).train()
+    record = at.record()
+    is_saved(record, tmp_path, step)
+    forced = evaluate is True or (evaluate == "auto" and best)
+    assert set(events.steps("evaluate")) == {2, 4, 6, 8, 10} | ({step} if forced else set())
+    assert record["result"]["evaluated"] is (forced or step in (4, 10))
+    assert model.evaluations == len(set(events.steps("evaluate")))
+    if record["result"]["evaluated"]:
+        assert events.seen.index(("evaluate", step)) < events.seen.index(("save", step))
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_train_begin"])
+@pytest.mark.parametrize("data_is_there", [False, True])
+def test_a_save_that_is_to_evaluate_without_a_strategy(tmp_path, data_is_there, hook):
+    """With data it evaluates; without, it is refused before any rank hears of it, and training is not hurt."""
+    events, said = Events(), []
+
+    def send(state: Any, control: Any) -> None:
+        if not said:
+            with connect(JOB) as client:
+                try:
+                    said.append(client.call("save_checkpoint", evaluate=True))
+                except forgather_control.ControlError as err:
+                    said.append(str(err))
+
+    trainer = make(tmp_path, ours(), Watcher(**{hook: send}), events, eval_dataset=data(2) if data_is_there else None)
+    trainer.train()
+    if data_is_there:
+        assert said[0]["state"] == "accepted" and len(events.seen) == 2 and events.seen[0][0] == "evaluate"
+    else:
+        assert "the trainer has no eval_dataset" in said[0] and events.seen == []
 
 
 def test_where_nothing_can_be_evaluated_a_save_does_not_ask_for_it(tmp_path):
@@ -657,6 +712,30 @@ def test_weights_are_those_of_an_uncontrolled_run(tmp_path, strategy, steps):
         is_saved(at.record(), tmp_path / "watched", at.step)
     assert same(weights(alone), weights(watched))
     assert checkpoints(tmp_path / "watched") == checkpoints(tmp_path / "alone") | set(steps)
+
+
+@pytest.mark.parametrize(("strategy", "extra"), [("steps", 4), ("epoch", 4), ("no", 5)])
+def test_weights_are_the_same_after_extra_evaluations(tmp_path, strategy, extra):
+    """Saves that evaluate at steps without a scheduled evaluation: dropout draws as it would have, to the end."""
+    alone, watched = Tiny(), Tiny()
+    settings = {"eval_strategy": strategy, "eval_steps": 4, "eval_dataset": data(2), "num_train_epochs": 3}
+    make(tmp_path / "alone", model=alone, **settings).train()
+    sent = [At(step, "save_checkpoint", evaluate=True) for step in (2, 3, 4, 5, 7)]
+    make(tmp_path / "watched", *sent, ours(), model=watched, **settings).train()
+    assert all(at.record()["result"]["evaluated"] for at in sent)
+    assert watched.evaluations == alone.evaluations + extra
+    assert same(weights(alone), weights(watched))
+
+
+def test_random_states_are_those_of_the_evaluation_that_came(tmp_path):
+    """An evaluation that another callback prevents restores nothing later, where the schedule evaluates."""
+    alone, watched, settings = Tiny(), Tiny(), {"eval_strategy": "steps", "eval_steps": 4}
+    make(tmp_path / "alone", model=alone, **settings).train()
+    hostile = Hostile("on_step_end", until=3, should_evaluate=False)
+    at = At(3, "save_checkpoint", evaluate=True)
+    make(tmp_path / "watched", at, ours(), hostile, model=watched, **settings).train()
+    assert at.record()["result"]["evaluated"] is False
+    assert same(weights(alone), weights(watched))
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -900,23 +979,6 @@ def test_neither_transformers_nor_torch_is_imported():
         assert process.line() == "set()", "".join(process.errors)
 
 
-def test_where_a_checkpoint_is(tmp_path, monkeypatch):
-    """The place of this trainer first, then the output directory, then the newest below it; always absolute."""
-    out = tmp_path / "out [1]*"
-    assert checkpoint_path(str(out), 3) is None
-    (out / "run-2" / "checkpoint-3").mkdir(parents=True)
-    assert checkpoint_path(str(out), 3) == str(out / "run-2" / "checkpoint-3")
-    (out / "checkpoint-3").write_text("no directory")
-    assert checkpoint_path(str(out), 3, "checkpoints") == str(out / "run-2" / "checkpoint-3")
-    (out / "checkpoint-3").unlink()
-    (out / "checkpoint-3").mkdir()
-    (out / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    assert checkpoint_path(str(out), 3) == str(out / "checkpoint-3")
-    assert checkpoint_path(str(out), 3, "checkpoints") == str(out / "checkpoints" / "checkpoint-3")
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint_path("out [1]*", 3) == str(out / "checkpoint-3")
-
-
 # Forgather's rules...
 
 
@@ -1049,6 +1111,21 @@ def test_forgather_all_four_at_a_step_that_saves(tmp_path):
     trainer.train()
     assert [one.record()["state"] for one in at] == ["failed", "finished", "failed", "finished"]
     assert checkpoints(tmp_path) == {4} and trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("command", ["save_checkpoint", "save_and_stop"])
+@pytest.mark.parametrize("step", [3, 4, 5, 10])
+def test_forgather_saves_and_evaluates_first(tmp_path, step, command):
+    """evaluate=true also where the trainer's own save of the step comes first: then it saves once more."""
+    at, events = At(step, command, evaluate=True), Events()
+    trainer = loop(tmp_path, at, ours(), events, eval_strategy=Strategy.STEPS, eval_steps=100)
+    trainer.train()
+    record = at.record()
+    assert record["applied_at_step"] == step
+    again = step == 4 and command == "save_checkpoint"
+    assert record["result"]["step"] == (5 if again else step) and record["result"]["evaluated"] is True
+    assert trainer.state.global_step == (STEPS if command == "save_checkpoint" else step)
+    assert events.steps("evaluate") == [record["result"]["step"]]
 
 
 def test_forgather_when_the_save_does_not_come(tmp_path):

@@ -139,12 +139,12 @@ SENT: list[Sent] = []
 class Sent:
     """A command whose sender waits for its end, accepted already."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, **params: Any) -> None:
         self.id = f"{command}-{len(SENT)}"
         with connect(JOB) as client:
             self.wire = Wire(find(JOB).socket)
             SENT.append(self)
-            request = {"wait": "finished", "command_id": self.id}
+            request = {"wait": "finished", "command_id": self.id, **params}
             message = {"jsonrpc": "2.0", "id": 1, "method": command, "params": request}
             self.wire.send(json.dumps(message).encode() + b"\n")
             until(lambda: any(known["command_id"] == self.id for known in client.call("list_commands")))
@@ -177,8 +177,8 @@ class Watcher(Callback):
 class At(Watcher):
     """Sends ``command`` when ``hook`` is first called at ``step``; before ours, it is applied at that very step."""
 
-    def __init__(self, step: int, command: str, hook: str = "on_train_batch_end") -> None:
-        self.step, self.command = step, command
+    def __init__(self, step: int, command: str, hook: str = "on_train_batch_end", **params: Any) -> None:
+        self.step, self.command, self.params = step, command, params
         self.sent: Sent | None = None
         self.before: Callable[[], Any] = lambda: None
         self.seen: Any = None
@@ -187,7 +187,7 @@ class At(Watcher):
     def _send(self, trainer: Any) -> None:
         if trainer.global_step == self.step and self.sent is None and not trainer.sanity_checking:
             self.seen = self.before()
-            self.sent = Sent(self.command)
+            self.sent = Sent(self.command, **self.params)
 
     def record(self) -> Any:
         """What became of it."""
@@ -268,7 +268,8 @@ def test_a_stop_ends_at_its_step(tmp_path, saver, command, step):
     record = at.record()
     assert trainer.global_step == step == record["applied_at_step"]
     if (saver, command) == ("none", "graceful_stop"):
-        assert record["state"] == "finished" and record["result"] == {"step": step, "path": None, "seconds": None}
+        assert record["state"] == "finished"
+        assert record["result"] == {"step": step, "path": None, "seconds": None, "evaluated": False}
         assert files(tmp_path) == {}
     else:
         is_saved(record, tmp_path / ("checkpoints" if saver == "none" else "mine"), step)
@@ -649,6 +650,74 @@ def test_weights_are_those_of_an_uncontrolled_run(tmp_path, steps):
         is_saved(at.record(), tmp_path / "mine", at.step)
     assert same(weights(alone), weights(watched))
     assert alone.evaluated == watched.evaluated
+
+
+@pytest.mark.parametrize("saver", ["epochs", "steps"])
+@pytest.mark.parametrize("schedule", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 2}], ids=str)
+def test_nothing_changes_after_extra_validations(tmp_path, saver, schedule):
+    """Saves that evaluate first: weights, scheduled validations, ModelCheckpoint's files are those without them."""
+    alone = fit(make(tmp_path / "alone", *SAVERS[saver](tmp_path / "alone"), **schedule), Counts(), validate=True)
+    sent = [At(step, "save_checkpoint", evaluate=True) for step in (1, 2, 3, 5)]
+    trainer = make(tmp_path / "watched", *sent, ours(), *SAVERS[saver](tmp_path / "watched"), **schedule)
+    watched = fit(trainer, Counts(), validate=True)
+    for at in sent:
+        record = at.record()
+        is_saved(record, tmp_path / "watched" / "mine", at.step)
+        assert record["result"]["evaluated"] is True
+    assert same(weights(alone), weights(watched)) and alone.modes == watched.modes == {True}
+    assert sorted(watched.evaluated) == sorted([*alone.evaluated, 1, 2, 3, 5])
+    made = {name for name in files(tmp_path / "watched") if "control-step" not in name}
+    assert made == set(files(tmp_path / "alone"))
+
+
+class Counts(Tiny):
+    """Its validation draws random numbers; in which modes it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: set[bool] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.modes.add(self.training)
+        self.modes.add(self.dropout.training)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        torch.rand(3)
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_validation_that_fails_is_not_the_end_of_training(tmp_path, caplog):
+    """What the user's validation_step raises is logged; the checkpoint is saved, and training goes on as it was."""
+
+    class Fails(Counts):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 3:
+                raise RuntimeError("no such batch")
+            super().validation_step(batch, batch_idx)
+
+    alone = fit(make(tmp_path / "alone"), Counts(), validate=True)
+    at = At(3, "save_checkpoint", evaluate=True)
+    watched = fit(make(tmp_path, at, ours()), Fails(), validate=True)
+    record = at.record()
+    is_saved(record, tmp_path / "checkpoints", 3)
+    assert record["result"]["evaluated"] is False and "no such batch" in caplog.text
+    assert same(weights(alone), weights(watched)) and watched.modes == {True}
+    assert alone.evaluated == watched.evaluated
+
+
+def test_a_save_that_is_to_evaluate_without_data(tmp_path):
+    """It is refused before any rank hears of it."""
+    said = []
+
+    def send(trainer: Any) -> None:
+        if not said:
+            with connect(JOB) as client, pytest.raises(forgather_control.ControlError) as caught:
+                client.call("save_checkpoint", evaluate=True)
+            said.append(str(caught.value))
+
+    fit(make(tmp_path, ours(), Watcher(on_train_batch_start=send)))
+    assert "no validation data" in said[0] and files(tmp_path) == {}
 
 
 def reads_of_the_device(out: Path, *callbacks: Any) -> int:

@@ -22,7 +22,8 @@ from ..support.harness import MS, SOON, Process, Wire, running_loop, until
 
 def give(job: TrainingJob, name: str, **params) -> forgather_control.CommandRecord:
     """Send a command to a job whose loop stands still in this very thread, and return its record."""
-    return getattr(forgather_control, name)(job.job_id, **params)
+    with forgather_control.connect(job.job_id) as client:
+        return forgather_control.CommandRecord.from_json(client.call(name, **params))
 
 
 def state(job: TrainingJob, record: forgather_control.CommandRecord) -> forgather_control.CommandRecord:
@@ -91,6 +92,56 @@ def test_a_loop_that_looks_seldom_still_saves(tmp_path):
         job.saved(tmp_path)
         done = state(job, record)
         assert (done.applied_at_step, done.result["step"]) == (1, 10)
+
+
+def test_a_save_that_is_to_evaluate_first(tmp_path):
+    """should_evaluate is set with should_save; the result says whether the loop evaluated."""
+    with TrainingJob("job") as job:
+        for step, obeys in ((1, True), (2, False)):
+            record = give(job, "save_checkpoint", evaluate=True)
+            job.step(step)
+            assert job.should_evaluate and job.should_save
+            if obeys:
+                job.evaluated({"loss": 1.0})
+                assert not job.should_evaluate
+            job.saved(tmp_path)
+            assert not job.should_evaluate and not job.should_save
+            assert state(job, record).result["evaluated"] is obeys
+
+
+@pytest.mark.parametrize("evaluate", ["auto", False])
+def test_a_save_that_need_not_evaluate(tmp_path, evaluate):
+    """A plain loop has no best model to choose, so only evaluate=true asks for it."""
+    with TrainingJob("job") as job:
+        give(job, "save_checkpoint", evaluate=evaluate)
+        job.step(1)
+        assert job.should_save and not job.should_evaluate
+
+
+def test_a_loop_that_cannot_evaluate():
+    """Two steps without a look at should_evaluate, and it is not asked for; one look, and it is."""
+    with TrainingJob("job") as job:
+        job.step(1)
+        job.step(2)
+        with pytest.raises(errors.ControlError, match="does not read job.should_evaluate"):
+            give(job, "save_checkpoint", evaluate=True)
+        assert not job.should_evaluate
+        job.step(3)
+        give(job, "save_checkpoint", evaluate=True)
+        job.step(4)
+        assert job.should_evaluate and job.should_save
+
+
+def test_an_evaluation_that_was_not_asked_for():
+    """The loop may report each of its own; outside a run nothing happens."""
+    job = TrainingJob("job")
+    job.evaluated({"loss": 1.0})
+    assert not job.should_evaluate
+    with job:
+        job.step(1)
+        job.evaluated({"loss": 1.0})
+        job.step(2)
+        assert forgather_control.get_job_status("job")["status"] == "training"
 
 
 def test_an_abort_takes_back_a_save():
