@@ -1,0 +1,291 @@
+"""Hooks of the callback for Lightning 2's Trainer.
+
+They run on the training thread and know the trainer's objects by their attributes. A trainer calls for each batch::
+
+    on_train_batch_start
+    on_train_batch_end            commands are applied if the optimizer made a step; a requested checkpoint is saved at
+                                  once, before ModelCheckpoint, which is always the last callback, saves by steps
+    on_validation_start, _end     if a validation is due, or the trainer is to stop
+    on_train_epoch_end            also when training stops; EarlyStopping decides, ModelCheckpoint saves
+    on_train_end                  ModelCheckpoint may save its last checkpoint
+    on_fit_end, teardown          the strategy has ended; what was saved in the background is on disk
+
+All of them run on every rank.
+
+A stop sets ``trainer.should_stop``: the trainer then validates once more if it has data for it, which other callbacks
+expect. Only ``min_steps`` and ``min_epochs`` are set aside. Abort uses the same exit path, because no other leaves the
+loops' counters consistent, with validation, the hooks at the end of an epoch and everything that saves disabled. What
+is set for that in other objects is restored when the run ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from .. import states
+from ..training.adapter import Adapter, guarded
+from ..training.options import ControlOptions
+from . import lightning_checkpoint, lightning_validation
+from .overrides import AttributeOverrides, do_nothing
+
+log = logging.getLogger("forgather_control")
+
+
+class LightningHooks(Adapter):
+    """Callback that makes a training run controllable: ``Trainer(..., callbacks=[LightningControlCallback()])``.
+
+    The trainer itself saves the requested checkpoints, also with ``enable_checkpointing=False``, as
+    ``control-step=N.ckpt`` in the directory of ``ModelCheckpoint``, or where that would save; if the name is taken,
+    ``-v1`` is added. They hold all that ``trainer.fit(ckpt_path=...)`` needs, and are never deleted. A stop saves a
+    last one if the trainer saves any by itself. If a save fails, its command fails and training continues, or stops
+    if that was requested, too.
+
+    ``global_step`` counts the steps of all optimizers. A model with manual optimization that does not use Lightning's
+    optimizers makes no steps, and no command is applied.
+
+    All arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
+    After that no hook raises into the trainer. All hooks run on the training thread.
+    """
+
+    def __init__(
+        self,
+        job_id: str | None = None,
+        *,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
+        enabled: bool = True,
+        poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+    ) -> None:
+        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        super().__init__(options)
+        self._overrides = AttributeOverrides()
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which controls nothing and has nothing to restore."""
+        return {**super().__getstate__(), "_overrides": AttributeOverrides()}
+
+    def _begin(self) -> None:
+        self._ending = False
+        self._silenced = False
+        self._steps = 0  # in this run, of whatever size
+        self._fresh = False  # whether there are new metrics to log
+        # The checkpoint being saved in the background: step, path, whether it was evaluated.
+        self._awaited: tuple[int, str, bool] | None = None
+
+    # Hooks.
+
+    @guarded
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        """Restore what an aborted run that ended with an exception may have left behind."""
+        self._overrides.restore()
+
+    @guarded
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Publish the job: the sanity check is finished, and the checkpoint to resume from is loaded."""
+        self._begin()
+        if self._signals is not None and signal.SIGTERM in self._signals.commands and self._options.enabled:
+            _put_sigterm_back(trainer)
+        self._open(
+            trainer.global_step,
+            _max_steps(trainer, module),
+            trainer.log_every_n_steps or None,
+            no_evaluation=lightning_validation.no_evaluation(trainer),
+            evaluation_counter=lightning_validation.evaluation_counter(trainer),
+        )
+
+    @guarded
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        """Note that evaluation and saving are finished; log the metrics of the last batch, which exist by then."""
+        if self._controller is not None:
+            self._controller.phase = states.STATUS_TRAINING
+            if self._fresh:
+                self._show(trainer)
+
+    @guarded
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Apply the pending commands if this batch ended a step, and carry out what they request."""
+        controller = self._controller
+        if controller is None:
+            return
+        if self._awaited is not None:
+            self._look_for_awaited()
+        step = trainer.global_step
+        if step == controller.last_step:
+            return
+        self._steps += 1
+        every = trainer.log_every_n_steps
+        self._fresh = self._fresh or bool(every and self._steps % every == 0)
+        controller.step(step, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+        if self._requested.any:
+            self._carry_out(trainer, module)
+
+    @guarded
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        """Note that evaluation starts. During the sanity check there is no job yet."""
+        if self._controller is not None:
+            self._controller.phase = states.STATUS_EVALUATING
+
+    @guarded
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Note that evaluation is finished, and log its metrics."""
+        if self._controller is not None:
+            self._controller.phase = states.STATUS_TRAINING
+            self._show(trainer)
+
+    @guarded
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """Note that the metrics of the epoch will follow."""
+        self._fresh = True
+
+    @guarded
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
+        """Note that the trainer saves."""
+        if self._controller is not None:
+            self._controller.phase = states.STATUS_SAVING
+
+    @guarded
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Log the last metrics. The job stays until ModelCheckpoint has saved its last checkpoint."""
+        if self._controller is not None:
+            self._show(trainer)
+
+    @guarded
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """End the job: training ends with an error or Ctrl-C. After an abort no checkpoint is saved even then."""
+        self._overrides.restore(keep="on_exception")
+        self._close(f"training ended by {type(exception).__name__}")
+
+    @guarded
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        """End the job: nothing is written any more."""
+        self._overrides.restore()
+        if self._controller is not None:
+            self._look_for_awaited(last=True)
+            self._close()
+
+    # Requested actions.
+
+    def _carry_out(self, trainer: Any, module: Any) -> None:
+        requested = self._requested
+        if requested.stop or requested.abort:
+            trainer.should_stop = True
+            if not self._ending:
+                self._end(trainer)
+        if requested.abort:
+            if not self._silenced:
+                self._silence(trainer, module)
+        elif requested.save:
+            # "auto" does not evaluate first: Lightning has no load_best_model_at_end.
+            evaluated = requested.evaluate_first is True and self._evaluate(trainer)
+            self._save(trainer, evaluated)
+
+    def _end(self, trainer: Any) -> None:
+        """Let the trainer stop at any step, with a last checkpoint if it saves any."""
+        self._ending = True
+        self._overrides.set(trainer.fit_loop, "min_epochs", 0)
+        self._overrides.set(trainer.fit_loop.epoch_loop, "min_steps", None)
+        if not self._requested.skip_save and lightning_checkpoint.saves_by_itself(trainer):
+            self._requested.request_save()
+
+    def _silence(self, trainer: Any, module: Any) -> None:
+        """Disable, until the run ends, whatever saves or expects a validation."""
+        self._silenced = True
+        override = self._overrides.set
+        override(trainer, "save_checkpoint", _refuse_to_save)
+        override(trainer, "limit_val_batches", 0)
+        override(trainer.fit_loop.epoch_loop, "update_lr_schedulers", do_nothing)
+        for each in (*trainer.callbacks, module):
+            override(each, "on_train_epoch_end", do_nothing)
+        for each in trainer.checkpoint_callbacks:
+            # They would also record what they did not write, and delete other checkpoints for it.
+            for name in [name for name in dir(each) if name.startswith("on_")]:
+                override(each, name, do_nothing)
+
+    def _evaluate(self, trainer: Any) -> bool:
+        """Validate now; return whether that worked."""
+        controller = self._controller
+        if controller is None or self._requested.no_evaluation is not None:
+            return False
+        try:
+            lightning_validation.validate(trainer)
+        except Exception as err:  # boundary: the user's validation_step
+            log.warning("A requested validation failed: %s", err, exc_info=True)
+            return False
+        finally:
+            controller.phase = states.STATUS_TRAINING
+        return True
+
+    def _save(self, trainer: Any, evaluated: bool) -> None:
+        controller, step = self._controller, trainer.global_step
+        assert controller is not None
+        controller.phase = states.STATUS_SAVING
+        path, trouble = lightning_checkpoint.write(trainer)
+        controller.phase = states.STATUS_TRAINING
+        self._requested.saved()
+        self._awaited = None
+        if trouble is not None:
+            self._miss(trouble)
+        elif lightning_checkpoint.exists(path) or not trainer.is_global_zero:
+            controller.saved(step, path, evaluated)
+        elif lightning_checkpoint.saves_in_background(trainer):
+            self._awaited = step, path, evaluated
+        else:
+            self._miss(f"no file {path} was found after saving it")
+
+    def _look_for_awaited(self, last: bool = False) -> None:
+        if self._awaited is None or self._controller is None:
+            return
+        step, path, evaluated = self._awaited
+        if lightning_checkpoint.exists(path):
+            self._awaited = None
+            self._controller.saved(step, path, evaluated)
+        elif last:
+            self._miss(f"{path} was not written in the background")
+
+    def _miss(self, reason: str) -> None:
+        log.warning("A requested checkpoint was not saved: %s", reason)
+        if self._controller is not None:
+            self._controller.save_failed(reason)
+
+    def _show(self, trainer: Any) -> None:
+        self._fresh = False
+        if self._controller is not None:
+            self._controller.log(_metrics(trainer))
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    log.warning("trainer.save_checkpoint() saves nothing: this run was aborted")
+
+
+def _put_sigterm_back(trainer: Any) -> None:
+    """Restore the handler from before Lightning's, which would raise at the end of the batch, while training stops."""
+    connector = getattr(trainer, "_signal_connector", None)
+    before = getattr(connector, "_original_handlers", {}).get(signal.SIGTERM)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+def _max_steps(trainer: Any, module: Any) -> int | None:
+    """Return the step at which training ends, if known. The data are loaded already, so this is cheap."""
+    try:
+        # With manual optimization a batch may have any number of steps.
+        steps = trainer.estimated_stepping_batches if module.automatic_optimization else trainer.max_steps
+        return int(steps) if 0 < steps < math.inf else None
+    except Exception:  # boundary: some schedules cannot be estimated, and raise
+        return None
+
+
+def _metrics(trainer: Any) -> Mapping[str, Any]:
+    """Return what was logged last. ``callback_metrics`` would compute it again, and may read the device."""
+    held = getattr(getattr(trainer, "_logger_connector", None), "_callback_metrics", None)
+    return held if isinstance(held, dict) else trainer.callback_metrics
