@@ -85,7 +85,9 @@ class CommandTracker:
             if command.skip_save:
                 loop.request_end()
                 return {}
-            value = self._methods[command.name].run(loop, **command.params)
+            run = self._methods[command.name].run
+            assert run is not None  # every command has one
+            value = run(loop, **command.params)
         except Exception as err:  # boundary: a failing effect fails its command, never control
             log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
             return _failure(err)

@@ -34,7 +34,7 @@ _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "
 
 
 class JobQueries:
-    """Answers the requests of clients about one run; see ``builtin.JobQueries``.
+    """Answers the requests of clients about one run. Each query of the method table is a method of the same name.
 
     Args:
         loop: what the training loop can do.
@@ -75,7 +75,7 @@ class JobQueries:
         if method.is_command:
             wants_reply = not isinstance(request.id, jsonrpc.NoId)
             return self._command(method, params, sink.peer, wants_reply)
-        return method.run(self, **params)
+        return getattr(self, method.name)(**params)
 
     # Commands...
 
@@ -147,17 +147,21 @@ class JobQueries:
             "commands": [record.to_json() for record in shown],
         }
 
-    def get_command(self, command_id: str) -> CommandRecord:
+    def authenticate(self, token: Any) -> dict[str, Any]:
+        """Return which job this is; over TCP the token was checked before."""
+        return self.ping()
+
+    def get_command(self, command_id: str) -> dict[str, Any]:
         """Return the record of one command."""
-        return self._queue.get(command_id)
+        return self._queue.get(command_id).to_json()
 
-    def cancel_command(self, command_id: str) -> CommandRecord:
+    def cancel_command(self, command_id: str) -> dict[str, Any]:
         """Cancel a command that is not applied yet."""
-        return self._queue.cancel(command_id)
+        return self._queue.cancel(command_id).to_json()
 
-    def list_commands(self) -> list[CommandRecord]:
+    def list_commands(self) -> list[dict[str, Any]]:
         """Return all records kept."""
-        return self._queue.records()
+        return [record.to_json() for record in self._queue.records()]
 
     def ranks(self, timeout: float) -> Any:
         """Return where each rank is."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from .. import states
 from . import schemas
 from .limits import MAX_RANK_TIMEOUT
 from .methods import COMMON, Method, MethodTable, Param
-from .records import CommandRecord
 
 Json = Any
 
@@ -42,60 +42,8 @@ class TrainingLoop(Protocol):
         """End after this step; no checkpoint is written from now on, the best model is not loaded."""
 
 
-class JobQueries(Protocol):
-    """What a query may ask of a job. On the server thread; must not block.
-
-    An answer that needs other ranks may be a ``dispatcher.Deferred``, that of ``subscribe`` is a ``Subscription``;
-    the table passes them on unread.
-    """
-
-    methods: MethodTable
-
-    def ping(self) -> dict[str, Json]: ...
-    def status(self) -> Json: ...
-    def get_command(self, command_id: str) -> CommandRecord: ...
-    def cancel_command(self, command_id: str) -> CommandRecord: ...
-    def list_commands(self) -> list[CommandRecord]: ...
-    def list_jobs(self) -> Json: ...
-    def ranks(self, timeout: float) -> Json: ...
-    def stacks(self, timeout: float) -> Json: ...
-    def subscribe(self, since: int | None, kinds: list[str] | None) -> Json: ...
-    def unsubscribe(self) -> Json: ...
-
-
 #: All built-in methods; a job's table starts as a copy.
 BUILTIN: Final = MethodTable()
-
-_Run = Callable[..., Json]
-
-
-def _doc(run: _Run) -> str:
-    return "\n".join(line.strip() for line in (run.__doc__ or "").strip().splitlines())
-
-
-def command(
-    name: str, *params: Param, finishes_when: set[str], needs: tuple[str, ...], verb: str
-) -> Callable[[_Run], _Run]:
-    """Declare a command; its docstring is the help text. Returns the function itself."""
-
-    def declare(run: _Run) -> _Run:
-        every = (*COMMON, *params)
-        row = Method(name, _doc(run), every, schemas.COMMAND_RECORD, run, frozenset(finishes_when), needs, verb)
-        BUILTIN.add(row)
-        return run
-
-    return declare
-
-
-def query(name: str, *params: Param, result: schemas.Schema, verb: str | None = None) -> Callable[[_Run], _Run]:
-    """Declare a query; its docstring is the help text. Returns the function itself."""
-
-    def declare(run: _Run) -> _Run:
-        BUILTIN.add(Method(name, _doc(run), params, result, run, verb=verb))
-        return run
-
-    return declare
-
 
 _RANK_TIMEOUT: Final = Param(
     "timeout",
@@ -111,7 +59,7 @@ _SINCE: Final = Param(
 )
 _KINDS: Final = Param(
     "kinds",
-    {"type": ["array", "null"], "items": schemas.EVENT_KIND, "default": None},
+    {"type": ["array", "null"], "items": schemas.words(*states.EVENT_KINDS), "default": None},
     "Which kinds of events to send; null sends all.",
 )
 _EVALUATE: Final = Param(
@@ -121,47 +69,47 @@ _EVALUATE: Final = Param(
 )
 
 
-@query("ping", result=schemas.PING)
-def ping(job: JobQueries) -> Json:
-    """Answer which job this is: job_id, pid, protocol, version and the time of its clock."""
-    return job.ping()
+def _query(name: str, doc: str, *params: Param, returns: str, verb: str | None = None) -> None:
+    BUILTIN.add(Method(name, doc, params, returns, verb=verb))
 
 
-@query("authenticate", _TOKEN, result=schemas.PING)
-def authenticate(job: JobQueries, token: Json) -> Json:
-    """Show the token, as the first request of a connection over TCP.
+def _command(
+    name: str, *params: Param, finishes_when: set[str], needs: tuple[str, ...], verb: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declare a command; the docstring of its effect is the help text."""
 
-    The answer is that of ping. Over the Unix socket, where the kernel identifies the caller, any token passes.
-    """
-    return job.ping()
+    def declare(run: Callable[..., None]) -> Callable[..., None]:
+        doc = "\n".join(line.strip() for line in (run.__doc__ or "").strip().splitlines())
+        every = (*COMMON, *params)
+        BUILTIN.add(Method(name, doc, every, "CommandRecord", run, frozenset(finishes_when), needs, verb))
+        return run
+
+    return declare
 
 
-@query("status", result=schemas.STATUS, verb="status")
-def status(job: JobQueries) -> Json:
-    """Show how far the job is: step, epoch, speed, time left, latest metrics, pending commands."""
-    return job.status()
+# Commands...
 
 
-@command("save_checkpoint", _EVALUATE, finishes_when={"saved"}, needs=("save",), verb="save")
+@_command("save_checkpoint", _EVALUATE, finishes_when={"saved"}, needs=("save",), verb="save")
 def save_checkpoint(loop: TrainingLoop, evaluate: Json) -> None:
     """Save a checkpoint now and continue training, whatever save_strategy says."""
     loop.request_save(evaluate)
 
 
-@command("graceful_stop", finishes_when={"ended"}, needs=("stop",), verb="stop")
+@_command("graceful_stop", finishes_when={"ended"}, needs=("stop",), verb="stop")
 def graceful_stop(loop: TrainingLoop) -> None:
     """Finish the current step and end, with a last checkpoint unless save_strategy is "no"."""
     loop.request_stop()
 
 
-@command("save_and_stop", _EVALUATE, finishes_when={"saved", "ended"}, needs=("save", "stop"), verb="save-stop")
+@_command("save_and_stop", _EVALUATE, finishes_when={"saved", "ended"}, needs=("save", "stop"), verb="save-stop")
 def save_and_stop(loop: TrainingLoop, evaluate: Json) -> None:
     """Save a checkpoint whatever save_strategy says, then end."""
     loop.request_save(evaluate)
     loop.request_stop()
 
 
-@command("abort", finishes_when={"ended"}, needs=("abort",), verb="abort")
+@_command("abort", finishes_when={"ended"}, needs=("abort",), verb="abort")
 def abort(loop: TrainingLoop) -> None:
     """End at once without saving: progress since the last checkpoint is lost.
 
@@ -171,52 +119,50 @@ def abort(loop: TrainingLoop) -> None:
     loop.request_abort()
 
 
-@query("get_command", _KNOWN_ID, result=schemas.COMMAND_RECORD)
-def get_command(job: JobQueries, command_id: str) -> Json:
-    """Answer the record of one command."""
-    return job.get_command(command_id).to_json()
+# Queries...
 
+_query("ping", "Answer which job this is: job_id, pid, protocol, version and the time of its clock.", returns="Ping")
+_query(
+    "authenticate",
+    """Show the token, as the first request of a connection over TCP.
 
-@query("cancel_command", _KNOWN_ID, result=schemas.COMMAND_RECORD, verb="cancel")
-def cancel_command(job: JobQueries, command_id: str) -> Json:
-    """Cancel a command that is not applied yet."""
-    return job.cancel_command(command_id).to_json()
-
-
-@query("list_commands", result=schemas.array(schemas.COMMAND_RECORD, "CommandRecords"), verb="commands")
-def list_commands(job: JobQueries) -> Json:
-    """Answer the records that the job keeps, oldest first."""
-    return [record.to_json() for record in job.list_commands()]
-
-
-@query("list_jobs", result=schemas.LISTED_JOBS, verb="list")
-def list_jobs(job: JobQueries) -> Json:
-    """List the jobs in this host's jobs directory, without their tokens."""
-    return job.list_jobs()
-
-
-@query("ranks", _RANK_TIMEOUT, result=schemas.RANKS, verb="ranks")
-def ranks(job: JobQueries, timeout: float) -> Json:
-    """Show every rank: host, pid, step, last step, memory, device; which are behind, and which are gone."""
-    return job.ranks(timeout)
-
-
-@query("stacks", _RANK_TIMEOUT, result=schemas.STACKS, verb="stacks")
-def stacks(job: JobQueries, timeout: float) -> Json:
+The answer is that of ping. Over the Unix socket, where the kernel identifies the caller, any token passes.""",
+    _TOKEN,
+    returns="Ping",
+)
+_query(
+    "status",
+    "Show how far the job is: step, epoch, speed, time left, latest metrics, pending commands.",
+    returns="Status",
+    verb="status",
+)
+_query("get_command", "Answer the record of one command.", _KNOWN_ID, returns="CommandRecord")
+_query("cancel_command", "Cancel a command that is not applied yet.", _KNOWN_ID, returns="CommandRecord")
+_query("list_commands", "Answer the records that the job keeps, oldest first.", returns="CommandRecords")
+_query(
+    "list_jobs", "List the jobs in this host's jobs directory, without their tokens.", returns="ListedJobs", verb="list"
+)
+_query(
+    "ranks",
+    "Show every rank: host, pid, step, last step, memory, device; which are behind, and which are gone.",
+    _RANK_TIMEOUT,
+    returns="Ranks",
+    verb="ranks",
+)
+_query(
+    "stacks",
     """Print the Python stacks of all threads of every rank, also while training hangs.
 
-    The stacks of ranks that do not answer are read from outside, where they run on this host.
-    """
-    return job.stacks(timeout)
-
-
-@query("subscribe", _SINCE, _KINDS, result=schemas.SUBSCRIBED)
-def subscribe(job: JobQueries, since: int | None, kinds: list[str] | None) -> Json:
-    """Send events as notifications on this connection, until unsubscribe or the end of the job."""
-    return job.subscribe(since, kinds)
-
-
-@query("unsubscribe", result=schemas.UNSUBSCRIBED)
-def unsubscribe(job: JobQueries) -> Json:
-    """Stop sending events on this connection."""
-    return job.unsubscribe()
+The stacks of ranks that do not answer are read from outside, where they run on this host.""",
+    _RANK_TIMEOUT,
+    returns="Stacks",
+    verb="stacks",
+)
+_query(
+    "subscribe",
+    "Send events as notifications on this connection, until unsubscribe or the end of the job.",
+    *(_SINCE, _KINDS),
+    returns="Subscribed",
+)
+_query("unsubscribe", "Stop sending events on this connection.", returns="Unsubscribed")
+BUILTIN.freeze()

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from .. import errors
 from ..version import VERSION
-from . import schemas
 from .methods import Method, MethodTable
 
 Json = Any
@@ -40,7 +39,10 @@ def document(methods: MethodTable) -> dict[str, Json]:
 
 def _errors(method: Method) -> list[dict[str, Json]]:
     classes = (*_ANY_METHOD, *(_COMMANDS if method.is_command else ()), *_SPECIAL.get(method.name, ()))
-    return [{"code": cls.code, "message": _first_line(cls), "data": schemas.ERROR_DATA} for cls in classes]
+    return [
+        {"code": cls.code, "message": _first_line(cls), "data": {"title": "ErrorData", "type": "object"}}
+        for cls in classes
+    ]
 
 
 def _first_line(cls: type[errors.ControlError]) -> str:

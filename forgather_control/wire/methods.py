@@ -77,9 +77,9 @@ class Method(NamedTuple):
     Args:
         doc: its help; the first paragraph is the summary.
         params: in positional order; a command's start with ``COMMON``.
-        result: the JSON Schema of its answer.
-        run: a command takes a ``builtin.TrainingLoop`` and its own parameters, on the training thread of every rank;
-            a query takes a ``builtin.JobQueries`` and its parameters, on the server thread.
+        returns: the title of its answer in ``results.json``.
+        run: the effect of a command: takes a ``builtin.TrainingLoop`` and the command's own parameters, on the training
+            thread of every rank. A query has none: the method of its name in ``training.job_queries`` answers it.
         finishes_when: the events that must all have happened before a command is finished: every rank has
             ``applied`` it, ``saved``, ``evaluated`` or ``reported`` its part, training has ``ended``. Empty: a query.
         needs: what the training loop must be able to do, else the command is refused before any rank receives it.
@@ -90,8 +90,8 @@ class Method(NamedTuple):
     name: str
     doc: str
     params: tuple[Param, ...]
-    result: Schema
-    run: Callable[..., Json]
+    returns: str
+    run: Callable[..., Json] | None = None
     finishes_when: frozenset[str] = frozenset()
     needs: tuple[str, ...] = ()
     verb: str | None = None
@@ -101,6 +101,11 @@ class Method(NamedTuple):
     def is_command(self) -> bool:
         """Whether it acts on training, rather than being answered at once."""
         return bool(self.finishes_when)
+
+    @property
+    def result(self) -> Schema:
+        """The JSON Schema of its answer."""
+        return schemas.results()[self.returns]
 
     @property
     def rank_report(self) -> str | None:

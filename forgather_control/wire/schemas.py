@@ -6,9 +6,10 @@ A schema is a plain dictionary (JSON Schema, draft 7). ``check`` understands the
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from typing import Any, Final
 
-from .. import states
 from .limits import MAX_COMMAND_ID
 
 Json = Any
@@ -103,36 +104,12 @@ def _fits(schema: Schema, value: Json) -> bool:
     )
 
 
-# Building a schema...
+# Schemas of parameters...
 
 
 def nullable(schema: Schema) -> Schema:
     """Return the schema that also allows null."""
-    if "enum" in schema or "type" not in schema:
-        return {"anyOf": [schema, {"type": "null"}]}
     return {**schema, "type": [*_types(schema), "null"]}
-
-
-def record(title: str, required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
-    """Return the schema of an object; other members than the named ones are allowed, as later versions add some."""
-    return {
-        "title": title,
-        "type": "object",
-        "properties": {**required, **(optional or {})},
-        "required": list(required),
-    }
-
-
-def array(items: Schema, title: str) -> Schema:
-    """Return the schema of a list."""
-    return {"title": title, "type": "array", "items": items}
-
-
-TEXT: Final[Schema] = {"type": "string"}
-WHOLE: Final[Schema] = {"type": "integer"}
-#: NaN and the infinities travel as strings.
-NUMBER: Final[Schema] = {"type": ["number", "string"]}
-BOOLEAN: Final[Schema] = {"type": "boolean"}
 
 
 def words(*values: str) -> Schema:
@@ -142,108 +119,25 @@ def words(*values: str) -> Schema:
 
 COMMAND_ID: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": MAX_COMMAND_ID, "format": "printable"}
 
-# Results...
 
-PING: Final = record(
-    "Ping", {"job_id": nullable(TEXT), "pid": WHOLE, "protocol": WHOLE, "version": TEXT, "time": {"type": "number"}}
-)
+# Schemas of results...
 
-REQUESTED_BY: Final = record(
-    "RequestedBy",
-    {
-        "via": words(*states.VIAS),
-        "uid": nullable(WHOLE),
-        "user": nullable(TEXT),
-        "pid": nullable(WHOLE),
-        "program": nullable(TEXT),
-    },
-)
 
-COMMAND_RECORD: Final = record(
-    "CommandRecord",
-    {
-        "command_id": COMMAND_ID,
-        "command": TEXT,
-        "params": {"title": "CommandParams", "type": "object"},
-        "reason": nullable(TEXT),
-        "state": words(*states.COMMAND_STATES),
-        "requested_at": {"type": "number"},
-        "requested_by": nullable(REQUESTED_BY),
-        "applied_at_step": nullable(WHOLE),
-        "finished_at": nullable({"type": "number"}),
-        "result": nullable({"title": "CommandResult", "type": "object"}),
-        "error": nullable(record("CommandFailure", {"code": WHOLE, "message": TEXT})),
-    },
-)
+@cache
+def results() -> dict[str, Schema]:
+    """Return the schemas of all results by title: those of ``results.json``, with its references resolved.
 
-STATUS: Final = record(
-    "Status",
-    {
-        "job_id": nullable(TEXT),
-        "status": words(*states.TRAINING_STATUSES),
-        "global_step": WHOLE,
-        "epoch": nullable(NUMBER),
-        "max_steps": nullable(WHOLE),
-        "progress": nullable(NUMBER),
-        "steps_per_second": nullable(NUMBER),
-        "eta_seconds": nullable(NUMBER),
-        "seconds_since_step": nullable(NUMBER),
-        "metrics": {"title": "Metrics", "type": "object"},
-        "world_size": WHOLE,
-        "started_at": {"type": "number"},
-        "commands": array(COMMAND_RECORD, "CommandRecords"),
-    },
-    {
-        "host": TEXT,
-        "pid": WHOLE,
-        "rss_bytes": WHOLE,
-        "cpu_percent": NUMBER,
-        "device": TEXT,
-        "device_memory_bytes": WHOLE,
-    },
-)
+    NaN and the infinities travel as strings, so a number that may be one of them is "number" or "string".
+    """
+    from importlib.resources import files  # not needed at the start of the command line
 
-LISTED_JOBS: Final = array(
-    record(
-        "ListedJob",
-        {
-            "job_id": TEXT,
-            "host": TEXT,
-            "port": nullable(WHOLE),
-            "pid": WHOLE,
-            "started_at": {"type": "number"},
-            "world_size": WHOLE,
-            "user": TEXT,
-            "version": TEXT,
-            "state": words(*states.JOB_STATES),
-        },
-    ),
-    "ListedJobs",
-)
+    found: dict[str, Schema] = json.loads((files(__package__) / "results.json").read_text("utf-8"))
+    return {name: _resolved(schema, found) for name, schema in found.items()}
 
-_RANK: Final[dict[str, Schema]] = {
-    "rank": WHOLE,
-    "host": nullable(TEXT),
-    "pid": nullable(WHOLE),
-    "state": words(*states.RANK_STATES),
-}
-RANKS: Final = array(
-    record(
-        "Rank",
-        {
-            **_RANK,
-            "step": nullable(WHOLE),
-            "seconds_since_step": nullable(NUMBER),
-            "rss_bytes": nullable(WHOLE),
-            "device": nullable(TEXT),
-            "device_memory_bytes": nullable(WHOLE),
-        },
-    ),
-    "Ranks",
-)
-STACKS: Final = array(record("RankStacks", {**_RANK, "stacks": nullable(TEXT)}), "Stacks")
-#: The facts of an error; which ones depends on the error.
-ERROR_DATA: Final[Schema] = {"title": "ErrorData", "type": "object"}
-EVENT_KIND: Final = words(*states.EVENT_KINDS)
-SUBSCRIBED: Final = record("Subscribed", {"next": WHOLE})
-UNSUBSCRIBED: Final = record("Unsubscribed", {"subscribed": BOOLEAN})
+
+def _resolved(value: Json, named: dict[str, Schema]) -> Json:
+    if isinstance(value, dict):
+        if "$ref" in value:
+            return _resolved(named[value["$ref"]], named)
+        return {name: _resolved(item, named) for name, item in value.items()}
+    return value

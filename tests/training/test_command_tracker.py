@@ -46,7 +46,7 @@ class Group:
 
 def method(name, *finishes_when, run=lambda loop: None, combine=None):
     """A command that a job could add."""
-    return Method(name, "Do it.", COMMON, {}, run, frozenset(finishes_when), (), None, combine)
+    return Method(name, "Do it.", COMMON, "CommandRecord", run, frozenset(finishes_when), (), None, combine)
 
 
 class Rank:

@@ -290,10 +290,10 @@ def test_a_start_in_an_unusable_place_is_one_sentence(monkeypatch):
 
 def test_methods_are_fixed_at_the_first_step(job):
     """Before it a method can be added, after it no more."""
-    job.methods.add(Method("user.one", "One.", COMMON, {}, lambda loop: None, frozenset({"applied"})))
+    job.methods.add(Method("user.one", "One.", COMMON, "CommandRecord", lambda loop: None, frozenset({"applied"})))
     job.step(1)
     with pytest.raises(ValueError, match="fixed at the first step"):
-        job.methods.add(Method("user.two", "Two.", COMMON, {}, lambda loop: None, frozenset({"applied"})))
+        job.methods.add(Method("user.two", "Two.", COMMON, "CommandRecord", lambda loop: None, frozenset({"applied"})))
 
 
 def test_a_method_that_a_rank_did_not_register_is_unavailable():

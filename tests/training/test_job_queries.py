@@ -34,7 +34,9 @@ class Loop(RequestedActions):
 def job():
     """A published controller whose training thread is this one, with a command of its own."""
     controller = Controller(ControlOptions("job"), Loop(), step=0, max_steps=100)
-    controller.methods.add(Method("user.ask", "Ask.", COMMON, {}, lambda loop: 5, frozenset({"applied"}), ("ask",)))
+    controller.methods.add(
+        Method("user.ask", "Ask.", COMMON, "CommandRecord", lambda loop: 5, frozenset({"applied"}), ("ask",))
+    )
     controller.start()
     yield controller
     controller.close()

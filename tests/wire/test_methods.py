@@ -28,7 +28,7 @@ def refusal(name, given):
 
 def example(name="user.sample", *params):
     """A method that a job could add."""
-    return Method(name, "Do something.", params, {}, lambda job: None, frozenset({"applied"}))
+    return Method(name, "Do something.", params, "CommandRecord", lambda job: None, frozenset({"applied"}))
 
 
 def test_a_job_adds_methods_to_its_own_table():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import jsonschema
 import pytest
 
+from forgather_control import states
 from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 
@@ -65,3 +67,26 @@ def test_whole_numbers_become_floats_where_a_number_is_wanted():
     assert type(schemas.check({"type": "number"}, 3)) is float
     assert type(schemas.check({"type": "integer"}, 3)) is int
     assert schemas.check({"type": ["number", "null"]}, None) is None
+
+
+def test_the_words_of_results_are_those_of_the_code():
+    """Each enumeration of results.json lists the words that states.py owns."""
+    found = schemas.results()
+    record = found["CommandRecord"]["properties"]
+    for schema, words in (
+        (record["state"], states.COMMAND_STATES),
+        (record["requested_by"]["properties"]["via"], states.VIAS),
+        (found["Status"]["properties"]["status"], states.TRAINING_STATUSES),
+        (found["ListedJobs"]["items"]["properties"]["state"], states.JOB_STATES),
+        (found["Ranks"]["items"]["properties"]["state"], states.RANK_STATES),
+        (found["Stacks"]["items"]["properties"]["state"], states.RANK_STATES),
+    ):
+        assert schema["enum"] == list(words)
+
+
+def test_references_in_results_are_resolved():
+    """A schema stands alone: a validator needs no other document."""
+    found = schemas.results()
+    assert "$ref" not in json.dumps(found)
+    assert found["Status"]["properties"]["commands"]["items"] == found["CommandRecord"]
+    assert {method.returns for method in BUILTIN} == set(found)
