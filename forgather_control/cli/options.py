@@ -32,6 +32,10 @@ def _address(text: str) -> str:
     return text
 
 
+def _port(text: str) -> str:
+    return _address(text if "://" in text else f"tcp://{text}")
+
+
 def _valid(check: Callable[[str], Any], text: str) -> Any:
     try:
         return check(text)
@@ -50,7 +54,7 @@ def _first_line(path: str) -> str:
     return token
 
 
-def _value(param: methods.Param) -> Callable[[str], Any]:
+def _reader(param: methods.Param) -> Callable[[str], Any]:
     """Return the function that turns a word into a parameter's value."""
     is_number = bool({"number", "integer"} & _kinds(param))
     words = {_word(choice): choice for choice in param.schema.get("enum", ())}
@@ -72,57 +76,41 @@ def _kinds(param: methods.Param) -> set[str]:
 
 def _word(choice: Any) -> str:
     """Return how a choice is typed: JSON's true and false are yes and no."""
-    return {True: "yes", False: "no"}.get(choice, str(choice)) if isinstance(choice, bool) else str(choice)
+    return ("yes" if choice else "no") if isinstance(choice, bool) else str(choice)
 
 
 # Options...
 
+
+def _flag(doc: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": doc}
+
+
+def _with(metavar: str, read: Callable[[str], Any], doc: str, **more: str) -> dict[str, Any]:
+    return {"metavar": metavar, "type": read, "help": doc, **more}
+
+
+_read_seconds = _reader(methods.TIMEOUT)
+
 #: The options that several verbs have, as ``add_argument`` takes them.
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
-    "--json": {"action": "store_true", "help": "print what the wire said, one JSON text"},
+    "--json": _flag("print what the wire said, one JSON text"),
     "--version": {"action": "version", "version": f"forgather-control {VERSION}"},
-    "--force": {"action": "store_true", "help": "do not ask"},
-    "--connect": {
-        "metavar": "ADDRESS",
-        "type": _address,
-        "help": "tcp://HOST:PORT, tls://HOST:PORT or unix:PATH",
-    },
+    "--force": _flag("do not ask"),
+    "--connect": _with("ADDRESS", _address, "tcp://HOST:PORT, tls://HOST:PORT or unix:PATH"),
     # Never the token itself: every user of this host sees the arguments of every process.
-    "--token-file": {
-        "metavar": "FILE",
-        "type": _first_line,
-        "dest": "token",
-        "help": "holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's endpoint.json",
-    },
-    "--ssh": {
-        "metavar": "HOST",
-        "type": _host,
-        "help": "do it on that host, over ssh: an alias, or [USER@]HOST; no port is opened for it",
-    },
-    "--remote": {
-        "metavar": "HOST:PORT",
-        "type": lambda text: _address(text if "://" in text else f"tcp://{text}"),
-        "help": "the jobs of another host, listed by the job at this port",
-    },
-    "--wait": {"action": "store_true", "help": "return when it is finished"},
-    "--timeout": {
-        "metavar": "SECONDS",
-        "type": _value(methods.TIMEOUT),
-        "help": "give up waiting after this time, with exit code 5 (implies --wait)",
-    },
-    "--kill-after": {
-        "metavar": "SECONDS",
-        "type": _value(methods.TIMEOUT),
-        "help": "wait, and kill those of its processes on this host that have not ended by then",
-    },
-    "--reason": {
-        "metavar": "TEXT",
-        "type": _value(methods.REASON),
-        "dest": PARAM + "reason",
-        "help": "why; kept in the command's record",
-    },
-    "--until-input-ends": {"action": "store_true", "help": "do not wait for replies after it"},
-}
+    "--token-file": _with(
+        "FILE", _first_line, "holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's "
+        "endpoint.json", dest="token",
+    ),
+    "--ssh": _with("HOST", _host, "do it on that host, over ssh: an alias, or [USER@]HOST; no port is opened for it"),
+    "--remote": _with("HOST:PORT", _port, "the jobs of another host, listed by the job at this port"),
+    "--wait": _flag("return when it is finished"),
+    "--timeout": _with("SECONDS", _read_seconds, "give up waiting after this time, with exit code 5 (implies --wait)"),
+    "--kill-after": _with("SECONDS", _read_seconds, "wait, then kill its processes on this host that have not ended"),
+    "--reason": _with("TEXT", _reader(methods.REASON), "why; kept in the command's record", dest=PARAM + "reason"),
+    "--until-input-ends": _flag("do not wait for replies after it"),
+}  # fmt: skip
 
 
 @cache
@@ -155,7 +143,7 @@ def add_param(parser: argparse.ArgumentParser, param: methods.Param) -> None:
     """Add a parameter of a method: a word of its own if it is required, else an option."""
     doc, dest = plain(param.doc), PARAM + param.name
     if param.required:
-        parser.add_argument(dest, metavar=param.name.rpartition("_")[2].upper(), type=_value(param), help=doc)
+        parser.add_argument(dest, metavar=param.name.rpartition("_")[2].upper(), type=_reader(param), help=doc)
     elif _is_flag(param):
         parser.add_argument(_option(param), dest=dest, action="store_const", const=True, help=doc)
     else:
@@ -163,7 +151,7 @@ def add_param(parser: argparse.ArgumentParser, param: methods.Param) -> None:
         unit = str(param.schema.get("unit", param.name)).upper()
         if param.default is not None:
             doc += f" (default {_word(param.default)})"
-        parser.add_argument(_option(param), dest=dest, metavar=choices or unit, type=_value(param), help=doc)
+        parser.add_argument(_option(param), dest=dest, metavar=choices or unit, type=_reader(param), help=doc)
 
 
 def plain(doc: str) -> str:

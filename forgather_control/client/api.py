@@ -18,6 +18,8 @@ __all__ = ["find"]  # also imported from here
 
 #: What a call that gives a command waits for: once it is queued, once every rank applied it, or once it is done.
 Wait = Literal["accepted", "applied", "finished"]
+_Text = str | None
+_Seconds = float | None
 
 
 def list_jobs(timeout: float = LIST_TIMEOUT) -> list[Job]:
@@ -98,12 +100,12 @@ def cancel_command(job: str | None, command_id: str) -> CommandRecord:
 
 
 def save_checkpoint(
-    job: str | None = None,
+    job: _Text = None,
     *,
     wait: Wait = "accepted",
-    timeout: float | None = None,
-    command_id: str | None = None,
-    reason: str | None = None,
+    timeout: _Seconds = None,
+    command_id: _Text = None,
+    reason: _Text = None,
     evaluate: Literal["auto"] | bool | None = None,
 ) -> CommandRecord:
     """Save a checkpoint now; with ``wait="finished"``, ``record.result["path"]`` is where it is.
@@ -121,56 +123,50 @@ def save_checkpoint(
         DeadlinePassed: ``timeout`` passed first; the command is still carried out.
         FindError: there is no such job, or it does not answer.
     """
-    return _give(job, "save_checkpoint", wait, timeout, command_id, reason, evaluate=evaluate)
+    return _give(
+        job, "save_checkpoint", wait=wait, timeout=timeout, command_id=command_id, reason=reason, evaluate=evaluate
+    )
 
 
 def graceful_stop(
-    job: str | None = None,
+    job: _Text = None,
     *,
     wait: Wait = "accepted",
-    timeout: float | None = None,
-    command_id: str | None = None,
-    reason: str | None = None,
+    timeout: _Seconds = None,
+    command_id: _Text = None,
+    reason: _Text = None,
 ) -> CommandRecord:
     """Finish the current step and end. Arguments and errors as in :func:`save_checkpoint`."""
-    return _give(job, "graceful_stop", wait, timeout, command_id, reason)
+    return _give(job, "graceful_stop", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
 def save_and_stop(
-    job: str | None = None,
+    job: _Text = None,
     *,
     wait: Wait = "accepted",
-    timeout: float | None = None,
-    command_id: str | None = None,
-    reason: str | None = None,
+    timeout: _Seconds = None,
+    command_id: _Text = None,
+    reason: _Text = None,
 ) -> CommandRecord:
     """Save a checkpoint, then end. Arguments and errors as in :func:`save_checkpoint`."""
-    return _give(job, "save_and_stop", wait, timeout, command_id, reason)
+    return _give(job, "save_and_stop", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
 def abort(
-    job: str | None = None,
+    job: _Text = None,
     *,
     wait: Wait = "accepted",
-    timeout: float | None = None,
-    command_id: str | None = None,
-    reason: str | None = None,
+    timeout: _Seconds = None,
+    command_id: _Text = None,
+    reason: _Text = None,
 ) -> CommandRecord:
     """End at once without saving. Arguments and errors as in :func:`save_checkpoint`."""
-    return _give(job, "abort", wait, timeout, command_id, reason)
+    return _give(job, "abort", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
-def _give(
-    job: str | None,
-    name: str,
-    wait: str,
-    timeout: float | None,
-    command_id: str | None,
-    reason: str | None,
-    **own: Any,
-) -> CommandRecord:
+def _give(job: _Text, name: str, **params: Any) -> CommandRecord:
     with connect(job) as client:
-        return client.command(name, wait=wait, timeout=timeout, command_id=command_id, reason=reason, **own)
+        return client.command(name, **params)
 
 
 def cleanup(found: list[Job] | None = None) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
@@ -17,18 +16,14 @@ from ..errors import (
     JobNotAnswering,
     NoSuchJob,
     NotAuthenticated,
-    WireError,
 )
 from ..wire import jsonrpc
-from ..wire.builtin import BUILTIN
 from ..wire.records import CommandRecord
 from . import limits
 from .diagnosis import connection_lost
 from .events import EventQueue
+from .peer import Peer
 from .target import Target
-
-#: A job of this protocol or a later one takes ``expires_at`` and ``reason``.
-_WITH_EXPIRY: Final = 2
 
 
 class _Call(NamedTuple):
@@ -73,12 +68,8 @@ class Client:
         self._is_closed = False
         #: Events that came before replies, for :meth:`events`.
         self._events = EventQueue()
-        #: What the job answered to ``ping`` or ``authenticate``.
-        self._identity: dict[str, Any] | None = None
-        #: Seconds by which the job's clock is ahead of this host's; ``None`` if not known.
-        self._clock_offset = 0.0 if self._transport.is_same_host else None
-        #: The parameters' names of the job's methods, as ``rpc.discover`` has them.
-        self._discovered: dict[str, tuple[str, ...]] | None = None
+        record = target.record
+        self._peer = Peer(self.call, record and record.protocol, self._transport.is_same_host)
         try:
             self._shake_hands(token)
         except BaseException:
@@ -96,22 +87,20 @@ class Client:
         self._is_closed = True
         self._transport.close()
 
-    # Who answers...
-
     def _shake_hands(self, token: str | None) -> None:
         """Show the token, and make sure that the job is the one that was meant."""
         target = self._target
         if token is not None:
             try:
-                self._identify("authenticate", token=token)
+                self._peer.identify("authenticate", token=token)
             except JobDead as err:
                 text = f"{self.name} closed the connection when it was shown a token: is this the job's port?"
                 raise JobDead(text) from err
         elif target.endpoint is None:
             return
-        if target.job_id is None or self._said("job_id", str) == target.job_id:
+        if target.job_id is None or self._peer.job_id == target.job_id:
             return
-        found = ascii(self._said("job_id", str))[:140]
+        found = ascii(self._peer.job_id)[:140]
         if target.record is not None:
             raise NotAuthenticated(f"another job answers at the port of {target.job_id}: {found}")
         text = f"another job answers there, {found}, not {ascii(target.job_id)[:140]}"
@@ -124,24 +113,10 @@ class Client:
         Raises:
             InternalError: the other side has none.
         """
-        known: str | None = self._transport.job_id or self._target.job_id or self._said("job_id", str)
+        known = self._transport.job_id or self._target.job_id or self._peer.job_id
         if known is None:
             raise InternalError("the other side sent no job id")
         return known
-
-    def _identify(self, method: str, **params: Any) -> None:
-        answer = self.call(method, **params)
-        self._identity = answer if isinstance(answer, dict) else {}
-        now = self._identity.get("time")
-        if self._clock_offset is None and isinstance(now, (int, float)):
-            self._clock_offset = now - time.time()
-
-    def _said(self, name: str, kind: type) -> Any:
-        """Return what the job says of itself, if it is of this type; it is asked once."""
-        if self._identity is None:
-            self._identify("ping")
-        value = (self._identity or {}).get(name)
-        return value if type(value) is kind else None
 
     # Calling...
 
@@ -195,47 +170,23 @@ class Client:
         A job that is too old to keep a ``reason`` does not get it.
         """
         given = {key: value for key, value in params.items() if value is not None}
-        if "reason" in given and not self._takes(name, "reason"):
+        if "reason" in given and not self._peer.takes(name, "reason"):
             del given["reason"]
         return self.call(name, **given)
 
     def _prepared(self, method: str, params: dict[str, Any] | list[Any]) -> _Call:
-        names = self._parameters(method)
+        """Decide how long to wait, and add an expiry to a command, so that it is not carried out after that."""
+        names = self._peer.parameters(method)
         named = dict(zip(names, params)) if isinstance(params, list) else params
         seconds = self._patience(named)
         is_command = "wait" in names and "command_id" in names
-        own_expiry = self._transport.can_withdraw or "expires_at" in named or len(named) < len(params)
-        if not is_command or own_expiry or not self._takes(method, "expires_at"):
-            return _Call(method, params, seconds, is_command)
-        if self._clock_offset is None:
-            self._said("time", float)
-        if self._clock_offset is None:
+        has_own = self._transport.can_withdraw or "expires_at" in named or len(named) < len(params)
+        now = self._peer.time() if is_command and not has_own and self._peer.takes(method, "expires_at") else None
+        if now is None:
             return _Call(method, params, seconds, is_command)
         limit = self._transport.silence if seconds is None else seconds
         limit -= min(limits.EXPIRY_MARGIN, limit / 10)
-        expiring = {**named, "expires_at": time.time() + self._clock_offset + limit}
-        return _Call(method, expiring, seconds, is_command, expires=True)
-
-    def _parameters(self, method: str) -> tuple[str, ...]:
-        """Return the names of a method's parameters; those that this version does not know, the job describes."""
-        known = BUILTIN.get(method)
-        if known is not None:
-            return tuple(param.name for param in known.params)
-        if self._discovered is None:
-            self._discovered = {}
-            with suppress(WireError):
-                self._discovered = _parameters_in(self.call("rpc.discover"))
-        return self._discovered.get(method, ())
-
-    def _takes(self, method: str, param: str) -> bool:
-        """Whether the job's version of a method has a parameter that protocol 2 brought."""
-        if param not in self._parameters(method):
-            return False
-        if method not in BUILTIN:
-            return True
-        record = self._target.record
-        protocol = record.protocol if record is not None else self._said("protocol", int)
-        return protocol is not None and protocol >= _WITH_EXPIRY
+        return _Call(method, {**named, "expires_at": now + limit}, seconds, is_command, expires=True)
 
     def _patience(self, named: dict[str, Any]) -> float | None:
         """Return the seconds to wait for a reply; ``None`` for as long as the job lives."""
@@ -342,15 +293,3 @@ class Client:
             raise self._unanswered(_Call("subscribe", {}, None))
         if isinstance(message, jsonrpc.Notification):
             self._events.put(message)
-
-
-def _parameters_in(document: Any) -> dict[str, tuple[str, ...]]:
-    """Return the parameters' names of each method in an OpenRPC document.
-
-    Raises:
-        InternalError: it is none.
-    """
-    try:
-        return {method["name"]: tuple(param["name"] for param in method["params"]) for method in document["methods"]}
-    except (LookupError, TypeError) as err:
-        raise InternalError("the other side sent no OpenRPC document") from err

@@ -12,6 +12,7 @@ import os
 import re
 import select
 import socket
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 from ..deadline import Deadline
@@ -143,12 +144,6 @@ class SshProcess:
             raise FindError(text) from err
         finally:
             theirs.close()
-
-    def __enter__(self) -> SshProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection and end ssh, which sees the end of its input; if it stays, it gets a signal."""
@@ -343,7 +338,7 @@ def list_jobs(host: str, timeout: float) -> tuple[Any, list[str]]:
         ControlError: why there is no list.
     """
     # echo and the semicolon mean the same to every shell.
-    with SshProcess(host, f"echo {_RESULT}; {_remote(['list', '--json'])}", timeout) as ssh:
+    with closing(SshProcess(host, f"echo {_RESULT}; {_remote(['list', '--json'])}", timeout)) as ssh:
         ssh.skip_to(re.compile(re.escape(_RESULT.encode()) + rb"\n"))
         try:
             rows = jsonrpc.parse_json(ssh.rest())

@@ -226,16 +226,12 @@ def dial(job: str | None = None) -> tuple[str, socket.socket]:
     Raises:
         FindError: as :func:`api.connect`.
     """
-    record = find(job)
-    if record.socket is None:
-        raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
-    try:
-        return record.job_id, addresses.UnixEndpoint(record.socket).connect(Deadline(limits.CALL_TIMEOUT))
-    except JobDead as err:
-        raise unreachable(record) from err
+    record = find(job)._replace(port=None)
+    transport, _ = _open_socket(record, Deadline(limits.CALL_TIMEOUT))
+    return record.job_id, transport.sock
 
 
-def _open_socket(record: JobRecord, deadline: Deadline) -> tuple[Transport, str | None]:
+def _open_socket(record: JobRecord, deadline: Deadline) -> tuple[SocketTransport, str | None]:
     """Connect to the job's socket, else to its port."""
     port = _port(record)
     if record.socket is not None:
