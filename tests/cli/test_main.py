@@ -392,6 +392,74 @@ def test_a_process_out_of_files_says_so_and_nothing_else():
         )
 
 
+def test_commands_are_listed_and_taken_back():
+    """``commands`` shows what the job keeps, ``cancel`` takes back what is not applied, once."""
+    with job_process("slow", step_seconds=SOON):
+        assert cli("commands", "slow").stdout == "no commands\n"
+        command_id = json.loads(cli("save", "slow", "--json").stdout)["command_id"]
+        shown = cli("commands", "slow").stdout
+        assert shown.splitlines()[1].startswith(f"{command_id}  save_checkpoint  accepted  -")
+        (listed,) = json.loads(cli("--json", "commands").stdout)
+        assert (listed["command_id"], listed["state"]) == (command_id, "accepted")
+        cancelled = cli("cancel", "slow", command_id)
+        assert (cancelled.returncode, cancelled.stdout) == (0, "slow: save_checkpoint cancelled\n")
+        again = cli("cancel", command_id)
+        assert (again.returncode, again.stdout) == (1, "") and "cancelled" in again.stderr
+        assert cli("cancel", "slow", "none").returncode == 1
+
+
+def test_a_number_behind_wait_is_a_job():
+    """``save --wait 30`` names the job 30; the message says how to give up after 30 s."""
+    done = cli("save", "--wait", "30")
+    assert done.returncode == 3 and done.stderr.endswith("To give up waiting after 30 s, use --timeout 30\n")
+    assert "--timeout" not in cli("save", "--wait", "job").stderr + cli("save", "30").stderr
+    with running_loop("30") as run:
+        assert cli("save", "--wait", "30").stdout.strip().endswith(run.saves[-1] if run.saves else "")
+
+
+def test_a_parameter_of_a_command_is_an_option():
+    """``save --evaluate no`` reaches the job as the method's parameter; another word is a usage error."""
+    asked = []
+    record = {"command_id": "i", "command": "save_checkpoint", "state": "accepted", "requested_at": 1.0}
+    with serving_tcp(
+        lambda request, sink: asked.append(request) or {**record, "job_id": "x", "protocol": 2}
+    ) as control:
+        way = ("--connect", f"tcp://{HERE}:{control.at[1]}", "--token-file", _token_file())
+        assert cli("save", "--evaluate", "no", "--reason", "a \x1b why", *way).returncode == 0
+        assert cli("save", "--evaluate=maybe", *way).returncode == 2
+    (saved,) = [request.params for request in asked if request.method == "save_checkpoint"]
+    assert (saved["evaluate"], saved["reason"]) == (False, "a \x1b why")
+
+
+ODD = [
+    None,
+    7,
+    "x",
+    [],
+    [1],
+    {},
+    {"job_id": 7},
+    {"job_id": "x", "status": [], "global_step": "\x1b[2J", "progress": "x"},
+]
+ODD_RECORDS = [
+    {"command_id": "i", "command": command, "state": "finished", "requested_at": 1.0, "result": result}
+    for command in ("save_checkpoint", "abort", "\x1b[2J", "evaluate")
+    for result in (None, {}, {"metrics": 7, "step": [], "seconds": {}, "path": ["\x1b"]})
+]
+
+
+@pytest.mark.parametrize("answer", [*ODD, *ODD_RECORDS, [{"rank": 0}], [{"rank": "x"}], [{"command": 1}]], ids=ascii)
+def test_no_answer_gets_out_as_a_traceback(answer, capsys):
+    """Whatever the other side sends, each verb shows it or ends in one sentence; nothing reaches the terminal raw."""
+    with serving_tcp(lambda request, sink: {"job_id": "x"} if request.method == "authenticate" else answer) as control:
+        way = ("--connect", f"tcp://{HERE}:{control.at[1]}", "--token-file", _token_file())
+        for words in (["status"], ["commands"], ["cancel", "i"], ["save"], ["abort", "--force"], ["ranks"], ["stacks"],
+                      ["rpc", "x", "new", '{"wait":"finished"}'], ["list"]):  # fmt: skip
+            there = ("--remote", *way[1:]) if words == ["list"] else way
+            code, out, err = run(capsys, *words, *there)
+            assert code in (0, 1, 4) and "\x1b" not in out + err and err.count("\n") <= 2, words
+
+
 # Slow and stuck jobs...
 
 

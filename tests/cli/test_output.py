@@ -11,6 +11,7 @@ import pytest
 from forgather_control import states
 from forgather_control.cli import output
 from forgather_control.jobs.registry import Job
+from forgather_control.wire import builtin
 
 #: Text that a terminal would act on, or that would seem to stand elsewhere, and how it is shown.
 TRICKS = {
@@ -243,6 +244,58 @@ def test_speed(speed, wanted):
 def test_outcome(record, wanted):
     """One line says what became of the command, and where the checkpoint is."""
     assert output.outcome("job", {**RECORD, **record}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        (
+            {"command": "evaluate", "result": {"step": 9, "seconds": 2.0, "metrics": {"eval_loss": 0.25, "n": 3}}},
+            "job: evaluated at step 9 in 2.0 s: eval_loss 0.25   n 3",
+        ),
+        ({"command": "user.sample", "result": {"value": [1, 2]}}, "job: user.sample finished at step 7: value [1, 2]"),
+        ({"command": "newer", "result": None, "applied_at_step": None}, "job: newer finished"),
+    ],
+)
+def test_outcome_of_other_commands(record, wanted):
+    """What a command finishes with says how it is told; one that this version does not know shows its result."""
+    evaluate = builtin.BUILTIN["save_checkpoint"]._replace(name="evaluate", finishes_when=frozenset({"evaluated"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(builtin.BUILTIN._methods, "evaluate", evaluate)
+        assert output.outcome("job", {**RECORD, **record}) == wanted
+
+
+def test_command_table():
+    """A row for each command: who gave it, and why, or why it failed, or where its checkpoint is."""
+    by = {"via": "socket", "uid": 1000, "user": "alice", "pid": 42, "program": "python3"}
+    rows = [
+        {**RECORD, "requested_by": by},
+        {**RECORD, "state": "failed", "error": {"code": 1, "message": "no"}, "requested_by": {**by, "user": None}},
+        {**RECORD, "state": "accepted", "result": None, "applied_at_step": None, "reason": "maintenance"},
+    ]
+    assert [line.split(maxsplit=4)[4:] for line in output.command_table(rows).splitlines()] == [
+        ["REQUESTED            BY                            NOTE"],
+        ["1970-01-01 00:00:01  alice, python3 42, socket     /c/checkpoint-7"],
+        ["1970-01-01 00:00:01  uid 1000, python3 42, socket  no"],
+        ["1970-01-01 00:00:01  -                             maintenance"],
+    ]
+    assert output.command_table([]) == "no commands"
+
+
+@tricks
+def test_commands_are_safe(text, wanted):
+    """Nothing that a caller put into a command gets to the terminal raw."""
+    by = dict.fromkeys(("via", "user", "pid", "program"), text)
+    record = {**dict.fromkeys(RECORD, text), "result": None, "error": None, "reason": text, "requested_by": by}
+    shown = harmless(output.command_table([record]), 2)
+    assert shown.count(wanted) == 9
+    assert harmless(output.values({text: text}), 1).count(wanted) == 2
+
+
+def test_values():
+    """A method without a screen of its own: a line for each member or item."""
+    assert output.values({"a": 0.123456789, "b": None}) == "a: 0.12346\nb: None"
+    assert output.values([{"a": 1, "b": "x"}, 7]) == "a 1   b x\n7"
 
 
 # Ranks...
