@@ -396,11 +396,12 @@ def test_commands_are_listed_and_taken_back():
     """``commands`` shows what the job keeps, ``cancel`` takes back what is not applied, once."""
     with job_process("slow", step_seconds=SOON):
         assert cli("commands", "slow").stdout == "no commands\n"
-        command_id = json.loads(cli("save", "slow", "--json").stdout)["command_id"]
+        command_id = json.loads(cli("save", "slow", "--json", "--reason", "a \x1b why").stdout)["command_id"]
         shown = cli("commands", "slow").stdout
         assert shown.splitlines()[1].startswith(f"{command_id}  save_checkpoint  accepted  -")
         (listed,) = json.loads(cli("--json", "commands").stdout)
-        assert (listed["command_id"], listed["state"]) == (command_id, "accepted")
+        assert (listed["command_id"], listed["state"], listed["reason"]) == (command_id, "accepted", "a \x1b why")
+        assert "a \\x1b why" in shown and str(os.getpid()) not in shown
         cancelled = cli("cancel", "slow", command_id)
         assert (cancelled.returncode, cancelled.stdout) == (0, "slow: save_checkpoint cancelled\n")
         again = cli("cancel", command_id)

@@ -164,3 +164,51 @@ def test_cleanup_removes_what_was_agreed_to_and_judges_it_again():
     with running_loop("two"):
         assert api.cleanup(shown) == ["one"]
         assert [job.job_id for job in forgather_control.list_jobs()] == ["two"]
+
+
+@pytest.mark.parametrize("way", ["socket", "port"])
+def test_events_of_a_real_job(way):
+    """From its start to its end, while a command is given on the same connection; over the socket and over TCP."""
+    with running_loop(port=0 if way == "port" else None) as run:
+        at = f"tcp://127.0.0.1:{api.find('job').port}" if way == "port" else None
+        seen = []
+        with forgather_control.connect("job", at=at) as job:
+            for event in job.events(since=0, kinds=("started", "command", "checkpoint", "ended")):
+                seen.append(event)
+                if event["kind"] == "started":
+                    saved = job.command("save_checkpoint", wait="finished", timeout=SOON, reason="why")
+                if event["kind"] == "checkpoint":
+                    assert event["path"] == saved.result["path"] == run.saves[0]
+                    job.command("graceful_stop")
+        run.thread.join(SOON)
+    kinds = [event["kind"] for event in seen]
+    assert kinds[0] == "started" and kinds[-1] == "ended" and {"command", "checkpoint"} <= set(kinds)
+    assert [event["seq"] for event in seen] == sorted({event["seq"] for event in seen})
+    reasons = [
+        event["reason"] for event in seen if event["kind"] == "command" and event["command"] == "save_checkpoint"
+    ]
+    assert reasons and set(reasons) == {"why"}
+
+
+def test_an_expired_command_is_refused():
+    """The job refuses what it reads too late, before any effect."""
+    with running_loop(), forgather_control.connect("job") as job:
+        with pytest.raises(errors.CommandExpired):
+            job.command("save_checkpoint", expires_at=time.time() - 1)
+        assert job.call("list_commands") == []
+
+
+def test_what_was_reported_as_unanswered_is_not_done_later():
+    """A job that is suspended while it is told to stop trains on when it resumes."""
+    with job_process("frozen") as process:
+        with forgather_control.connect("frozen", timeout=300 * MS) as job:
+            job.call("ping")
+            os.kill(process.pid, signal.SIGSTOP)
+            try:
+                until(lambda: _all_stopped(process.pid))
+                with pytest.raises(errors.JobNotAnswering, match="The graceful_stop expired"):
+                    job.command("graceful_stop")
+            finally:
+                os.kill(process.pid, signal.SIGCONT)
+        assert until(lambda: [one.state for one in forgather_control.list_jobs()] == ["live"])
+        assert forgather_control.get_job_status("frozen")["commands"] == []

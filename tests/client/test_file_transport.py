@@ -134,6 +134,12 @@ def test_the_jobs_own_timeout_is_told(job):
         asked.command("save_checkpoint", wait="finished", timeout=0.1)
 
 
+def test_events_need_a_connection(job):
+    """A reply file cannot carry a stream: that is said at once."""
+    with by_file(find("job")) as asked, pytest.raises(errors.ControlError, match="cannot subscribe to events"):
+        asked.events()
+
+
 # Where nobody answers...
 
 
