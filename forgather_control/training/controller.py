@@ -33,7 +33,7 @@ from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
 from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import MethodTable
-from ..wire.records import CommandRecord, Outcome, ScheduledCommand
+from ..wire.records import CommandRecord
 from . import limits
 from .command_queue import CommandQueue
 from .command_tracker import CommandTracker
@@ -66,6 +66,7 @@ class Controller:
         log_steps: int | None = None,
     ) -> None:
         self._options, self._loop, self._log_steps = options, loop, log_steps
+        self._thread = threading.current_thread()
         #: The methods of this job; more can be added until the first step.
         self.methods = MethodTable(BUILTIN)
         self.state = RunState(step, max_steps, self._wake)
@@ -74,9 +75,13 @@ class Controller:
         self._queue = CommandQueue(self._record_changed)
         self._tracker = CommandTracker(self._queue, self.methods, self.state, options.fresh_seconds)
         self._reporter = RankReporter(self.state.progress, lambda: self._thread.ident)
+        # What ranks ask of these two as RankGroupDelegate.
+        self.take, self.put_back = self._tracker.take, self._tracker.put_back
+        self.all_applied = self._tracker.all_applied
+        self.describe, self.answer = self._reporter.describe, self._reporter.answer
+        self.answers_changed = self._wake
         self._queries: JobQueries | None = None  # of rank 0
         self._server: JobServer | None = None  # of rank 0
-        self._thread = threading.current_thread()
         self._closed = False  # or abandoned in a forked child
         self._orphaned: str | None = None
 
@@ -258,26 +263,12 @@ class Controller:
         self._queue = CommandQueue(lambda record: None)
         self._group = SingleProcess(self)
 
-    # As RankGroupDelegate...
+    # As RankGroupDelegate, beside what __init__ takes from the tracker and the reporter...
 
     @property
     def pending(self) -> bool:
         """Whether commands wait to be applied."""
         return self._queue.pending
-
-    def take(self) -> list[ScheduledCommand]:
-        """Take them."""
-        return self._tracker.take()
-
-    def put_back(self, commands: list[ScheduledCommand]) -> None:
-        """Queue them again."""
-        self._tracker.put_back(commands)
-
-    def all_applied(
-        self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None
-    ) -> None:
-        """Note that all ranks applied them, or not all."""
-        self._tracker.all_applied(commands, step, outcomes, fault)
 
     def awaits_report(self, name: str) -> bool:
         """Return whether a command finishes by reports of all ranks."""
@@ -287,14 +278,6 @@ class Controller:
         """Queue the command of a signal that some rank received."""
         self._tracker.submit(command)
         self._group.command_queued()
-
-    def describe(self) -> dict[str, Any]:
-        """Return what rank 0 is told of this process."""
-        return self._reporter.describe()
-
-    def answer(self, what: str) -> dict[str, Any]:
-        """Return what this rank answers to a query."""
-        return self._reporter.answer(what)
 
     def all_joined(self, descriptions: dict[int, dict[str, Any]]) -> None:
         """Note that all ranks have joined, or that a description has changed."""
@@ -306,10 +289,6 @@ class Controller:
             self._queries.unavailable = _not_shared(
                 [found.get("methods", {}) for _, found in sorted(descriptions.items())]
             )
-
-    def answers_changed(self) -> None:
-        """Have the queries of clients checked again."""
-        self._wake()
 
     def agreement_lost(self, why: str) -> None:
         """Fail what is queued and refuse what comes; training continues."""
