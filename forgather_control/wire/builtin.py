@@ -137,8 +137,10 @@ _query(
     verb="status",
 )
 _query("get_command", "Answer the record of one command.", _KNOWN_ID, returns="CommandRecord")
-_query("cancel_command", "Cancel a command that is not applied yet.", _KNOWN_ID, returns="CommandRecord")
-_query("list_commands", "Answer the records that the job keeps, oldest first.", returns="CommandRecords")
+_query("cancel_command", "Cancel a command that is not applied yet.", _KNOWN_ID, returns="CommandRecord", verb="cancel")
+_query(
+    "list_commands", "List the commands that the job keeps, oldest first.", returns="CommandRecords", verb="commands"
+)
 _query(
     "list_jobs", "List the jobs in this host's jobs directory, without their tokens.", returns="ListedJobs", verb="list"
 )
