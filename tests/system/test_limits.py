@@ -1,4 +1,4 @@
-"""The limits: each stands in the README with the code's own number, has its test, and keeps memory bounded."""
+"""Limits: each is in docs/limits.md with the number of the code, has its tests, and keeps memory bounded."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from forgather_control.wire import limits as wire_limits
 
 from ..server.test_file_requests import Desk
 from ..support.harness import ROOT, SOON, Process, Wire, job_process, needs, until
-from .test_readme import table
+from .test_docs import table
 
 pytestmark = pytest.mark.once
 
 KIB = 1 << 10
 
-# What the README says...
+# What docs/limits.md says...
 
 FIRST_LINE = f"a first line of {limits.MAX_FIRST_LINE // KIB} KiB"
 KEPT = f"{limits.MAX_REPLY_FILES}, {limits.MAX_REPLY_FILES_BYTES >> 20} MiB, {limits.REPLY_FILE_TIMEOUT / 3600:.0f} h"
-#: The rows of its table: what, the number as the code has it, what happens beyond it; and the tests of each, at the
-#: number and beside it. Tests of this file are named alone.
+STALE = f"{limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old"
+#: The rows of its table: what is limited, the number in the code, what happens beyond it; and the tests of each, at the
+#: limit and beyond it. Tests of this file are named without a module.
 ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("one line", f"{wire_limits.MAX_LINE // KIB} KiB", f"{InvalidRequest.code}, and the connection ends"): (
         "server.test_server.test_the_longest_line_and_one_more",
@@ -50,42 +51,61 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "server.test_auth.test_the_limits_of_the_wire_hold_over_tcp",
     ),
     (
-        "replies to a batch; those that wait in batches",
+        "replies to a batch; to all unfinished batches",
         f"{limits.MAX_BATCH_REPLY >> 20} MiB; {limits.MAX_BATCHES_HELD >> 20} MiB",
         f"{TooManyCommands.code} for the rest of the batch",
     ): ("test_the_rest_of_a_batch_is_refused", "test_batches_that_wait_hold_little"),
     ("`command_id`", f"{wire_limits.MAX_COMMAND_ID} characters", f"{InvalidParams.code}"): (
         "test_the_longest_command_id_and_one_more",
     ),
-    ("commands of one name that are not over", f"{training_limits.MAX_PENDING}", f"{TooManyCommands.code}"): (
+    ("`reason`", f"{wire_limits.MAX_REASON:,} characters", f"{InvalidParams.code}"): (
+        "test_the_longest_reason_and_one_more",
+    ),
+    ("unfinished commands of one name", f"{training_limits.MAX_PENDING}", f"{TooManyCommands.code}"): (
         "test_the_last_command_that_fits_and_one_more",
     ),
     (
         "records of commands",
         f"{training_limits.MAX_RECORDS}",
-        f"the oldest that is over is forgotten ({CommandNotFound.code})",
+        f"the oldest final one is dropped ({CommandNotFound.code})",
     ): ("test_the_oldest_record_goes",),
     (
-        "requests that wait; those by file",
+        "waiting requests; those by file",
         f"{limits.MAX_DEFERRED:,}; {limits.MAX_FILES_WAITING}",
         f"{TooManyCommands.code}",
     ): ("test_the_last_wait_that_fits_and_one_more", "server.test_file_requests.test_so_many_may_wait"),
     (
         "connections",
         f"{limits.MAX_CONNECTIONS:,}, and {limits.RESERVED_FILES} below `ulimit -n`",
-        "one is closed: a stranger, else who is silent longest",
+        "one is closed: an unauthenticated one first, otherwise the one idle the longest",
     ): ("test_the_last_connection_that_fits_and_one_more", "server.test_server.test_beyond_the_limit_the_idlest_goes"),
     (
-        "replies that a client has not read",
+        "unread replies of a client",
         f"{limits.MAX_UNSENT // KIB} KiB",
-        f"it is not listened to, and after {limits.STALL_TIMEOUT:.0f} s without progress closed",
+        f"the server stops reading from it, and closes it after {limits.STALL_TIMEOUT:.0f} s without progress",
     ): (
         "server.test_server.test_ten_thousand_requests_before_the_first_reply_is_read",
         "server.test_server.test_a_reader_that_stands_still_is_dropped",
         "server.test_server.test_who_sends_and_never_reads_over_tcp_is_not_listened_to_and_then_dropped",
     ),
     (
-        "connections over TCP that have shown no token",
+        "unread events of a subscriber",
+        f"{limits.MAX_STREAM_UNSENT // KIB} KiB",
+        "the oldest events are lost, and counted in `lost`",
+    ): (
+        "server.test_connections.test_a_slow_reader_is_given_no_more_than_it_reads",
+        "training.test_events.test_a_slow_subscriber_is_told_how_many_it_lost",
+    ),
+    (
+        "events kept for replay; `progress` and `metrics`",
+        f"{training_limits.MAX_EVENTS:,}; {training_limits.MAX_SAMPLE_EVENTS}",
+        "the oldest are dropped",
+    ): (
+        "training.test_events.test_a_late_subscriber_is_told_how_many_it_lost",
+        "training.test_events.test_samples_do_not_push_rare_events_out",
+    ),
+    (
+        "unauthenticated TCP connections",
         f"{limits.MAX_UNAUTHENTICATED}; {limits.AUTH_TIMEOUT:.0f} s; {FIRST_LINE}",
         "closed, the oldest first",
     ): (
@@ -97,15 +117,15 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     ),
     (
         "wrong tokens",
-        "1 a connection",
+        "1 for each connection",
         f"{NotAuthenticated.code} after {limits.AUTH_FAILURE_DELAY:.0f} s, and closed",
     ): ("server.test_auth.test_a_wrong_token_is_answered_late_and_nothing_behind_it_runs",),
     ("silence over TCP", f"{limits.IDLE_TIMEOUT / 3600:.0f} h", "closed"): (
         "server.test_server.test_who_is_silent_for_long_over_tcp_is_let_go",
     ),
     (
-        "requests by file",
-        f"{limits.MAX_FILES_TAKEN} each {limits.TICK_PERIOD:.0f} s; {limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old",
+        "request files",
+        f"{limits.MAX_FILES_TAKEN} every {limits.TICK_PERIOD:.0f} s; {STALE}",
         f"the others wait; {InvalidRequest.code}",
     ): (
         "server.test_file_requests.test_at_most_so_many_a_tick",
@@ -114,7 +134,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     (
         "`replies/`",
         f"{KEPT}; each {limits.MAX_REPLY_FILE >> 20} MiB",
-        f"the oldest go; {InvalidRequest.code} says that it was carried out",
+        f"the oldest are removed; {InvalidRequest.code} says that the request was carried out",
     ): (
         "server.test_reply_files.test_replies_are_kept_within_bounds",
         "server.test_reply_files.test_a_reply_too_long_says_so",
@@ -122,29 +142,25 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     (
         "logged names; characters of a value",
         f"{training_limits.MAX_NAMES}; {training_limits.MAX_TEXT}",
-        "the oldest names go; the rest is cut off",
+        "the oldest names are dropped; the rest is cut off",
     ): ("training.test_metrics.test_names_are_bounded", "training.test_metrics.test_any_name"),
     ("processor time", f"{limits.CPU_SHARE * 100:.0f} % of one core", "answers come later"): (
         "server.test_server.test_a_flood_is_held_to_its_share",
     ),
 }
 
-#: Bounds that no client of a job meets, and the tests that hold them.
+#: Bounds that no client of a job reaches, and their tests.
 INSIDE: dict[str, str] = {
     "cli.options._MAX_TOKEN": "cli.test_options",  # what the CLI reads of a token file
     "client.limits.MAX_EVENTS": "client.test_events",  # events that a client keeps while it waits for a reply
     "client.file_transport._MAX_REPLY": "client.test_file_transport",  # what a client reads of a reply
     "training.limits.MAX_STACKS": "training.test_rank_report",
     "training.limits.MAX_SUFFIX": "training.test_controller",
-    "training.limits.MAX_EVENTS": "training.test_events",
-    "training.limits.MAX_SAMPLE_EVENTS": "training.test_events",
     "processes.stack_dump._MAX_DUMP": "processes.test_stack_dump",
     "processes.stack_dump._MAX_TEXT": "processes.test_stack_dump",
     "wire.addresses.MAX_PATH": "jobs.test_directory",
     "server.limits.MAX_NAMES_READ": "system.test_limits",
-    "server.limits.MAX_STREAM_UNSENT": "server.test_connections",
     "server.limits.MAX_FILES_SEEN": "system.test_limits",
-    "wire.limits.MAX_REASON": "wire.test_methods",
     "wire.limits.MAX_TIMEOUT": "wire.test_methods",
     "wire.limits.MAX_RANK_TIMEOUT": "wire.test_methods",
     "wire.limits.MAX_REPLY_DEPTH": "wire.test_jsonrpc",  # what a client reads of a reply
@@ -159,20 +175,21 @@ INSIDE: dict[str, str] = {
 }
 
 
-def test_the_readme_has_the_numbers_of_the_code():
+def test_the_table_has_the_numbers_of_the_code():
     """Row by row, word by word: none more, none less."""
-    assert table("limit") == [list(row) for row in ROWS]
+    assert table("docs/limits.md", "limit") == [list(row) for row in ROWS]
 
 
 def test_every_bound_of_the_code_is_listed():
-    """Whatever is called MAX is in the README's table, by its module and name in this file, or stands in INSIDE."""
+    """Each constant called MAX is in the table of limits, by its module and name in this file, or in INSIDE."""
     found = set()
     for path in (ROOT / "forgather_control").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT / "forgather_control").with_suffix("").parts)
         found |= {f"{module}.{name}" for name in re.findall(r"^(_?MAX\w*): Final", path.read_text(), re.MULTILINE)}
-    source = Path(__file__).read_text()
-    shown = {name for name in found if ".".join(name.split(".")[-2:]) in source[: source.index("INSIDE: ")]}
-    assert found - shown == INSIDE.keys()
+    source = Path(__file__).read_text().partition("INSIDE: ")[0]
+    modules = {"limits": "server.limits", "training_limits": "training.limits", "wire_limits": "wire.limits"}
+    shown = {f"{modules[alias]}.{name}" for alias, name in re.findall(r"(\w*limits)\.(_?MAX\w+)", source)}
+    assert shown <= found and found - shown == INSIDE.keys()
 
 
 def test_every_limit_has_its_test():
@@ -231,6 +248,18 @@ def test_the_longest_command_id_and_one_more(job, more):
             else:
                 assert reply["result"]["command_id"] == letter * (128 + more)
                 wire.call("cancel_command", {"command_id": letter * (128 + more)})
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_longest_reason_and_one_more(job, more):
+    """Characters, whatever their bytes; a command with a longer reason is not queued."""
+    reason = "ż" * (wire_limits.MAX_REASON + more)
+    with Wire(job) as wire:
+        reply = wire.call("save_checkpoint", {"reason": reason})
+        if more > 0:
+            assert reply["error"]["code"] == InvalidParams.code and wire.call("list_commands")["result"] == []
+        else:
+            assert reply["result"]["reason"] == reason
 
 
 def test_the_last_command_that_fits_and_one_more(job):

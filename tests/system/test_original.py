@@ -139,7 +139,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         "a malformed request gets Python's own message, a query is queued as a command, parameters are dropped",
         (
             f"{HERE}::test_what_is_no_command_is_none",
-            "tests/training/test_controller.py::test_no_word_of_a_fault_goes_over_the_wire",
+            "tests/training/test_job_queries.py::test_no_word_of_a_fault_goes_over_the_wire",
             "tests/wire/test_methods.py::test_unknown_parameter_is_refused",
         ),
     ),
@@ -160,9 +160,9 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             # Our documentation is run, or compared with the code. It does not say that a stop saves if save_strategy
             # is "no", and it does say that a signal to any rank reaches all.
-            "tests/system/test_readme.py::test_the_quick_start_runs_as_typed",
-            "tests/system/test_readme.py::test_the_names_it_shows_exist",
-            "tests/system/test_readme.py::test_the_tables_are_the_codes_own",
+            "tests/system/test_docs.py::test_shell_blocks",
+            "tests/system/test_docs.py::test_the_names_that_are_shown_exist",
+            "tests/system/test_docs.py::test_the_table_of_verbs",
             "tests/ranks/test_store_group.py::test_any_rank_may_call",
             "tests/integrations/test_huggingface.py::test_graceful_stop_saves_as_the_strategy_says",
         ),
@@ -333,7 +333,7 @@ def test_what_comes_after_the_last_step_is_told_so(jobs_dir):
         job.__exit__(None, None, None)
         told = late.reply()["result"]
         assert told["state"] == "failed" and "ended before the command could be applied" in told["error"]["message"]
-        assert {record.state for record in control.list_commands()} == {"failed"}
+        assert {record.state for record in control._queue.records()} == {"failed"}
 
 
 def test_any_living_pid_is_not_enough(jobs_dir):
