@@ -102,7 +102,7 @@ class Coordination:
         for action in actions:
             if isinstance(action, consensus.Send):
                 self._send(action.ranks, action.message, sender)
-                self._post(_recompute_delay)
+                self._post(lambda sender: None)  # after each task the sender thread calls ``delay`` anew
             elif isinstance(action, consensus.Decide):
                 self._decide(action, sender)
             else:
@@ -164,7 +164,3 @@ class Coordination:
     def description(self, rank: int) -> dict[str, Any]:
         """Return what a rank told of itself."""
         return self._descriptions.get(rank, {})
-
-
-def _recompute_delay(sender: StoreSender) -> None:
-    """Do nothing: after each task the sender thread calls ``delay`` anew."""

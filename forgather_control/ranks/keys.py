@@ -4,12 +4,9 @@ from __future__ import annotations
 
 
 def prefix(name: str, restart: str, run: int) -> str:
-    """Return what all keys of one training run begin with.
+    """Return what all keys of the run-th training run of this name in this process begin with.
 
-    Args:
-        name: the job id that was asked for, the same on all ranks.
-        restart: how often torchrun restarted the workers, which may then get the old store with all its keys.
-        run: the number of this training run among those of that name in this process.
+    ``restart`` is how often torchrun restarted the workers, which may then get the old store with all its keys.
     """
     return f"forgather_control/{name}/{restart}.{run}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 from ..wire.records import Outcome, ScheduledCommand
 
@@ -87,10 +87,7 @@ class Shutdown(NamedTuple):
 
 Message = Join | Prepare | Ready | Commit | Applied | Reported | Leave | Request | Query | Answer | Shutdown
 
-_KINDS: Final[dict[str, Any]] = {
-    kind.__name__.lower(): kind
-    for kind in (Join, Prepare, Ready, Commit, Applied, Reported, Leave, Request, Query, Answer, Shutdown)
-}
+_KINDS: Final[dict[str, Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
 
 
 def encode(message: Message) -> list[Any]:
@@ -105,11 +102,8 @@ def decode(fields: list[Any]) -> Message:
         KeyError, TypeError: it is none; all ranks run the same code, so the channel is broken.
     """
     kind, *rest = fields
-    if kind == "commit":
-        number, *decision = rest
-        return decode_decision(number, decision)
     message: Message = _KINDS[kind](*rest)
-    return message
+    return decode_decision(message.number, rest[1:]) if isinstance(message, Commit) else message
 
 
 def decode_decision(number: int, decision: list[Any]) -> Commit:

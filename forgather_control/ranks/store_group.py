@@ -49,6 +49,7 @@ class StoreGroup:
             )
         self._lost: str | None = None  # why this rank takes part no more
         self._agreement_lost = False  # and the delegate was told
+        self._started = False
         self._description: dict[str, Any] = {}
         self._query_numbers = itertools.count(1)
         self._queries: weakref.WeakValueDictionary[int, RankQuery] = weakref.WeakValueDictionary()
@@ -60,14 +61,14 @@ class StoreGroup:
         if fault is not None:
             return
         description = self._delegate.describe()  # may raise: before there are threads that would have to end
-        self._description = {**description, **self._description}
         self._channel.start()
-        self._tell_coordinator(Join(self.rank, self._description))
+        self._started = True
+        self.describe({**description, **self._description})
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """See ``RankGroup``."""
         self._description = {**self._description, **facts}
-        self._tell_coordinator(Join(self.rank, self._description))
+        if self._started:
+            self._tell_coordinator(Join(self.rank, self._description))
 
     def due(self, step: int) -> bool:
         """Return whether a round is on."""
@@ -91,7 +92,6 @@ class StoreGroup:
             return self._lock.wait_for(lambda: not self._participant.undecided, seconds)
 
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
-        """See ``RankGroup``."""
         if self._coordination is not None:
             self._coordination.step = step
             for command in commands:
@@ -100,16 +100,13 @@ class StoreGroup:
         self._tell_coordinator(Applied(self._participant.number, self.rank, outcomes))
 
     def report(self, command_id: str, outcome: Outcome) -> None:
-        """See ``RankGroup``."""
         self._tell_coordinator(Reported(self.rank, command_id, outcome))
 
     def when_reported(self, command_id: str, callback: ReportCallback) -> None:
-        """See ``RankGroup``."""
         assert self._coordination is not None
         self._coordination.callbacks.add(command_id, callback)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
-        """See ``RankGroup``."""
         why = None if fault is None else failures.control_failed(self.rank, fault)
         coordination = self._coordination
         if coordination is None:
@@ -130,7 +127,6 @@ class StoreGroup:
         self._channel.post(self._on_idle)
 
     def request(self, command: str) -> None:
-        """See ``RankGroup``."""
         self._tell_coordinator(Request(command))
 
     def query(self, what: str) -> RankQuery:
@@ -144,11 +140,9 @@ class StoreGroup:
         return query
 
     def state(self, rank: int) -> states.RankState:
-        """See ``RankGroup``."""
         return states.RANK_SILENT if self._coordination is None else self._coordination.state(rank)
 
     def description(self, rank: int) -> dict[str, Any]:
-        """See ``RankGroup``."""
         return {} if self._coordination is None else self._coordination.description(rank)
 
     # Messages, on the threads of the channel...
