@@ -1,4 +1,4 @@
-"""The channel between ranks on real stores: order, ends of every kind, and threads that sleep while nothing is said."""
+"""The channel between ranks on real stores: order, all kinds of ends, and threads that sleep while it is idle."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..support.harness import MS, SOON, Process, needs_torch, until
 
 pytestmark = needs_torch
 
-# torch asks the name server for the name of 127.0.0.1 at each connection; one that is slow to say no costs seconds.
+# torch asks the name server for the name of 127.0.0.1 at each connection; a slow refusal costs seconds.
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
-#: A store's server in a process of its own: prints its port, lives until it is told to end.
+#: A store's server in a process of its own: prints its port, lives until there is a line on its standard input.
 SERVER = """
 import torch.distributed as dist
 store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -104,7 +104,7 @@ def ranks(connect: Callable[[], Any], size: int = 1) -> Iterator[list[Rank]]:
 
 
 def test_messages_come_in_order(connect):
-    """What one thread says is heard in that order, once, as it was said."""
+    """Messages of one thread arrive in order, once, and unchanged."""
     with ranks(connect, 2) as (one, two):
         for number in range(300):
             one.send(1, "number", number, {"none": None, "text": "ä\n"})
@@ -114,16 +114,16 @@ def test_messages_come_in_order(connect):
 
 
 def test_many_may_speak_at_once(connect):
-    """Mouths and ears of many ranks write to one inbox: nothing is lost, and each is heard in its own order."""
+    """Mouths and receivers of many ranks write to one inbox: nothing is lost, and each is heard in its own order."""
     with ranks(connect, 6) as (first, *others):
         for rank, other in enumerate(others, 1):
-            other.reply = lambda message, sender, rank=rank: sender.send([0], ["ear", rank, message[0]])
+            other.reply = lambda message, sender, rank=rank: sender.send([0], ["receiver", rank, message[0]])
         for number in range(40):
             for rank, other in enumerate(others, 1):
-                other.send(0, "mouth", rank, number)
+                other.send(0, "sender", rank, number)
             first.channel.post(lambda sender, number=number: sender.send(range(1, 6), [number]))
         heard = [first.next() for _ in range(2 * 40 * 5)]
-        for kind in ("mouth", "ear"):
+        for kind in ("sender", "receiver"):
             for rank in range(1, 6):
                 assert [number for *who, number in heard if who == [kind, rank]] == list(range(40))
         assert first.heard.empty()
@@ -148,7 +148,7 @@ def test_what_was_said_before_a_rank_listens_is_heard(connect):
 
 
 def test_one_decision_stands(connect):
-    """Of many who decide at once one is first, and all are told what that one said."""
+    """Of many ranks that decide at once one is first, and all receive the decision of that one."""
     with ranks(connect, 5) as made:
         told: queue.Queue[Any] = queue.Queue()
         for round_number in range(20):
@@ -161,7 +161,7 @@ def test_one_decision_stands(connect):
 
 
 def test_idle_after_the_pause(connect):
-    """The mouth calls after the pause it was told, asks for a new one after all that is said, and else never calls."""
+    """The sender thread calls on_idle after the delay, which it computes anew after each task, and else never."""
     with ranks(connect) as (one,):
         one.send(0, "go")
         one.next()
@@ -235,7 +235,7 @@ def test_close_twice_and_never_started(connect):
 
 
 def test_close_in_the_midst_of_messages(connect):
-    """Whatever the ear is doing when the end comes, it ends; many times."""
+    """Whatever the receiver is doing when the end comes, it ends; many times."""
     for turn in range(60):
         one = Rank(connect, turn)
         one.channel.start()
@@ -248,7 +248,7 @@ def test_close_in_the_midst_of_messages(connect):
 
 
 def test_the_receiver_may_close(connect):
-    """A message that ends the line, as rank 0's farewell does."""
+    """A message that ends the channel, as rank 0's Shutdown does."""
     with ranks(connect, 2) as (one, two):
         two.reply = lambda message, sender: two.channel.close(0.0)
         one.send(1, "over")
@@ -258,7 +258,7 @@ def test_the_receiver_may_close(connect):
 
 
 def test_what_hear_raises_cuts_the_line_once(connect):
-    """One rank's broken handler is told as a cut, and ends both of its threads."""
+    """A handler that raises counts as a loss of the channel, and ends both threads."""
     with ranks(connect) as (one,):
         one.reply = lambda message, sender: {}["nothing"]
         for _ in range(3):
@@ -291,7 +291,7 @@ def test_a_sender_without_connection_ends_both_threads(connect):
 
 # The store's end...
 
-#: A rank that waits for what never comes; ends by itself once the line is cut, or as the words say.
+#: A rank that waits for what never comes; ends by itself once the channel is lost, or as the words say.
 RANK = """
 import os, sys, threading, time
 import torch.distributed as dist
@@ -334,7 +334,7 @@ def no_crash(process: Process, tracebacks: int) -> None:
 
 
 def test_the_store_is_killed():
-    """Each rank is told once, no thread shows a traceback, and the processes end as if nothing had been."""
+    """Each rank reports the loss once, no thread prints a traceback, and the processes exit normally."""
     with Process(SERVER) as server:
         port = server.line()
         with Process(RANK, "wait", port) as waits, Process(RANK, "speak", port) as speaks:
@@ -411,7 +411,7 @@ def test_exit_without_close(server):
     no_crash(process, 10)
 
 
-# While nothing is said...
+# While there is nothing to send...
 
 
 def switches(threads: list[threading.Thread]) -> list[int]:
@@ -430,8 +430,8 @@ def work() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a thread's switches in /proc")
-def test_both_threads_sleep_while_nothing_is_said(connect):
-    """Training goes on for thousands of steps, and neither thread wakes up once."""
+def test_both_threads_sleep_while_there_is_nothing_to_send(connect):
+    """In thousands of steps of training neither thread wakes up once."""
 
     def slept() -> bool:
         before = switches(one.threads)
@@ -441,7 +441,7 @@ def test_both_threads_sleep_while_nothing_is_said(connect):
     with ranks(connect) as (one,):
         one.send(0, "hello")
         one.next()
-        until(slept)  # the ear has gone back to its place
+        until(slept)  # the receiver has gone back to its place
         assert all(slept() for _ in range(5))
         before = switches(one.threads)
         one.send(0, "hello")

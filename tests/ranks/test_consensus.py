@@ -1,8 +1,8 @@
 """The rounds through every order of events: two and three ranks exhaustively, eight at random; no torch, no threads.
 
-The objects under test are pure, so whatever threads, sockets and clocks do to them is played here, as ``ranks``
-plays it: each rank has an ear, a mouth and a training thread, rank 0's ear and mouth carry out the coordinator's
-actions one by one, and between any two of them anything else may happen. A state of the whole is a value;
+The objects under test are pure, so all that threads, sockets and clocks do to them is played here, as in
+``store_group``: each rank has a receiver, a sender and a training thread, rank 0's receiver and sender carry out the
+coordinator's actions one by one, and between any two of them anything else may happen. A state of the whole is a value;
 ``World.moves`` says what can happen next in it, and each promise is an ``assert`` on the way or at the end.
 """
 
@@ -31,7 +31,7 @@ RUNS = int(os.environ.get("ROUNDS_RUNS", IN_SUITE))
 SEED = int(os.environ.get("ROUNDS_SEED", "1"))
 
 SAVE, STOP = "s", "c"  # a command's id begins with what it is
-#: What the coordinator's clock says when nobody has waited long enough, and when somebody has.
+#: The coordinator's time before a time-out has passed, and after.
 EARLY, LATE = 0.5, 2.0
 
 
@@ -81,7 +81,7 @@ class Probe(Participant):
         self._must_wait = value
 
     def prepare_while(self, number: int, step: int, at: int) -> tuple[Ready, bool] | None:
-        """Asked by the ear; at the nth touch of this the training thread ends a step. ``None``: there is no nth."""
+        """Prepare on the receiver; at its nth touch the training thread ends a step. ``None``: there is no nth."""
         ticked = []
         self.between = [lambda: ticked.append(self.tick(step)), *[None] * at]
         answer = self.prepare(number)
@@ -89,7 +89,7 @@ class Probe(Participant):
         return (answer, ticked[0]) if ticked else None
 
     def tick_while(self, number: int, step: int, at: int) -> tuple[Ready, bool] | None:
-        """The other way round: a step ends, and at the nth touch of that the ear is asked."""
+        """The other way round: a step ends, and at the nth touch of that the receiver is asked."""
         answers = []
         self.between = [lambda: answers.append(self.prepare(number)), *[None] * at]
         ticked = self.tick(step)
@@ -200,7 +200,7 @@ def may_wait(coordinator: Coordinator) -> bool:
 
 
 class Rank(NamedTuple):
-    """One rank. Its ear and its mouth each send to rank 0 in order, but not in step with each other."""
+    """One rank. Its receiver and its sender each send to rank 0 in order, but not in step with each other."""
 
     participant: int
     mode: str = "run"  # run, held, ended, off (it gave up), dead; of rank 0 also closing and over
@@ -210,10 +210,10 @@ class Rank(NamedTuple):
     owes: tuple[str, ...] = ()  # commands that it applied and has not reported on
     reports: tuple[tuple[str, str], ...] = ()  # (command, "done" or "full", or how it left before: "left", "broken")
     inbox: tuple[Any, ...] = ()
-    ear: tuple[Any, ...] = ()
-    mouth: tuple[Any, ...] = ()
-    giving: tuple[Any, ...] = ()  # the round that it gives up, and then what the store said to that
-    lost: bool = False  # its line is over
+    receiver: tuple[Any, ...] = ()
+    sender: tuple[Any, ...] = ()
+    giving: tuple[Any, ...] = ()  # the round that it gives up, and then the store's decision
+    lost: bool = False  # its channel is closed
 
     @property
     def trains(self) -> bool:
@@ -224,16 +224,16 @@ class Rank(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything. ``ear`` and ``mouth`` are what those threads of rank 0 still have to do, the next at the end."""
+    """Everything. ``receiver`` and ``sender``: what those threads of rank 0 still have to do, the next at the end."""
 
     coordinator: int
     ranks: tuple[Rank, ...]
     decisions: tuple[Any, ...]  # by round - 1: (due, calls), or None
     queue: tuple[Any, ...] = ()
     unsent: tuple[Any, ...] = ()
-    ear: tuple[Any, ...] = ()
-    mouth: tuple[Any, ...] = ()
-    says: tuple[Any, ...] = ()  # what rank 0's mouth is to do next
+    receiver: tuple[Any, ...] = ()
+    sender: tuple[Any, ...] = ()
+    says: tuple[Any, ...] = ()  # what rank 0's sender is to do next
     asked: tuple[Any, ...] = ()  # by round - 1
     log: tuple[Any, ...] = ()
     faults: int = 0
@@ -281,7 +281,7 @@ class World:
         coordinator = Coordinator(size)
         ranks = [Rank(self.participants.number(Probe(rank))) for rank in range(size)]
         if absent:
-            ranks = [rank._replace(mouth=(Join(index, ()),)) for index, rank in enumerate(ranks)]
+            ranks = [rank._replace(sender=(Join(index, ()),)) for index, rank in enumerate(ranks)]
         else:
             for rank in range(size):
                 coordinator.receive(Join(rank, {}))
@@ -290,11 +290,11 @@ class World:
             tuple(ranks),
             (None,) * most,
             unsent=tuple((name, name) for name in submitted),
-            says=ranks[0].mouth and (("msg", ranks[0].mouth[0]),),
+            says=ranks[0].sender and (("msg", ranks[0].sender[0]),),
             asked=((),) * most,
             faults=harm if faults else 0,
-        ).rank(0, mouth=())
-        self.actors: list[Callable[[State], Moves]] = [self.submit, self.own_ear, self.own_mouth]
+        ).rank(0, sender=())
+        self.actors: list[Callable[[State], Moves]] = [self.submit, self.own_receiver, self.own_sender]
         for rank in range(size):
             self.actors.append(functools.partial(self.train, rank=rank))
             if rank:
@@ -314,19 +314,19 @@ class World:
             yield from self._run(state, rank, me)
         elif me.mode == "held":
             yield from self._hold(state, rank, me)
-        elif me.mode == "closing" and self._may_dismiss(state):
+        elif me.mode == "closing" and self._may_shut_down(state):
             yield (
-                f"{rank} dismisses",
-                state._replace(says=(*state.says, ("dismiss",), ("stop",))).rank(rank, mode="over"),
+                f"{rank} shuts the others down",
+                state._replace(says=(*state.says, ("shutdown",), ("stop",))).rank(rank, mode="over"),
             )
-        elif me.mode == "over" and me.lost and not state.ear and not state.mouth:
+        elif me.mode == "over" and me.lost and not state.receiver and not state.sender:
             yield f"{rank} is over", self._finish(state).rank(rank, mode="ended")
         if me.trains and state.faults and "dies" in self.faults:
             yield f"{rank} dies", state._replace(faults=state.faults - 1).rank(rank, mode="dead")
 
-    def _may_dismiss(self, state: State) -> bool:
-        """Rank 0 waits for the others, but for a dead one not for ever; before that it says what it did itself."""
-        if any(item[0] == "end" for item in state.says) or state.mouth:
+    def _may_shut_down(self, state: State) -> bool:
+        """Rank 0 reports what it did itself, then waits for the others, but not for ever for a dead one."""
+        if any(item[0] == "end" for item in state.says) or state.sender:
             return False
         return not self.coordinators.ask(state.coordinator, owed) or any(other.mode == "dead" for other in state.ranks)
 
@@ -421,9 +421,9 @@ class World:
         if rank == 0:
             return state._replace(says=(*state.says, ("msg", message)))
         me = state.ranks[rank]
-        return state if me.lost else state.rank(rank, mouth=(*me.mouth, message))
+        return state if me.lost else state.rank(rank, sender=(*me.sender, message))
 
-    # The ears and mouths of the other ranks...
+    # The receivers and senders of the other ranks...
 
     def listen(self, state: State, rank: int) -> Moves:
         me = state.ranks[rank]
@@ -433,15 +433,15 @@ class World:
         state = state.rank(rank, inbox=rest)
         if isinstance(message, Prepare):
             for what, after, answer in self._asked(state, rank, message.number):
-                yield f"{rank} is asked{what}", after.rank(rank, ear=(*me.ear, answer))
+                yield f"{rank} is asked{what}", after.rank(rank, receiver=(*me.receiver, answer))
         elif isinstance(message, Commit):
             participant, _ = self.participants.call(me.participant, "commit", message)
             yield f"{rank} hears {message}", state.rank(rank, participant=participant)
         else:
-            yield f"{rank} is dismissed", self._dismissed(state, rank)
+            yield f"{rank} is shut down", self._shut_down(state, rank)
 
-    def _dismissed(self, state: State, rank: int) -> State:
-        """Rank 0 has ended: who waits for a decision of it reads what stands there, so that all obey the same."""
+    def _shut_down(self, state: State, rank: int) -> State:
+        """Rank 0 has ended: a rank that waits for its decision reads what stands there, so that all obey the same."""
         participant = state.ranks[rank].participant
         if self.participants.ask(participant, undecided):
             number = self.participants.ask(participant, number_of)
@@ -482,10 +482,10 @@ class World:
         decisions = state.decisions
         if decisions[number - 1] is None:
             state = state._replace(decisions=(*decisions[: number - 1], mine, *decisions[number:]))
-            assert self._none_passed(state), "decided for a step that somebody has passed"
+            assert self._none_passed(state), "decided for a step that a rank has passed"
         return state, state.decisions[number - 1]
 
-    # Rank 0's server, ear and mouth...
+    # Rank 0's server, receiver and sender...
 
     def submit(self, state: State) -> Moves:
         if state.unsent and state.ranks[0].mode != "dead" and not state.ranks[0].lost:
@@ -494,40 +494,40 @@ class World:
             )
             yield "a command comes", state
 
-    def own_ear(self, state: State) -> Moves:
+    def own_receiver(self, state: State) -> Moves:
         if state.ranks[0].mode == "dead":
             return
-        if state.ear:
-            yield from self._work(state, "ear")
+        if state.receiver:
+            yield from self._work(state, "receiver")
         elif not state.ranks[0].lost:
             for rank, other in enumerate(state.ranks):
-                if other.ear:
-                    after = state.rank(rank, ear=other.ear[1:])
-                    yield f"0 hears {other.ear[0]}", self._tell_coordinator(after, "ear", other.ear[0])
-                if other.mouth:
-                    after = state.rank(rank, mouth=other.mouth[1:])
-                    yield f"0 hears {other.mouth[0]}", self._tell_coordinator(after, "ear", other.mouth[0])
+                if other.receiver:
+                    after = state.rank(rank, receiver=other.receiver[1:])
+                    yield f"0 hears {other.receiver[0]}", self._tell_coordinator(after, "receiver", other.receiver[0])
+                if other.sender:
+                    after = state.rank(rank, sender=other.sender[1:])
+                    yield f"0 hears {other.sender[0]}", self._tell_coordinator(after, "receiver", other.sender[0])
 
-    def own_mouth(self, state: State) -> Moves:
-        if state.ranks[0].mode == "dead" or (state.ranks[0].lost and not state.mouth):
+    def own_sender(self, state: State) -> Moves:
+        if state.ranks[0].mode == "dead" or (state.ranks[0].lost and not state.sender):
             return
-        if state.mouth:
-            yield from self._work(state, "mouth")
+        if state.sender:
+            yield from self._work(state, "sender")
         elif state.says:
             yield f"0 says {state.says[0]}", self._say(state._replace(says=state.says[1:]), state.says[0])
         elif self.late and self.coordinators.ask(state.coordinator, may_wait):
-            yield from self._advance(state, "mouth", LATE)
+            yield from self._advance(state, "sender", LATE)
 
     def _say(self, state: State, item: Any) -> State:
         if item[0] == "msg":
-            return self._tell_coordinator(state, "mouth", item[1])
+            return self._tell_coordinator(state, "sender", item[1])
         if item[0] == "advance" or item[0] == "give":
-            return state._replace(mouth=(item,))
+            return state._replace(sender=(item,))
         if item[0] == "end":
             coordinator, actions = self.coordinators.call(state.coordinator, "close", item[1])
-            state = self._then(state._replace(coordinator=coordinator), "mouth", ("advance",))
-            return self._push(state, "mouth", actions)
-        if item[0] == "dismiss":
+            state = self._then(state._replace(coordinator=coordinator), "sender", ("advance",))
+            return self._push(state, "sender", actions)
+        if item[0] == "shutdown":
             return self._send(state, self.coordinators.ask(state.coordinator, silent), "over")
         return state.rank(0, lost=True)
 
@@ -594,7 +594,7 @@ class World:
             if isinstance(action, Send):
                 ending = any(item[0] == "end" for item in state.says)
                 assert state.ranks[0].trains or ending, "a round begins though rank 0 has ended"
-                heard = [me for me in state.ranks[1:] if me.mode == "off" and not me.mouth]
+                heard = [me for me in state.ranks[1:] if me.mode == "off" and not me.sender]
                 assert not heard, "a round begins though a rank trains on without control"
                 todo.append(("post", *action))
             elif isinstance(action, consensus.Decide):
@@ -618,7 +618,7 @@ class World:
     def _send(self, state: State, ranks: tuple[int, ...], message: Any) -> State:
         for rank in ranks:
             other = state.ranks[rank]
-            if other.trains and not other.lost:  # who does not hear any more need not be told
+            if other.trains and not other.lost:  # the others do not receive any more
                 state = state.rank(rank, inbox=(*other.inbox, message))
         return state
 
@@ -638,7 +638,7 @@ class World:
         )
         return self._then(state._replace(coordinator=coordinator), thread, ("post", *post))
 
-    # What rank 0 says of rounds...
+    # What rank 0 reports of rounds...
 
     def _log(self, state: State, action: Any) -> State:
         assert all((type(said), said[0]) != (type(action), action[0]) for said in state.log), "said twice"
@@ -693,9 +693,7 @@ class World:
         assert bool(missing_now) == self.coordinators.ask(state.coordinator, owed)
         if not missing_now:
             return state
-        assert any(other.mode == "dead" for other in state.ranks), (
-            "rank 0 ended before the others could say what they did"
-        )
+        assert any(other.mode == "dead" for other in state.ranks), "rank 0 ended before the others could report"
         coordinator, _ = self.coordinators.call(state.coordinator, "lose", "missing")
         coordinator, actions = self.coordinators.call(coordinator, "completed")
         state = state._replace(coordinator=coordinator)
@@ -707,7 +705,7 @@ class World:
     # When nothing can happen any more...
 
     def check_end(self, state: State) -> None:
-        assert all(me.mode in ("ended", "off", "dead") for me in state.ranks), "somebody waits for ever"
+        assert all(me.mode in ("ended", "off", "dead") for me in state.ranks), "a rank waits for ever"
         first = state.ranks[0]
         for number, decision in enumerate(state.decisions, 1):
             if decision is None or decision[0] is None:
@@ -791,7 +789,7 @@ elif LIGHT:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_order(name):
-    """Whatever the order, all apply the same at the same step, nobody waits for ever, nothing is lost."""
+    """Whatever the order, all apply the same at the same step, no rank waits for ever, and no command is lost."""
     assert explore(WORLDS[name]()) > 5000
 
 
@@ -821,7 +819,7 @@ class Walk:
         self.actors = list(range(len(weights)))
         self.random.shuffle(self.actors)
         self.weights = list(itertools.accumulate(weights[actor] for actor in self.actors))
-        self.late = choose([0.0, 0.0, 0.001, 0.01, 0.1])  # how soon somebody loses patience
+        self.late = choose([0.0, 0.0, 0.001, 0.01, 0.1])  # how soon a time-out passes
         self.harm = choose([0.001, 0.01, 0.05])  # or ends, or is hurt
         self.path: list[str] = []
 
@@ -877,7 +875,7 @@ def test_random_orders_of_eight_ranks():
 
 
 def coordinator(size: int = 2) -> Coordinator:
-    """One that everybody has come to."""
+    """One that all ranks have joined."""
     made = Coordinator(size)
     for rank in range(size):
         made.receive(Join(rank, {}))
@@ -946,7 +944,7 @@ def test_what_comes_late_or_twice():
 
 
 def test_a_round_that_is_off_before_it_is_asked():
-    """Both of rank 0's threads send, so the word may overtake the question: which then holds nobody."""
+    """Both of rank 0's threads send, so the Commit may overtake the Prepare, which then holds no rank."""
     participant = Participant(0)
     participant.commit(Commit(1, None, []))
     participant.prepare(1)
@@ -957,7 +955,7 @@ def test_a_round_that_is_off_before_it_is_asked():
     assert not participant.tick(2) and not participant.undecided
 
 
-def test_nobody_is_asked_before_all_are_there():
+def test_no_round_begins_before_all_have_joined():
     """Not even then, if nothing is pending."""
     made = Coordinator(2)
     made.receive(Join(0, {}))
@@ -968,7 +966,7 @@ def test_nobody_is_asked_before_all_are_there():
 
 
 def test_the_step_is_past_all_answers():
-    """Also past the last step of who has gone: the others must not apply what it has passed."""
+    """Also past the last step of a rank that left: the others must not apply what it has passed."""
     made = coordinator(3)
     assert decide(made, 4, 9, 7) == 10
     made = coordinator(3)

@@ -77,13 +77,13 @@ def test_a_signal_is_a_command_at_the_next_step(delegate, group):
 
 
 def test_facts_are_added_to_the_description(delegate, group):
-    """The delegate is told again."""
+    """The delegate gets the new description."""
     group.describe({"methods": "digest"})
     assert delegate.notes("joined")[1:] == [{0: {"pid": 0, "methods": "digest"}}]
     assert group.description(0) == {"pid": 0, "methods": "digest"}
 
 
 def test_a_job_that_cannot_start_joins_nothing(delegate):
-    """Its integration says why; the delegate is told nothing."""
+    """Its integration says why; the delegate is not called."""
     SingleProcess(delegate).start("the job id is taken")
     assert delegate.told == []

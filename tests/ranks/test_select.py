@@ -1,4 +1,4 @@
-"""Which group a job uses, as far as no other ranks are needed to tell."""
+"""Which group a job uses, as far as that can be seen without other ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_environment_without_other_ranks_is_one_process(monkeypatch, size):
 
 
 def test_several_ranks_without_a_group_train_on_uncontrolled(monkeypatch, caplog, jobs_dir):
-    """One rank that stops alone leaves the others waiting for ever: so the job says why, and trains."""
+    """One rank that stops alone leaves the others waiting for ever, so the job logs why and trains without control."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(errors.Unsupported, match="4 ranks"):
         choose()

@@ -25,7 +25,7 @@ from ..support.ranks_delegate import REPORTED, Delegate, Record
 from ..support.ranks_groups import run_ranks
 from .test_poll import check_outcomes
 
-# torch asks the name server for the name of 127.0.0.1 at each connection; one that is slow to say no costs seconds.
+# torch asks the name server for the name of 127.0.0.1 at each connection; a slow refusal costs seconds.
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
 #: Seeded runs of real threads; each takes some tens of milliseconds.
@@ -106,7 +106,7 @@ class Rank:
             for command in commands:
                 if command.name in STOPS:
                     self.finish_when_reported(command.command_id, step)
-        self.delegate.refuse("training ended")
+        self.delegate.close("training ended")
 
     def order(self, name: str, **params: Any) -> str:
         """Submit it as a client would; its id."""
@@ -232,7 +232,7 @@ def true_records(first: Rank, ids: list[str]) -> None:
 
 
 @needs_torch
-def test_an_idle_step_holds_nobody(store):
+def test_an_idle_step_holds_no_rank(store):
     """While nothing is pending, no step end is looked at, and the store gets no key."""
     with training(store, 3, steps=300) as made:
         until(lambda: all(not rank.thread.is_alive() for rank in made))
@@ -242,7 +242,7 @@ def test_an_idle_step_holds_nobody(store):
 
 @needs_torch
 def test_a_rank_that_is_not_there_yet(store):
-    """Commands wait for it, and nobody is held; once it comes they are applied."""
+    """Commands wait for it, and no rank is held; once it joins they are applied."""
     with training(store, 3, begin=False) as made:
         for rank in made[:2]:
             rank.begin()
@@ -381,12 +381,12 @@ def test_outcomes_and_reports_of_real_ranks():
     check_outcomes(run_ranks(3))
 
 
-# Ranks that end, give up, or hear nothing...
+# Ranks that end, give up, or receive nothing...
 
 
 @needs_torch
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_stop_is_not_blamed_on_who_is_behind(store, size):
+def test_a_stop_is_not_blamed_on_a_rank_that_is_behind(store, size):
     """Rank 0 applies a stop and closes at once, the others a little later: it waits for them. Time and again."""
     for turn in range(15):
         with training(lambda turn=turn: prefixed(store, turn), size, begin=False) as made:
@@ -403,7 +403,7 @@ def test_a_stop_is_not_blamed_on_who_is_behind(store, size):
 
 
 def prefixed(connect: Callable[[], Any], name: object) -> Any:
-    """A line of its own in the same store."""
+    """A channel of its own in the same store."""
     import torch.distributed as dist
 
     return dist.PrefixStore(str(name), connect())
@@ -427,7 +427,7 @@ def test_a_rank_that_ends_early(store):
 
 @needs_torch
 def test_a_rank_that_gives_up(store):
-    """It trains on without control: what waits fails, nothing more is agreed, and nobody is held."""
+    """It trains on without control: what waits fails, nothing more is agreed on, and no rank is held."""
     with training(store, 3, begin=False) as made:
         made[1].steps, made[1].fault = 5, "it broke"
         for rank in made:
@@ -442,7 +442,7 @@ def test_a_rank_that_gives_up(store):
 
 @needs_torch
 def test_a_rank_that_gives_up_with_a_list_in_hand(store):
-    """The others have applied it, and the record says who has not."""
+    """The others have applied it, and the record names the rank that has not."""
     at_step = threading.Event()
     with training(store, 2, begin=False) as made:
         first, broken = made
@@ -475,7 +475,7 @@ def suppressed(call: Callable[..., Any], *args: Any) -> None:
 
 @needs_torch
 def test_a_shard_that_is_not_written(store):
-    """A rank says that its part of the checkpoint is not on disk: so the save has failed, and the others train on."""
+    """A rank reports that its part of the checkpoint failed: the save has failed, and all train on."""
     with training(store, 3, begin=False) as made:
         made[2].work = lambda command, step: {"error": "the disk is full"}
         for rank in made:
@@ -493,7 +493,7 @@ def test_a_shard_that_is_not_written(store):
 
 @needs_torch
 def test_a_rank_that_gives_up_before_its_shard_is_written(store):
-    """It never says that it is: so the save has failed."""
+    """It never reports that it is, so the save has failed."""
     with training(store, 2, begin=False) as made:
         first, broken = made
         broken.fault = "it broke"
@@ -515,7 +515,7 @@ def test_a_rank_whose_control_cannot_start(store):
     assert not any(thread.is_alive() for thread in rank.group._channel._threads)
 
 
-# The line in pieces...
+# A broken channel...
 
 
 class Torn:
@@ -535,13 +535,13 @@ def refused(*_: Any) -> Any:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is held waits longer than any test: so it is not patience that lets it go."""
+    """A held rank waits longer than any test, so no time-out lets it continue."""
     monkeypatch.setattr(limits, "DECISION_TIMEOUT", 10 * SOON)
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Who is held loses patience at once, until this is called."""
+    """A held rank gives up at once, until this is called."""
     monkeypatch.setattr(limits, "DECISION_TIMEOUT", 50 * MS)
     monkeypatch.setattr(limits, "GIVE_UP_TIMEOUT", 50 * MS)
 
@@ -564,7 +564,7 @@ def goes_on(*made: Rank) -> None:
 
 
 class Coordinator:
-    """Rank 0 of a line, played by hand: what it sends, and in which order, is the test's."""
+    """Rank 0, played by hand: the test chooses what it sends, and in which order."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.store, self.heard = connect(), 0
@@ -599,8 +599,8 @@ def one_rank(connect: Callable[[], Any]) -> Iterator[tuple[Coordinator, Rank]]:
 
 
 @needs_torch
-def test_a_farewell_overtakes_the_decision(store, patient):
-    """Rank 0 ends between its decision and the word of it: who is held reads what stands in the store, and obeys."""
+def test_a_shutdown_overtakes_the_decision(store, patient):
+    """Rank 0 ends after its decision and before the Commit: a held rank reads the decision in the store, and obeys."""
     with one_rank(store) as (coordinator, rank):
         coordinator.sender.decide(keys.decision(1), [coordinator.due, coordinator.commands])
         coordinator.send("shutdown")
@@ -610,8 +610,8 @@ def test_a_farewell_overtakes_the_decision(store, patient):
 
 
 @needs_torch
-def test_a_farewell_while_nothing_is_decided(store, patient):
-    """The round is off from then on, and nobody is held."""
+def test_a_shutdown_while_nothing_is_decided(store, patient):
+    """The round is off from then on, and no rank is held."""
     with one_rank(store) as (coordinator, rank):
         coordinator.send("shutdown")
         goes_on(rank)
@@ -622,8 +622,8 @@ def test_a_farewell_while_nothing_is_decided(store, patient):
 
 
 @needs_torch
-def test_a_question_that_comes_too_late(store, patient):
-    """A round is off before a rank hears of it: it is not held by it, and a later one is not forgotten for it."""
+def test_a_prepare_that_comes_too_late(store, patient):
+    """A round is off before a rank receives its Prepare: the rank is not held, and a later round is not forgotten."""
     with one_rank(store) as (coordinator, rank):
         coordinator.send("commit", 2, None, [])
         goes_on(rank)
@@ -640,7 +640,7 @@ def test_a_question_that_comes_too_late(store, patient):
 
 @needs_torch
 def test_the_store_breaks_as_a_round_is_decided(store, patient):
-    """The commands that were taken are told at once that they will not happen, once; nobody is held."""
+    """The commands that were taken fail at once; no rank is held; the delegate is told once."""
     with training(store, 2, begin=False) as made:
         torn(made[0], lambda: Torn(store(), compare_set=refused))
         for rank in made:
@@ -656,7 +656,7 @@ def test_the_store_breaks_as_a_round_is_decided(store, patient):
 
 @needs_torch
 def test_a_leader_that_falls_silent_after_asking(store, hasty):
-    """Who is held gives the round up himself, through the store; rank 0, when it is back, obeys, and asks again."""
+    """A held rank calls the round off itself, through the store; rank 0, when it is back, obeys, and tries again."""
     back, real = threading.Event(), store()
 
     def stuck(*args: Any) -> Any:
@@ -691,7 +691,9 @@ def test_a_rank_is_told_before_the_coordinator(store, hasty):
 
     def send(key: str, data: str) -> None:
         real.set(key, data)
-        if '"prepare"' in data:  # so that it is the mouth that decides, and the ear that hears what comes too early
+        if (
+            '"prepare"' in data
+        ):  # so that it is the sender that decides, and the receiver that hears what comes too early
             until(lambda: 1 in made[0].group._coordination._coordinator._steps)
 
     with training(store, 2, begin=False) as made:
@@ -711,8 +713,8 @@ def test_a_rank_is_told_before_the_coordinator(store, hasty):
 
 
 @needs_torch
-def test_an_ear_breaks_while_its_rank_is_held(store, patient):
-    """Its mouth still reads what was decided: the rank does as the others do, and they learn that it is lost."""
+def test_a_receiver_breaks_while_its_rank_is_held(store, patient):
+    """Its sender still reads what was decided: the rank does as the others do, and they learn that it is lost."""
     asked, real = [], store()
 
     def get(key: str) -> bytes:
@@ -765,8 +767,8 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
 
 
 @needs_torch
-def test_the_line_breaks_with_a_list_on_its_way(store, patient):
-    """Rank 0 has applied it and cannot hear any more who else did: whoever waits is told at once, not at the end."""
+def test_the_channel_breaks_with_a_list_on_its_way(store, patient):
+    """Rank 0 has applied it and receives no more acknowledgements: its record fails at once, not at the end."""
     at_step, broken, real = threading.Event(), threading.Event(), store()
 
     def get(key: str) -> bytes:
@@ -841,7 +843,7 @@ def test_calls_in_a_signal_handler(store):
 
 @needs_torch
 def test_a_question_to_all(store):
-    """All answer, one of them late, whatever their training does; nobody is held."""
+    """All answer, one of them late, whatever their training does; no rank is held."""
     late, at_step = threading.Event(), threading.Event()
     with training(store, 4, begin=False) as made:
         made[1].pace = lambda step: at_step.wait(SOON)

@@ -83,6 +83,12 @@ class Delegate:
                 self.finish(command.command_id, error=why)
             self._queue.clear()
 
+    def close(self, why: str) -> None:
+        """Refuse, and fail every command that is not over."""
+        self.refuse(why)
+        for command_id in list(self.records):
+            self.finish(command_id, error=why)
+
     def notes(self, kind: str) -> list[Any]:
         """What it was told of one kind."""
         return [what for noted, what in self.told if noted == kind]

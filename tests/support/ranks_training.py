@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     saves_last: bool
     #: Ask every so many steps instead of never.
     poll_steps: int | None
-    #: The control of this rank fails at this step, and training goes on; (-1, 0) for none.
+    #: The control of this rank fails at this step, and training continues; (-1, 0) for none.
     breaks: tuple[int, int]
 
     @property
@@ -57,10 +57,12 @@ class Plan(NamedTuple):
 
 
 def plan(seed: int, number: int, size: int) -> Plan:
-    """The same for whoever asks."""
+    """The same plan for the test and for every rank."""
     dice = random.Random(f"{seed} {number} {size}")
     polls, breaks = number % 5 == 4, number % 6 == 5
-    sharded = not polls and dice.random() < 0.5  # who only asks cannot be told that others have written
+    sharded = (
+        not polls and dice.random() < 0.5
+    )  # at the end of training, rank 0 of ranks that poll cannot know whether the others have written
     writers = range(size if sharded else 1)
     steps = dice.randrange(20, MOST_STEPS + 1)
     return Plan(
@@ -134,7 +136,7 @@ class Rank:
         return float(loss.detach())
 
     def undisturbed(self, sync: int) -> list[str]:
-        """The weights after each step of a training that nobody controls."""
+        """The weights after each step of a training without control."""
         self.begin()
         found = [self.digest()]
         for step in range(1, MOST_STEPS + 1):
@@ -160,7 +162,7 @@ class Job:
         self.step = 0
 
     def listen(self, group: Any) -> None:
-        """Note what this rank applies, where it tells the others of it."""
+        """Note what this rank applies, where it tells rank 0 of it."""
         tell = group.applied
 
         def applied(commands: Any, step: int, outcomes: Any) -> None:
@@ -211,12 +213,12 @@ class Job:
         self.me.dist.barrier()
 
     def one_step(self, job: Any) -> None:
-        """Train, log, evaluate, hear, save; each at its own time in each rank."""
+        """Train, log, evaluate, apply commands, save; each at its own time in each rank."""
         plan, me, step = self.plan, self.me, self.step
         me.now.is_("last" if step == plan.steps else "training", step)
         self.sleep(plan.slow[0])
         if step == plan.steps:
-            time.sleep(0.01)  # or nobody would meet it
+            time.sleep(0.01)  # or no command would meet it
         loss = me.train(step, plan.sync)
         if plan.logs in (-1, me.rank) and step % (me.rank + 2) == 0:
             job.log(loss=loss)

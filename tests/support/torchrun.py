@@ -14,7 +14,7 @@ from typing import Any
 from .harness import MS, ROOT, SOON
 
 #: Several ranks share two cores here; threads of torch's own would only wait for one another. And torch asks for the
-#: name of each address that connects: a name server that is slow to say no would cost seconds.
+#: name of each address that connects: a slow name server would cost seconds.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RES_OPTIONS": "attempts:0"}
 #: Seconds for importing torch in four processes on two cores that others use, too.
 START = 6 * SOON

@@ -178,7 +178,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     21: (
         "two broadcasts and a read from the device at every log, even without a client",
         (
-            "tests/ranks/test_store_group.py::test_an_idle_step_holds_nobody",
+            "tests/ranks/test_store_group.py::test_an_idle_step_holds_no_rank",
             "tests/training/test_metrics.py::test_reading_is_left_to_the_asker",
             "tests/integrations/test_lightning.py::test_nothing_is_read_from_the_device",
         ),

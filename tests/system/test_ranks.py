@@ -127,7 +127,7 @@ def is_whole(path: str, size: int) -> bool:
 
 @needs_torch
 def test_two_real_ranks(tmp_path):
-    """One start, many jobs: by the line, polled, by a file; saved, stopped, aborted; and two whose rank 1 raises."""
+    """One start, many jobs: over the store, polled, with a file; saved, stopped, aborted; two whose rank 1 raises."""
     with torchrun(tmp_path, 2, "line", "abort", "polled", "breaks", "torn", "file") as run:
         with job(run, "line"):
             saved = cli("save", "line", "--wait", "--json")
@@ -191,7 +191,7 @@ def test_two_real_ranks(tmp_path):
 
 @needs_torch
 def test_four_real_ranks_and_one_is_killed(tmp_path):
-    """They save and stop alike; and when one of them is killed, whoever waits is told, and no process stays."""
+    """They save and stop alike; and when one of them is killed, waiting clients get an error, and no process stays."""
     with torchrun(tmp_path, 4, "job", "killed") as run:
         with job(run, "job") as client:
             record = client.call("save_and_stop", wait="finished")

@@ -75,7 +75,7 @@ def shots_at(job: Plan, size: int) -> list[Shot]:
     dice = random.Random(f"shots {job}")
     found: list[Shot] = []
     moments = {word: weight for word, weight in MOMENTS.items() if word != "evaluating" or job.evaluate_every}
-    restless = 0.0 if job.number < 3 or job.breaks[1] else dice.choice([0.0, 0.1, 0.4])  # how readily somebody ends it
+    restless = 0.0 if job.number < 3 or job.breaks[1] else dice.choice([0.0, 0.1, 0.4])  # how readily a client ends it
     first = list(moments) if job.number < 3 else []  # each moment has its turn
     while len(found) < A_JOB:
         word = first.pop() if first else dice.choices(list(moments), list(moments.values()))[0]
@@ -253,7 +253,7 @@ class Verdict:
             assert all(step_of(part) < self.ended for part in parts), "saved after an abort"
 
     def it_trained_on_and_nothing_was_lost(self, undisturbed: dict[str, list[str]]) -> None:
-        """Where the control of one rank failed: what is said of all ranks is true of that one, too."""
+        """Where the control of one rank failed: what a record states of all ranks is true of that one, too."""
         assert all(report["steps"] == self.job.steps for report in self.reports)
         assert all(report["digest"] == undisturbed[str(self.job.sync)][self.ended] for report in self.reports)
         lists = sorted((report["applied"] for report in self.reports), key=len)
@@ -310,7 +310,7 @@ class Verdict:
             assert shot.timeout is not None and error.data["command_id"] in self.records, answer
         else:
             assert isinstance(error, (JobEnding, JobDead, NoSuchJob)), answer
-            # Who has a record here was accepted, and whoever was accepted gets an answer.
+            # A command with a record was accepted, and every accepted command gets an answer.
             assert shot.command_id not in self.records or answer.word == "over", answer
 
 
@@ -356,7 +356,7 @@ def test_all_ranks_apply_the_same_commands_at_the_same_steps(tmp_path, jobs_dir,
         assert running.end() == 0
     print(f"{size} ranks, {JOBS} jobs: {dict(told)} at {dict(moments)}")
     assert [path for path in jobs_dir.iterdir() if path.is_dir()] == []
-    # It was what it says: all ends of a record, at all moments.
+    # It covered all ends of a record, at all moments.
     assert told.keys() == {"finished", "failed", "cancelled"} and moments.keys() >= MOMENTS.keys()
 
 
@@ -387,7 +387,7 @@ with TrainingJob("doomed") as job:
 
 @pytest.mark.parametrize("fate", ["raises", "is_killed"])
 def test_no_client_waits_for_a_rank_that_is_gone(tmp_path, fate):
-    """Who waits for a checkpoint, or for a step that is never reached, is told that nothing will come of it."""
+    """A client that waits for a checkpoint, or for a step that is never reached, gets an error."""
     (tmp_path / "doomed.py").write_text(DOOMED)
     script = str(tmp_path / "doomed.py")
     with Torchrun(script, fate, ranks=2, cwd=tmp_path) as running, ThreadPoolExecutor(2) as pool:
