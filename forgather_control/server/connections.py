@@ -80,6 +80,7 @@ class Connections:
         """Close connections that stopped reading, hung up, did not authenticate in time, or are silent over TCP."""
         now = time.monotonic()
         for connection in self:
+            connection.flush()  # a socket may accept bytes long before poll(2) says that it is writable
             still = now - connection.moved_at
             stalled = connection.unsent and still > limits.STALL_TIMEOUT
             late = not connection.authenticated and now - connection.accepted_at > limits.AUTH_TIMEOUT

@@ -319,6 +319,21 @@ def test_a_stalled_subscriber_is_dropped_and_an_idle_one_is_not(path, ring, monk
         stalled.close()
 
 
+def test_a_subscriber_that_reads_very_slowly_is_kept(path, ring, monkeypatch):
+    """A few thousand bytes are progress, long before the kernel calls the socket writable."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "STALL_TIMEOUT", 400 * MS)
+    for _ in range(20_000):
+        ring.add("x" * 100)
+    with serving(path, ring), subscribed(path) as slow:
+        start = time.monotonic()
+        while time.monotonic() < start + 1200 * MS:
+            time.sleep(20 * MS)
+            slow.sock.recv(4000)
+        assert ring.closed == []
+        until(lambda: ring.closed == [0])
+
+
 @pytest.mark.once
 def test_a_hundred_subscribers_keep_nobody_waiting():
     """Whose events have no end and who read all: an ordinary client is answered, and the budget is kept."""
