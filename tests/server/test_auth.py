@@ -1,4 +1,4 @@
-"""The gate: nothing but the token opens a connection over TCP, and nothing that stands before it is executed."""
+"""Authentication over TCP: only the token opens a connection, and nothing before it is carried out."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def control(answers, jobs_dir):
         yield control
 
 
-# What the gate says...
+# The check of a first line...
 
 
 def test_a_token_is_long_random_and_fit_for_a_shell():
-    """256 bits, another each time, of letters that need no quotes."""
+    """256 bits, different each time, of characters that need no quotes."""
     tokens = {auth.new_token() for _ in range(100)}
     assert len(tokens) == 100
     for token in tokens:
@@ -130,7 +130,7 @@ def test_what_is_no_authenticate_request_is_noise(first):
     [(b"", False), (b" \t\r", False), (b" {", False), (b'{"js', False), (b"P", True), (b" [", False), (b"\x16", True)],
 )
 def test_what_can_become_no_first_line_is_known_by_its_beginning(start, noise):
-    """Who begins otherwise than a JSON object is not waited for."""
+    """A line that begins neither an object nor a batch is not waited for."""
     assert TokenAuthenticator(TOKEN).is_hopeless(start) is noise
 
 
@@ -145,7 +145,7 @@ def test_refusals_are_counted_and_logged_ever_more_seldom(caplog):
     assert "guess" not in caplog.text and TOKEN not in caplog.text
 
 
-# Who comes over TCP...
+# Over TCP...
 
 #: Commands as they would follow a first line that was let pass.
 BEHIND = line({"jsonrpc": "2.0", "id": 2, "method": "abort"}) + line({"jsonrpc": "2.0", "method": "abort"})
@@ -251,7 +251,7 @@ def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeyp
     monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 200 * MS)
     with Wire(control.at) as wire, Wire(control.at) as other:
         wire.send(line({**AUTH, "params": {"token": "guess"}}))
-        other.authenticate()  # by now the first line was judged
+        other.authenticate()  # the first line has been checked now
         other.still_answers()
         wire.send(BEHIND * 100)
         assert wire.reply()["error"]["code"] == -31025 and wire.is_closed()
@@ -259,7 +259,7 @@ def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeyp
 
 
 def test_who_leaves_before_the_penalty_costs_nothing(control, monkeypatch):
-    """The late answer to nobody is no fault."""
+    """A delayed reply to a client that has left is not an error."""
     monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 50 * MS)
     for _ in range(20):
         with Wire(control.at) as wire:
@@ -305,7 +305,7 @@ def test_the_longest_first_line_and_one_more(control, more):
 
 
 def test_half_a_line_and_silence_end_in_time(answers, monkeypatch):
-    """Nobody occupies a place for long; who has shown the token may be silent."""
+    """A client must authenticate in time; after that it may be silent."""
     monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
     monkeypatch.setattr(limits, "AUTH_TIMEOUT", 300 * MS)
     with serving_tcp(answers) as control, Wire(control.at) as owner:
@@ -378,7 +378,7 @@ def test_two_hundred_strangers_do_not_lock_the_owner_out(control, jobs_dir):
 
 
 def test_strangers_take_no_place_of_the_owners(answers, monkeypatch, jobs_dir):
-    """Where connections are few altogether, strangers push out strangers."""
+    """At the limit of all connections, unauthenticated ones are closed for one another."""
     monkeypatch.setattr(limits, "MAX_CONNECTIONS", 8)
     jobs_dir.mkdir(mode=0o700)
     with (
@@ -389,7 +389,7 @@ def test_strangers_take_no_place_of_the_owners(answers, monkeypatch, jobs_dir):
         local.still_answers()
         remote.authenticate()
         crowd = [socket.create_connection(control.at, SOON) for _ in range(30)]
-        with Wire(control.at) as owner:  # came last, so the crowd has been let in by then
+        with Wire(control.at) as owner:  # came last, so the crowd has been accepted
             owner.authenticate()
         local.still_answers()
         remote.still_answers()

@@ -33,7 +33,7 @@ def test_budget_starts_full(now):
 
 
 def test_budget_after_its_delay(now):
-    """A thread that waits for as long as it is told owes nothing."""
+    """After the delay the budget is no longer overdrawn."""
     budget = CpuBudget(share=0.05, burst=0.02)
     for used in (0.3, 0.001, 2.0, 0.02):
         now.used += used

@@ -130,7 +130,7 @@ def test_deaf_after_an_overlong_line(rest):
 
 
 def test_slow_reader():
-    """Replies that nobody reads are kept and counted, and arrive whole once somebody does."""
+    """Unread replies are kept and counted, and arrive whole once the client reads."""
     reply = bytes(range(256)) * 4096
     with pair() as (connection, client):
         connection.send(reply)
@@ -155,7 +155,7 @@ def test_open_request_is_not_idle():
 
 @pytest.mark.parametrize("kind", KINDS, ids=["unix", "tcp"])
 def test_client_is_gone(kind):
-    """Writing to whoever hung up is a state, not an exception, and later writes stay quiet."""
+    """Writing to a client that hung up sets a state and raises nothing, and so do later writes."""
     with pair(kind) as (connection, client):
         client.close()
         until(lambda: connection.send(b"x" * 1000) or connection.broken)
@@ -220,7 +220,7 @@ def test_nothing_waits_for_the_socket():
 
 
 def test_the_limit_of_a_line_may_grow():
-    """A stranger's is short; what comes after the token is as long as any."""
+    """That of an unauthenticated connection is short; lines after the token may be as long as any."""
     with pair(max_line=8) as (connection, client):
         client.sendall(b"12345678\n" + b"x" * 32)
         while connection.take_line() is None:

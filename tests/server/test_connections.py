@@ -336,7 +336,7 @@ def test_a_subscriber_that_reads_very_slowly_is_kept(path, ring, monkeypatch):
 
 @pytest.mark.once
 def test_a_hundred_subscribers_keep_nobody_waiting():
-    """Whose events have no end and who read all: an ordinary client is answered, and the budget is kept."""
+    """They read endless events as fast as they can: another client is answered soon, and the budget is kept."""
     with Process(ENDLESS) as job:
         path = job.line()
         with Process(READERS, path) as readers:

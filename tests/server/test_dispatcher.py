@@ -246,7 +246,7 @@ def test_a_caller_that_is_gone_is_not_waited_for(talk):
 
 
 def test_given_up_everybody_hears_how_it_ended(talk):
-    """At the end whoever's value is there gets it, the others hear that the job is ending; then nobody waits."""
+    """At the end ready values are sent, the other requests are answered that the job is ending; then none waits."""
     talk.ask((1, "later", "ready"))
     talk.ask((2, "later", "never"), (3, "echo"), (4, "later", "ready"), (5, "later", "failed"), batch=True)
     talk.given.update(ready="just in time", failed=JobDead("gone"))

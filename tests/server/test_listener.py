@@ -33,13 +33,13 @@ def bound(listener):
 
 
 def taken(port=0):
-    """A port that somebody else listens at."""
+    """A port that another program listens on."""
     return closing(socket.create_server((HERE, port)))
 
 
 @pytest.fixture
 def range_of_ports(monkeypatch):
-    """ "auto" looks at five ports that are free here, not at 8900, where somebody may be."""
+    """ "auto" tries five ports that are free here, not 8900, which may be in use."""
     with ExitStack() as stack:
         for first in range(18900, 60000, 50):
             try:
@@ -108,11 +108,11 @@ def test_auto_gives_up_in_the_end(range_of_ports):
             open_port(HERE, None, print)
         assert caught.value.errno == errno.EADDRINUSE
     with pytest.raises(OSError) as caught:
-        open_port("192.0.2.1", None, print)  # TEST-NET-1 is nobody's (RFC 5737)
+        open_port("192.0.2.1", None, print)  # TEST-NET-1 belongs to no host (RFC 5737)
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
-#: Binds "auto" as soon as it is told to, says which port it has, and keeps it.
+#: Binds "auto" after a line on standard input, prints the port and keeps it.
 RACER = """
 import sys
 from forgather_control.server import limits, listener
@@ -157,7 +157,7 @@ def test_a_host_that_is_none_is_an_error(host):
 
 
 def test_accept_takes_what_is_there_and_does_not_block():
-    """False without anybody; a connection that was reset before it was taken is no fault."""
+    """False for an empty backlog; a connection that was reset before it was accepted is not an error."""
     got = []
     with closing_server(open_port(HERE, 0, lambda sock, peer: got.append(sock))) as tcp:
         assert not tcp.accept()
@@ -173,7 +173,7 @@ def test_accept_takes_what_is_there_and_does_not_block():
 
 @needs_root
 def test_another_user_is_not_let_in(jobs_dir, caplog):
-    """Even where the file's mode would let him: the kernel says who it is."""
+    """Even where the file's mode would allow it: the kernel tells the user id."""
     jobs_dir.mkdir()
     jobs_dir.parent.chmod(0o755)
     source = """

@@ -179,7 +179,7 @@ def test_the_handler_is_told_the_peer(path, answers):
         with Wire(path) as wire, Wire(control.at) as remote:
             wire.call("ping")
             remote.authenticate()
-        with Process(STRANGER, str(path), str(os.geteuid())) as other:
+        with Process(OTHER_USER, str(path), str(os.geteuid())) as other:
             other.say("")
             other.line()
             assert seen == [
@@ -196,7 +196,7 @@ def test_several_requests_in_one_packet(control, path):
         wire.send(_line("echo", "1", id=1) + _line("echo", "2", id=2) + whole[:20])
         assert [wire.reply()["id"], wire.reply()["id"]] == [1, 2]
         with Wire(path) as other:
-            other.still_answers()  # half a line keeps nobody waiting
+            other.still_answers()  # half a line delays no other client
         wire.send(whole[20:])
         assert wire.reply()["id"] == 3
 
@@ -210,7 +210,7 @@ def test_no_newline_before_the_end(control, path):
 
 
 def test_a_half_closed_client_gets_its_late_reply(control, path, answers):
-    """Who has shut down its writing side still reads: at once, and when the answer comes, and then the end."""
+    """A client that has shut down its writing side still gets its replies, then the end of the stream."""
     with Wire(path) as wire:
         wire.send(_line("later", "x", id=1) + _line("echo", id=2))
         wire.sock.shutdown(socket.SHUT_WR)
@@ -304,7 +304,7 @@ def test_any_line_is_answered_or_closed(control, path, unbounded):
 
 @pytest.mark.once
 def test_ten_thousand_requests_before_the_first_reply_is_read(control, path, unbounded):
-    """Who only writes is not read after a while: others are served, memory is bounded, and no reply is lost."""
+    """The server stops reading from a client that only writes: memory is bounded, and no reply is lost."""
     lines = b"".join(_line("big", 100, id=number) for number in range(10_000))
     with Wire(path) as other, Wire(path) as wire:
         other.still_answers()
@@ -332,13 +332,13 @@ def test_no_request_is_forgotten_behind_a_full_buffer(control, path, unbounded, 
             wire.sock.shutdown(socket.SHUT_WR)
         with Wire(path) as other:
             for _ in range(5):
-                other.still_answers()  # by now the first client's buffer is full
+                other.still_answers()  # the first client's buffer is full now
         assert [wire.reply()["id"] for _ in range(200)] == list(range(200))
         assert not half_closed or wire.line() == b""
 
 
 def test_a_reader_that_stands_still_is_dropped(path, answers, monkeypatch):
-    """After MAX_STALL without progress, and no earlier; who waits in silence for an answer is not meant."""
+    """After STALL_TIMEOUT without progress, and no earlier; a client that waits for an answer is kept."""
     monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
     monkeypatch.setattr(limits, "STALL_TIMEOUT", 300 * MS)
     with serving(path, answers) as control, Wire(path) as slow, Wire(path) as patient:
@@ -389,7 +389,7 @@ def test_two_hundred_idle_and_one_real_client(control, path, many_files):
 
 @pytest.mark.parametrize("half", [b"", b'{"jsonrpc"'], ids=["silent", "half a line"])
 def test_beyond_the_limit_the_idlest_goes(path, answers, monkeypatch, half):
-    """The owner always gets in: it takes the place of who is silent longest, be it with half a line."""
+    """The owner can always connect: the connection that is idle the longest is closed, even one with half a line."""
     monkeypatch.setattr(limits, "MAX_CONNECTIONS", 8)
     with serving(path, answers), Wire(path) as first:
         first.still_answers()
@@ -439,7 +439,7 @@ print(threading.active_count(), flush=True)
 
 @pytest.mark.once
 def test_without_descriptors_the_server_waits_and_recovers(path):
-    """While the process can open no file, who comes waits at no cost; when it can again, they are answered."""
+    """While the process can open no file, new clients wait at no cost; they are answered when it can again."""
     with Process(STARVED, str(path), "64") as job:
         assert job.line() == "ready"
         with Wire(path) as early:
@@ -512,7 +512,7 @@ def test_the_burst_stays_within_what_is_promised():
 
 # Forks and other users...
 
-#: A server with one connected client that forks a child; the child says its pid, then what it is told to do.
+#: A server with one connected client that forks a child; the child prints its pid, then waits.
 FORKS = """
 import os, sys
 from forgather_control.jobs.directory import JobDirectory
@@ -582,7 +582,7 @@ def test_a_forked_child_disturbs_nothing(forked, jobs_dir):
 
 
 #: Connects as another user, sends a ping, and prints what comes back.
-STRANGER = """
+OTHER_USER = """
 import os, socket, sys
 os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
 for _ in sys.stdin:
@@ -599,16 +599,16 @@ for _ in sys.stdin:
 
 @needs_root
 def test_another_user_is_refused_by_the_kernels_word(control, path, answers, caplog):
-    """Even where somebody has opened all modes, another uid gets no answer; root and the owner do."""
+    """Even where all modes are open, another uid gets no answer; root and the owner do."""
     path.parent.parent.chmod(0o755)
-    with Process(STRANGER, str(path), "65534") as stranger, Process(STRANGER, str(path), "0") as friend:
-        stranger.say("")
-        assert stranger.line() == "PermissionError", "closed modes keep it out in the first place"
+    with Process(OTHER_USER, str(path), "65534") as other, Process(OTHER_USER, str(path), "0") as friend:
+        other.say("")
+        assert other.line() == "PermissionError", "closed modes keep it out in the first place"
         path.parent.chmod(0o777)
         path.chmod(0o777)
         for _ in range(3):
-            stranger.say("")
-            assert stranger.line() in ("b''", "ConnectionResetError", "BrokenPipeError")
+            other.say("")
+            assert other.line() in ("b''", "ConnectionResetError", "BrokenPipeError")
         friend.say("")
         assert b'"result"' in friend.line().encode() and answers.asked == ["ping"]
     assert "Refused a connection from uid 65534" in caplog.text
@@ -616,7 +616,7 @@ def test_another_user_is_refused_by_the_kernels_word(control, path, answers, cap
 
 @needs_root
 def test_root_may_control_an_ordinary_users_job(path):
-    """The other way round the owner is nobody, and root is let in."""
+    """A job of the user nobody accepts connections of root."""
     program = """
     import os, sys
     from forgather_control.server.server import Server
@@ -726,7 +726,7 @@ def test_a_wake_never_blocks(control, path, answers):
 
 
 def test_a_client_that_hangs_up_is_no_signal(path):
-    """Even where SIGPIPE kills, as in a script that set it so, a reply to who is gone does not."""
+    """Even where SIGPIPE has its default action, a reply to a client that has left does not end the process."""
     program = """
     import signal, sys
     from forgather_control.server.dispatcher import PENDING, Deferred
@@ -780,7 +780,7 @@ def test_listening_again_keeps_who_is_connected(path, answers):
 
 
 def test_listening_again_loses_nobody_who_has_connected(path, answers):
-    """Who stands in the backlog of the old socket, with a request, is answered over it."""
+    """A client in the backlog of the old socket is answered over it."""
     entered, go = threading.Event(), threading.Event()
 
     def answer(request, sink):
@@ -801,7 +801,7 @@ def test_listening_again_loses_nobody_who_has_connected(path, answers):
 
 
 def test_at_the_end_everybody_is_answered(path, answers):
-    """Who waits, whose value is there, who is in the backlog, who was not read yet: each hears, then the end."""
+    """Waiting requests, ready values, unread requests and clients in the backlog are answered, then comes the end."""
     with serving(path, answers) as control, Wire(path) as waiting, Wire(path) as holding:
         waiting.send(_line("later", "never", id=1) + _line("later", "ready", id=2))
         until(lambda: answers.asked == ["later", "later"])
@@ -901,7 +901,7 @@ def test_a_running_job_counts_as_a_whole(jobs_dir):
             wire.still_answers()
 
 
-# Over TCP; who gets in is in test_gate...
+# Over TCP; authentication is in test_auth...
 
 
 def _let_in(control):
@@ -938,13 +938,13 @@ def test_who_sends_and_never_reads_over_tcp_is_not_listened_to_and_then_dropped(
         deaf.send(_line("big", 32 << 20) + _line("echo", "never asked"))
         until(lambda: "big" in answers.asked)
         other.still_answers()
-        until(lambda: descriptors() == before - 1)  # over TCP the end, too, waits for the one who does not read
+        until(lambda: descriptors() == before - 1)  # over TCP the end of the stream, too, waits until the client reads
         other.still_answers()
         assert "echo" not in answers.asked
 
 
 def test_who_is_silent_for_long_over_tcp_is_let_go(answers, monkeypatch, path):
-    """The other host may be gone without a word; who waits for an answer stays, and so does the socket's client."""
+    """The other host may have vanished; a client that waits for an answer stays, and so do those of the Unix socket."""
     monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
     monkeypatch.setattr(limits, "IDLE_TIMEOUT", 300 * MS)
     with serving_tcp(answers, path=path) as control, Wire(path) as local, _let_in(control) as waiting:
@@ -973,14 +973,14 @@ def test_at_the_end_who_shows_the_token_is_answered_and_strangers_are_not(answer
             answers.release.set()
             closing.join(SOON)
             assert holding.reply()["id"] == "held"
-            # "authenticate" is unknown to these answers, but the gate has let it pass.
+            # The handler does not know "authenticate", but the authenticator has accepted it.
             assert [owner.reply()["id"] for _ in range(2)] == ["auth", "echo"]
             assert wrong.is_closed() and half.is_closed()
     assert answers.asked.count("echo") == 1
 
 
 def test_connections_over_tcp_cost_no_thread_and_leave_nothing(answers, many_files):
-    """A hundred that were let in, at once; and back to where it was."""
+    """A hundred authenticated connections at once, and back to no descriptor."""
     with serving_tcp(answers) as control:
         threads, files = threading.active_count(), descriptors()
         wires = [_let_in(control) for _ in range(100)]
@@ -1016,13 +1016,13 @@ os.waitpid(child, 0)
 
 
 def test_a_forked_child_keeps_neither_port_nor_connections():
-    """A DataLoader's worker; when the parent is killed, its port refuses, and who was connected is told."""
+    """A DataLoader's worker; when the parent is killed, its port refuses connections, and open ones end."""
     with Process(FORKS_TCP, TOKEN) as process:
         at = ("127.0.0.1", int(process.line()))
-        with Wire(at) as wire, Wire(at) as stranger:
+        with Wire(at) as wire, Wire(at) as other:
             assert wire.authenticate()["result"]["pid"] == process.pid
-            stranger.send(b" ")
-            wire.still_answers()  # so the stranger is in, and no longer on its way
+            other.send(b" ")
+            wire.still_answers()  # so the other connection is accepted
             process.say("")
             said = {process.line(), process.line()}
             assert "0" in said, said
@@ -1030,7 +1030,7 @@ def test_a_forked_child_keeps_neither_port_nor_connections():
             wire.still_answers()
             process.kill()
             try:
-                assert wire.is_closed() and stranger.is_closed()
+                assert wire.is_closed() and other.is_closed()
                 with pytest.raises(ConnectionRefusedError):
                     Wire(at)
             finally:

@@ -206,7 +206,7 @@ def test_the_network_without_tls_is_one_warning(jobs_dir, caplog, pem, tls):
 
 
 def test_loopback_is_no_warning(jobs_dir, caplog):
-    """Nobody on another host can reach it."""
+    """Other hosts cannot reach it."""
     with running_loop(port="auto", host="localhost"):
         record = published(jobs_dir)
         assert record["port"] >= 8900 and addresses.is_loopback(record["address"])

@@ -1,4 +1,4 @@
-"""An address: what it is called, who can have one, and how connecting to it fails."""
+"""Addresses: their text, which paths and ports can have one, and how connecting fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint, bind, fi
 
 from ..support.harness import SOON, Process, descriptors, needs_root
 
-#: Connects as nobody to each path on its standard input, and prints what became of it.
+#: Connects as the user nobody to each path on its standard input, and prints the outcome.
 NOBODY = """
 import os, sys
 from forgather_control import errors
@@ -71,7 +71,7 @@ def test_an_endpoint_is_printed_with_its_scheme():
 
 @pytest.mark.parametrize("letter", ["x", "ä"])
 def test_a_path_fits_up_to_107_bytes(place, letter):
-    """What ``fits`` says is what bind(2) does, for bytes, not letters."""
+    """``fits`` agrees with bind(2), in bytes, not characters."""
     start = str(place) + "/"
     for length in range(100, 112):
         name = letter * ((length - len(start)) // len(letter.encode()))
@@ -88,7 +88,7 @@ def test_a_path_fits_up_to_107_bytes(place, letter):
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
 def test_a_bound_socket_is_its_owners(place, umask):
-    """Mode 0600 under every umask, set before anybody can connect."""
+    """Mode 0600 under every umask, set before clients can connect."""
     old = os.umask(umask)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -111,7 +111,7 @@ def test_a_connection_blocks_and_knows_its_peer(place, listener):
 
 
 def test_nobody_there_is_dead(place):
-    """A missing file, a directory, a regular file, a stale socket, and a path that none can have: nobody listens."""
+    """A missing file, a directory, a regular file, a stale socket and an impossible path: nothing listens there."""
     (place / "file").touch()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
         stale.bind(str(place / "stale"))
@@ -134,7 +134,7 @@ def test_a_full_backlog_is_retried_until_the_deadline(place, listener):
 
 
 def test_a_backlog_with_room_again_is_entered(place, listener):
-    """Who waits before a full backlog gets in as soon as one connection is taken."""
+    """A client that waits for a full backlog connects as soon as one connection is accepted."""
     taken, entered, tried = _fill(place / "s"), [], threading.Event()
 
     class Retry(Deadline):
@@ -177,7 +177,7 @@ def test_another_users_socket_is_not_called_dead(place, listener):
 
 
 def test_a_system_without_peer_credentials_says_nothing(monkeypatch):
-    """Where the kernel does not tell, nobody is judged by it."""
+    """Where the kernel does not tell, both ids are unknown."""
     one, two = socket.socketpair()
     with one, two:
         assert peer_ids(one) == (os.geteuid(), os.getpid())

@@ -1,4 +1,4 @@
-"""TLS: who may be trusted, and what becomes of clients that do not speak it, or only half."""
+"""TLS: which certificates are trusted, and clients that do not speak it or stop in the handshake."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RESET = (socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
 class Answers:
-    """``big N`` is N letters, ``hold`` waits for ``release``; all else is answered with its parameters."""
+    """``big N`` is N characters, ``hold`` waits for ``release``; all else is answered with its parameters."""
 
     def __init__(self):
         self.asked, self.held, self.release = [], threading.Event(), threading.Event()
@@ -82,7 +82,7 @@ def control(answers, pem):
 
 
 def spoken(at, **settings):
-    """A TLS connection of a client that trusts anybody."""
+    """A TLS connection of a client that trusts every certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     for name, value in settings.items():
@@ -159,7 +159,7 @@ def test_the_systems_authorities(control, pem, monkeypatch):
 
 
 def test_a_server_that_speaks_no_tls_is_named(answers):
-    """The plain gate drops a handshake at once, so a client does not wait for its time-out."""
+    """A port without TLS closes a connection that begins a handshake, so the client does not wait for its time-out."""
     with serving_tcp(answers) as control:
         start = time.monotonic()
         with pytest.raises(errors.JobNotAnswering, match="does not speak TLS"):
@@ -174,12 +174,12 @@ def test_a_server_that_says_nothing_is_given_up():
             TcpEndpoint(*silent.getsockname(), True, "0" * 64).connect(Deadline(100 * MS))
 
 
-# Who does not speak it, or only half...
+# Clients that do not speak TLS, or stop in the handshake...
 
 
 @pytest.mark.parametrize("first", [AUTH, b"POST / HTTP/1.1\r\n\r\n", b"\n", b"\x80\x2e\x01\x03\x01", b"{" * 60_000])
 def test_a_plain_client_is_told_and_closed(control, answers, first):
-    """One line says what to do, even to who shows the token; nothing was executed."""
+    """One line says what to do, even to a client with the token; nothing is carried out."""
     with Wire(control.at) as plain:
         plain.send(first)
         reply = plain.reply()
@@ -290,7 +290,7 @@ def test_who_resets_before_the_handshake_begins_costs_nothing(control, answers, 
 
 
 def test_who_says_goodbye_and_resets_costs_nothing(control, answers, caplog):
-    """A reply to who is gone that way is a broken connection, not a fault of ours."""
+    """A reply to a client that left that way breaks the connection and raises nothing."""
     with wire(control) as busy:
         busy.authenticate()
         with wire(control) as brief:
@@ -308,12 +308,12 @@ def test_who_says_goodbye_and_resets_costs_nothing(control, answers, caplog):
     assert "stumbled" not in caplog.text
 
 
-# Who does...
+# Clients that speak TLS...
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_half_closed_connections_are_answered(control, version):
-    """Who says goodbye and still reads has its replies, and then ours."""
+    """A client that sends the closing alert and still reads gets its replies, then our alert."""
     with closing(spoken(control.at, maximum_version=version)) as sock:
         sock.sendall(AUTH + line("echo", id=2))
         with sock.makefile("rb") as file:
@@ -520,10 +520,10 @@ def test_a_forked_child_says_no_goodbye(pem):
     """
     with Process(source, TOKEN, pem.cert, pem.key, cwd=ROOT) as process:
         port = int(process.line())
-        with Wire(spoken((HERE, port))) as spoke, Wire((HERE, port)) as stranger:
+        with Wire(spoken((HERE, port))) as spoke, Wire((HERE, port)) as other:
             spoke.sock.suppress_ragged_eofs = False
             spoke.authenticate()
-            stranger.send(b"")
+            other.send(b"")
             process.say("")
             assert [process.line(), process.line()] == ["0", "waited"]
             spoke.still_answers()
