@@ -179,7 +179,7 @@ def test_a_taken_port_is_one_warning_and_the_job_is_controlled_by_its_socket(job
         assert get_job_status("job")["status"] == "training" and published(jobs_dir)["port"] == 0
         assert published(jobs_dir)["token"] is None
     (warning,) = warnings(caplog)
-    assert "no control over TCP" in warning and "already in use" in warning
+    assert "No control over TCP" in warning and "already in use" in warning
 
 
 @needs("openssl")
@@ -191,7 +191,7 @@ def test_an_unusable_certificate_opens_no_plain_port(jobs_dir, caplog, pem, faul
         until(lambda: run.steps)
         assert get_job_status("job")["status"] == "training" and published(jobs_dir)["port"] == 0
     (warning,) = warnings(caplog)
-    assert "no control over TCP" in warning
+    assert "No control over TCP" in warning
 
 
 @needs("openssl")

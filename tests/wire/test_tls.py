@@ -16,6 +16,7 @@ import pytest
 
 from forgather_control import connect, errors
 from forgather_control.client.connection import Client
+from forgather_control.client.target import Target
 from forgather_control.deadline import Deadline
 from forgather_control.server import limits, server
 from forgather_control.wire import limits as wire_limits
@@ -130,7 +131,7 @@ def test_a_wrong_fingerprint_ends_it_before_the_token(answers, pem, sha256):
         thread.start()
         at = TcpEndpoint(*listener.getsockname(), True, wrong if sha256 == "right-but-one" else sha256)
         with pytest.raises(errors.NotAuthenticated, match="is not the job's"):
-            Client(at, "job", token=TOKEN)
+            Client(Target("job", "job", endpoint=at, token=TOKEN))
         thread.join(SOON)
     assert seen == [b""]
 
@@ -460,7 +461,7 @@ def test_a_job_over_tls_is_reached_by_its_record(pem, jobs_dir):
             assert job.command("save_checkpoint", wait="finished", timeout=SOON).state == "finished"
         os.unlink(jobs_dir / "job" / "control.sock")
         with connect("job") as job:
-            assert isinstance(job._sock, ssl.SSLSocket), "the socket is gone, so over the port"
+            assert isinstance(job._transport.sock, ssl.SSLSocket), "the socket is gone, so over the port"
 
 
 #: A job in a script that gave SIGPIPE back its default, and whose TLS clients vanish.
