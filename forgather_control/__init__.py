@@ -1,8 +1,9 @@
 """Find, watch, save, stop and abort a PyTorch training job from outside the process.
 
-This module holds names only. Each one is loaded when it is first used (PEP 562), so that a client never
-imports the training side, and a training script never imports the client.
+This module holds names only. Each one is loaded when it is first used (PEP 562), so that a client never imports the
+training side, and a training script never imports the client.
 """
+# ruff: noqa: F403, F405 (tests/system/test_exports.py checks what the star stands for)
 
 from __future__ import annotations
 
@@ -25,44 +26,25 @@ if TYPE_CHECKING:
         save_checkpoint,
     )
     from .client.connection import Client
-    from .errors import (
-        AmbiguousJob,
-        BadJobId,
-        CommandError,
-        CommandExpired,
-        CommandFailed,
-        CommandNotFound,
-        CommandRefused,
-        ControlError,
-        DeadlinePassed,
-        FindError,
-        InternalError,
-        InvalidParams,
-        InvalidRequest,
-        JobDead,
-        JobEnding,
-        JobIdTaken,
-        JobNotAnswering,
-        JobsDirUnusable,
-        MethodNotFound,
-        NoSuchJob,
-        NotAuthenticated,
-        NotCancellable,
-        ParseError,
-        PortTaken,
-        StartError,
-        TlsUnusable,
-        TooManyCommands,
-        Unsupported,
-        WireError,
-    )
+    from .errors import *
     from .integrations.huggingface import TrainerControlCallback
     from .integrations.lightning import LightningControlCallback
     from .integrations.loop import TrainingJob
     from .jobs.registry import Job
     from .wire.records import CommandRecord
 
-#: The module of each public name; those that are not here are error classes.
+__all__ = [
+    "AmbiguousJob", "BadJobId", "Client", "CommandError", "CommandExpired", "CommandFailed", "CommandNotFound",
+    "CommandRecord", "CommandRefused", "ControlError", "DeadlinePassed", "FindError", "InternalError",
+    "InvalidParams", "InvalidRequest", "Job", "JobDead", "JobEnding", "JobIdTaken", "JobNotAnswering",
+    "JobsDirUnusable", "LightningControlCallback", "MethodNotFound", "NoSuchJob", "NotAuthenticated",
+    "NotCancellable", "ParseError", "PortTaken", "StartError", "TlsUnusable", "TooManyCommands",
+    "TrainerControlCallback", "TrainingJob", "Unsupported", "WireError", "__version__", "abort", "cancel_command",
+    "cleanup", "connect", "get_command", "get_job_status", "graceful_stop", "list_jobs", "save_and_stop",
+    "save_checkpoint",
+]  # fmt: skip
+
+#: The module of each public class that is no error; the functions, in lower case, are those of ``client.api``.
 _MODULES = {
     "Client": "client.connection",
     "CommandRecord": "wire.records",
@@ -70,73 +52,14 @@ _MODULES = {
     "LightningControlCallback": "integrations.lightning",
     "TrainerControlCallback": "integrations.huggingface",
     "TrainingJob": "integrations.loop",
-    "abort": "client.api",
-    "cancel_command": "client.api",
-    "cleanup": "client.api",
-    "connect": "client.api",
-    "get_command": "client.api",
-    "get_job_status": "client.api",
-    "graceful_stop": "client.api",
-    "list_jobs": "client.api",
-    "save_and_stop": "client.api",
-    "save_checkpoint": "client.api",
 }
-
-__all__ = [
-    "AmbiguousJob",
-    "BadJobId",
-    "Client",
-    "CommandError",
-    "CommandExpired",
-    "CommandFailed",
-    "CommandNotFound",
-    "CommandRecord",
-    "CommandRefused",
-    "ControlError",
-    "DeadlinePassed",
-    "FindError",
-    "InternalError",
-    "InvalidParams",
-    "InvalidRequest",
-    "Job",
-    "JobDead",
-    "JobEnding",
-    "JobIdTaken",
-    "JobNotAnswering",
-    "JobsDirUnusable",
-    "LightningControlCallback",
-    "MethodNotFound",
-    "NoSuchJob",
-    "NotAuthenticated",
-    "NotCancellable",
-    "ParseError",
-    "PortTaken",
-    "StartError",
-    "TlsUnusable",
-    "TooManyCommands",
-    "TrainerControlCallback",
-    "TrainingJob",
-    "Unsupported",
-    "WireError",
-    "__version__",
-    "abort",
-    "cancel_command",
-    "cleanup",
-    "connect",
-    "get_command",
-    "get_job_status",
-    "graceful_stop",
-    "list_jobs",
-    "save_and_stop",
-    "save_checkpoint",
-]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f".{_MODULES.get(name, 'errors')}", __name__)
-    value = globals()[name] = getattr(module, name)
+    module = _MODULES.get(name) or ("client.api" if name.islower() else "errors")
+    value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
     return value
 
 

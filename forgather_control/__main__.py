@@ -1,12 +1,9 @@
-"""The command line as a process: ``python -m forgather_control VERB ...`` and the two console scripts.
-
-The process ends as soon as everything is printed: an orderly shutdown of the interpreter takes longer than
-most verbs do, and a client has nothing that needs one.
-"""
+"""The command line as a process: ``python -m forgather_control VERB ...`` and the two console scripts."""
 
 import gc
 import os
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import NoReturn
 
@@ -34,12 +31,10 @@ def _cli() -> ModuleType:
 
 
 def _end(code: int) -> NoReturn:
+    """Exit once all is printed: an orderly shutdown of the interpreter takes longer than most verbs do."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            pass  # the reader has gone
+        with suppress(OSError, AttributeError):  # its reader has gone; the process has no such stream
+            stream.flush()
     os._exit(code)
 
 

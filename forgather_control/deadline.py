@@ -1,20 +1,12 @@
-"""Deadlines on the monotonic clock, and the wait for a file lock, which has none of its own."""
+"""Deadlines on the monotonic clock, and the wait for a file lock until one."""
 
 from __future__ import annotations
 
 import time
-from typing import Final
-
-#: Seconds between two attempts to lock: flock(2) has no time-out, and its signals belong to the application.
-_LOCK_RETRY: Final = 0.005
 
 
 class Deadline:
-    """A moment at which a wait times out, on the monotonic clock.
-
-    Args:
-        seconds: from now; ``None`` means never.
-    """
+    """A moment at which a wait times out: so many seconds from now, or never (``None``)."""
 
     def __init__(self, seconds: float | None) -> None:
         #: The moment in ``time.monotonic()`` seconds, or ``None`` for never.
@@ -25,7 +17,7 @@ class Deadline:
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
     def passed(self) -> bool:
-        """Whether the moment is over."""
+        """Return whether the moment has come."""
         return self.at is not None and time.monotonic() >= self.at
 
 
@@ -44,4 +36,4 @@ def lock_file(file: int, deadline: Deadline) -> bool:
         except BlockingIOError:
             if deadline.passed():
                 return False
-        time.sleep(_LOCK_RETRY)
+        time.sleep(0.005)  # flock(2) has no time-out, and signals belong to the application

@@ -20,43 +20,29 @@ OBJECT: Final = (dict,)
 NULL: Final = (type(None),)
 
 _WORDS: Final = {str: "a string", int: "an integer", float: "a number", dict: "an object"}
-#: The year 10000, where calendars end.
-_END_OF_TIME: Final = 253402300800.0
 
 
 class Field(NamedTuple):
-    """The rules for one member.
+    """The rules for one member."""
 
-    Args:
-        types: see ``TEXT`` and the others above.
-        minimum, maximum: of a number. The default keeps out NaN, infinities and integers of 400 digits, which would be
-            no numbers to the programs that read our output.
-        longest: the most characters of a string.
-        printable: whether such a string must have at least one character, and only printable ones.
-        choices: the only values that are allowed.
-        convert: turns the checked value into the one to keep, or raises ValueError; not called for null.
-    """
-
-    types: tuple[type, ...]
+    types: tuple[type, ...]  #: See ``TEXT`` and the others above.
+    #: The range of a number. The default keeps out NaN, infinities and integers of 400 digits, which would be no
+    #: numbers to the programs that read our output.
     minimum: float = -(1 << 63)
     maximum: float = 1 << 63
-    longest: int | None = None
-    printable: bool = False
-    choices: Collection[Any] | None = None
+    longest: int | None = None  #: The most characters of a string.
+    printable: bool = False  #: Such a string must have at least one character, and only printable ones.
+    choices: Collection[Any] | None = None  #: The only values that are allowed.
+    #: Turns the checked value into the one to keep, or raises ValueError; not called for null.
     convert: Callable[[Any], Any] | None = None
 
     def accepts(self, value: Any) -> bool:
         """Return whether a value follows the rules."""
-        kind = type(value)
-        if kind not in self.types or (self.choices is not None and value not in self.choices):
+        if type(value) not in self.types or (self.choices is not None and value not in self.choices):
             return False
-        if kind is int or kind is float:
-            return bool(self.minimum <= value <= self.maximum)
-        if kind is str:
-            if self.longest is None:
-                return True
+        if isinstance(value, str) and self.longest is not None:
             return len(value) <= self.longest and (not self.printable or (value != "" and value.isprintable()))
-        return True
+        return not isinstance(value, (int, float)) or self.minimum <= value <= self.maximum
 
     @property
     def expected(self) -> str:
@@ -72,8 +58,8 @@ class Field(NamedTuple):
         return text + (" or null" if type(None) in self.types else "")
 
 
-#: Seconds since the epoch.
-TIME: Final = Field(NUMBER, -_END_OF_TIME, _END_OF_TIME)
+#: Seconds since the epoch, up to the year 10000, where calendars end.
+TIME: Final = Field(NUMBER, -253402300800.0, 253402300800.0)
 PID: Final = Field(INTEGER, 1, (1 << 31) - 1)
 
 
@@ -85,11 +71,10 @@ def nullable(field: Field) -> Field:
 def load(cls: Callable[..., T], fields: Mapping[str, Field], value: object, what: str) -> T:
     """Return the named tuple ``cls`` that a JSON object holds.
 
-    Members without a field are ignored: a later version may have added them. A member that ``cls`` has no default for
-    is required.
+    Members without a field are ignored: a later version may have added them.
 
     Args:
-        fields: by member name.
+        fields: by member name. A member that ``cls`` has no default for is required.
         value: from ``json``.
         what: names the object in error messages, for example "the job record".
 
@@ -108,11 +93,10 @@ def load(cls: Callable[..., T], fields: Mapping[str, Field], value: object, what
     try:
         return cls(**members)
     except TypeError:
-        required = [name for name in cls._fields if name not in cls._field_defaults]  # type: ignore[attr-defined]
-        missing = [name for name in required if name not in members]
-        if not missing:
-            raise
-        raise ValueError(f"{what} has no {missing[0]}") from None
+        for name in cls._fields:  # type: ignore[attr-defined]
+            if name not in members and name not in cls._field_defaults:  # type: ignore[attr-defined]
+                raise ValueError(f"{what} has no {name}") from None
+        raise
 
 
 def shown(value: object) -> str:

@@ -9,53 +9,43 @@ from __future__ import annotations
 from typing import Final, Literal, get_args
 
 # A process, judged from this host (processes.liveness.judge).
-
 PROCESS_RUNNING: Final = "running"  #: It exists, perhaps stopped.
 PROCESS_GONE: Final = "gone"  #: It is proven to have ended.
 PROCESS_ELSEWHERE: Final = "elsewhere"  #: It is on another host or in another PID namespace: unknown.
-
 ProcessState = Literal["running", "gone", "elsewhere"]
 
 # What became of a process that was to be ended (processes.terminate).
-
 KILL_ENDED: Final = "ended"  #: It ended after SIGTERM.
 KILL_KILLED: Final = "killed"  #: It ended after SIGKILL only.
 KILL_GONE: Final = "gone"  #: It had ended before a signal was sent.
 KILL_ELSEWHERE: Final = "elsewhere"  #: It is on another host or in another PID namespace; nothing was sent.
 KILL_REFUSED: Final = "refused"  #: It belongs to another user, or is this very process; nothing was sent.
 KILL_STUCK: Final = "stuck"  #: It still exists after SIGKILL: it hangs in the kernel.
-
 KillOutcome = Literal["ended", "killed", "gone", "elsewhere", "refused", "stuck"]
 
 # A job, as ``list`` shows it.
-
 JOB_LIVE: Final = "live"  #: The job itself answered.
 JOB_SILENT: Final = "silent"  #: Its process runs, its socket did not answer.
 JOB_DEAD: Final = "dead"  #: Its process is gone.
 JOB_FOREIGN: Final = "foreign"  #: It is on another host: unknown.
 JOB_RUNNING: Final = "running"  #: Its process runs, and its socket was not tried (in answers to ``list_jobs``).
-
 JobState = Literal["live", "silent", "dead", "foreign", "running"]
 JOB_STATES: Final[tuple[str, ...]] = get_args(JobState)
 
 # A rank of a job, as ``ranks`` and ``stacks`` answer.
-
 RANK_ANSWERING: Final = "answering"  #: It answered.
 RANK_SILENT: Final = "silent"  #: It did not answer in time.
 RANK_ENDED: Final = "ended"  #: Its training ended.
 RANK_ABSENT: Final = "absent"  #: It never joined, or was lost, or its process is gone.
-
 RankState = Literal["answering", "silent", "ended", "absent"]
 RANK_STATES: Final[tuple[str, ...]] = get_args(RankState)
 
 # A command, in the order of its life; the last three states are final.
-
 COMMAND_ACCEPTED: Final = "accepted"  #: Queued: the job will apply it.
 COMMAND_APPLIED: Final = "applied"  #: Every rank has applied it, at the same step.
 COMMAND_FINISHED: Final = "finished"  #: All that it was to do is done.
 COMMAND_FAILED: Final = "failed"  #: It ended with an error.
 COMMAND_CANCELLED: Final = "cancelled"  #: A client took it back before it was applied.
-
 CommandState = Literal["accepted", "applied", "finished", "failed", "cancelled"]
 COMMAND_STATES: Final[tuple[str, ...]] = get_args(CommandState)
 FINAL_STATES: Final = frozenset(COMMAND_STATES[2:])
@@ -63,7 +53,6 @@ FINAL_STATES: Final = frozenset(COMMAND_STATES[2:])
 AWAITED_STATES: Final = COMMAND_STATES[:3]
 
 # What must have happened before a command is finished (``Method.finishes_when``).
-
 WHEN_APPLIED: Final = "applied"  #: Every rank has applied it.
 WHEN_SAVED: Final = "saved"  #: Every rank has written its part of a checkpoint.
 WHEN_EVALUATED: Final = "evaluated"  #: Every rank has evaluated.
@@ -73,18 +62,15 @@ WHEN_ENDED: Final = "ended"  #: Training has ended.
 RANK_REPORTS: Final = frozenset((WHEN_SAVED, WHEN_EVALUATED, WHEN_REPORTED))
 
 # How a command reached the job: ``requested_by.via`` in its record.
-
 VIA_SOCKET: Final = "socket"
 VIA_TCP: Final = "tcp"
 VIA_FILE: Final = "file"
 VIA_SIGNAL: Final = "signal"
 VIA_RULE: Final = "rule"
-
 Via = Literal["socket", "tcp", "file", "signal", "rule"]
 VIAS: Final[tuple[str, ...]] = get_args(Via)
 
 # The kinds of events (``subscribe``).
-
 EVENT_STARTED: Final = "started"  #: The job can be controlled.
 EVENT_PROGRESS: Final = "progress"  #: Step and speed; at most five a second, only while a client subscribes.
 EVENT_PHASE: Final = "phase"  #: ``status`` changed.
@@ -93,12 +79,10 @@ EVENT_CHECKPOINT: Final = "checkpoint"  #: A checkpoint is complete on disk.
 EVENT_METRICS: Final = "metrics"  #: Values were logged; at most five a second, only while a client subscribes.
 EVENT_RANK: Final = "rank"  #: A rank joined, or can no longer be reached.
 EVENT_ENDED: Final = "ended"  #: Training has ended.
-
 EventKind = Literal["started", "progress", "phase", "command", "checkpoint", "metrics", "rank", "ended"]
 EVENT_KINDS: Final[tuple[str, ...]] = get_args(EventKind)
 
 # What training is doing: ``status`` in the answer to ``status``.
-
 STATUS_STARTING: Final = "starting"  #: Before the first step.
 STATUS_TRAINING: Final = "training"
 STATUS_EVALUATING: Final = "evaluating"
@@ -106,6 +90,5 @@ STATUS_SAVING: Final = "saving"  #: A checkpoint is being written.
 STATUS_PAUSED: Final = "paused"  #: All ranks wait until ``resume``.
 STATUS_STOPPING: Final = "stopping"  #: A command that ends training was applied.
 STATUS_ENDED: Final = "ended"
-
 TrainingStatus = Literal["starting", "training", "evaluating", "saving", "paused", "stopping", "ended"]
 TRAINING_STATUSES: Final[tuple[str, ...]] = get_args(TrainingStatus)
