@@ -372,6 +372,18 @@ def test_the_tables_of_the_wire():
     assert {*first_words(page, "kind")} == {*states.EVENT_KINDS}
 
 
+def test_events_have_the_facts_of_the_table(tmp_path):
+    """Every kind of event of a job that is saved and stopped."""
+    facts = {row[0].strip("`"): set(row[2].strip("`").split()) for row in table("docs/wire.md", "kind")}
+    facts |= {"command": {*RESULTS["save_checkpoint"]["properties"]}, "rank": {"state", "ranks"}}
+    with my_experiment(tmp_path), forgather_control.connect("my_experiment") as client:
+        events = client.events(since=0)
+        forgather_control.save_checkpoint("my_experiment", wait="finished")
+        forgather_control.graceful_stop("my_experiment")
+        seen = {event["kind"]: event.keys() - {"seq", "time", "kind", "lost"} for event in events}
+    assert seen == facts
+
+
 def test_the_table_of_errors():
     """Every class that a caller can meet, with its code and what else it is."""
     rows = table("docs/wire.md", "code")
