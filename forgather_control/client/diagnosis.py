@@ -1,6 +1,6 @@
 """Why a job did not answer, as its directory and the operating system tell it.
 
-psutil is loaded only here, when a process has to be judged.
+psutil is imported only where a process has to be judged.
 """
 
 from __future__ import annotations

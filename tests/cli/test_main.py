@@ -1,4 +1,4 @@
-"""The command line as a person, a pipe and a script meet it."""
+"""The command line as users, pipes and scripts see it."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_command_that_fails_is_exit_code_one():
 
 @pytest.mark.parametrize("verb", [("abort", "job"), ("cleanup",)])
 def test_without_a_terminal_nothing_dangerous_happens_unforced(verb, jobs_dir):
-    """abort and cleanup refuse when there is nobody to ask, whatever stands on stdin."""
+    """abort and cleanup refuse where they cannot ask, whatever stdin holds."""
     with job_process("dead") as dead, running_loop():
         dead.kill()
         for stdin in (None, "y\n"):
@@ -471,7 +471,7 @@ def run(capsys, *words: str) -> tuple[int, str, str]:
 
 
 def test_ranks_shows_who_is_behind_and_who_is_gone(jobs_dir):
-    """A table as the job told it; a silent rank whose process is gone is called so; --json is one text."""
+    """A table of what the job answered; a silent rank whose process is gone is absent; --json is one text."""
     with ranks(WAITS) as ((dead,), others):
         dead.kill()
         told = [row(0, "answering", step=7, seconds_since_step=0.5, device="cpu"), row(1), row(2, "answering", step=5)]
@@ -498,7 +498,7 @@ def test_the_time_out_reaches_the_job(jobs_dir, capsys):
 
 
 def test_stacks_of_a_rank_that_does_not_answer_are_read_from_here(jobs_dir, capsys):
-    """Rank by rank, each under its name; who could not be reached is named on stderr and holds nobody up."""
+    """Rank by rank, each under its name; a rank that cannot be reached is named on stderr and delays no other."""
     with ranks(WAITS) as (_, others):
         told = [row(0, "answering", stacks="Thread\n  one\x1b[2J\n"), row(1), row(2)]
         with answering(jobs_dir, told, others):
@@ -512,7 +512,7 @@ def test_stacks_of_a_rank_that_does_not_answer_are_read_from_here(jobs_dir, caps
 
 
 def test_stacks_of_a_job_that_keeps_the_interpreter_lock(jobs_dir, impatient, capsys):
-    """Rank 0 answers nobody: its stacks come all the same, and say where it hangs; then it goes on."""
+    """Rank 0 does not answer: its stacks are read from outside and show where it hangs; it continues after that."""
     path = jobs_dir / "job" / "control.sock"
     path.parent.mkdir(parents=True)
     with ranks(LISTENS.format(path=str(path)) + KEEPS, WAITS) as ((first, _), records):
@@ -539,7 +539,7 @@ def test_a_job_without_ranks_json_has_nothing_to_read(jobs_dir, impatient, capsy
 
 
 def test_abort_kills_what_does_not_end(jobs_dir, impatient, capsys):
-    """A real job whose step never ends: the deadline passes, the process is told to end, and does; exit code 0."""
+    """A real job whose step never ends: after the deadline its process gets SIGTERM and ends; exit code 0."""
     with job_process("stuck", step_seconds=SOON) as stuck:
         code, out, err = run(capsys, "abort", "stuck", "--force", "--kill-after=0.1")
         assert code == 0 and "ended after SIGTERM" in out and str(stuck.pid) in out
@@ -550,7 +550,7 @@ def test_abort_kills_what_does_not_end(jobs_dir, impatient, capsys):
 
 
 def test_abort_that_need_not_kill_is_an_abort(capsys):
-    """A job that reaches its next step ends by itself, and is told as ever; --json prints the record."""
+    """A job that reaches its next step ends by itself, with the usual output; --json prints the record."""
     with running_loop() as one:
         code, out, err = run(capsys, "abort", "job", "--force", "--kill-after=20")
         assert (code, err) == (0, "") and out.startswith("job: ended at step ")
@@ -630,7 +630,7 @@ def test_a_real_job_shows_its_rank_and_its_stacks():
 
 
 def test_a_real_job_that_keeps_the_interpreter_lock(impatient, capsys):
-    """It hangs in C and answers nobody: its stacks say where, and abort --kill-after ends it."""
+    """It hangs in C and does not answer: its stacks show where, and abort --kill-after ends it."""
     source = """
     import ctypes
     from forgather_control import TrainingJob

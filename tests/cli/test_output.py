@@ -1,4 +1,4 @@
-"""What people see: nothing from a job or a file moves the cursor or pretends, and no number breaks the screen."""
+"""What users see: no text from a job or a file moves the cursor, and no number breaks the output."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_status():
 
 
 def test_status_before_the_first_step():
-    """A job that only starts says so, without a speed or an end that nobody knows."""
+    """A job before its first step shows neither a speed nor an end."""
     unknown = dict.fromkeys(["epoch", "max_steps", "progress", "steps_per_second", "eta_seconds", "seconds_since_step"])
     assert output.status_screen({**STATUS, **unknown, "global_step": 0, "metrics": {}}, unicode=True).splitlines() == [
         "job  training",
@@ -218,7 +218,7 @@ def test_bar(progress, full, unicode):
      (None, None), (5e-324, "inf s/step")],
 )  # fmt: skip
 def test_speed(speed, wanted):
-    """Slow steps are told in seconds each, fast ones in steps a second."""
+    """Slow steps are shown in seconds each, fast ones in steps a second."""
     line = output.status_screen({**STATUS, "steps_per_second": speed}, unicode=False).splitlines()[2]
     assert wanted in line if wanted else "step/s" not in line and "s/step" not in line
 
@@ -258,7 +258,7 @@ def test_outcome(record, wanted):
     ],
 )
 def test_outcome_of_other_commands(record, wanted):
-    """What a command finishes with says how it is told; one that this version does not know shows its result."""
+    """The outcome is worded by what the command finishes with; an unknown command shows its result."""
     evaluate = builtin.BUILTIN["save_checkpoint"]._replace(name="evaluate", finishes_when=frozenset({"evaluated"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(builtin.BUILTIN._methods, "evaluate", evaluate)
@@ -266,7 +266,7 @@ def test_outcome_of_other_commands(record, wanted):
 
 
 def test_command_table():
-    """A row for each command: who gave it, and why, or why it failed, or where its checkpoint is."""
+    """A row for each command: its requester, and its reason, its failure or its checkpoint."""
     by = {"via": "socket", "uid": 1000, "user": "alice", "pid": 42, "program": "python3"}
     rows = [
         {**RECORD, "requested_by": by},
@@ -308,7 +308,7 @@ BARE = {**dict.fromkeys(RANK), "rank": 1, "host": "node", "pid": 4243, "state": 
 
 
 def test_rank_table():
-    """Columns are aligned, what is unknown is a dash, and the last lines name who is behind, silent and gone."""
+    """Columns are aligned, unknown values are dashes, and the last lines name late, silent and gone ranks."""
     late = {**RANK, "rank": 2, "step": 117, "seconds_since_step": 65.0, "device": "cpu", "device_memory_bytes": None}
     gone = {**BARE, "rank": 3, "state": "absent"}
     assert output.rank_table([RANK, BARE, late, gone], colour=False).splitlines() == [
@@ -338,7 +338,7 @@ def test_many_ranks_are_counted():
 
 @pytest.mark.parametrize("state", ["answering", "silent", "ended", "absent"])
 def test_rank_colour_changes_no_width(state):
-    """Colour is put around the state's cell; a state that nobody knows has none."""
+    """Colour is put around the state's cell; an unknown state has none."""
     rows = [RANK, {**BARE, "state": state}, {**BARE, "rank": 2, "state": "\x1b[31m"}]
     coloured = output.rank_table(rows, colour=True)
     assert coloured.count("\x1b[") == 4

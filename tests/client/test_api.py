@@ -1,4 +1,4 @@
-"""The client: finding, calling, waiting, raising; against real jobs, and against peers that misbehave."""
+"""The Python interface against real jobs: list, connect, give commands, wait, follow events."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def test_the_same_id_twice_is_the_same_command():
         with pytest.raises(errors.NotCancellable):
             forgather_control.cancel_command("job", "mine")
         with pytest.raises(errors.CommandNotFound):
-            forgather_control.get_command("job", "nobody's")
+            forgather_control.get_command("job", "unknown")
 
 
 def test_a_cancelled_command_is_never_applied():
-    """What is cancelled before its step ends is cancelled for ever, and its waiter is told."""
+    """A command that is cancelled before its step ends is never applied, and its waiter gets an error."""
     with running_loop(step_seconds=400 * MS) as run:
         until(lambda: run.steps)
         caught: list[BaseException] = []
@@ -199,7 +199,7 @@ def test_an_expired_command_is_refused():
 
 
 def test_what_was_reported_as_unanswered_is_not_done_later():
-    """A job that is suspended while it is told to stop trains on when it resumes."""
+    """A job that is suspended while a stop is sent continues training when it resumes."""
     with job_process("frozen") as process:
         with forgather_control.connect("frozen", timeout=300 * MS) as job:
             job.call("ping")

@@ -1,4 +1,4 @@
-"""One connection: what is asked, what is waited for, and why no answer came; against peers that misbehave."""
+"""One connection: requests, waits and explanations of a missing answer, against peers that misbehave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..support.harness import MS, SOON, TOKEN, descriptors
 
 
 class Peer:
-    """A server of the test's own: accepts one connection and does what ``act(file, socket)`` does.
+    """A server for a test: accept one connection and run ``act(file, socket)`` with it.
 
     At ``path`` in the folder, or, without one, at the port of ``at``.
     """
@@ -48,7 +48,7 @@ class Peer:
                 act(file, sock)
 
     def leave(self) -> None:
-        """Wait for nobody any more; for a peer that nobody should have met."""
+        """Stop waiting for a connection, at the end of a test that must not connect."""
         self._leaving = True
         socket.create_connection(self.at, SOON).close()
 
@@ -97,7 +97,7 @@ def folder(jobs_dir: Path) -> Path:
 
 
 def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
-    """Its process runs, its record stands: it does not answer, which is all that is known."""
+    """Its process runs and its record is there, so all that is known is that it does not answer."""
     monkeypatch.setattr(limits, "EXIT_TIME", 50 * MS)
     mine = {"job_id": "peer", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
     (folder / "peer").mkdir()
@@ -116,7 +116,7 @@ def test_a_job_that_hangs_up_and_lives_is_not_called_dead(folder, monkeypatch):
     [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'{"jsonrpc":"2.0","id":1}\n', b"null\n"],
 )
 def test_a_peer_that_is_none_of_us_is_named(folder, answer):
-    """Garbage instead of a reply is an error of ours, not a traceback of json's."""
+    """Garbage instead of a reply is a ControlError, not a traceback of json."""
 
     def act(file, sock) -> None:
         file.readline()
@@ -128,7 +128,7 @@ def test_a_peer_that_is_none_of_us_is_named(folder, answer):
 
 
 def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
-    """Without a deadline a silent peer is asked, and given up after the silence; one that answers is not."""
+    """Without a deadline a silent peer gets pings, and is given up after the silence; one that answers is not."""
     monkeypatch.setattr(limits, "PING_INTERVAL", 30 * MS)
     monkeypatch.setattr(limits, "SILENCE", 150 * MS)
     asked: list[str] = []
@@ -147,7 +147,7 @@ def test_a_patient_wait_asks_whether_anybody_is_there(folder, monkeypatch):
 
 
 def test_replies_of_earlier_calls_are_not_taken_for_later_ones(folder):
-    """A reply with another id is passed over."""
+    """A reply with another id is skipped."""
 
     def act(file, sock) -> None:
         file.readline()
@@ -207,7 +207,7 @@ def test_the_token_is_shown_first_and_once():
 
 @pytest.mark.parametrize("found", [{"job_id": "other\x1b[2J"}, {"job_id": None}, {}, [], None, "job"])
 def test_another_job_at_the_port_is_not_taken_for_this_one(found):
-    """Whatever it answers; the connection is closed before anything is asked of it."""
+    """Whatever it answers, the connection is closed before another request is sent."""
     seen = []
     before = descriptors()
     with Peer(None, answering(seen, {"result": found})) as peer:
@@ -218,7 +218,7 @@ def test_another_job_at_the_port_is_not_taken_for_this_one(found):
 
 
 def test_a_refused_token_is_the_error_that_the_job_sent():
-    """Its class, its sentence; and nothing stays open."""
+    """Its class and its message; nothing stays open."""
     before = descriptors()
     with Peer(None, answering([], {"error": {"code": -31025, "message": "not it"}})) as peer:
         with pytest.raises(errors.NotAuthenticated, match=r"^not it$"):
@@ -272,7 +272,7 @@ def job(seen, **answers):
 
 
 def test_a_command_expires_when_the_client_gives_up(folder):
-    """A job of protocol 2 is told a little less than the client waits; queries and the caller's own expiry are left."""
+    """A job of protocol 2 gets an expiry shortly before the client gives up; a query or an own expiry is kept."""
     seen = []
     with Peer(folder, job(seen)) as peer, Client(to(peer, record_of("peer", protocol=2)), 8.0) as client:
         before = time.time()

@@ -26,7 +26,7 @@ def folder(jobs_dir: Path) -> Path:
 
 
 def test_a_killed_job_is_dead_at_once():
-    """After kill -9 the client says dead, not silence, and a connection that was open says so, too."""
+    """After kill -9 the client reports a dead job, not a silent one, also on a connection that was open."""
     with job_process("victim") as process:
         with forgather_control.connect("victim") as job:
             job.call("ping")
@@ -46,7 +46,7 @@ def _waits(job_id: str) -> bool:
 
 
 def test_a_job_that_dies_while_somebody_waits_says_so():
-    """A waiter without a deadline hears of the death at once, and that its command's fate is not known."""
+    """A wait without a deadline ends at once, and says that the outcome of its command is not known."""
     with job_process("victim", step_seconds=SOON) as process:
         killer = threading.Thread(target=lambda: (until(lambda: _waits("victim")), process.kill()))
         killer.start()
@@ -71,7 +71,7 @@ def test_on_the_command_line_a_death_is_one_sentence():
 
 
 def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
-    """Who was connected to the old process is told of the new one, and told to ask again."""
+    """A client of the old process gets an error that names the new one and says to repeat the request."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with job_process("phoenix") as old, forgather_control.connect("phoenix") as job:
         job.call("ping")
@@ -88,7 +88,7 @@ def test_a_job_that_was_restarted_says_as_whom(monkeypatch):
 
 
 def test_a_job_that_ends_while_a_connection_is_open_says_so(folder):
-    """Its directory went with it; its process may run on."""
+    """Its directory was removed; its process may still run."""
     with running_loop("brief"):
         job = forgather_control.connect("brief")
         job.call("ping")
@@ -97,7 +97,7 @@ def test_a_job_that_ends_while_a_connection_is_open_says_so(folder):
 
 
 def test_a_job_that_has_just_ended_is_no_such_job(folder):
-    """The record was read, then the job went: that is an ended job, not a dead one."""
+    """A job that ended after its record was read has ended, and is not dead."""
     record = {"job_id": "brief", "host": socket.gethostname(), "port": None, "pid": os.getpid(), "started_at": 1.0}
     gone = parse_record(json.dumps({**record, "socket": str(folder / "s")}).encode(), "brief")
     assert isinstance(diagnosis.unreachable(gone), errors.NoSuchJob)

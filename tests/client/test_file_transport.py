@@ -128,7 +128,7 @@ def test_a_stop_is_told_as_finished(job, jobs_dir):
 
 
 def test_the_jobs_own_timeout_is_told(job):
-    """A deadline that the job keeps is its answer: the command goes on."""
+    """A deadline that passes in the job is an answer of the job: the command is still pending."""
     job.job._controller._group.due = lambda step: False  # no step applies anything
     with by_file(find("job")) as asked, pytest.raises(errors.DeadlinePassed, match="will still run"):
         asked.command("save_checkpoint", wait="finished", timeout=0.1)
@@ -140,11 +140,11 @@ def test_events_need_a_connection(job):
         asked.events()
 
 
-# Where nobody answers...
+# Without an answer...
 
 
 def test_what_nobody_takes_is_taken_back(jobs_dir):
-    """A job that is stopped: the request is gone when the call gives up, and that nothing was done is said."""
+    """A suspended job: the request is removed when the call gives up, and the message says that nothing was done."""
     with job_process("job") as process:
         asked = by_file(find("job"), timeout=0.2)
         with stopped(process):
@@ -156,7 +156,7 @@ def test_what_nobody_takes_is_taken_back(jobs_dir):
 
 
 def test_what_was_taken_and_not_answered_is_unknown(jobs_dir):
-    """Taken out of its box by somebody who does not answer: what became of a command is not claimed."""
+    """A request was taken and not answered: the outcome of its command is not known."""
     with job_process("job") as process:
         asked = by_file(find("job"), timeout=1.0)
         with stopped(process):
@@ -169,7 +169,7 @@ def test_what_was_taken_and_not_answered_is_unknown(jobs_dir):
 
 
 def test_interrupted_it_is_taken_back(jobs_dir):
-    """Ctrl-C while it waits: the request does not lie there to be carried out later."""
+    """Ctrl-C while the client waits removes the request, so that it is not carried out later."""
     with job_process("job") as job:
         source = """
         from forgather_control.client.connection import Client
@@ -186,7 +186,7 @@ def test_interrupted_it_is_taken_back(jobs_dir):
 
 
 def test_a_job_that_dies_meanwhile(jobs_dir, monkeypatch):
-    """Killed on this host: that is found out, long before the deadline."""
+    """A job that is killed on this host is detected long before the deadline."""
     monkeypatch.setattr(file_transport, "_PROBE_INTERVAL", 0.1)
     with job_process("job") as process:
         asked = by_file(find("job"), timeout=SOON * 10)
@@ -200,7 +200,7 @@ def test_a_job_that_dies_meanwhile(jobs_dir, monkeypatch):
 
 @pytest.mark.once
 def test_a_job_that_shows_no_life_is_given_up(jobs_dir, monkeypatch):
-    """A wait without a deadline ends where status.json is no longer written; while it is, it goes on."""
+    """A wait without a deadline ends when status.json is no longer written, and lasts while it is."""
     monkeypatch.setattr(file_transport, "_SILENCE", 0.5)
     with job_process("job") as process:
         until(lambda: (jobs_dir / "job" / "status.json").exists())
@@ -240,7 +240,7 @@ def test_a_reply_that_is_none(job, jobs_dir):
 
 @needs_root
 def test_another_user_is_refused(job, jobs_dir):
-    """Who may not write there is told so, at once."""
+    """A user who may not write there gets an error at once."""
     for path in (jobs_dir.parent, jobs_dir, jobs_dir / "job"):
         path.chmod(0o755)
     source = """
@@ -260,7 +260,7 @@ def test_another_user_is_refused(job, jobs_dir):
 
 
 def test_a_directory_that_is_not_there(job):
-    """Nothing to write into: the job has gone, in the words of whoever asks."""
+    """Without a directory to write into, the job has ended."""
     with pytest.raises(errors.JobDead, match="job another ended"):
         FileTransport(find("job")._replace(job_id="another"))
 
@@ -325,6 +325,15 @@ def test_connect_finds_it_last(quick, jobs_dir, monkeypatch):
         with pytest.raises(errors.NotAuthenticated):
             api.connect("job")
         assert run.steps
+
+
+def test_a_socket_that_cannot_be_seen_is_gone_round(quick, jobs_dir, monkeypatch):
+    """A job of this host whose socket lies in a private /tmp: it lives and nothing listens there, so by file."""
+    monkeypatch.setattr("forgather_control.jobs.directory.JobDirectory.restore", lambda self: False)
+    with running_loop("job"):
+        os.unlink(find("job").socket)
+        with api.connect("job") as way:
+            assert uses_files(way) and way.call("ping")["pid"] == os.getpid()
 
 
 needs_hosts = needs_success("no other host can be simulated here", "unshare --uts --mount true")

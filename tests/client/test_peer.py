@@ -44,7 +44,7 @@ def test_the_clock_is_the_jobs():
 
 
 def test_a_clock_that_is_not_known_gives_no_expiry():
-    """A job that does not tell its time is not told when to refuse."""
+    """A job that does not send its time gets no expiry."""
     seen = []
     far = record_of("job", protocol=2, host="elsewhere")
     with Peer(None, job(seen, authenticate={"job_id": "job"}, ping={})) as peer, Client(at_port(peer, far)) as client:

@@ -96,7 +96,7 @@ class Box(NamedTuple):
     sshd: int
 
     def sessions(self) -> list[psutil.Process]:
-        """What sshd runs for those who are logged in."""
+        """The processes that sshd runs for its sessions."""
         return psutil.Process(self.sshd).children()
 
     def bridges(self) -> list[psutil.Process]:
@@ -111,7 +111,7 @@ class Box(NamedTuple):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    """A real sshd; it needs no rights but those of whoever runs the tests."""
+    """A real sshd, with the rights of the user who runs the tests."""
     folder = tmp_path_factory.mktemp("ssh")
     for name, phrase in (("host", ""), ("key", ""), ("locked", "open sesame"), ("noisy", ""), ("stranger", "")):
         subprocess.run(
@@ -141,7 +141,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 @pytest.fixture
 def box(started: Box, jobs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
-    """The same, with this test's jobs directory there; at the end nobody is logged in any more."""
+    """The same, with this test's jobs directory there; at the end all sessions are closed."""
     python = shlex.join(["env", f"FORGATHER_JOBS_DIR={jobs_dir}", f"PYTHONPATH={ROOT}", sys.executable])
     monkeypatch.setenv(ssh.REMOTE, f"{python} -m forgather_control")
     monkeypatch.setenv(ssh.PROGRAM, shlex.join(["ssh", "-F", str(started.folder / "config")]))
@@ -246,14 +246,14 @@ def test_what_a_shell_prints_at_its_start_confuses_nobody(box):
 
 
 def test_noise_without_end_is_given_up(box, monkeypatch):
-    """A shell that prints for ever is no way to a job, and holds nobody up."""
+    """A shell that prints without end is given up."""
     monkeypatch.setenv(ssh.REMOTE, "yes #")
     with pytest.raises(FindError, match="prints without end"):
         connect("job", ssh="box")
 
 
 def test_a_shared_connection_is_used(box, monkeypatch, jobs_dir):
-    """ControlMaster: the one in the background keeps our stderr, and nobody waits for its end."""
+    """ControlMaster: the one in the background keeps our stderr open, and the client does not wait for its end."""
     control = ["-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-o", f"ControlPath={jobs_dir.parent}/%C"]
     words = [*shlex.split(os.environ[ssh.PROGRAM]), *control]
     monkeypatch.setenv(ssh.PROGRAM, shlex.join(words))
@@ -296,7 +296,7 @@ def test_errors_of_the_other_side_are_the_same_here(box):
     ],
 )
 def test_a_host_that_cannot_be_entered(box, host, kind, said):
-    """ssh's own last line says why, in brackets; nothing is asked where nobody sits."""
+    """The last line of ssh says why, in brackets; without a terminal no question is asked."""
     with pytest.raises(kind, match=said):
         connect("job", ssh=host)
 
@@ -456,7 +456,7 @@ def test_without_a_terminal_nobody_is_asked(box):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_abort_names_the_job_before_it_asks(box):
-    """JOB left out: who is asked is told its id, of the other side; no means no."""
+    """Without JOB the question names the id on the other side; no means no."""
     with running_loop("far-away") as run:
         code, shown = typed(["-m", "forgather_control", "--ssh", "box", "abort"], b"[y/N] ", b"n\n")
         assert code == 1 and "abort far-away?" in shown and not run.job.aborted

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.once
 
 @contextmanager
 def bridged() -> Iterator[Any]:
-    """A bridge in a thread, its three ends in our hands; ended on exit."""
+    """A proxy in a thread, its three ends in the test; ended on exit."""
 
     class Ends:
         job, far = socket.socketpair()
@@ -68,7 +68,7 @@ def bridged() -> Iterator[Any]:
 
 
 def test_each_byte_passes_at_once():
-    """No newline, no JSON, not even text: what comes goes on without waiting for more."""
+    """Bytes of any kind pass at once, without waiting for a newline."""
     with bridged() as ends:
         for data in (b"\x00", b"\xff" * 5000, b"{"):
             os.write(ends.asks[1], data)
@@ -100,7 +100,7 @@ def test_it_ends_when_the_job_hangs_up_and_loses_nothing():
 
 
 def test_it_ends_when_the_job_only_stops_writing():
-    """Who half-closes has no more to say, and that is all a bridge is there for."""
+    """A job that half-closes sends nothing more, so the proxy has nothing left to copy."""
     with bridged() as ends:
         ends.job.shutdown(socket.SHUT_WR)
         assert ends.ended()
@@ -108,7 +108,7 @@ def test_it_ends_when_the_job_only_stops_writing():
 
 @pytest.mark.parametrize("input_ends", [False, True])
 def test_it_ends_when_nobody_reads_any_more(input_ends):
-    """A job that says nothing keeps no bridge alive, whether the input has ended or not."""
+    """A silent job does not keep the proxy alive, whether the input has ended or not."""
     with bridged() as ends:
         if input_ends:
             ends.close(ends.asks[1])
@@ -142,7 +142,7 @@ def test_neither_side_waits_for_the_other():
 
 
 def test_waiting_takes_no_time():
-    """While nothing comes, or its reader takes nothing from a job that has gone, it sleeps."""
+    """While nothing comes, or its reader takes nothing from a job that has ended, it blocks."""
     source = """
     import os, socket, threading, time
     from forgather_control.client import stdio_proxy as bridge
@@ -165,7 +165,7 @@ def test_waiting_takes_no_time():
 
 
 def test_it_ends_with_its_input_where_it_shall():
-    """A client that was killed leaves no bridge waiting for a job that says nothing."""
+    """A client that was killed leaves no proxy waiting for a silent job."""
     with job_process("job", step_seconds=SOON):
         line = '{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"finished"}}'
         done = cli("dial-stdio", "--until-input-ends", stdin=line + "\n")
@@ -189,7 +189,7 @@ def test_the_verb_fails_as_others_do():
 
 
 def test_a_closed_output_is_the_end():
-    """``dial-stdio >&-`` ends, and does not wait for a job that says nothing."""
+    """``dial-stdio >&-`` ends, and does not wait for a silent job."""
     with running_loop():
         line = f"{sys.executable} -m forgather_control dial-stdio job >&-"
         done = subprocess.run(line, shell=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=SOON)

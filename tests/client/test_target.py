@@ -168,7 +168,7 @@ def test_a_job_is_reached_at_its_port():
     "host", ["127.0.0.1.example.org", "localhost.example.org", "192.0.2.1", "example.org", "::2", "[::2]", "127.1"]
 )
 def test_the_token_is_for_the_jobs_host_alone(host):
-    """The same port of another host is somebody else's: nothing is connected to, nothing shown."""
+    """The same port of another host belongs to another program: no connection is made, no token shown."""
     with running_loop(port=0):
         port = find("job").port
         with pytest.raises(errors.NotAuthenticated, match="needs the job's token") as caught:
@@ -188,7 +188,7 @@ def test_the_token_goes_to_the_address_that_the_job_has_bound():
 
 
 def test_the_token_of_the_dead_is_shown_to_nobody(folder):
-    """Its port is somebody else's by now; the sentence says that the job is dead."""
+    """Another program may have its port; the message says that the job is dead."""
     seen = []
     with Peer(None, lambda file, sock: seen.append(file.readline())) as peer:
         put(folder, "gone", port=peer.at[1], socket=str(folder / "gone" / "s"))
