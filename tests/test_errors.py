@@ -57,7 +57,7 @@ def test_codes_are_unique_and_in_range():
 @pytest.mark.parametrize("facts", [{}, FACTS, {"code": 5, "data": None}], ids=["none", "some", "misleading"])
 def test_every_class_survives_the_wire(cls, facts):
     """An error raised in the job is the same class with the same facts in the client."""
-    line = jsonrpc.encode(jsonrpc.failure(1, cls("why\nand how", **facts)))
+    line = jsonrpc.response(1, cls("why\nand how", **facts))
     strict(line)
     reply = jsonrpc.parse_reply(line)
     assert type(reply.error) is cls

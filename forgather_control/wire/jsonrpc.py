@@ -1,15 +1,16 @@
 """JSON-RPC 2.0, one JSON text a line: bytes in, bytes out. Owns no socket, thread or clock.
 
-Floor 1: imports errors only. Pure functions; callable from any thread.
+Pure functions; callable from any thread.
 
 Follows https://www.jsonrpc.org/specification, with these decisions where it is silent:
 
 * a line is UTF-8 and at most ``MAX_LINE`` bytes; nesting at most ``MAX_DEPTH``; a batch at most
   ``MAX_BATCH`` requests;
-* what Python's parser would take and others would not is refused: NaN, numbers beyond a double,
-  duplicate names, lone surrogates, a byte order mark;
+* JSON that programs read differently is an invalid request (-32600): duplicate names, numbers beyond a double, lone
+  surrogates. What Python's parser takes though it is no JSON is a parse error (-32700): NaN, a byte order mark;
 * a member that the specification does not name ("parms") is an invalid request, because a
   misspelt member must not turn into a command without its parameters;
+* an id comes back as it was sent: 1.0 as 1.0, an integer of any size a double can have to its last digit;
 * NaN and infinities are sent as the strings "NaN", "Infinity" and "-Infinity" (RFC 8259 has no
   numbers for them), and all that is sent is ASCII.
 """
@@ -30,11 +31,11 @@ Json = Any
 
 
 class Encoded(bytes):
-    """A value that is JSON text already, without a newline: it is sent as it is, however often it is asked for."""
+    """A value that is JSON text already, without a newline; it is sent as it is."""
 
 
 class NoId(Enum):
-    """The id of a notification, which nobody answers (section 4.1). Not ``None``: null is an id."""
+    """The id of a notification, which gets no answer (section 4.1). Not ``None``: null is an id."""
 
     NOTIFICATION = "notification"
 
@@ -79,15 +80,15 @@ class Notification(NamedTuple):
     params: Json
 
 
-# Reading a request...
+# Read a request...
 
 
 def parse_message(line: bytes) -> Message:
-    """The requests of one line.
+    """Return the requests of one line.
 
     Raises:
-        ParseError: not UTF-8, not JSON, or JSON that others read differently.
-        InvalidRequest: longer, deeper or more than the limits, or an empty batch.
+        ParseError: it is not UTF-8 or not JSON.
+        InvalidRequest: it exceeds a limit, is JSON that programs read differently, or is an empty batch.
     """
     if len(line) > MAX_LINE:
         raise InvalidRequest(f"the line is longer than {MAX_LINE} bytes", limit=MAX_LINE)
@@ -98,14 +99,14 @@ def parse_message(line: bytes) -> Message:
         raise InvalidRequest("a batch holds at least one request")
     if len(value) > MAX_BATCH:
         raise InvalidRequest(f"a batch holds at most {MAX_BATCH} requests, not {len(value)}", limit=MAX_BATCH)
-    return Message(tuple(_request(item) for item in value), is_batch=True)
+    return Message(tuple(map(_request, value)), is_batch=True)
 
 
 def _request(value: Json) -> Request | Refusal:
     if not isinstance(value, dict):
         return Refusal(InvalidRequest("a request is a JSON object"), None)
     id_ = value.get("id", NoId.NOTIFICATION)
-    if not _is_id(id_):
+    if isinstance(id_, bool) or not isinstance(id_, (str, int, float, NoId, type(None))):
         return Refusal(InvalidRequest("id is a string, a number or null"), None)
     fault = _fault(value)
     if fault:
@@ -124,28 +125,25 @@ def _fault(value: dict[str, Json]) -> str | None:
     return f"unknown member {ascii(unknown[0][:64])}" if unknown else None
 
 
-def _is_id(value: Json) -> bool:
-    return value is None or (isinstance(value, (str, int, float, NoId)) and not isinstance(value, bool))
-
-
 def parse_json(line: bytes) -> Json:
-    """One JSON text, as strictly as RFC 8259 and I-JSON (RFC 7493) want it.
+    """Return the value of one JSON text, read as strictly as I-JSON (RFC 7493) wants it.
 
     Raises:
-        ParseError: with the place of the fault where the parser knows it.
-        InvalidRequest: nested deeper than ``MAX_DEPTH``.
+        ParseError: it is not UTF-8 or not JSON; says where, if the parser knows.
+        InvalidRequest: it is nested deeper than ``MAX_DEPTH``, or JSON that programs read differently.
     """
     try:
         text = line.decode("utf-8")
+        _check_depth(text, MAX_DEPTH)
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as err:
         raise ParseError(f"not UTF-8 at byte {err.start}") from err
-    _check_depth(text, MAX_DEPTH)
-    try:
-        value = _DECODER.decode(text)
+    except UnicodeEncodeError as err:
+        raise InvalidRequest("a string holds half a surrogate pair") from err
     except (ValueError, RecursionError) as err:
         raise ParseError(f"not JSON: {ascii(str(err))[1:-1]}") from err
-    if "\\u" in text:
-        _check_surrogates(value)
     return value
 
 
@@ -163,8 +161,8 @@ def _check_depth(text: str, limit: int) -> None:
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        # {"method":"status","method":"abort"} aborts where the last wins and asks where the first does.
-        raise ValueError("a name stands twice in one object")
+        # {"method":"status","method":"abort"} aborts where the last one counts, and reads where the first does.
+        raise InvalidRequest("a name stands twice in one object")
     return found
 
 
@@ -175,7 +173,7 @@ def _no_constant(name: str) -> Json:
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError("a number is beyond the range of a double")
+        raise InvalidRequest("a number is beyond the range of a double")
     return number
 
 
@@ -192,78 +190,69 @@ _DECODER: Final = json.JSONDecoder(
 _ENCODER: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
-def _check_surrogates(value: Json) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise ParseError("a string holds half a surrogate pair") from err
-
-
-# Writing...
+# Write...
 
 
 def request(method: str, params: dict[str, Json] | list[Json], id: Id) -> bytes:
-    """One request line, newline included."""
+    """Return one request line, newline included."""
     return encode({"jsonrpc": "2.0", "id": id, "method": method, "params": params})
 
 
-def result(id: Id, value: Json) -> dict[str, Json]:
-    """The response object of a success."""
-    return {"jsonrpc": "2.0", "id": id, "result": value}
-
-
-def failure(id: Id, error: ControlError) -> dict[str, Json]:
-    """The response object of an error; this is the one border where an error becomes JSON."""
-    return {"jsonrpc": "2.0", "id": id, "error": error_object(error)}
+def response(id: Id, value: Json | ControlError) -> bytes:
+    """Return the response line of a value or an error."""
+    kind = b"result"
+    if isinstance(value, ControlError):
+        kind, value = b"error", error_object(value)
+    return b'{"jsonrpc":"2.0","id":%b,"%b":%b}\n' % (encoded(id), kind, encoded(value))
 
 
 def error_object(error: ControlError) -> dict[str, Json]:
-    """``{"code", "message"}`` and ``"data"`` where the error has facts."""
+    """Return ``{"code", "message"}``, and ``"data"`` where the error has facts."""
     found: dict[str, Json] = {"code": error.code, "message": error.message}
     return {**found, "data": error.data} if error.data else found
 
 
+def replies(responses: Sequence[bytes], is_batch: bool) -> bytes:
+    """Return the reply line of a message, given its response lines; empty if there are none (section 6)."""
+    if not responses:
+        return b""
+    return b"[" + b",".join(line[:-1] for line in responses) + b"]\n" if is_batch else responses[0]
+
+
 def encode(value: Json) -> bytes:
-    """One line of strict ASCII JSON with its newline, whatever floats or broken strings ``value`` holds."""
-    return (value if isinstance(value, Encoded) else encoded(value)) + b"\n"
+    """Return one line of strict ASCII JSON with its newline, whatever floats or broken strings ``value`` holds."""
+    return encoded(value) + b"\n"
 
 
 def encoded(value: Json) -> Encoded:
-    """The same without the newline, for a value that is sent more than once."""
+    """Return the same without the newline, for a value that is sent more than once."""
+    if isinstance(value, Encoded):
+        return value
     try:
         text = _ENCODER.encode(value)
-    except ValueError:
-        text = _ENCODER.encode(_without_nan(value))
+    except ValueError:  # NaN or an infinity
+        text = _ENCODER.encode(_portable(value))
     if "\\ud" in text:
-        text = _ENCODER.encode(_without_surrogates(json.loads(text)))
+        text = _ENCODER.encode(_portable(json.loads(text)))
     return Encoded(text, "ascii")
 
 
-def _without_nan(value: Json) -> Json:
+def _portable(value: Json) -> Json:
+    """Return the value without NaN, infinities and lone surrogates."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {str(name): _without_nan(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
+        return {_portable(str(name)): _portable(item) for name, item in value.items()}
+    return [_portable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _without_surrogates(value: Json) -> Json:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {_without_surrogates(name): _without_surrogates(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
-    return value
-
-
-# Reading a reply...
+# Read a reply...
 
 
 def parse_incoming(line: bytes) -> Reply | Notification:
-    """Parse one line that a job sent: a response, or a notification of an event.
+    """Return the response or the notification of an event that a job sent; an error is of the class it raised.
 
     Raises:
         InternalError: the line is neither.
@@ -274,11 +263,10 @@ def parse_incoming(line: bytes) -> Reply | Notification:
         value = json.loads(text)
     except (ValueError, RecursionError, InvalidRequest) as err:
         raise InternalError("the other side sent a line that is no JSON, or nested too deeply") from err
-    if not isinstance(value, dict) or value.get("jsonrpc") != "2.0":
-        raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
-    if isinstance(value.get("method"), str) and "id" not in value:
+    is_object = isinstance(value, dict) and value.get("jsonrpc") == "2.0"
+    if is_object and isinstance(value.get("method"), str) and "id" not in value:
         return Notification(value["method"], value.get("params"))
-    if ("result" in value) == ("error" in value):
+    if not is_object or ("result" in value) == ("error" in value):
         raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
     if "error" not in value:
         return Reply(value.get("id"), value["result"], None)
@@ -288,28 +276,12 @@ def parse_incoming(line: bytes) -> Reply | Notification:
 
 
 def parse_reply(line: bytes) -> Reply:
-    """Parse one response line; its error is of the class that was raised on the other side.
+    """Return the response that a job sent.
 
     Raises:
-        InternalError: the line is no JSON-RPC 2.0 response.
+        InternalError: the line is none.
     """
     found = parse_incoming(line)
     if isinstance(found, Notification):
         raise InternalError("the other side sent a notification instead of a response")
     return found
-
-
-def response(id: Id, value: Json | ControlError) -> bytes:
-    """The response line of a value or an error."""
-    if isinstance(value, ControlError):
-        return encode(failure(id, value))
-    if isinstance(value, Encoded):
-        return b'{"jsonrpc":"2.0","id":%b,"result":%b}\n' % (encoded(id), value)
-    return encode(result(id, value))
-
-
-def replies(responses: Sequence[bytes], is_batch: bool) -> bytes:
-    """The reply line of a message, out of its response lines; empty where nobody waits for one (section 6)."""
-    if not responses:
-        return b""
-    return b"[" + b",".join(line[:-1] for line in responses) + b"]\n" if is_batch else responses[0]

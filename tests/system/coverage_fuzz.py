@@ -516,11 +516,8 @@ TARGETS = {
     "reply": Fuzzed(
         target_reply,
         [
-            *(
-                jsonrpc.encode(jsonrpc.result(1, value))
-                for value in (_COMMAND, [_RANK], [{**_RECORD, "state": "live"}])
-            ),
-            jsonrpc.encode(jsonrpc.failure(1, InvalidParams("no", parameter="x"))),
+            *(jsonrpc.response(1, value) for value in (_COMMAND, [_RANK], [{**_RECORD, "state": "live"}])),
+            jsonrpc.response(1, InvalidParams("no", parameter="x")),
             b'{"jsonrpc":"2.0","id":1,"result":%bNaN%b}' % (b"[" * 900, b"]" * 900),
             b'{"jsonrpc":"2.0","id":1,"result":{"job_id":"job","state":"dead","x":%bNaN%b}}' % (b"[" * 600, b"]" * 600),
         ],
