@@ -116,7 +116,7 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 @cache
 def value_options() -> frozenset[str]:
     """Return the options that are followed by a value."""
-    verbs = [method for method in BUILTIN if method.verb is not None]
+    verbs = [method for method in BUILTIN.values() if method.verb is not None]
     derived = {_option(param) for method in verbs for param in own_params(method) if not _is_flag(param)}
     return frozenset(derived | {name for name, rules in _OPTIONS.items() if "action" not in rules})
 

@@ -175,7 +175,7 @@ def _verbs() -> dict[str, _Verb]:
     """Return all verbs by name: first those of the table, then those that stand for no method."""
     verbs = {
         method.verb: _Verb(method.doc, partial(_add_method, method=method))
-        for method in BUILTIN
+        for method in BUILTIN.values()
         if method.verb is not None
     }
     return verbs | {

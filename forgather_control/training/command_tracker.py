@@ -222,7 +222,8 @@ class CommandTracker:
     def submit(self, command: str) -> None:
         """Queue the command of a signal that some rank received."""
         try:
-            self._queue.submit(command, None, self._methods[command].own_params(), None, _SIGNAL)
+            method = self._methods[command]
+            self._queue.submit(command, None, method.own_params(method.bind({})), None, _SIGNAL)
         except ControlError as err:
             log.warning("Ignored the signal for %s: %s", command, err)
 

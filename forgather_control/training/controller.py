@@ -162,7 +162,7 @@ class Controller:
         self.state.progress.beat(step, epoch)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # started on one thread, trained on another
-        if not self.methods.is_frozen:
+        if not self.methods.frozen:
             self._freeze()
         if self._group.due(step):
             commands = self._group.receive(step)
@@ -171,7 +171,7 @@ class Controller:
 
     def _freeze(self) -> None:
         """Fix the methods at the first step, and have rank 0 compare what each rank added."""
-        self.methods.freeze()
+        self.methods.frozen = True
         added = self.methods.added()
         if added:
             self._group.describe({"methods": added})

@@ -69,7 +69,7 @@ class JobQueries:
         """
         if request.method == "rpc.discover":
             return discovery.document(self.methods)
-        method = self.methods.lookup(request.method)
+        method = self.methods[request.method]
         params = method.bind(request.params)
         self._sink = sink
         if method.is_command:

@@ -173,7 +173,7 @@ def _signal(name: object) -> signal.Signals:
 
 
 def _command(name: object) -> str:
-    known = [method.name for method in builtin.BUILTIN if method.is_command]
+    known = [method.name for method in builtin.BUILTIN.values() if method.is_command]
     if not isinstance(name, str) or name not in known:
         raise _invalid(f"{ascii(name)[:80]} is not a command that a signal can run; use one of {', '.join(known)}")
     return name

@@ -43,7 +43,7 @@ class TrainingLoop(Protocol):
 
 
 #: All built-in methods; a job's table starts as a copy.
-BUILTIN: Final = MethodTable()
+BUILTIN: Final = MethodTable({})
 
 _RANK_TIMEOUT: Final = Param(
     "timeout",
@@ -167,4 +167,4 @@ _query(
     returns="Subscribed",
 )
 _query("unsubscribe", "Stop sending events on this connection.", returns="Unsubscribed")
-BUILTIN.freeze()
+BUILTIN.frozen = True

@@ -33,7 +33,7 @@ def document(methods: MethodTable) -> dict[str, Json]:
     return {
         "openrpc": "1.3.2",
         "info": {"title": "forgather_control", "version": VERSION},
-        "methods": [{**method.describe(), "errors": _errors(method)} for method in methods],
+        "methods": [{**method.describe(), "errors": _errors(method)} for method in methods.values()],
     }
 
 

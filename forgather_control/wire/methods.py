@@ -6,16 +6,16 @@ Pure data and checks; callable from any thread. The built-in methods are declare
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
 
 from .. import states
 from ..errors import InvalidParams, MethodNotFound
+from ..schema import shown
 from . import schemas
+from .jsonrpc import Json
 from .limits import MAX_REASON, MAX_TIMEOUT
 from .schemas import Schema
-
-Json = Any
 
 
 class Param(NamedTuple):
@@ -37,7 +37,7 @@ class Param(NamedTuple):
 
     @property
     def default(self) -> Json:
-        """The value that stands where a caller gives none."""
+        """Its value where a caller gives none."""
         return self.schema.get("default")
 
 
@@ -103,11 +103,6 @@ class Method(NamedTuple):
         return bool(self.finishes_when)
 
     @property
-    def result(self) -> Schema:
-        """The JSON Schema of its answer."""
-        return schemas.results()[self.returns]
-
-    @property
     def rank_report(self) -> str | None:
         """The event that every rank reports for itself, if the command finishes with one."""
         return next(iter(self.finishes_when & states.RANK_REPORTS), None)
@@ -124,90 +119,61 @@ class Method(NamedTuple):
             InvalidParams: names the value, what was expected, and what the method takes.
         """
         names = [param.name for param in self.params]
-        if len(given) > len(names) and isinstance(given, list):
-            raise InvalidParams(f"{self.name} takes {len(names)} parameters, not {len(given)}", expected=names)
-        given = self.by_name(given)
+        if isinstance(given, list):
+            if len(given) > len(names):
+                raise InvalidParams(f"{self.name} takes {len(names)} parameters, not {len(given)}", expected=names)
+            given = dict(zip(names, given))
         unknown = sorted(given.keys() - set(names))
         if unknown:
             takes = ", ".join(names) or "no parameters"
-            raise InvalidParams(
-                f"{self.name} has no parameter {ascii(unknown[0][:64])}; it takes {takes}", expected=names
-            )
-        return {param.name: self._value(param, given) for param in self.params}
+            text = f"{self.name} has no parameter {ascii(unknown[0][:64])}; it takes {takes}"
+            raise InvalidParams(text, expected=names)
+        return {param.name: self._value(param, given, names) for param in self.params}
 
-    def by_name(self, given: list[Json] | dict[str, Json]) -> dict[str, Json]:
-        """Return what was given by position, or by name, as by name; unchecked."""
-        return dict(zip((param.name for param in self.params), given)) if isinstance(given, list) else given
-
-    def _value(self, param: Param, given: dict[str, Json]) -> Json:
+    def _value(self, param: Param, given: dict[str, Json], names: list[str]) -> Json:
         if param.name not in given:
             if param.required:
-                raise InvalidParams(f"{self.name} needs {param.name}", expected=[p.name for p in self.params])
+                raise InvalidParams(f"{self.name} needs {param.name}", expected=names)
             return param.default
         try:
             return schemas.check(param.schema, given[param.name])
         except ValueError as err:
-            seen = ascii(given[param.name])
-            text = f"{param.name} must be {err}, not {seen if len(seen) <= 80 else seen[:77] + '...'}"
+            text = f"{param.name} must be {err}, not {shown(given[param.name])}"
             raise InvalidParams(text, parameter=param.name) from err
 
-    def own_params(self, bound: dict[str, Json] | None = None) -> dict[str, Json]:
-        """Return a command's own parameters out of all bound ones; without those, their defaults."""
-        values = self.bind({}) if bound is None else bound
-        return {name: value for name, value in values.items() if name not in COMMON_NAMES}
-
-    def param(self, name: str) -> Param | None:
-        """Return the parameter of this name, or ``None``."""
-        return next((param for param in self.params if param.name == name), None)
+    def own_params(self, bound: dict[str, Json]) -> dict[str, Json]:
+        """Return a command's own parameters out of all bound ones."""
+        return {name: value for name, value in bound.items() if name not in COMMON_NAMES}
 
     def describe(self) -> dict[str, Json]:
         """Return the method object of an OpenRPC document."""
+        params = [
+            {"name": p.name, "description": p.doc, "required": p.required, "schema": p.schema} for p in self.params
+        ]
         return {
             "name": self.name,
             "summary": self.summary,
             "description": self.doc,
             "paramStructure": "either",
-            "params": [
-                {"name": p.name, "description": p.doc, "required": p.required, "schema": p.schema} for p in self.params
-            ],
-            "result": {"name": "record" if self.is_command else "answer", "schema": self.result},
+            "params": params,
+            "result": {"name": "record" if self.is_command else "answer", "schema": schemas.results()[self.returns]},
         }
 
 
-class MethodTable:
-    """The methods of one job: the built-in ones, and those added before its first step.
+class MethodTable(dict[str, Method]):
+    """The methods of one job by name: the built-in ones, and those added before its first step.
 
-    Written on the training thread before ``freeze``, read on any thread.
+    Written on the training thread before it is frozen, read on any thread. ``table[name]`` raises MethodNotFound.
     """
 
-    def __init__(self, methods: Iterable[Method] = ()) -> None:
-        self._methods = {method.name: method for method in methods}
-        self._built_in = frozenset(self._methods)
-        self._frozen = False
+    def __init__(self, built_in: Mapping[str, Method]) -> None:
+        super().__init__(built_in)
+        self._built_in = frozenset(built_in)
+        #: Whether additions are refused.
+        self.frozen = False
 
-    def __iter__(self) -> Iterator[Method]:
-        return iter(self._methods.values())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._methods
-
-    def __getitem__(self, name: str) -> Method:
-        return self._methods[name]
-
-    def get(self, name: str) -> Method | None:
-        """Return the method of this name, or ``None``."""
-        return self._methods.get(name)
-
-    def lookup(self, name: str) -> Method:
-        """Return the method of this name.
-
-        Raises:
-            MethodNotFound: with the names that exist.
-        """
-        if name not in self._methods:
-            known = sorted(self._methods)
-            raise MethodNotFound(f"no method {ascii(name[:64])}; rpc.discover lists them", methods=known)
-        return self._methods[name]
+    def __missing__(self, name: str) -> Method:
+        raise MethodNotFound(f"no method {ascii(name[:64])}; rpc.discover lists them", methods=sorted(self))
 
     def add(self, method: Method) -> None:
         """Add a method.
@@ -215,32 +181,15 @@ class MethodTable:
         Raises:
             ValueError: the name is taken, or the table is frozen.
         """
-        if self._frozen:
+        if self.frozen:
             raise ValueError(f"{method.name} cannot be added: the methods are fixed at the first step")
-        if method.name in self._methods:
+        if method.name in self:
             raise ValueError(f"{method.name} is declared twice")
-        self._methods[method.name] = method
-
-    def freeze(self) -> None:
-        """Refuse all later additions."""
-        self._frozen = True
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether additions are refused."""
-        return self._frozen
-
-    @property
-    def commands(self) -> list[str]:
-        """The names of all commands."""
-        return [method.name for method in self if method.is_command]
+        self[method.name] = method
 
     def added(self) -> dict[str, str]:
         """Return a digest of each method that was added, by name; ranks compare them."""
         import hashlib  # not needed at the start of the command line
 
-        return {
-            name: hashlib.sha256(json.dumps(method.describe(), sort_keys=True).encode()).hexdigest()[:16]
-            for name, method in self._methods.items()
-            if name not in self._built_in
-        }
+        added = {name: json.dumps(self[name].describe(), sort_keys=True) for name in self if name not in self._built_in}
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in added.items()}

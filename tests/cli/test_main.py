@@ -61,7 +61,7 @@ def test_every_verb_is_the_same_by_module_and_by_script():
     """``python -m`` and both scripts show the same verbs."""
     by_module = cli("--help")
     assert by_module.returncode == 0
-    for method in builtin.BUILTIN:
+    for method in builtin.BUILTIN.values():
         if method.verb:
             assert method.verb in by_module.stdout and method.summary.split()[0] in by_module.stdout
     script = Path(sys.executable).parent / "forgather-control"

@@ -261,7 +261,7 @@ def test_outcome_of_other_commands(record, wanted):
     """The outcome is worded by what the command finishes with; an unknown command shows its result."""
     evaluate = builtin.BUILTIN["save_checkpoint"]._replace(name="evaluate", finishes_when=frozenset({"evaluated"}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(builtin.BUILTIN._methods, "evaluate", evaluate)
+        patch.setitem(builtin.BUILTIN, "evaluate", evaluate)
         assert output.outcome("job", {**RECORD, **record}) == wanted
 
 

@@ -19,7 +19,7 @@ def parse(*words: str):
 
 def test_every_verb_of_the_table_is_there():
     """Each with its method, and those that the table does not know beside them."""
-    for method in BUILTIN:
+    for method in BUILTIN.values():
         if method.verb is not None:
             words = [param.name for param in method.params if param.required]
             args = parse(method.verb, *words)
@@ -161,7 +161,7 @@ def test_a_narrow_terminal_gets_its_help():
     os.get_terminal_size = lambda *_: os.terminal_size((20, 20))
     from forgather_control.cli import parser as arguments
     from forgather_control.wire import builtin as commands
-    for verb in [method.verb for method in commands.BUILTIN if method.verb] + ["cleanup", "rpc", "dial-stdio"]:
+    for verb in [method.verb for method in commands.BUILTIN.values() if method.verb] + ["cleanup", "rpc", "dial-stdio"]:
         try:
             arguments.parse([verb, "--help"], "forgather control")
         except SystemExit as err:

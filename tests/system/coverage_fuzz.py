@@ -543,7 +543,7 @@ TARGETS = {
             b"list\0--remote\0h:1",
             b"ranks\0--timeout=1e9\0--help",
         ],
-        (*(method.verb for method in builtin.BUILTIN if method.verb), *("rpc", "cleanup", "dial-stdio"))
+        (*(method.verb for method in builtin.BUILTIN.values() if method.verb), *("rpc", "cleanup", "dial-stdio"))
         + ("--wait", "--json", "--connect", "--token-file", "--ssh", "--timeout", "--kill-after", "--", "=", "tcp://"),
     ),
 }

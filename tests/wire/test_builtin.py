@@ -22,7 +22,7 @@ QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "l
            "stacks", "subscribe", "unsubscribe"}  # fmt: skip
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
-every_method = pytest.mark.parametrize("name", [method.name for method in BUILTIN])
+every_method = pytest.mark.parametrize("name", list(BUILTIN))
 
 
 class RecordingLoop:
@@ -41,11 +41,11 @@ class RecordingLoop:
 
 def test_table_is_the_contract():
     """The methods, what completes each command and the CLI's verbs are those of the contract."""
-    assert {m.name: (set(m.finishes_when), m.needs, m.verb) for m in BUILTIN if m.is_command} == {
+    assert {m.name: (set(m.finishes_when), m.needs, m.verb) for m in BUILTIN.values() if m.is_command} == {
         name: (finishes_when, needs, verb) for name, (_, finishes_when, needs, verb) in COMMANDS.items()
     }
-    assert {method.name for method in BUILTIN if not method.is_command} == QUERIES
-    verbs = [method.verb for method in BUILTIN if method.verb]
+    assert {method.name for method in BUILTIN.values() if not method.is_command} == QUERIES
+    verbs = [method.verb for method in BUILTIN.values() if method.verb]
     assert len(verbs) == len(set(verbs))
 
 
@@ -68,7 +68,7 @@ def test_help_is_there(name):
 
 def test_every_query_has_its_answer():
     """The class that answers has a method for each query, with the parameters of the table."""
-    for method in BUILTIN:
+    for method in BUILTIN.values():
         if not method.is_command:
             names = list(inspect.signature(getattr(JobQueries, method.name)).parameters)
             assert names == ["self", *(param.name for param in method.params)], method.name

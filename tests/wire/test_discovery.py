@@ -20,7 +20,7 @@ every_method = pytest.mark.parametrize("method", DOCUMENT["methods"], ids=lambda
 def test_the_document_is_the_table():
     """It lists every method by the required members of OpenRPC 1.3, within a bounded size."""
     assert DOCUMENT["openrpc"].startswith("1.") and DOCUMENT["info"].keys() >= {"title", "version"}
-    assert [method["name"] for method in DOCUMENT["methods"]] == [method.name for method in BUILTIN]
+    assert [method["name"] for method in DOCUMENT["methods"]] == list(BUILTIN)
     assert "rpc.discover" not in json.dumps(DOCUMENT["methods"][0])
     assert len(json.dumps(DOCUMENT)) < 64 * 1024
 

@@ -15,8 +15,9 @@ from forgather_control.wire.methods import Method, MethodTable, Param
 
 from ..support.harness import strict
 
-every_command = pytest.mark.parametrize("name", BUILTIN.commands)
-every_method = pytest.mark.parametrize("name", [method.name for method in BUILTIN])
+COMMANDS = [method.name for method in BUILTIN.values() if method.is_command]
+every_command = pytest.mark.parametrize("name", COMMANDS)
+every_method = pytest.mark.parametrize("name", list(BUILTIN))
 
 
 def refusal(name, given):
@@ -35,8 +36,8 @@ def test_a_job_adds_methods_to_its_own_table():
     """An added method is found, the built-in table stays as it is, and a name is taken once."""
     table = MethodTable(BUILTIN)
     table.add(example())
-    assert table.lookup("user.sample") == table["user.sample"] and "user.sample" not in BUILTIN
-    assert table.commands == [*BUILTIN.commands, "user.sample"]
+    assert table["user.sample"].name == "user.sample" and "user.sample" not in BUILTIN
+    assert list(table) == [*BUILTIN, "user.sample"]
     for taken in ("user.sample", "ping"):
         with pytest.raises(ValueError, match="declared twice"):
             table.add(example(taken))
@@ -45,8 +46,7 @@ def test_a_job_adds_methods_to_its_own_table():
 def test_a_frozen_table_takes_no_more():
     """After the first step nothing can be added."""
     table = MethodTable(BUILTIN)
-    table.freeze()
-    assert table.is_frozen
+    table.frozen = True
     with pytest.raises(ValueError, match="fixed at the first step"):
         table.add(example())
     assert "user.sample" not in table
@@ -74,9 +74,9 @@ def test_ranks_can_compare_what_was_added():
 def test_unknown_name(name):
     """A name that is not in the table is nothing else either: no attribute, no dotted path."""
     with pytest.raises(MethodNotFound) as caught:
-        BUILTIN.lookup(name)
+        BUILTIN[name]
     assert len(caught.value.message) < 800 and caught.value.message.isascii()
-    assert caught.value.data == {"methods": sorted(method.name for method in BUILTIN)}
+    assert caught.value.data == {"methods": sorted(BUILTIN)}
 
 
 # Parameters...
@@ -157,5 +157,5 @@ def test_wrong_patience(name, value):
 def test_a_command_starts_with_the_common_parameters(param):
     """Every command takes them, first and in one order, and none is required."""
     place = methods.COMMON.index(param)
-    assert all(BUILTIN[name].params[place] is param for name in BUILTIN.commands)
+    assert all(BUILTIN[name].params[place] is param for name in COMMANDS)
     assert not param.required and schemas.check(param.schema, param.default) == param.default

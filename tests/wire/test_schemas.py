@@ -12,7 +12,7 @@ from forgather_control import states
 from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 
-PARAMS = {(param.name, str(param.schema)): param for method in BUILTIN for param in method.params}
+PARAMS = {(param.name, str(param.schema)): param for method in BUILTIN.values() for param in method.params}
 TEXTS = ["", "a", "auto", "applied", "accepted", "x" * 128, "x" * 129, "x" * 1000, "x" * 1001]
 NUMBERS = [0, 1, -1, 5, 1.5, -0.0, 1e9, 1e9 + 1, 600, 600.1, 10**30]
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], ["phase"], ["phase", 3], ["no"], {}, {"a": 1}]
@@ -89,4 +89,4 @@ def test_references_in_results_are_resolved():
     found = schemas.results()
     assert "$ref" not in json.dumps(found)
     assert found["Status"]["properties"]["commands"]["items"] == found["CommandRecord"]
-    assert {method.returns for method in BUILTIN} == set(found)
+    assert {method.returns for method in BUILTIN.values()} == set(found)
