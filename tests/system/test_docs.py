@@ -321,7 +321,7 @@ def verbs() -> dict[str, str]:
 def test_the_table_of_verbs():
     """All verbs, each with its words: it can be called without those in brackets, and not without the others."""
     assert list(verbs()) == sorted(verbs(), key=list(verbs()).index)
-    assert verbs().keys() == {method.verb for method in BUILTIN if method.verb} | {"cleanup", "rpc"}
+    assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {"cleanup", "rpc"}
     for verb, usage in verbs().items():
         required = [word for word in usage.split()[1:] if not word.startswith("[")]
         every = [word.strip("[]") for word in usage.split()[1:]]
@@ -342,7 +342,7 @@ def options_of(verb: str) -> set[str]:
 
 def test_the_table_of_options():
     """Each option with the verbs that have it, none more, none less."""
-    commands = {method.verb for method in BUILTIN if method.is_command and method.verb}
+    commands = {method.verb for method in BUILTIN.values() if method.is_command and method.verb}
     groups = {
         "commands": commands,
         "all": {*verbs()},
@@ -360,8 +360,8 @@ def test_the_table_of_options():
 def test_the_tables_of_the_wire():
     """Methods, commands, parameters, members, kinds of events and errors are those of the code."""
     page = "docs/wire.md"
-    assert {*first_words(page, "method")} == {method.name for method in BUILTIN} | {"rpc.discover"}
-    assert first_words(page, "command") == [method.name for method in BUILTIN if method.is_command]
+    assert {*first_words(page, "method")} == {*BUILTIN} | {"rpc.discover"}
+    assert first_words(page, "command") == [method.name for method in BUILTIN.values() if method.is_command]
     assert first_words(page, "parameter") == [param.name for param in methods.COMMON]
     record, status = (table(page, "member"), PAGES[page][PAGES[page].index("## Status") :])
     assert {row[0].strip("`") for row in record} == RESULTS["save_checkpoint"]["properties"].keys()
