@@ -65,7 +65,7 @@ class Rank:
     def apply(self, *names, step=1, outcomes=None, fault=None):
         """Submit each command under its own name, apply them all at one step, and have all ranks acknowledge it."""
         for name in names:
-            self.queue.submit(name, name, self.methods[name].own_params())
+            self.queue.submit(name, name, self.methods[name].own_params(self.methods[name].bind({})))
         commands = self.tracker.take()
         self.tracker.apply(commands, self.loop, step, self.group)
         mine = self.group.sent[-1][3] if self.group.sent[-1][0] == "applied" else {}
