@@ -231,7 +231,7 @@ def running(root: Path, job_id: str, port: str = "yes", **env: str) -> Iterator[
             victim.ask("graceful_stop")
             step, weights, aborted = job.line().split()
             assert (weights, aborted) == (_trained(int(step)), "False") and job.end() == 0
-            assert not [line for line in job.errors if "over TCP without the token" not in line], job.errors
+            assert not [line for line in job.errors if "did not send the job's token" not in line], job.errors
 
 
 def _trained(steps: int) -> str:
@@ -423,7 +423,8 @@ COMMAND = '{"jsonrpc":"2.0","id":1,"method":"abort"}\n'
         "GET /jobs HTTP/1.1\r\n\r\n",
         "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         '{"jsonrpc":"2.0","method":"authenticate","params":{"token":""}}\n' + COMMAND,
-        '[{"jsonrpc":"2.0","id":1,"method":"authenticate","params":{"token":""}}]\n' + COMMAND,
+        '[{"jsonrpc":"2.0","method":"authenticate","params":{"token":""}}]\n' + COMMAND,
+        '[1,{"jsonrpc":"2.0","id":1,"method":"authenticate","params":{"token":""}}]\n' + COMMAND,
         '{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n',
         '{"jsonrpc":"2.0","id":1,"method":"status"}\n',
     ],

@@ -519,8 +519,8 @@ def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, capl
             for name in good:
                 reply = strict((home / "replies" / f"{name}.json").read_bytes())
                 assert reply["id"] == name and reply["result"]["command_id"] == name
-            records = run.job._controller.list_commands()
-            assert sorted(record.command_id for record in records if record.command_id in good) == sorted(good)
+            records = run.job._controller._queries.list_commands()
+            assert sorted(record["command_id"] for record in records if record["command_id"] in good) == sorted(good)
             assert all(path is None or os.path.lexists(path) for path in others), "what is no letter was taken"
             before = run.steps
             until(lambda before=before: run.steps > before + 2)

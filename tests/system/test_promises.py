@@ -140,7 +140,7 @@ def test_clients_killed_while_they_wait(tmp_path):
 def test_a_home_that_cannot_be_written(tmp_path, place):
     """No jobs directory to be had: one warning, and the same weights."""
     with victim(tmp_path, controlled=False, env={"FORGATHER_JOBS_DIR": place}) as process:
-        until(lambda: any("not controllable" in line for line in process.errors))
+        until(lambda: any("Control is off" in line for line in process.errors))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
@@ -151,7 +151,7 @@ def test_a_read_only_home_of_an_ordinary_user():
     env = {"HOME": str(home), "FORGATHER_JOBS_DIR": "", "XDG_CONFIG_HOME": "", "BECOME": "65534"}
     try:
         with victim(home, controlled=False, env=env) as process:
-            until(lambda: any("not controllable" in line for line in process.errors))
+            until(lambda: any("Control is off" in line for line in process.errors))
         assert list(home.iterdir()) == []
     finally:
         home.rmdir()
@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, jobs_dir):
             while True:
                 ballast.write(b"\0" * 4096)
         with victim(tmp_path, controlled=False) as process:
-            until(lambda: any("not controllable" in line for line in process.errors))
+            until(lambda: any("Control is off" in line for line in process.errors))
             assert not (jobs_dir / "victim").exists()
 
 
@@ -193,14 +193,14 @@ def test_a_disk_that_fills_up_under_it(tmp_path, jobs_dir):
         with open(jobs_dir / "ballast", "ab", buffering=0) as ballast, pytest.raises(OSError):
             while True:
                 ballast.write(b"\0" * 4096)
-        until(lambda: any("cannot be found at present" in line for line in process.errors))
+        until(lambda: any("cannot find this job" in line for line in process.errors))
 
 
 def test_a_read_only_jobs_directory(tmp_path, jobs_dir):
     """Mounted read-only, so that even root cannot write: one warning, and the same weights."""
     with mounted(jobs_dir, "-o", "ro,size=64k"):
         with victim(tmp_path, controlled=False) as process:
-            until(lambda: any("not controllable" in line for line in process.errors))
+            until(lambda: any("Control is off" in line for line in process.errors))
 
 
 def test_killed_it_leaves_no_riddle(tmp_path, jobs_dir):
