@@ -108,7 +108,8 @@ class TrainerControlCallback(Adapter):
         if self._controller is None:
             return
         self._controller.phase = states.STATUS_TRAINING
-        self._evaluation.settle()
+        self._finish_evaluation(state)
+        self._evaluation.settle(state)
         if self._late:  # the scheduled save did not happen
             self._apply(state)
 
@@ -134,11 +135,12 @@ class TrainerControlCallback(Adapter):
         """Set the flags again: the last chance of a run, and of its last step."""
         if self._controller is None:
             return None
+        self._finish_evaluation(state)
         if self._requested.any or self._owed_evaluation:
             self._steer(args, state, control)
         if self._forced_at == state.global_step and not self._requested.save:
             self._not_twice(args, state, control)
-        self._evaluation.settle()
+        self._evaluation.settle(state)
         return self._locked_control
 
     @guarded
@@ -154,13 +156,15 @@ class TrainerControlCallback(Adapter):
             self._controller.phase = states.STATUS_EVALUATING
 
     @guarded
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Note that evaluation is finished; set the flag of a requested save, which it may have cleared."""
         if self._controller is None:
             return
         self._evaluated_at = state.global_step
-        self._evaluation.evaluated()
-        if self._requested.save:
+        requested = self._requested
+        hide_best = requested.evaluate and not (requested.counted or requested.save)
+        self._evaluation.evaluated(args, state, metrics or {}, hide_best)
+        if requested.save:
             control.should_save = True
         self._controller.phase = states.STATUS_SAVING if control.should_save else states.STATUS_TRAINING
 
@@ -189,6 +193,8 @@ class TrainerControlCallback(Adapter):
         """End the job and give the trainer its own control object back."""
         if self._best is not None:
             state.best_model_checkpoint = self._best
+        self._finish_evaluation(state)
+        self._evaluation.settle(state)
         self._close()
         return self._own_control
 
@@ -213,6 +219,8 @@ class TrainerControlCallback(Adapter):
             return
         if requested.save:
             self._save(args, state, control)
+        elif requested.evaluate:
+            self._evaluation.request(control)
         elif self._owed_evaluation and not self._stopping:
             self._owed_evaluation = False
             control.should_evaluate = True
@@ -238,7 +246,7 @@ class TrainerControlCallback(Adapter):
             if control.should_evaluate and self._evaluated_at != state.global_step:
                 self._owed_evaluation = True
             control.should_evaluate = False
-        elif self._evaluates_first(args):
+        elif self._requested.evaluate or self._evaluates_first(args):
             self._evaluation.request(control)
         self._requested.evaluate_first = False
         self._asked_to_save = True
@@ -253,6 +261,11 @@ class TrainerControlCallback(Adapter):
                 and requested.evaluation_counter is None
             )
         return requested.evaluate_first and requested.no_evaluation is None
+
+    def _finish_evaluation(self, state: Any) -> None:
+        """Report the requested evaluation, if it happened at this step: by now on all data sets."""
+        if self._requested.evaluate and self._evaluation.metrics:
+            self._report_evaluation(state.global_step, self._evaluation.metrics)
 
     def _report_save(self, args: Any, state: Any, control: Any, evaluated: bool) -> None:
         controller = self._controller

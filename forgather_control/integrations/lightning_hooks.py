@@ -184,9 +184,10 @@ class LightningHooks(Adapter):
         if requested.abort:
             if not self._silenced:
                 self._silence(trainer, module)
-        elif requested.save:
-            # "auto" does not evaluate first: Lightning has no load_best_model_at_end.
-            evaluated = requested.evaluate_first is True and self._evaluate(trainer)
+            return
+        # "auto" does not evaluate before a save: Lightning has no load_best_model_at_end.
+        evaluated = (requested.evaluate or requested.evaluate_first is True) and self._evaluate(trainer)
+        if requested.save:
             self._save(trainer, evaluated)
 
     def _end(self, trainer: Any) -> None:
@@ -212,17 +213,20 @@ class LightningHooks(Adapter):
                 override(each, name, do_nothing)
 
     def _evaluate(self, trainer: Any) -> bool:
-        """Validate now; return whether that worked."""
-        controller = self._controller
-        if controller is None or self._requested.no_evaluation is not None:
+        """Validate now, and report it if a command asked for it; return whether that worked."""
+        controller, requested = self._controller, self._requested
+        if controller is None or requested.no_evaluation is not None:
             return False
         try:
-            lightning_validation.validate(trainer)
+            found = lightning_validation.validate(trainer, requested.counted)
         except Exception as err:  # boundary: the user's validation_step
             log.warning("A requested validation failed: %s", err, exc_info=True)
+            requested.evaluated()
+            controller.evaluation_failed(f"the validation failed: {type(err).__name__}: {err}")
             return False
         finally:
             controller.phase = states.STATUS_TRAINING
+        self._report_evaluation(trainer.global_step, found)
         return True
 
     def _save(self, trainer: Any, evaluated: bool) -> None:

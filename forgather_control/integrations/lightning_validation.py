@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from . import random_state
@@ -35,12 +35,15 @@ def evaluation_counter(trainer: Any) -> str | None:
     return None
 
 
-def validate(trainer: Any) -> dict[str, Any]:
+def validate(trainer: Any, counted: bool = False) -> dict[str, Any]:
     """Run the trainer's validation loop, and return the metrics that it logged.
 
     All ranks call it together, in ``on_train_batch_end``. Afterwards training continues as if it had not been run:
     checkpoint callbacks do not act on it, schedules of validations do not move, and the random numbers that follow are
     the same. Unlike the trainer's own validations it leaves the gradients alone.
+
+    Args:
+        counted: checkpoint callbacks act on it all the same.
 
     Raises:
         Exception: what the user's code raises; the trainer can train on.
@@ -49,7 +52,7 @@ def validate(trainer: Any) -> dict[str, Any]:
     before = dict(connector._callback_metrics)
     restore_random = random_state.capture()
     try:
-        with _without_checkpoints(trainer), _as_scheduled(trainer):
+        with nullcontext() if counted else _without_checkpoints(trainer), _as_scheduled(trainer):
             trainer.fit_loop.epoch_loop.val_loop.run()
     finally:
         restore_random()

@@ -104,6 +104,8 @@ class TrainingJob(Adapter):
             return
         if self._saw_save or (self._requested.save and not controller.is_main):
             self._miss_save(controller)
+        if self._saw_evaluate or (self._requested.evaluate and not controller.is_main):
+            self._miss_evaluation(controller)
         self._steps += 1
         if self._steps > 1 and not self._can_evaluate:
             self._requested.no_evaluation = "this loop does not read job.should_evaluate"
@@ -132,8 +134,10 @@ class TrainingJob(Adapter):
         """Whether to evaluate now. Call ``evaluated(metrics)`` with the result, before ``saved`` and the next step."""
         self._can_evaluate, self._requested.no_evaluation = True, None
         requested = self._requested
-        wanted = requested.save and requested.evaluate_first is True and not requested.abort
+        wanted = requested.evaluate or (requested.save and requested.evaluate_first is True)
+        wanted = wanted and not requested.abort
         if wanted and self._controller is not None:
+            self._saw_evaluate = True
             self._controller.phase = states.STATUS_EVALUATING
         return wanted
 
@@ -144,10 +148,11 @@ class TrainingJob(Adapter):
         Args:
             metrics: numbers by name.
         """
-        self._requested.evaluate_first = False
+        self._saw_evaluate = False
         if self._controller is not None:
             self._controller.phase = states.STATUS_TRAINING
             self._evaluated_at = self._controller.last_step
+            self._report_evaluation(self._evaluated_at, metrics)
 
     @property
     def should_stop(self) -> bool:
@@ -185,6 +190,17 @@ class TrainingJob(Adapter):
             controller.nothing_to_save()
             return
         controller.save_failed("the loop saw should_save and did not call saved() before its next step")
+
+    def _miss_evaluation(self, controller: Any) -> None:
+        requested = self._requested
+        if requested.evaluate and not controller.is_main:  # often only rank 0 evaluates
+            self._report_evaluation(controller.last_step, {})
+        elif requested.evaluate:
+            controller.evaluation_failed(
+                "the loop saw should_evaluate and did not call evaluated() before its next step"
+            )
+        requested.evaluated()
+        self._saw_evaluate = False
 
 
 def _whole(name: str, value: Any) -> int:

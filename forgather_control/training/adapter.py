@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from ..errors import ControlError
+from . import metrics
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
@@ -91,6 +92,13 @@ class Adapter:
         self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
         if controller.is_main:
             log.info("Control this job with: forgather-control status %s", controller.job_id)
+
+    def _report_evaluation(self, step: int, found: Mapping[str, Any]) -> None:
+        """Report an evaluation with its metrics, which may be tensors: they are read only if a command waits for it."""
+        wanted = self._requested.evaluate
+        self._requested.evaluated()
+        if wanted and self._controller is not None:
+            self._controller.evaluated(step, metrics.plain(metrics.hold(found)))
 
     def _listen_to_signals(self, controller: Controller) -> None:
         try:

@@ -32,8 +32,8 @@ class TrainingLoop(Protocol):
     def request_save(self, evaluate: Json) -> None:
         """Save a checkpoint at this step, whatever the trainer's schedule says; ``evaluate`` is "auto" or a bool."""
 
-    def request_evaluate(self) -> None:
-        """Evaluate at this step."""
+    def request_evaluate(self, counted: bool) -> None:
+        """Evaluate at this step; ``counted``: even where something counts evaluations."""
 
     def request_end(self) -> None:
         """End after this step without saving, because the last checkpoint is young enough."""
@@ -66,6 +66,11 @@ _EVALUATE: Final = Param(
     "evaluate",
     {"enum": ["auto", True, False], "type": ["string", "boolean"], "default": "auto"},
     'Evaluate before saving: "auto" does so if load_best_model_at_end needs it and nothing counts evaluations.',
+)
+_COUNTED: Final = Param(
+    "counted",
+    {"type": "boolean", "default": False},
+    "Evaluate even if something counts evaluations, such as early stopping; it counts this one, too.",
 )
 
 
@@ -117,6 +122,15 @@ def abort(loop: TrainingLoop) -> None:
     is not loaded.
     """
     loop.request_abort()
+
+
+@_command("evaluate", _COUNTED, finishes_when={"evaluated"}, needs=("evaluate",), verb="evaluate")
+def evaluate(loop: TrainingLoop, counted: bool) -> None:
+    """Evaluate now, show the metrics, and continue training as if nothing had happened.
+
+    Refused where something counts evaluations, such as early stopping, unless counted is true.
+    """
+    loop.request_evaluate(counted)
 
 
 # Queries...

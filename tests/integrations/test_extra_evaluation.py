@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from forgather_control.integrations.extra_evaluation import ExtraEvaluation
 
 from ..support.forgather_loop import Control
+
+ARGS: Any = None
+STATE: Any = None
+
+
+@pytest.mark.parametrize(("strategy", "greater"), [("steps", False), ("best", False), ("best", True)])
+def test_an_evaluation_that_is_not_saved_is_not_the_best(strategy, greater):
+    """What the trainer notes of its best is as before; where it would save a new best one, none is better."""
+    args = SimpleNamespace(save_strategy=strategy, greater_is_better=greater)
+    state = SimpleNamespace(best_metric=0.5, best_global_step=2, best_model_checkpoint=None)
+    control, extra, before = Control(), ExtraEvaluation(), dict(vars(state))
+    extra.request(control)
+    extra.evaluated(args, state, {"eval_loss": 0.1}, hide_best=True)
+    if strategy == "best":
+        assert state.best_metric == (math.inf if greater else -math.inf)
+    state.best_metric, state.best_global_step = 0.1, 3
+    extra.evaluated(args, state, {"eval_other": 0.2}, hide_best=True)
+    assert extra.metrics == {"eval_loss": 0.1, "eval_other": 0.2}
+    extra.settle(state)
+    assert vars(state) == before and extra.metrics == {}
 
 
 def test_every_data_set_is_evaluated_without_a_trace():
@@ -17,7 +42,7 @@ def test_every_data_set_is_evaluated_without_a_trace():
     state = random.getstate()
     for _ in range(2):
         random.random()
-        extra.evaluated()
+        extra.evaluated(ARGS, STATE, {}, hide_best=False)
     assert random.getstate() == state
 
 
@@ -27,11 +52,11 @@ def test_it_can_stand_for_a_scheduled_evaluation():
     extra.request(control)
     random.random()
     after = random.getstate()
-    extra.evaluated()
+    extra.evaluated(ARGS, STATE, {}, hide_best=False)
     assert random.getstate() != after
     extra.stand_in()
     assert random.getstate() == after
-    extra.settle()
+    extra.settle(STATE)
     random.random()
     extra.stand_in()
     assert random.getstate() != after
@@ -43,12 +68,12 @@ def test_a_scheduled_evaluation_is_left_alone():
     extra.request(control)
     state = random.getstate()
     random.random()
-    extra.evaluated()
+    extra.evaluated(ARGS, STATE, {}, hide_best=False)
     assert random.getstate() != state
     control.should_evaluate = False
     extra.request(control)
-    extra.settle()
+    extra.settle(STATE)
     state = random.getstate()
     random.random()
-    extra.evaluated()
+    extra.evaluated(ARGS, STATE, {}, hide_best=False)
     assert random.getstate() != state

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -509,6 +510,125 @@ def test_a_save_evaluates_first(tmp_path, evaluate, best, step):
     assert model.evaluations == len(set(events.steps("evaluate")))
     if record["result"]["evaluated"]:
         assert events.seen.index(("evaluate", step)) < events.seen.index(("save", step))
+
+
+# Evaluations...
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("step", WHERE)
+def test_evaluate(tmp_path, strategy, step):
+    """At its step, whatever the schedule; the metrics are in the result; nothing is saved, and the schedule stays."""
+    at, events, model = At(step, "evaluate"), Events(), Tiny()
+    trainer = make(tmp_path, at, ours(), events, model=model, eval_strategy=strategy, eval_dataset=data(2))
+    trainer.train()
+    record = at.record()
+    assert (record["state"], record["applied_at_step"], record["result"]["step"]) == ("finished", step, step)
+    assert record["result"]["metrics"]["eval_loss"] == events.steps("evaluate").index(step) + 1
+    assert record["result"]["seconds"] >= 0 and events.steps("save") == []
+    scheduled = {"no": [], "steps": [2, 4, 6, 8, 10], "epoch": [5, 10]}[strategy]
+    extra = [] if strategy == "steps" and step in scheduled else [step]
+    assert events.steps("evaluate") == sorted(scheduled + extra) and trainer.state.global_step == STEPS
+
+
+def test_evaluate_on_several_data_sets(tmp_path):
+    """The result has the metrics of all; the random states are those of before the first."""
+    alone, watched = Tiny(), Tiny()
+    make(tmp_path / "alone", model=alone).train()
+    at, sets = At(3, "evaluate"), {"one": data(2), "two": data(4)}
+    make(tmp_path / "watched", at, ours(), model=watched, eval_dataset=sets).train()
+    assert {"eval_one_loss", "eval_two_loss"} <= at.record()["result"]["metrics"].keys()
+    assert same(weights(alone), weights(watched))
+
+
+def test_evaluate_does_not_raise_into_training(tmp_path):
+    """Without data it is refused, also from a signal, and training runs to its end."""
+    said, heard = [], At(5, "save_checkpoint")
+
+    def send(state: Any, control: Any) -> None:
+        if state.global_step == 2:
+            with connect(JOB) as client, pytest.raises(forgather_control.errors.CommandRefused) as caught:
+                client.call("evaluate")
+            said.append(str(caught.value))
+            signal.raise_signal(signal.SIGUSR2)
+        elif state.global_step == 4:
+            with connect(JOB) as client:
+                said.append(client.call("list_commands")[0])
+
+    trainer = make(tmp_path, Watcher(on_step_end=send), heard, ours(signals={"SIGUSR2": "evaluate"}))
+    trainer.train()
+    assert "no eval_dataset" in said[0]
+    assert said[1]["state"] == "failed" and "no eval_dataset" in said[1]["error"]["message"]
+    assert heard.record()["state"] == "finished" and trainer.state.global_step == STEPS
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("counter", ["EarlyStoppingCallback", "ReduceLROnPlateau"])
+def test_evaluate_where_evaluations_are_counted(tmp_path, counter, counted):
+    """It is refused, and names what counts, unless it may count."""
+    said, early = [], EarlyStoppingCallback(3)
+
+    def send(state: Any, control: Any) -> None:
+        if state.global_step == 3 and not said:
+            with connect(JOB) as client:
+                try:
+                    said.append(client.call("evaluate", counted=counted))
+                except forgather_control.errors.CommandRefused as err:
+                    said.append(str(err))
+
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
+    if counter == "ReduceLROnPlateau":
+        settings["lr_scheduler_type"] = "reduce_lr_on_plateau"
+    events = Events()
+    others = [early] if counter == "EarlyStoppingCallback" else []
+    trainer = make(tmp_path, Watcher(on_step_end=send), ours(), *others, events, **settings)
+    trainer.train()
+    assert events.steps("evaluate") == [3, 4, 8, 10][not counted :]
+    assert not others or early.early_stopping_patience_counter == (3 if counted else 2)
+    assert counted or f"{counter} counts evaluations" in said[0]
+
+
+@pytest.mark.parametrize(("save", "best"), [("steps", True), ("best", False), ("best", True), ("epoch", True)])
+def test_evaluate_changes_nothing_but_the_log(tmp_path, save, best):
+    """The best model, the checkpoints and the weights are those of a run without it, though its metric is the best."""
+    better = lambda n: float(n != 2)  # noqa: E731  the second evaluation is the extra one, and by far the best
+    outcomes = []
+    for name, callbacks in (("alone", []), ("watched", [At(3, "evaluate"), ours()])):
+        model, events = Tiny(better if callbacks else lambda n: 1.0), Events()
+        settings = {"save_strategy": save, "save_steps": 2, "load_best_model_at_end": best}
+        settings["eval_strategy"] = "epoch" if save == "epoch" else "steps"
+        trainer = make(tmp_path / name, *callbacks, events, model=model, **settings)
+        if save == "epoch":
+            model.evaluations += 1
+        trainer.train()
+        state = trainer.state
+        found = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
+        outcomes.append((state.best_metric, state.best_global_step, found, events.steps("save"), weights(model)))
+        if callbacks:
+            assert callbacks[0].record()["result"]["metrics"]["eval_loss"] == 0.0
+    assert outcomes[0][:4] == outcomes[1][:4] and same(outcomes[0][4], outcomes[1][4])
+
+
+def test_evaluate_with_a_save_and_a_stop(tmp_path):
+    """All at one step: evaluated once, saved, ended; the save's result says that it was evaluated."""
+    sent = [At(3, name) for name in ("evaluate", "save_and_stop")]
+    events = Events()
+    make(tmp_path, *sent, ours(), events, eval_dataset=data(2)).train()
+    evaluated, saved = (at.record() for at in sent)
+    assert evaluated["state"] == "finished" and events.seen == [("evaluate", 3), ("save", 3)]
+    assert saved["result"]["evaluated"] is True
+
+
+def test_evaluate_is_asked_for_until_it_happens(tmp_path):
+    """A callback that takes the flag back delays it; an abort makes it fail."""
+    at, events = At(3, "evaluate"), Events()
+    hostile = Hostile("on_step_end", until=5, should_evaluate=False)
+    make(tmp_path, at, ours(), hostile, events, eval_dataset=data(2)).train()
+    record = at.record()
+    assert (record["applied_at_step"], record["result"]["step"], events.seen) == (3, 5, [("evaluate", 5)])
+    sent = [At(3, name) for name in ("evaluate", "abort")]
+    make(tmp_path, *sent, ours(), eval_dataset=data(2)).train()
+    assert "abort" in sent[0].record()["error"]["message"]
 
 
 @pytest.mark.parametrize("hook", ["on_step_end", "on_train_begin"])
@@ -1126,6 +1246,27 @@ def test_forgather_saves_and_evaluates_first(tmp_path, step, command):
     assert record["result"]["step"] == (5 if again else step) and record["result"]["evaluated"] is True
     assert trainer.state.global_step == (STEPS if command == "save_checkpoint" else step)
     assert events.steps("evaluate") == [record["result"]["step"]]
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 10])
+def test_forgather_evaluates(tmp_path, step):
+    """At its step; where the trainer's own save comes first, after the next, unless that step was evaluated."""
+    at, events = At(step, "evaluate"), Events()
+    trainer = loop(tmp_path, at, ours(), events, eval_strategy=Strategy.STEPS, eval_steps=100)
+    trainer.train()
+    record = at.record()
+    assert record["state"] == "finished" and record["applied_at_step"] == step
+    assert record["result"]["metrics"] == {"eval_loss": 1.0}
+    assert events.steps("evaluate") == [record["result"]["step"]] == [5 if step == 4 else step]
+    assert events.steps("save") == [4, 8, 10] and trainer.state.global_step == STEPS
+
+
+def test_forgather_reports_the_evaluation_of_its_schedule(tmp_path):
+    """At a step that evaluates and saves by itself, that evaluation counts for the command."""
+    at, events = At(4, "evaluate"), Events()
+    trainer = loop(tmp_path, at, ours(), events, eval_strategy=Strategy.STEPS, eval_steps=4)
+    trainer.train()
+    assert at.record()["result"]["step"] == 4 and events.steps("evaluate") == [4, 8]
 
 
 def test_forgather_when_the_save_does_not_come(tmp_path):

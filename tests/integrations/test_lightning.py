@@ -670,6 +670,43 @@ def test_nothing_changes_after_extra_validations(tmp_path, saver, schedule):
     assert made == set(files(tmp_path / "alone"))
 
 
+@WHERE
+@pytest.mark.parametrize("saver", ["none", "epochs"])
+def test_evaluate(tmp_path, saver, step):
+    """At its step, with the metrics that validation logs; nothing is saved, and training goes on as without it."""
+    alone = fit(make(tmp_path / "alone", *SAVERS[saver](tmp_path / "alone")), Counts(), validate=True)
+    at = At(step, "evaluate")
+    trainer = make(tmp_path / "watched", at, ours(), *SAVERS[saver](tmp_path / "watched"))
+    watched = fit(trainer, Counts(), validate=True)
+    record = at.record()
+    assert (record["state"], record["applied_at_step"], record["result"]["step"]) == ("finished", step, step)
+    assert record["result"]["metrics"] == {"val_loss": 1.0 + step} and record["result"]["seconds"] >= 0
+    assert same(weights(alone), weights(watched)) and watched.modes == {True}
+    assert sorted(watched.evaluated) == sorted([*alone.evaluated, step])
+    assert set(files(tmp_path / "watched")) == set(files(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_evaluate_beside_early_stopping(tmp_path, counted):
+    """It is refused, and names what counts, unless it may count: then patience is one less."""
+    said, early = [], EarlyStopping("val_loss", patience=3, check_on_train_epoch_end=False)
+
+    def send(trainer: Any) -> None:
+        if trainer.global_step == 3 and not said:
+            with connect(JOB) as client:
+                try:
+                    said.append(client.call("evaluate", counted=counted))
+                except forgather_control.errors.CommandRefused as err:
+                    said.append(str(err))
+
+    trainer = make(tmp_path, Watcher(on_train_batch_end=send), ours(), early, max_epochs=3)
+    fit(trainer, validate=True)
+    if counted:
+        assert said[0]["state"] == "accepted" and early.wait_count == 3 and trainer.global_step == 15
+    else:
+        assert "EarlyStopping counts evaluations" in said[0] and early.wait_count == 2
+
+
 class Counts(Tiny):
     """Its validation draws random numbers; in which modes it trains."""
 
@@ -697,9 +734,10 @@ def test_a_validation_that_fails_is_not_the_end_of_training(tmp_path, caplog):
             super().validation_step(batch, batch_idx)
 
     alone = fit(make(tmp_path / "alone"), Counts(), validate=True)
-    at = At(3, "save_checkpoint", evaluate=True)
-    watched = fit(make(tmp_path, at, ours()), Fails(), validate=True)
+    at, evaluate = At(3, "save_checkpoint", evaluate=True), At(3, "evaluate")
+    watched = fit(make(tmp_path, at, evaluate, ours()), Fails(), validate=True)
     record = at.record()
+    assert "no such batch" in evaluate.record()["error"]["message"]
     is_saved(record, tmp_path / "checkpoints", 3)
     assert record["result"]["evaluated"] is False and "no such batch" in caplog.text
     assert same(weights(alone), weights(watched)) and watched.modes == {True}
@@ -714,6 +752,8 @@ def test_a_save_that_is_to_evaluate_without_data(tmp_path):
         if not said:
             with connect(JOB) as client, pytest.raises(forgather_control.ControlError) as caught:
                 client.call("save_checkpoint", evaluate=True)
+            with connect(JOB) as client, pytest.raises(forgather_control.ControlError, match="no validation data"):
+                client.call("evaluate")
             said.append(str(caught.value))
 
     fit(make(tmp_path, ours(), Watcher(on_train_batch_start=send)))

@@ -123,13 +123,80 @@ def test_a_loop_that_cannot_evaluate():
     with TrainingJob("job") as job:
         job.step(1)
         job.step(2)
-        with pytest.raises(errors.ControlError, match="does not read job"):
-            give(job, "save_checkpoint", evaluate=True)
+        for name, params in (("save_checkpoint", {"evaluate": True}), ("evaluate", {})):
+            with pytest.raises(errors.CommandRefused, match="does not read job"):
+                give(job, name, **params)
         assert not job.should_evaluate
         job.step(3)
         give(job, "save_checkpoint", evaluate=True)
         job.step(4)
         assert job.should_evaluate and job.should_save
+
+
+def test_an_evaluation():
+    """It is finished when the loop reports it, with the numbers of its metrics; nothing is saved for it."""
+    with TrainingJob("job") as job:
+        job.step(1)
+        assert not job.should_evaluate
+        record = give(job, "evaluate")
+        job.step(2)
+        assert job.should_evaluate and not job.should_save and not job.should_stop
+        job.evaluated({"loss": 0.5, "count": 3, "text": "x"})
+        assert not job.should_evaluate
+        done = state(job, record)
+        assert done.state == "finished" and done.applied_at_step == 2
+        assert done.result == {
+            "step": 2,
+            "metrics": {"loss": 0.5, "count": 3, "text": "x"},
+            "seconds": done.result["seconds"],
+        }
+
+
+def test_an_evaluation_and_a_save_at_one_step(tmp_path):
+    """The loop evaluates and saves; the save's result says that it was evaluated."""
+    with TrainingJob("job") as job:
+        records = [give(job, name) for name in ("save_checkpoint", "evaluate")]
+        job.step(1)
+        assert job.should_evaluate and job.should_save
+        job.evaluated({})
+        job.saved(tmp_path)
+        saved, evaluated = (state(job, record) for record in records)
+        assert saved.state == evaluated.state == "finished" and saved.result["evaluated"] is True
+
+
+def test_a_loop_that_never_reports_an_evaluation():
+    """Seen and not reported by the next step: the command failed, the flag is down."""
+    with TrainingJob("job") as job:
+        record = give(job, "evaluate")
+        job.step(1)
+        assert job.should_evaluate
+        job.step(2)
+        assert not job.should_evaluate and "evaluated()" in state(job, record).error["message"]
+
+
+def test_a_loop_that_looks_seldom_still_evaluates():
+    """The flag waits for a loop that looks every tenth step; one that never looks fails the command at its end."""
+    for looks in (True, False):
+        with TrainingJob("job") as job:
+            record = give(job, "evaluate")
+            for step in range(1, 11):
+                job.step(step)
+            if looks:
+                assert job.should_evaluate
+                job.evaluated({})
+                assert state(job, record).result["step"] == 10
+            else:
+                assert state(job, record).state == "applied"
+
+
+def test_an_abort_takes_back_an_evaluation():
+    """After an abort nothing is evaluated; the command fails, and says why."""
+    with TrainingJob("job") as job:
+        record = give(job, "evaluate")
+        job.step(1)
+        give(job, "abort")
+        job.step(2)
+        assert not job.should_evaluate and "abort" in state(job, record).error["message"]
 
 
 def test_an_evaluation_that_was_not_asked_for():

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from forgather_control.errors import CommandRefused
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.wire import builtin
 from forgather_control.wire.methods import COMMON_NAMES
@@ -25,6 +26,7 @@ def requested_by(command: str, **params: object) -> RequestedActions:
     ("command", "wanted"),
     [
         ("save_checkpoint", {"save", "evaluate_first"}),
+        ("evaluate", {"evaluate"}),
         ("graceful_stop", {"stop"}),
         ("save_and_stop", {"save", "evaluate_first", "stop"}),
         ("abort", {"abort"}),
@@ -58,6 +60,26 @@ def test_of_several_saves_one_that_evaluates_decides():
             assert requested.evaluate_first is max(order[: number + 1], key=[False, "auto", True].index)
 
 
+def test_an_evaluation_and_whether_it_counts():
+    """It is requested until it is done; of several at one step, one that counts decides."""
+    requested = requested_by("evaluate", counted=True)
+    assert requested.evaluate and requested.counted
+    requested.request_evaluate(False)
+    assert requested.counted
+    requested.evaluated()
+    assert not requested.any and not requested.counted
+
+
+def test_a_signals_evaluation_is_refused_at_its_step():
+    """It is not checked when it is queued; the effect fails then, and with it the command."""
+    requested = RequestedActions(evaluation_counter="EarlyStopping")
+    with pytest.raises(CommandRefused, match="EarlyStopping counts evaluations"):
+        requested.request_evaluate()
+    assert not requested.any
+    requested.request_evaluate(counted=True)
+    assert requested.evaluate
+
+
 def test_the_end_without_a_save():
     """``request_end`` stops and spares the last checkpoint."""
     requested = RequestedActions()
@@ -66,10 +88,14 @@ def test_the_end_without_a_save():
 
 
 def test_what_a_run_cannot_do():
-    """A save that must evaluate is refused where nothing can be evaluated; all else is possible."""
+    """An evaluation without data, before a save, too; and one that would be counted; all else is possible."""
     requested = RequestedActions()
     assert requested.cannot("save", {"evaluate": True}) is None
     requested.no_evaluation = "there is no data"
     assert requested.cannot("save", {"evaluate": True}) == "there is no data"
     assert requested.cannot("save", {"evaluate": "auto"}) is requested.cannot("save", {}) is None
+    assert requested.cannot("evaluate", {}) == requested.cannot("evaluate", {"counted": True}) == "there is no data"
+    requested = RequestedActions(evaluation_counter="EarlyStopping")
+    assert "EarlyStopping counts evaluations" in str(requested.cannot("evaluate", {"counted": False}))
+    assert requested.cannot("evaluate", {"counted": True}) is requested.cannot("save", {"evaluate": True}) is None
     assert requested.cannot("stop", {}) is requested.cannot("abort", {}) is None

@@ -17,6 +17,7 @@ COMMANDS = {
     "graceful_stop": (["stop"], {"ended"}, ("stop",), "stop"),
     "save_and_stop": (["save", "stop"], {"saved", "ended"}, ("save", "stop"), "save-stop"),
     "abort": (["abort"], {"ended"}, ("abort",), "abort"),
+    "evaluate": (["evaluate"], {"evaluated"}, ("evaluate",), "evaluate"),
 }
 QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks",
            "stacks", "subscribe", "unsubscribe"}  # fmt: skip
