@@ -7,14 +7,13 @@ state. A *query* is answered at once on the server thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from .. import states
 from . import schemas
+from .jsonrpc import Json
 from .limits import MAX_RANK_TIMEOUT
 from .methods import COMMON, Method, MethodTable, Param
-
-Json = Any
 
 
 class TrainingLoop(Protocol):
@@ -45,38 +44,6 @@ class TrainingLoop(Protocol):
 #: All built-in methods; a job's table starts as a copy.
 BUILTIN: Final = MethodTable({})
 
-_RANK_TIMEOUT: Final = Param(
-    "timeout",
-    {"type": "number", "minimum": 0, "maximum": MAX_RANK_TIMEOUT, "unit": "seconds", "default": 5.0},
-    "How long a rank may take to answer, in seconds; one that takes longer is reported as silent.",
-)
-_TOKEN: Final = Param("token", {"type": ["string", "null"]}, "The token of the job's endpoint.json.")
-_KNOWN_ID: Final = Param("command_id", schemas.COMMAND_ID, "The id in the command's record.")
-_SINCE: Final = Param(
-    "since",
-    {"type": ["integer", "null"], "minimum": 0, "default": None},
-    "Send the events after this number again, as far as they are kept; null starts with the next event.",
-)
-_KINDS: Final = Param(
-    "kinds",
-    {"type": ["array", "null"], "items": schemas.words(*states.EVENT_KINDS), "default": None},
-    "Which kinds of events to send; null sends all.",
-)
-_EVALUATE: Final = Param(
-    "evaluate",
-    {"enum": ["auto", True, False], "type": ["string", "boolean"], "default": "auto"},
-    'Evaluate before saving: "auto" does so if load_best_model_at_end needs it and nothing counts evaluations.',
-)
-_COUNTED: Final = Param(
-    "counted",
-    {"type": "boolean", "default": False},
-    "Evaluate even if something counts evaluations, such as early stopping; it counts this one, too.",
-)
-
-
-def _query(name: str, doc: str, *params: Param, returns: str, verb: str | None = None) -> None:
-    BUILTIN.add(Method(name, doc, params, returns, verb=verb))
-
 
 def _command(
     name: str, *params: Param, finishes_when: set[str], needs: tuple[str, ...], verb: str
@@ -92,7 +59,22 @@ def _command(
     return declare
 
 
+def _query(name: str, returns: str, doc: str, *params: Param, verb: str | None = None) -> None:
+    BUILTIN.add(Method(name, doc, params, returns, verb=verb))
+
+
 # Commands...
+
+_EVALUATE: Final = Param(
+    "evaluate",
+    {"enum": ["auto", True, False], "type": ["string", "boolean"], "default": "auto"},
+    'Evaluate before saving: "auto" does so if load_best_model_at_end needs it and nothing counts evaluations.',
+)
+_COUNTED: Final = Param(
+    "counted",
+    {"type": "boolean", "default": False},
+    "Evaluate even if something counts evaluations, such as early stopping; it counts this one, too.",
+)
 
 
 @_command("save_checkpoint", _EVALUATE, finishes_when={"saved"}, needs=("save",), verb="save")
@@ -135,50 +117,64 @@ def evaluate(loop: TrainingLoop, counted: bool) -> None:
 
 # Queries...
 
-_query("ping", "Answer which job this is: job_id, pid, protocol, version and the time of its clock.", returns="Ping")
+_KNOWN_ID: Final = Param("command_id", schemas.COMMAND_ID, "The id in the command's record.")
+_RANK_TIMEOUT: Final = Param(
+    "timeout",
+    {"type": "number", "minimum": 0, "maximum": MAX_RANK_TIMEOUT, "unit": "seconds", "default": 5.0},
+    "How long a rank may take to answer, in seconds; one that takes longer is reported as silent.",
+)
+_SINCE: Final = Param(
+    "since",
+    {"type": ["integer", "null"], "minimum": 0, "default": None},
+    "Send the events after this number again, as far as they are kept; null starts with the next event.",
+)
+_KINDS: Final = Param(
+    "kinds",
+    {"type": ["array", "null"], "items": {"type": "string", "enum": [*states.EVENT_KINDS]}, "default": None},
+    "Which kinds of events to send; null sends all.",
+)
+
+_query("ping", "Ping", "Answer which job this is: job_id, pid, protocol, version and the time of its clock.")
 _query(
     "authenticate",
+    "Ping",
     """Show the token, as the first request of a connection over TCP.
 
 The answer is that of ping. Over the Unix socket, where the kernel identifies the caller, any token passes.""",
-    _TOKEN,
-    returns="Ping",
+    Param("token", {"type": ["string", "null"]}, "The token of the job's endpoint.json."),
 )
 _query(
     "status",
+    "Status",
     "Show how far the job is: step, epoch, speed, time left, latest metrics, pending commands.",
-    returns="Status",
     verb="status",
 )
-_query("get_command", "Answer the record of one command.", _KNOWN_ID, returns="CommandRecord")
-_query("cancel_command", "Cancel a command that is not applied yet.", _KNOWN_ID, returns="CommandRecord", verb="cancel")
-_query(
-    "list_commands", "List the commands that the job keeps, oldest first.", returns="CommandRecords", verb="commands"
-)
-_query(
-    "list_jobs", "List the jobs in this host's jobs directory, without their tokens.", returns="ListedJobs", verb="list"
-)
+_query("get_command", "CommandRecord", "Answer the record of one command.", _KNOWN_ID)
+_query("cancel_command", "CommandRecord", "Cancel a command that is not applied yet.", _KNOWN_ID, verb="cancel")
+_query("list_commands", "CommandRecords", "List the commands that the job keeps, oldest first.", verb="commands")
+_query("list_jobs", "ListedJobs", "List the jobs in this host's jobs directory, without their tokens.", verb="list")
 _query(
     "ranks",
+    "Ranks",
     "Show every rank: host, pid, step, last step, memory, device; which are behind, and which are gone.",
     _RANK_TIMEOUT,
-    returns="Ranks",
     verb="ranks",
 )
 _query(
     "stacks",
+    "Stacks",
     """Print the Python stacks of all threads of every rank, also while training hangs.
 
 The stacks of ranks that do not answer are read from outside, where they run on this host.""",
     _RANK_TIMEOUT,
-    returns="Stacks",
     verb="stacks",
 )
 _query(
     "subscribe",
+    "Subscribed",
     "Send events as notifications on this connection, until unsubscribe or the end of the job.",
-    *(_SINCE, _KINDS),
-    returns="Subscribed",
+    _SINCE,
+    _KINDS,
 )
-_query("unsubscribe", "Stop sending events on this connection.", returns="Unsubscribed")
+_query("unsubscribe", "Unsubscribed", "Stop sending events on this connection.")
 BUILTIN.frozen = True

@@ -1,29 +1,25 @@
 """``rpc.discover``: the methods of a job as an OpenRPC document (https://spec.open-rpc.org).
 
-It is not listed in the document itself, as the specification asks, because generators reject the dot in its name.
+It is not listed in the document itself, because generators reject the dot in its name.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from .. import errors
 from ..version import VERSION
+from .jsonrpc import Json
 from .methods import Method, MethodTable
 
-Json = Any
+# The errors of each method...
 
-_ANY_METHOD: Final = (errors.InvalidRequest, errors.InvalidParams, errors.InternalError, errors.TooManyCommands)
-_COMMANDS: Final = (
-    errors.CommandRefused,
-    errors.CommandExpired,
-    errors.JobEnding,
-    errors.DeadlinePassed,
-)
-_BY_ID: Final = (errors.CommandNotFound,)
-_SPECIAL: Final[dict[str, tuple[type[errors.ControlError], ...]]] = {
-    "get_command": _BY_ID,
-    "cancel_command": (*_BY_ID, errors.NotCancellable),
+_Errors = tuple[type[errors.ControlError], ...]
+_ANY: Final[_Errors] = (errors.InvalidRequest, errors.InvalidParams, errors.InternalError, errors.TooManyCommands)
+_COMMANDS: Final[_Errors] = (errors.CommandRefused, errors.CommandExpired, errors.JobEnding, errors.DeadlinePassed)
+_QUERIES: Final[dict[str, _Errors]] = {
+    "get_command": (errors.CommandNotFound,),
+    "cancel_command": (errors.CommandNotFound, errors.NotCancellable),
     "authenticate": (errors.NotAuthenticated,),
 }
 
@@ -38,12 +34,10 @@ def document(methods: MethodTable) -> dict[str, Json]:
 
 
 def _errors(method: Method) -> list[dict[str, Json]]:
-    classes = (*_ANY_METHOD, *(_COMMANDS if method.is_command else ()), *_SPECIAL.get(method.name, ()))
+    own = _COMMANDS if method.is_command else _QUERIES.get(method.name, ())
+    data = {"title": "ErrorData", "type": "object"}
+    # The first line of the docstring says when it is raised; there are no docstrings under -OO.
     return [
-        {"code": cls.code, "message": _first_line(cls), "data": {"title": "ErrorData", "type": "object"}}
-        for cls in classes
+        {"code": cls.code, "message": (cls.__doc__ or cls.__name__).partition("\n")[0], "data": data}
+        for cls in (*_ANY, *own)
     ]
-
-
-def _first_line(cls: type[errors.ControlError]) -> str:
-    return (cls.__doc__ or cls.__name__).strip().partition("\n")[0]  # no docstrings under -OO

@@ -107,22 +107,18 @@ def _request(value: Json) -> Request | Refusal:
         return Refusal(InvalidRequest("a request is a JSON object"), None)
     id_ = value.get("id", NoId.NOTIFICATION)
     if isinstance(id_, bool) or not isinstance(id_, (str, int, float, NoId, type(None))):
-        return Refusal(InvalidRequest("id is a string, a number or null"), None)
-    fault = _fault(value)
-    if fault:
-        return Refusal(InvalidRequest(fault), None if id_ is NoId.NOTIFICATION else id_)
-    return Request(value["method"], value.get("params", {}), id_)
-
-
-def _fault(value: dict[str, Json]) -> str | None:
-    if value.get("jsonrpc") != "2.0":
-        return 'the member jsonrpc must be the string "2.0"'
-    if not isinstance(value.get("method"), str):
-        return "the member method must be a string"
-    if not isinstance(value.get("params", {}), (dict, list)):
-        return "params is an object (by name) or an array (by position)"
-    unknown = sorted(value.keys() - {"jsonrpc", "id", "method", "params"})
-    return f"unknown member {ascii(unknown[0][:64])}" if unknown else None
+        fault, id_ = "id is a string, a number or null", None
+    elif value.get("jsonrpc") != "2.0":
+        fault = 'the member jsonrpc must be the string "2.0"'
+    elif not isinstance(value.get("method"), str):
+        fault = "the member method must be a string"
+    elif not isinstance(value.get("params", {}), (dict, list)):
+        fault = "params is an object (by name) or an array (by position)"
+    elif unknown := sorted(value.keys() - {"jsonrpc", "id", "method", "params"}):
+        fault = f"unknown member {ascii(unknown[0][:64])}"
+    else:
+        return Request(value["method"], value.get("params", {}), id_)
+    return Refusal(InvalidRequest(fault), None if id_ is NoId.NOTIFICATION else id_)
 
 
 def parse_json(line: bytes) -> Json:
@@ -252,11 +248,7 @@ def _portable(value: Json) -> Json:
 
 
 def parse_incoming(line: bytes) -> Reply | Notification:
-    """Return the response or the notification of an event that a job sent; an error is of the class it raised.
-
-    Raises:
-        InternalError: the line is neither.
-    """
+    """Return the response or notification that a job sent, an error as its class; InternalError if it is neither."""
     try:
         text = line.decode("utf-8")
         _check_depth(text, MAX_REPLY_DEPTH)
@@ -268,7 +260,7 @@ def parse_incoming(line: bytes) -> Reply | Notification:
         return Notification(value["method"], value.get("params"))
     if not is_object or ("result" in value) == ("error" in value):
         raise InternalError("the other side sent a line that is no JSON-RPC 2.0 response")
-    if "error" not in value:
+    if "result" in value:
         return Reply(value.get("id"), value["result"], None)
     fault = value["error"]
     facts = fault if isinstance(fault, dict) else {"message": fault}
@@ -276,11 +268,7 @@ def parse_incoming(line: bytes) -> Reply | Notification:
 
 
 def parse_reply(line: bytes) -> Reply:
-    """Return the response that a job sent.
-
-    Raises:
-        InternalError: the line is none.
-    """
+    """Return the response that a job sent; InternalError if the line is none."""
     found = parse_incoming(line)
     if isinstance(found, Notification):
         raise InternalError("the other side sent a notification instead of a response")

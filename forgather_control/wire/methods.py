@@ -19,16 +19,11 @@ from .schemas import Schema
 
 
 class Param(NamedTuple):
-    """One named parameter of a method; optional if its schema has a default.
-
-    Args:
-        schema: the JSON Schema that its value is checked against.
-        doc: one sentence for help and ``rpc.discover``.
-    """
+    """One named parameter of a method; optional if its schema has a default."""
 
     name: str
-    schema: Schema
-    doc: str
+    schema: Schema  #: What its value is checked against.
+    doc: str  #: One sentence for help and ``rpc.discover``.
 
     @property
     def required(self) -> bool:
@@ -43,7 +38,7 @@ class Param(NamedTuple):
 
 WAIT: Final = Param(
     "wait",
-    {**schemas.words(*states.AWAITED_STATES), "default": states.COMMAND_ACCEPTED},
+    {"type": "string", "enum": [*states.AWAITED_STATES], "default": states.COMMAND_ACCEPTED},
     "When to answer: once the command is queued, once every rank applied it, or once it is finished.",
 )
 TIMEOUT: Final = Param(
@@ -53,7 +48,7 @@ TIMEOUT: Final = Param(
 )
 COMMAND_ID: Final = Param(
     "command_id",
-    {**schemas.nullable(schemas.COMMAND_ID), "default": None},
+    {**schemas.COMMAND_ID, "type": ["string", "null"], "default": None},
     "An id that the caller chooses: the same id twice is the same command.",
 )
 EXPIRES_AT: Final = Param(
@@ -72,29 +67,22 @@ COMMON_NAMES: Final = frozenset(param.name for param in COMMON)
 
 
 class Method(NamedTuple):
-    """One row of the table.
-
-    Args:
-        doc: its help; the first paragraph is the summary.
-        params: in positional order; a command's start with ``COMMON``.
-        returns: the title of its answer in ``results.json``.
-        run: the effect of a command: takes a ``builtin.TrainingLoop`` and the command's own parameters, on the training
-            thread of every rank. A query has none: the method of its name in ``training.job_queries`` answers it.
-        finishes_when: the events that must all have happened before a command is finished: every rank has
-            ``applied`` it, ``saved``, ``evaluated`` or ``reported`` its part, training has ``ended``. Empty: a query.
-        needs: what the training loop must be able to do, else the command is refused before any rank receives it.
-        verb: its name in the command line, if it has one.
-        combine: makes the result out of every rank's value, by rank; without it the result is rank 0's ``value``.
-    """
+    """One row of the table."""
 
     name: str
-    doc: str
-    params: tuple[Param, ...]
-    returns: str
+    doc: str  #: Its help; the first paragraph is the summary.
+    params: tuple[Param, ...]  #: In positional order; a command's start with ``COMMON``.
+    returns: str  #: The title of its answer in ``results.json``.
+    #: The effect of a command, on the training thread of every rank: takes a ``builtin.TrainingLoop`` and the command's
+    #: own parameters. A query has none: the method of its name in ``training.job_queries`` answers it.
     run: Callable[..., Json] | None = None
+    #: The events that must all have happened before a command is finished: every rank has ``applied`` it, ``saved``,
+    #: ``evaluated`` or ``reported`` its part, training has ``ended``. Empty: a query.
     finishes_when: frozenset[str] = frozenset()
+    #: What the training loop must be able to do, else the command is refused before any rank receives it.
     needs: tuple[str, ...] = ()
-    verb: str | None = None
+    verb: str | None = None  #: Its name in the command line, if it has one.
+    #: Makes the result out of every rank's value, by rank; without it the result is rank 0's ``value``.
     combine: Callable[[dict[int, Json]], dict[str, Json]] | None = None
 
     @property

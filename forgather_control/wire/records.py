@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
-from .. import states
+from .. import schema, states
 from ..errors import InternalError
-
-Json = Any
+from ..schema import INTEGER, NULL, OBJECT, TEXT, TIME, Field
+from .jsonrpc import Json
 
 #: What one command did on one rank: ``{"value": ...}`` or ``{"error": {"code", "message"}}``; empty where there is
 #: nothing to tell.
@@ -15,18 +15,12 @@ Outcome = dict[str, Json]
 
 
 class ScheduledCommand(NamedTuple):
-    """A command on its way from the queue to every rank; travels as a JSON array.
-
-    Attributes:
-        name: of its method.
-        params: the command's own parameters, checked; without those that only concern the caller's wait.
-        skip_save: stop without saving, because the last checkpoint is young enough; rank 0 decides it for all ranks.
-    """
+    """A command on its way from the queue to every rank; travels as a JSON array."""
 
     command_id: str
     name: str
-    params: dict[str, Json]
-    skip_save: bool = False
+    params: dict[str, Json]  #: The command's own, checked; without those that only concern the caller's wait.
+    skip_save: bool = False  #: Rank 0 decides for all ranks to stop without saving, as the last checkpoint is young.
 
 
 class CommandRecord(NamedTuple):
@@ -38,7 +32,7 @@ class CommandRecord(NamedTuple):
         result: of a save, ``{"step", "path", "seconds", "evaluated"}``; of a stop, the step it ended at, too.
         error: why it failed, as ``{"code", "message"}``; ``None`` otherwise.
         params: the command's own parameters.
-        reason: what the caller gave as one.
+        reason: the text that the caller gave.
         requested_by: ``{"via", "uid", "user", "pid", "program"}``, as the kernel reports it.
     """
 
@@ -61,25 +55,36 @@ class CommandRecord(NamedTuple):
 
     @property
     def trouble(self) -> str | None:
-        """What became of it if it will never be finished, in one sentence; ``None`` otherwise."""
-        if self.state not in (states.COMMAND_FAILED, states.COMMAND_CANCELLED):
-            return None
-        return f"{self.command} {self.state}: {self.error.get('message') if self.error else 'somebody took it back'}"
+        """Why it will never be finished, in one sentence; ``None`` if it was or can be."""
+        if self.state == states.COMMAND_CANCELLED:
+            return f"{self.command} was cancelled before it was applied"
+        if self.state == states.COMMAND_FAILED:
+            return f"{self.command} failed: {(self.error or {}).get('message')}"
+        return None
 
     def to_json(self) -> dict[str, Json]:
-        """The record as it stands on the wire."""
+        """Return the record as a JSON object."""
         return self._asdict()
 
     @classmethod
-    def from_json(cls, value: dict[str, Json]) -> CommandRecord:
-        """The record that a reply holds; members that a newer job adds are left out.
+    def from_json(cls, value: object) -> CommandRecord:
+        """Return the record that a reply holds, without members that a newer job adds.
 
         Raises:
             InternalError: it holds none.
         """
-        if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in cls._fields[:3]):
-            raise InternalError("the other side sent no command record")
-        objects = [value.get(name) for name in ("result", "error")]
-        if "requested_at" not in value or not all(item is None or isinstance(item, dict) for item in objects):
-            raise InternalError("the other side sent no command record")
-        return cls(**{name: item for name, item in value.items() if name in cls._fields})
+        try:
+            return schema.load(cls, _FIELDS, value, "a command record")
+        except ValueError as err:
+            raise InternalError(f"the job sent no command record: {err}") from err
+
+
+_FIELDS: Final = {
+    **dict.fromkeys(("command_id", "command", "state"), Field(TEXT)),
+    "requested_at": TIME,
+    "applied_at_step": Field(INTEGER + NULL),
+    "finished_at": schema.nullable(TIME),
+    "params": Field(OBJECT),
+    **dict.fromkeys(("result", "error", "requested_by"), Field(OBJECT + NULL)),
+    "reason": Field(TEXT + NULL),
+}

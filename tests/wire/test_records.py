@@ -53,10 +53,12 @@ def test_record_crosses_the_wire():
 @pytest.mark.parametrize(
     "value",
     [None, 5, "x", [], {}, {**RECORD.to_json(), "state": []}, {**RECORD.to_json(), "command": None},
-     {**RECORD.to_json(), "error": "no"}, {**RECORD.to_json(), "result": [1]}],
+     {**RECORD.to_json(), "error": "no"}, {**RECORD.to_json(), "result": [1]},
+     {**RECORD.to_json(), "requested_at": "now"}, {**RECORD.to_json(), "applied_at_step": 1.5},
+     {**RECORD.to_json(), "params": None}, {**RECORD.to_json(), "requested_by": "me"}],
 )  # fmt: skip
 def test_what_is_no_record(value):
-    """Whoever answers like this is no job of ours; the client says so in one error."""
+    """A peer that answers like this is no job of ours; the client says so in one error."""
     with pytest.raises(InternalError, match="no command record"):
         CommandRecord.from_json(value)
 
@@ -66,7 +68,21 @@ def test_an_error_without_a_message_is_told():
     assert CommandRecord.from_json({**RECORD.to_json(), "state": "failed", "error": {"code": 1}}).trouble
 
 
+def test_what_became_of_a_command_in_one_sentence():
+    """A failed command says why, a cancelled one that it had no effect; the others are no trouble."""
+    failed = RECORD._replace(state="failed", error={"code": -32002, "message": "no space left"})
+    assert failed.trouble == "abort failed: no space left"
+    assert RECORD._replace(state="cancelled").trouble == "abort was cancelled before it was applied"
+    assert RECORD.trouble is RECORD._replace(state="finished").trouble is None
+
+
+def test_a_record_without_optional_members_is_one():
+    """A job of protocol 1 sends none of params, reason and requested_by."""
+    first = {name: value for name, value in RECORD.to_json().items() if name not in ("params", "reason")}
+    assert CommandRecord.from_json(first) == RECORD
+
+
 def test_record_is_frozen():
-    """A record that somebody holds does not change under him."""
+    """A record that was returned does not change."""
     with pytest.raises(AttributeError):
         RECORD.state = "finished"
