@@ -102,8 +102,8 @@ class Client:
             return
         found = ascii(self._peer.job_id)[:140]
         if target.record is not None:
-            raise NotAuthenticated(f"another job answers at the port of {target.job_id}: {found}")
-        text = f"another job answers there, {found}, not {ascii(target.job_id)[:140]}"
+            raise NotAuthenticated(f"Another job answers at the port of {target.job_id}: {found}")
+        text = f"Another job answers there, {found}, not {ascii(target.job_id)[:140]}"
         raise NoSuchJob(text, job=target.job_id)
 
     @property
@@ -142,7 +142,7 @@ class Client:
         except ControlError:
             raise
         except TimeoutError as err:
-            raise JobNotAnswering(f"job {self.name} does not read", job=self.name) from err
+            raise JobNotAnswering(f"Job {self.name} does not read", job=self.name) from err
         except OSError as err:
             raise self._lost(call.unknown) from err
         except BaseException:  # Ctrl-C: there will be no reader for the reply
@@ -221,7 +221,7 @@ class Client:
 
     def _unanswered(self, call: _Call) -> ControlError:
         waited = self._transport.silence if call.seconds is None else call.seconds
-        text = f"job {self.name} did not answer within {waited:g} s"
+        text = f"Job {self.name} did not answer within {waited:g} s"
         if self._transport.withdraw():
             text += ": the request was not read. It was taken back, and nothing was done"
         elif call.expires:
@@ -240,7 +240,7 @@ class Client:
             return JobNotAnswering(f"{why} before job {self.name} answered{note}", job=self.name)
         if self._target.record is not None:
             return connection_lost(self._target.record, note)
-        return JobDead(f"job {self.name} closed the connection before it answered{note}", job=self.name)
+        return JobDead(f"Job {self.name} closed the connection before it answered{note}", job=self.name)
 
     # Events...
 

@@ -31,13 +31,13 @@ def connection_lost(record: JobRecord, note: str) -> ControlError:
     if now is not None and now.owner != record.owner:
         return _restarted(now, note)
     if state == states.JOB_DEAD:
-        return JobDead(f"the process of job {job}, {process}, ended before it answered{note}", job=job)
+        return JobDead(f"The process of job {job}, {process}, ended before it answered{note}", job=job)
     if now is None:
-        return JobDead(f"job {job} ended before it answered{note}", job=job)
+        return JobDead(f"Job {job} ended before it answered{note}", job=job)
     if state == states.JOB_SILENT:
-        text = f"job {job} closed the connection before it answered, though {process} still runs{note}"
+        text = f"Job {job} closed the connection before it answered, though {process} still runs{note}"
         return JobNotAnswering(text, job=job)
-    return JobDead(f"job {job} ({process}) closed the connection before it answered{note}", job=job)
+    return JobDead(f"Job {job} ({process}) closed the connection before it answered{note}", job=job)
 
 
 def _after_exit(record: JobRecord) -> tuple[JobRecord | None, str]:
@@ -59,22 +59,22 @@ def unreachable(record: JobRecord) -> ControlError:
     now = registry.named(jobs_dir(), record.job_id)
     job, process = record.job_id, describe_process(record)
     if now is None:
-        return NoSuchJob(f"job {job} has just ended", job=job)
+        return NoSuchJob(f"Job {job} has just ended", job=job)
     if now.owner != record.owner:
         return _restarted(now, "")
     state = registry.judge(record)
     if state == states.JOB_DEAD:
-        text = f"job {job} is dead: {process} is gone. Remove what it left: forgather-control cleanup"
+        text = f"Job {job} is dead: {process} is gone. Remove what it left: forgather-control cleanup"
         return JobDead(text, job=job)
     if state == states.JOB_FOREIGN:
-        text = f"job {job} runs on another host ({process}) and cannot be reached from here. Use --ssh or its TCP port"
+        text = f"Job {job} runs on another host ({process}) and cannot be reached from here. Use --ssh or its TCP port"
         return JobNotAnswering(text, job=job)
-    return JobNotAnswering(f"job {job} runs ({process}), but nothing listens at its socket", job=job)
+    return JobNotAnswering(f"Job {job} runs ({process}), but nothing listens at its socket", job=job)
 
 
 def _restarted(now: JobRecord, note: str) -> JobDead:
     count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
     which = f", restart {count}" if count else ""
     process = describe_process(now)
-    text = f"job {now.job_id} was restarted as {process}{which}, before it answered{note}. Repeat the request"
+    text = f"Job {now.job_id} was restarted as {process}{which}, before it answered{note}. Repeat the request"
     return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)

@@ -119,9 +119,9 @@ class FileTransport:
     def _refusal(self, err: OSError) -> ControlError:
         job = self._record.job_id
         if isinstance(err, PermissionError):
-            return FindError(f"the directory of job {job} belongs to another user", job=job)
+            return FindError(f"The directory of job {job} belongs to another user", job=job)
         return JobNotAnswering(
-            f"no request can be written into the directory of job {job} ({err.strerror or err})", job=job
+            f"No request can be written into the directory of job {job} ({err.strerror or err})", job=job
         )
 
 

@@ -209,7 +209,7 @@ class SshProcess:
 
     def why_lost(self) -> str | None:
         """Return why the connection ended, if ssh or the proxy there broke off; ``None`` if the job closed it."""
-        return None if self._exit_code() == 0 else f"the ssh connection to {self.host} broke off{self._last_words()}"
+        return None if self._exit_code() == 0 else f"The ssh connection to {self.host} broke off{self._last_words()}"
 
     def _wait(self) -> None:
         """Wait for output or its end, and drain stderr meanwhile.
@@ -314,7 +314,7 @@ class SshTransport(SocketTransport):
 
     def __init__(self, host: str, job: str | None, deadline: Deadline) -> None:
         if job is not None and not is_job_id(job):
-            raise NoSuchJob(f"no job can be named {ascii(job)[:140]} over ssh: A-Z a-z 0-9 . _ - only")
+            raise NoSuchJob(f"No job can be named {ascii(job)[:140]} over ssh: A-Z a-z 0-9 . _ - only")
         words = ["dial-stdio", "--json", "--until-input-ends", *([] if job is None else [job])]
         self._ssh = SshProcess(host, _remote(words), deadline.left())
         try:

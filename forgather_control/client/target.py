@@ -58,7 +58,7 @@ def find(job: str | None = None) -> JobRecord:
         return _only(launched, f"{_shown(job)} names several jobs")
     similar = _similar(job, [record.job_id for record in records])
     hint = f"did you mean {similar}?" if similar else "forgather-control list shows what is there"
-    raise NoSuchJob(f"no job {_shown(job)} in {root}; {hint}", job=job)
+    raise NoSuchJob(f"No job {_shown(job)} in {root}; {hint}", job=job)
 
 
 def _similar(job: str, ids: list[str]) -> str | None:
@@ -85,8 +85,8 @@ def _latest(records: list[JobRecord]) -> list[JobRecord]:
 def _only_live(root: str) -> JobRecord:
     live = registry.live_records(root, limits.LIST_TIMEOUT)
     if not live:
-        raise NoSuchJob(f"no live job in {root}; forgather-control list shows what is there")
-    return _only(live, "several jobs are live")
+        raise NoSuchJob(f"No live job in {root}; forgather-control list shows what is there")
+    return _only(live, "Several jobs are live")
 
 
 def _only(records: list[JobRecord], problem: str) -> JobRecord:
@@ -243,7 +243,7 @@ def _open_socket(record: JobRecord, deadline: Deadline) -> tuple[SocketTransport
             if port is None or registry.judge(record) == states.JOB_DEAD:
                 raise unreachable(record) from err
     if port is None:
-        raise JobNotAnswering(f"job {record.job_id} offers no socket", job=record.job_id)
+        raise JobNotAnswering(f"Job {record.job_id} offers no socket", job=record.job_id)
     return SocketTransport(port.connect(deadline)), record.token
 
 

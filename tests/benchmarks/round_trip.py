@@ -20,6 +20,7 @@ from others import Kept, ping_anew, status_anew
 from rows import Aim, Rounds, Table, in_turns, seconds
 
 from forgather_control import Client, connect, get_job_status
+from forgather_control.client.target import Target
 from forgather_control.wire.addresses import UnixEndpoint
 
 LOADS = ("idle", "python", "torch")
@@ -42,7 +43,7 @@ def variants(host: Host) -> Iterator[dict[str, Callable[[], Any]]]:
     """One call of each, with what they keep open."""
 
     def ours_anew() -> Any:
-        with Client(UnixEndpoint(host.socket), "bench") as client:
+        with Client(Target("bench", endpoint=UnixEndpoint(host.socket))) as client:
             return client.call("status")
 
     with ExitStack() as stack:

@@ -700,7 +700,7 @@ def test_every_verb_works_over_a_port(remote, tmp_path, capsys):
     code, _out, err = run(capsys, "abort", "far", "--force", "--kill-after=5", *way)
     assert code == 2 and "--kill-after" in err
     code, _out, err = run(capsys, "abort", "other", "--force", *way)
-    assert code == 3 and "another job answers" in err
+    assert code == 3 and "Another job answers" in err
     code, out, _err = run(capsys, "stop", "--timeout=20", *way)
     assert code == 0 and "ended at step" in out and not remote.job.aborted
 

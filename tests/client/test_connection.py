@@ -211,7 +211,7 @@ def test_another_job_at_the_port_is_not_taken_for_this_one(found):
     seen = []
     before = descriptors()
     with Peer(None, answering(seen, {"result": found})) as peer:
-        with pytest.raises(errors.NotAuthenticated, match="another job answers at the port of job") as caught:
+        with pytest.raises(errors.NotAuthenticated, match="Another job answers at the port of job") as caught:
             Client(at_port(peer, record_of("job")))
         assert str(caught.value).isprintable()
     assert seen[1:] == [b""] and descriptors() == before

@@ -54,7 +54,7 @@ def test_a_job_that_dies_while_somebody_waits_says_so():
             forgather_control.save_checkpoint("victim", wait="finished")
         killer.join(SOON)
     assert str(caught.value) == (
-        f"the process of job victim, pid {process.pid} on {socket.gethostname()}, ended before it answered; "
+        f"The process of job victim, pid {process.pid} on {socket.gethostname()}, ended before it answered; "
         "whether its save_checkpoint was carried out is not known"
     )
 
@@ -92,7 +92,7 @@ def test_a_job_that_ends_while_a_connection_is_open_says_so(folder):
     with running_loop("brief"):
         job = forgather_control.connect("brief")
         job.call("ping")
-    with job, pytest.raises(errors.JobDead, match=r"job brief ended before it answered$"):
+    with job, pytest.raises(errors.JobDead, match=r"Job brief ended before it answered$"):
         job.call("ping")
 
 

@@ -255,13 +255,13 @@ def test_another_user_is_refused(job, jobs_dir):
             print(type(err).__name__, err)
     """
     with Process(source) as process:
-        assert process.line() == "FindError the directory of job job belongs to another user", process.errors
+        assert process.line() == "FindError The directory of job job belongs to another user", process.errors
         process.end()
 
 
 def test_a_directory_that_is_not_there(job):
     """Without a directory to write into, the job has ended."""
-    with pytest.raises(errors.JobDead, match="job another ended"):
+    with pytest.raises(errors.JobDead, match="Job another ended"):
         FileTransport(find("job")._replace(job_id="another"))
 
 

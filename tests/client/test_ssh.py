@@ -273,15 +273,15 @@ def test_a_shared_connection_is_used(box, monkeypatch, jobs_dir):
 def test_errors_of_the_other_side_are_the_same_here(box):
     """No such job, several, dead: class, exit code and facts, and whose side it was."""
     with job_process("one") as one, job_process("other"):
-        with pytest.raises(NoSuchJob, match=r"^box: no job 'nobody'"):
+        with pytest.raises(NoSuchJob, match=r"^box: No job 'nobody'"):
             connect("nobody", ssh="box")
-        with pytest.raises(AmbiguousJob, match=r"^box: several jobs are live") as found:
+        with pytest.raises(AmbiguousJob, match=r"^box: Several jobs are live") as found:
             connect(ssh="box")
         assert sorted(found.value.data["candidates"]) == ["one", "other"]
         done = over("status", "--json")
         assert done.returncode == 2 and json.loads(done.stdout)["error"]["code"] == AmbiguousJob.code
         one.kill()
-        with pytest.raises(JobDead, match=r"^box: job one is dead"):
+        with pytest.raises(JobDead, match=r"^box: Job one is dead"):
             connect("one", ssh="box")
         assert over("status", "one").returncode == 4
 
@@ -361,7 +361,7 @@ def test_a_link_that_breaks_off_is_not_a_job_that_died(box):
             session.kill()
             out, err = client.communicate(timeout=SOON)
         assert (client.returncode, out) == (4, "")
-        assert err.startswith("the ssh connection to box broke off (") and "before job slow answered" in err
+        assert err.startswith("The ssh connection to box broke off (") and "before job slow answered" in err
         assert err.endswith("whether its save_checkpoint was carried out is not known\n")
         until(lambda: not bridge.is_running())
         assert cli("status", "slow").returncode == 0
@@ -373,7 +373,7 @@ def test_a_job_that_dies_meanwhile_is_called_so(box):
         job.kill()
         out, err = client.communicate(timeout=SOON)
         assert (client.returncode, out) == (4, "") and err.startswith(
-            "job slow closed the connection before it answered"
+            "Job slow closed the connection before it answered"
         )
 
 

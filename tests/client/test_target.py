@@ -192,7 +192,7 @@ def test_the_token_of_the_dead_is_shown_to_nobody(folder):
     seen = []
     with Peer(None, lambda file, sock: seen.append(file.readline())) as peer:
         put(folder, "gone", port=peer.at[1], socket=str(folder / "gone" / "s"))
-        with pytest.raises(errors.JobDead, match="job gone is dead"):
+        with pytest.raises(errors.JobDead, match="Job gone is dead"):
             forgather_control.connect("gone")
         peer.leave()
     assert seen == []
@@ -235,13 +235,13 @@ def test_another_job_than_the_named_one_is_not_called(monkeypatch, folder):
         for at in (f"tcp://{HERE}:{record.port}", f"unix:{record.socket}"):
             with forgather_control.connect("one", at=at, token=record.token) as job:
                 assert job.call("ping")["job_id"] == "one"
-            with pytest.raises(errors.ControlError, match="another job answers"):
+            with pytest.raises(errors.ControlError, match="Another job answers"):
                 forgather_control.connect("two", at=at, token=record.token)
         monkeypatch.setenv("FORGATHER_JOBS_DIR", str(folder / "elsewhere"))
-        with pytest.raises(errors.NoSuchJob, match="another job answers there, 'one'"):
+        with pytest.raises(errors.NoSuchJob, match="Another job answers there, 'one'"):
             forgather_control.connect("two", at=f"tcp://{HERE}:{record.port}", token=record.token)
         for at in (f"tcp://{HERE}:{record.port}", f"unix:{record.socket}"):
-            with pytest.raises(errors.NoSuchJob, match="another job answers there, 'one', not 'on'"):
+            with pytest.raises(errors.NoSuchJob, match="Another job answers there, 'one', not 'on'"):
                 forgather_control.connect("on", at=at, token=record.token)
         assert not one.job.should_stop
 
