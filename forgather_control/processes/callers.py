@@ -1,10 +1,10 @@
-"""Who called: the user's name and the program of another process, for records of commands."""
+"""Name the user and the program of another process, for records of commands."""
 
 from __future__ import annotations
 
 
 def user_name(uid: int | None) -> str | None:
-    """Return the name of a user id; ``None`` where the system has none for it."""
+    """Return the name of a user id; ``None`` if the system has none for it."""
     import pwd
 
     try:
@@ -14,7 +14,7 @@ def user_name(uid: int | None) -> str | None:
 
 
 def program_name(pid: int | None) -> str | None:
-    """Return the name of the program that a process runs; ``None`` where it is gone or may not be read."""
+    """Return the name of the program that a process runs; ``None`` if it is gone or may not be read."""
     import psutil
 
     try:

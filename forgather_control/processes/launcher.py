@@ -1,12 +1,9 @@
 """What launched this process, and how often it was restarted: what SLURM and torchrun set in its environment.
 
-Runs on any thread, in the client and in the job.
-
-SLURM's variables are those of sbatch(1), "OUTPUT ENVIRONMENT VARIABLES". ``SLURM_RESTART_COUNT`` is
-set only once a job has been restarted or requeued, which keeps its id; each task of an array has an
-id of its own and is called ARRAY_TASK by squeue(1). torchrun's are set in
-``torch/distributed/elastic/agent/server/local_elastic_agent.py`` (``_start_workers``) and described
-in ``torch/distributed/run.py``, where an unnamed run is called "none".
+SLURM's variables are those of sbatch(1), "OUTPUT ENVIRONMENT VARIABLES". ``SLURM_RESTART_COUNT`` is set only once a
+job has been restarted or requeued, which keeps its id; each task of an array has an id of its own and is called
+ARRAY_TASK by squeue(1). torchrun's are set in ``torch/distributed/elastic/agent/server/local_elastic_agent.py``
+(``_start_workers``) and described in ``torch/distributed/run.py``, where an unnamed run is called "none".
 
 The environment is the user's: a variable whose value does not fit these pages is ignored.
 """
@@ -42,22 +39,16 @@ _FIELDS: Final = {
 
 
 class Launch(NamedTuple):
-    """What the launchers of a process set in its environment; ``None`` for what is not set, or not valid.
-
-    Attributes:
-        slurm_restart_count: how often SLURM has restarted the job; 0 the first time.
-        run_id: torchrun's name of the run (``--rdzv-id``); ``None`` for its default, "none".
-        restart_count: how often torchrun has restarted the workers; 0 the first time.
-    """
+    """What the launchers of a process set in its environment; ``None`` for what is not set, or not valid."""
 
     slurm_job_id: int | None = None
     slurm_array_job_id: int | None = None
     slurm_array_task_id: int | None = None
-    slurm_restart_count: int | None = None
+    slurm_restart_count: int | None = None  #: How often SLURM has restarted the job; 0 the first time.
     slurm_cluster: str | None = None
     slurm_nodes: str | None = None
-    run_id: str | None = None
-    restart_count: int | None = None
+    run_id: str | None = None  #: torchrun's name of the run (``--rdzv-id``); ``None`` for its default, "none".
+    restart_count: int | None = None  #: How often torchrun has restarted the workers; 0 the first time.
     max_restarts: int | None = None
 
     @property
@@ -69,42 +60,37 @@ class Launch(NamedTuple):
         return frozenset(found if self.run_id is None else {*found, self.run_id})
 
     def follows(self, earlier: Launch) -> bool:
-        """Whether a launcher ended ``earlier`` and restarted it as this one.
+        """Return whether a launcher ended ``earlier`` and restarted it as this one.
 
         The same id and a higher count are the proof. SLURM's count is compared before torchrun's, which starts from 0
         again in a requeued job; and what runs in two SLURM jobs is not one run, even if both have one ``--rdzv-id``.
         """
         if (self.slurm_cluster, self.slurm_job_id) != (earlier.slurm_cluster, earlier.slurm_job_id):
             return False
-        if self.slurm_job_id is not None and self.slurm_restart_count != earlier.slurm_restart_count:
-            return _more(self.slurm_restart_count, earlier.slurm_restart_count)
-        same_run = self.run_id is not None and self.run_id == earlier.run_id
-        return same_run and _more(self.restart_count, earlier.restart_count)
+        one, other = self.slurm_restart_count, earlier.slurm_restart_count
+        if self.slurm_job_id is None or one == other:
+            if self.run_id is None or self.run_id != earlier.run_id:
+                return False
+            one, other = self.restart_count, earlier.restart_count
+        return one is not None and other is not None and one > other
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that ``endpoint.json`` holds, without the unknown members."""
+        """Return the object that ``endpoint.json`` holds: what is set."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     @classmethod
     def from_json(cls, value: object) -> Launch:
-        """Return what :meth:`to_json` wrote; members that a later version adds are ignored.
-
-        Raises:
-            ValueError: a member is not valid; the message names it.
-        """
+        """Return what :meth:`to_json` wrote; raise ValueError naming the member that is not valid."""
         return schema.load(cls, _FIELDS, value, "launch")
-
-
-def _more(one: int | None, other: int | None) -> bool:
-    return one is not None and other is not None and one > other
 
 
 def of_this_process() -> Launch | None:
     """Return what the environment says; ``None`` if neither SLURM nor torchrun launched this process."""
     found: dict[str, Any] = {}
     for name, variable in _VARIABLES.items():
-        text = os.environ.get(variable, "")
-        value = text if str in _FIELDS[name].types else _number(text)
+        value: Any = os.environ.get(variable, "")
+        if int in _FIELDS[name].types:
+            value = int(value) if re.fullmatch("[0-9]{1,10}", value) else None
         if value is not None and _FIELDS[name].accepts(value):
             found[name] = value
     if found.get("run_id") == "none":
@@ -114,7 +100,3 @@ def of_this_process() -> Launch | None:
     elif "SLURM_RESTART_COUNT" not in os.environ:
         found["slurm_restart_count"] = 0
     return Launch(**found) if found else None
-
-
-def _number(text: str) -> int | None:
-    return int(text) if re.fullmatch("[0-9]{1,10}", text) else None

@@ -11,61 +11,38 @@ from __future__ import annotations
 import os
 import socket
 from functools import cache
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from .. import states
 
-#: Seconds by which two readings of one start time may differ: the boot time is rounded to whole seconds.
-_TOLERANCE: Final = 2.0
-
 
 class Identity(NamedTuple):
-    """One process on one boot of one machine; ``None`` for what the system does not tell.
-
-    Attributes:
-        host: the host's name.
-        pid: the process id, in its own PID namespace.
-        started_at: when the process started, seconds since the epoch.
-        booted_at: when its machine booted, seconds since the epoch, by the same clock.
-        boot_id: random, new at each boot (random(4), /proc/sys/kernel/random/boot_id).
-        machine: a hash of machine-id(5), which distinguishes two hosts of the same name.
-        pid_namespace: the inode of its PID namespace (pid_namespaces(7)).
-    """
+    """One process on one boot of one machine; ``None`` for what the system does not tell."""
 
     host: str
-    pid: int
-    started_at: float | None = None
-    booted_at: float | None = None
-    boot_id: str | None = None
-    machine: str | None = None
-    pid_namespace: int | None = None
+    pid: int  #: In its own PID namespace.
+    started_at: float | None = None  #: Seconds since the epoch.
+    booted_at: float | None = None  #: When its machine booted, by the same clock.
+    boot_id: str | None = None  #: Random, new at each boot (random(4), /proc/sys/kernel/random/boot_id).
+    machine: str | None = None  #: A hash of machine-id(5), which distinguishes two hosts of the same name.
+    pid_namespace: int | None = None  #: The inode of its PID namespace (pid_namespaces(7)).
 
 
 def current_process() -> Identity:
     """Return the identity of this process."""
     import psutil
 
-    return Identity(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        started_at=psutil.Process().create_time(),
-        booted_at=psutil.boot_time(),
-        boot_id=_boot_id(),
-        machine=_machine(),
-        pid_namespace=_pid_namespace(),
-    )
+    started_at, booted_at = psutil.Process().create_time(), psutil.boot_time()
+    return Identity(socket.gethostname(), os.getpid(), started_at, booted_at, _boot_id(), _machine(), _pid_namespace())
 
 
 def is_elsewhere(other: Identity) -> bool:
-    """Whether a process is on another host, as far as is known."""
+    """Return whether a process is on another host, as far as is known."""
     return other.host != socket.gethostname() or _differ(other.machine, _machine())
 
 
 def judge(other: Identity) -> states.ProcessState:
-    """Whether a process runs, is gone, or is where this host cannot see it.
-
-    "gone" needs a proof: what is unknown of ``other`` or of this system proves nothing.
-    """
+    """Return whether a process runs, is gone (proven: what is unknown proves nothing), or cannot be seen from here."""
     if is_elsewhere(other):
         return states.PROCESS_ELSEWHERE
     if _differ(other.boot_id, _boot_id()):
@@ -76,17 +53,14 @@ def judge(other: Identity) -> states.ProcessState:
 
 
 def is_gone(other: Identity) -> bool:
-    """Whether a process is proven to be gone by a test that costs next to nothing; False proves nothing.
-
-    It was on this host, in this boot and PID namespace, and its pid is free.
-    """
+    """Return whether a cheap test proves that a process is gone: this host, boot and PID namespace, and a free pid."""
     here = (_boot_id(), _pid_namespace())
-    there = (other.boot_id, other.pid_namespace)
-    return None not in here and here == there and not is_elsewhere(other) and not _exists(other.pid)
+    same = None not in here and here == (other.boot_id, other.pid_namespace) and not is_elsewhere(other)
+    return same and not _exists(other.pid)
 
 
 def _exists(pid: int) -> bool:
-    """Whether a process has this pid: kill(2), because psutil takes fifty times as long."""
+    """Return whether a process has this pid: by kill(2), because psutil takes fifty times as long."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -114,10 +88,8 @@ def _runs(other: Identity) -> bool:
         return True
     if other.started_at is None:
         return True
-    if other.booted_at is None:
-        return abs(started_at - other.started_at) <= _TOLERANCE
-    age_at_start = other.started_at - other.booted_at
-    return abs(started_at - psutil.boot_time() - age_at_start) <= _TOLERANCE
+    clock_was_set_by = 0.0 if other.booted_at is None else psutil.boot_time() - other.booted_at
+    return abs(started_at - clock_was_set_by - other.started_at) <= 2.0  # s: boot times are rounded to whole seconds
 
 
 @cache

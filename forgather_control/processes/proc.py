@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from typing import Final
 
 #: The first real-time signal that may be free: glibc keeps the first two, and other libraries begin at the next.
@@ -18,12 +19,7 @@ _STATES: Final = {
 
 
 def field(path: str, name: str) -> str:
-    """Return a field of a ``status`` file.
-
-    Raises:
-        OSError: there is no such process or thread.
-        ValueError: it has no such field.
-    """
+    """Return a field of a ``status`` file; raise OSError if there is no such file, ValueError if no such field."""
     with open(path, encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith(f"{name}:"):
@@ -32,7 +28,7 @@ def field(path: str, name: str) -> str:
 
 
 def is_in(path: str, name: str, signum: int) -> bool:
-    """Whether a signal is in a mask of a ``status`` file, such as ``SigCgt``, the signals that are caught."""
+    """Return whether a signal is in a mask of a ``status`` file, such as ``SigCgt``, the signals that are caught."""
     return bool(int(field(path, name), 16) >> signum - 1 & 1)
 
 
@@ -44,24 +40,17 @@ def state(pid: int) -> str:
 
 def free_signal() -> int | None:
     """Return a real-time signal that this process neither catches, ignores, blocks nor waits for."""
-    try:
-        candidates = range(max(FIRST_SIGNAL, signal.SIGRTMIN), signal.SIGRTMAX + 1)
+    with suppress(OSError, AttributeError):  # this system has no /proc, or no real-time signals
         blocked_here = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        for signum in candidates:
+        for signum in range(max(FIRST_SIGNAL, signal.SIGRTMIN), signal.SIGRTMAX + 1):
             used = (is_in("/proc/self/status", mask, signum) for mask in ("SigCgt", "SigIgn", "SigBlk"))
             if signum not in blocked_here and not any(used):
                 return signum
-    except (OSError, AttributeError):  # this system has no /proc, or no real-time signals
-        pass
     return None
 
 
 def send_to_thread(pid: int, thread: int, signum: int) -> None:
-    """Send a signal to one thread of a process (tgkill(2)).
-
-    Raises:
-        OSError: there is no such thread, it belongs to another user, or this system cannot do it.
-    """
+    """Send a signal to one thread of a process (tgkill(2)); raise OSError if it has none such, or the system cannot."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,8 +1,7 @@
-"""Stacks of a process whose interpreter lock may be held: the part in that process, and the part in the client.
+"""Stacks of a process whose interpreter lock may be held: ``StackDumper`` in that process, ``dump_stacks`` in a client.
 
-``StackDumper`` runs in the job, with a thread that blocks until a dump is requested; ``dump_stacks`` runs in any
-process of the same user on the same host. The stacks are written into a memfd, a file in memory that other
-processes open as ``/proc/PID/fd/N``. There are two ways to have them written:
+The stacks are written into a memfd, a file in memory that other processes of the same user open as ``/proc/PID/fd/N``.
+There are two ways to have them written:
 
 1. The *Python dump*: the client writes a byte to a pipe. The *dump thread*, which blocks in ``read`` without the
    interpreter lock, wakes and writes the stacks. That is harmless, but needs the lock.
@@ -43,7 +42,6 @@ NAME: Final = "forgather-stacks"
 _HEADER_SIZE: Final = 128
 #: The dump thread writes this before its text: the length in bytes.
 _MARK: Final = b"=== stacks, %d bytes\n"
-_MARKED: Final = re.compile(rb"=== stacks, (\d{1,8}) bytes\n")
 #: Most bytes that are read from a file, and most characters of a dump.
 _MAX_DUMP: Final = 4 << 20
 _MAX_TEXT: Final = 64 * 1024
@@ -52,8 +50,6 @@ _LOCK_HELD: Final = 3.0
 _ATTEMPTS: Final = 10
 #: Seconds between two checks of a file in /proc, which cannot be waited on.
 _POLL_INTERVAL: Final = 0.005
-#: Seconds that a process whose threads and files are gone may still be listed.
-_DYING: Final = 0.5
 #: Seconds that ``close`` waits for a client that is reading a dump, and for the dump thread.
 _CLOSE_TIMEOUT: Final = 0.5
 
@@ -67,14 +63,11 @@ class _Header(NamedTuple):
     thread: int
 
 
-# In the process...
-
-
 class StackDumper:
     """Writes this process's stacks when a client requests them. After a fork the child does not take part.
 
     Args:
-        python_stacks: returns the Python stacks of all threads; called on the dump thread, on request only.
+        python_stacks: returns the Python stacks of all threads; called on the dump thread.
     """
 
     def __init__(self, python_stacks: Callable[[], str]) -> None:
@@ -87,7 +80,7 @@ class StackDumper:
         self._thread = threading.Thread(target=self._serve, name="forgather-stacks", daemon=True)
 
     def start(self) -> bool:
-        """Start, once, on any thread. Return False, and leave nothing behind, where this system cannot do it."""
+        """Start, once, on any thread; return False, and leave nothing behind, where this system cannot do it."""
         import fcntl
 
         signum = proc.free_signal()
@@ -145,9 +138,6 @@ class StackDumper:
             os.write(self.fd, _MARK % len(data) + data)
 
 
-# In the client...
-
-
 def dump_stacks(identity: Identity, fd: int, deadline: Deadline) -> str:
     """Return the stacks of all threads of a process: a Python dump if possible, else a faulthandler dump.
 
@@ -164,26 +154,28 @@ def dump_stacks(identity: Identity, fd: int, deadline: Deadline) -> str:
         _check_running(identity)
         with _open(identity, fd) as file:
             if not lock_file(file, deadline):
-                raise JobNotAnswering(f"another client is reading the stacks of pid {identity.pid}; try again")
+                raise TimeoutError(f"another client is reading the stacks of pid {identity.pid}; try again")
             header = _read_header(file)
             os.ftruncate(file, _HEADER_SIZE)
             _wake_dump_thread(identity.pid, header)
-            text = _python_dump(identity, file, header, deadline)
-            return text or _faulthandler_dump(identity, file, header, deadline)
-    except FindError:
-        raise
+            status = f"/proc/{identity.pid}/task/{header.thread}/status"
+            text = _python_dump(identity, file, status, deadline)
+            return text or _faulthandler_dump(identity, file, status, header, deadline)
     except (OSError, ValueError) as err:
         raise _find_error(identity, err) from err
 
 
 def _find_error(identity: Identity, err: Exception) -> FindError:
-    deadline = Deadline(_DYING if isinstance(err, (FileNotFoundError, ProcessLookupError)) else 0.0)
+    # A process whose threads and files are gone may still be listed for a moment.
+    deadline = Deadline(0.5 if isinstance(err, (FileNotFoundError, ProcessLookupError)) else 0.0)
     while (state := judge(identity)) == states.PROCESS_RUNNING and not deadline.passed():
         time.sleep(_POLL_INTERVAL)
     if state == states.PROCESS_GONE:
         return JobDead(f"pid {identity.pid} is gone")
     if state == states.PROCESS_ELSEWHERE:
         return FindError(f"pid {identity.pid} is on another host ({identity.host}); run this command there")
+    if isinstance(err, TimeoutError):
+        return JobNotAnswering(str(err))
     why = "it has no stack dumper" if isinstance(err, FileNotFoundError) else err
     return FindError(f"the stacks of pid {identity.pid} cannot be read: {why}")
 
@@ -229,9 +221,8 @@ def _wake_dump_thread(pid: int, header: _Header) -> None:
         requests.write(b"?")  # does nothing where the pipe is full: it holds enough requests
 
 
-def _python_dump(identity: Identity, file: int, header: _Header, deadline: Deadline) -> str | None:
+def _python_dump(identity: Identity, file: int, status: str, deadline: Deadline) -> str | None:
     """Wait for the dump thread's text; return ``None`` on proof that the interpreter lock is held."""
-    status = f"/proc/{identity.pid}/task/{header.thread}/status"
     start, switches = time.monotonic(), int(proc.field(status, "voluntary_ctxt_switches"))
     while (text := _split(os.pread(file, _MAX_DUMP, _HEADER_SIZE))[0]) is None:
         attempts = int(proc.field(status, "voluntary_ctxt_switches")) - switches
@@ -241,9 +232,7 @@ def _python_dump(identity: Identity, file: int, header: _Header, deadline: Deadl
     return _bounded(text.decode("utf-8", "replace"))
 
 
-def _faulthandler_dump(identity: Identity, file: int, header: _Header, deadline: Deadline) -> str:
-    """Have ``faulthandler`` write the stacks, and return them."""
-    status = f"/proc/{identity.pid}/task/{header.thread}/status"
+def _faulthandler_dump(identity: Identity, file: int, status: str, header: _Header, deadline: Deadline) -> str:
     if not proc.is_in(status, "SigCgt", header.signum):
         raise ValueError("it no longer catches the signal for this")
     _check_running(identity)
@@ -258,13 +247,13 @@ def _faulthandler_dump(identity: Identity, file: int, header: _Header, deadline:
 def _pause(identity: Identity, deadline: Deadline) -> None:
     _check_running(identity)
     if deadline.passed():
-        raise JobNotAnswering(f"pid {identity.pid} wrote no stacks in time: {proc.state(identity.pid)}")
+        raise TimeoutError(f"pid {identity.pid} wrote no stacks in time: {proc.state(identity.pid)}")
     time.sleep(_POLL_INTERVAL)
 
 
 def _split(data: bytes) -> tuple[bytes | None, bytes]:
-    """The dump thread's text, once it is complete, and what the signal handler wrote before or after it."""
-    found = _MARKED.search(data)
+    """Return the dump thread's text, once it is complete, and what the signal handler wrote before or after it."""
+    found = re.search(_MARK.replace(b"%d", rb"(\d{1,8})"), data)
     if found is None:
         return None, data
     end = found.end() + int(found[1])
@@ -272,9 +261,8 @@ def _split(data: bytes) -> tuple[bytes | None, bytes]:
 
 
 def _main_thread_first(text: str) -> str:
-    """faulthandler begins with the youngest thread; the main thread, which matters most, must not be cut off."""
-    blocks = text.strip("\n").split("\n\n")
-    return _bounded("\n\n".join(reversed(blocks)) + "\n")
+    """Reverse a dump: faulthandler writes the main thread last, which matters most and must not be cut off."""
+    return _bounded("\n\n".join(reversed(text.strip("\n").split("\n\n"))) + "\n")
 
 
 def _bounded(text: str) -> str:

@@ -1,11 +1,9 @@
-"""The Python stacks of all threads of this process, as text.
+"""The Python stacks of all threads of this process, as text. Any thread.
 
-Runs on any thread; meant for a helper thread while the training thread hangs in a collective without the interpreter
-lock. Where a thread hangs *with* the lock no Python code runs at all: see ``stack_dump``.
-
-It touches no file system, not even for source lines: training may be hanging on the very disk that holds them, and
-this thread would hang as well. A source line is shown where an earlier traceback has read it (``linecache``). No lock
-is held for long, and no frame is kept: its locals would keep device memory.
+Where a thread hangs with the interpreter lock no Python code runs at all: see ``stack_dump``. Nothing here touches a
+file system, not even for source lines: training may be hanging on the very disk that holds them, and this thread would
+hang as well. A source line is shown where an earlier traceback has read it (``linecache``). No lock is held for long,
+and no frame is kept: its locals would keep device memory.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from __future__ import annotations
 import linecache
 import sys
 import threading
+import traceback
 from types import FrameType
 from typing import Final
 
@@ -51,14 +50,8 @@ def _snapshot() -> dict[int, list[_Frame]]:
 
 def _walk(innermost: FrameType) -> list[_Frame]:
     """Return the frames as plain values, outermost first."""
-    found: list[_Frame] = []
-    frame: FrameType | None = innermost
-    while frame is not None:
-        code = frame.f_code
-        found.append((code.co_filename, frame.f_lineno, getattr(code, "co_qualname", code.co_name)))
-        frame = frame.f_back
-    found.reverse()
-    return found
+    walk = ((frame.f_code, frame.f_lineno) for frame, _ in traceback.walk_stack(innermost))
+    return [(code.co_filename, line, getattr(code, "co_qualname", code.co_name)) for code, line in walk][::-1]
 
 
 def _block(ident: int, name: str | None, frames: list[_Frame]) -> str:
@@ -72,16 +65,11 @@ def _block(ident: int, name: str | None, frames: list[_Frame]) -> str:
 def _line(frame: _Frame) -> str:
     file, number, function = frame
     text = f'  File "{_cut(file, end=True)}", line {number}, in {_cut(function)}\n'
-    source = _source(file, number)
-    return f"{text}    {_cut(source)}\n" if source else text
-
-
-def _source(file: str, number: int | None) -> str:
-    """The source line, if ``linecache`` has it in memory."""
     lines = (linecache.cache.get(file) or (0, 0, ()))[2:3]
     if not lines or number is None or not 0 < number <= len(lines[0]):
-        return ""
-    return lines[0][number - 1].strip()
+        return text
+    source = lines[0][number - 1].strip()
+    return f"{text}    {_cut(source)}\n" if source else text
 
 
 def _cut(text: str, end: bool = False) -> str:
@@ -91,7 +79,7 @@ def _cut(text: str, end: bool = False) -> str:
 
 
 def _fit(blocks: list[str]) -> str:
-    """The blocks that fit (the first always does), and how many do not."""
+    """Join the blocks that fit (the first always does), and say how many do not."""
     room = MAX_TEXT - 40
     for count, block in enumerate(blocks):
         room -= len(block) + 1

@@ -1,4 +1,4 @@
-"""Ends processes of this host: SIGTERM, and after a grace period SIGKILL. Runs on any thread.
+"""End processes of this host: SIGTERM, and after a grace period SIGKILL. Any thread.
 
 psutil compares the start time right before each signal, so a process that has taken over the pid is spared; what
 remains are the microseconds between that check and kill(2).
@@ -6,20 +6,16 @@ remains are the microseconds between that check and kill(2).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from .. import states
 from ..deadline import Deadline
 from .liveness import Identity, judge
-
-#: Seconds that the kernel may need to take down a killed process, which may have gigabytes to give back.
-_AFTER_KILL: Final = 5.0
-#: Seconds between two checks whether processes have ended.
-_POLL_INTERVAL: Final = 0.05
 
 #: The ``psutil.Process`` of each process that still runs, and what became of each other one.
 Processes = dict[Identity, Any]
@@ -29,7 +25,7 @@ Outcomes = dict[Identity, states.KillOutcome]
 def terminate(
     identities: Iterable[Identity], grace_seconds: float, *, owner: int | None = None
 ) -> list[tuple[Identity, states.KillOutcome]]:
-    """End processes: send SIGTERM to all at once, then SIGKILL to those that are left. Return what became of each.
+    """Send SIGTERM to all processes at once, then SIGKILL to those that are left; return what became of each.
 
     Args:
         grace_seconds: between the two signals.
@@ -41,7 +37,8 @@ def terminate(
     left = _send(left, signal.SIGTERM, states.KILL_GONE, outcomes)
     left = _wait(left, grace_seconds, states.KILL_ENDED, outcomes)
     left = _send(left, signal.SIGKILL, states.KILL_ENDED, outcomes)
-    left = _wait(left, _AFTER_KILL, states.KILL_KILLED, outcomes)
+    # The kernel needs a while to take down a process that has gigabytes to give back.
+    left = _wait(left, 5.0, states.KILL_KILLED, outcomes)
     outcomes.update(dict.fromkeys(left, states.KILL_STUCK))
     return [(identity, outcomes[identity]) for identity in identities]
 
@@ -50,29 +47,21 @@ def _acquire(identity: Identity, owner: int | None, outcomes: Outcomes) -> Any:
     """Return the ``psutil.Process`` if it may be ended; else record its outcome and return ``None``."""
     import psutil
 
-    try:  # before it is judged, so that the process that was judged is the one that is signalled
+    process = uid = None
+    with contextlib.suppress(psutil.Error):  # it is gone, or its owner is hidden
+        # Before it is judged, so that the process that was judged is the one that is signalled.
         process = psutil.Process(identity.pid)
-    except psutil.NoSuchProcess:
-        process = None
+        uid = process.uids().real
     state = judge(identity)
     if state == states.PROCESS_ELSEWHERE:
         outcomes[identity] = states.KILL_ELSEWHERE
     elif state == states.PROCESS_GONE or process is None:
         outcomes[identity] = states.KILL_GONE
-    elif identity.pid == os.getpid() or owner not in (None, _owner_of(process)):
+    elif identity.pid == os.getpid() or owner not in (None, uid):
         outcomes[identity] = states.KILL_REFUSED
     else:
         return process
     return None
-
-
-def _owner_of(process: Any) -> int | None:
-    import psutil
-
-    try:
-        return int(process.uids().real)
-    except psutil.Error:
-        return None
 
 
 def _send(processes: Processes, signum: int, if_ended: states.KillOutcome, outcomes: Outcomes) -> Processes:
@@ -90,7 +79,7 @@ def _send(processes: Processes, signum: int, if_ended: states.KillOutcome, outco
 
 
 def _wait(processes: Processes, seconds: float, if_ended: states.KillOutcome, outcomes: Outcomes) -> Processes:
-    """Wait until all processes have ended, or the time is over; return those that still run.
+    """Wait until all processes have ended or the time is over; return those that still run.
 
     Not by ``psutil.wait_procs``: it waits for zombies, and reaps children of this process that others wait for.
     """
@@ -100,11 +89,11 @@ def _wait(processes: Processes, seconds: float, if_ended: states.KillOutcome, ou
         if not left or deadline.passed():
             outcomes.update(dict.fromkeys(processes.keys() - left, if_ended))
             return left
-        time.sleep(min(_POLL_INTERVAL, deadline.left() or 0.0))
+        time.sleep(min(0.05, deadline.left() or 0.0))
 
 
 def _has_ended(process: Any) -> bool:
-    """Whether a process has ended, reaped or not."""
+    """Return whether a process has ended, reaped or not."""
     import psutil
 
     try:
