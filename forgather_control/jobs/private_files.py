@@ -21,22 +21,25 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 NO_DIRECTORY: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
-def open_directory(path: str, parent: int | None = None) -> int:
-    """Return a descriptor of a directory.
+@contextlib.contextmanager
+def opened(path: str, parent: int | None = None, *, make: bool = False) -> Iterator[int]:
+    """Open a directory and yield its descriptor.
 
     Args:
         parent: a descriptor of the directory that ``path`` is relative to.
+        make: make the directory (0700) if it does not exist.
 
     Raises:
         OSError: with an errno of ``NO_DIRECTORY``, or any other.
     """
-    return os.open(path, _DIRECTORY, dir_fd=parent)
-
-
-@contextlib.contextmanager
-def opened(path: str, parent: int | None = None) -> Iterator[int]:
-    """Open a directory as :func:`open_directory` does, yield its descriptor, and close it."""
-    directory = open_directory(path, parent)
+    try:
+        directory = os.open(path, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        if not make:
+            raise
+        with contextlib.suppress(FileExistsError):  # another process made it at the same time
+            os.mkdir(path, 0o700, dir_fd=parent)
+        directory = os.open(path, _DIRECTORY, dir_fd=parent)
     try:
         yield directory
     finally:
@@ -47,7 +50,6 @@ def write(directory: int, name: str, data: bytes, *, sync: bool = False) -> None
     """Write a file (mode 0600) that others see whole or not at all.
 
     Args:
-        directory: a descriptor.
         sync: whether the content must survive a crash of the host.
 
     Raises:
@@ -89,7 +91,7 @@ def read_trusted(path: str, name: str, limit: int, parent: int | None = None) ->
     """Return the content of a file that only this user and root can have written; ``None`` if there is none.
 
     Args:
-        path: the file's directory, relative to ``parent``. A link is no directory.
+        path: of the file's directory, as for :func:`opened`.
         limit: the most bytes.
 
     Raises:
@@ -138,12 +140,7 @@ def make_directories(path: str) -> None:
 
 
 def may_replace(facts: os.stat_result, writers: int) -> bool:
-    """Return whether users that these mode bits let write can replace what another user put into a directory.
-
-    Args:
-        facts: of the directory.
-        writers: of ``stat.S_IWGRP`` and ``stat.S_IWOTH``.
-    """
+    """Return whether ``writers`` (S_IWGRP, S_IWOTH) of a directory can replace what other users put into it."""
     return bool(facts.st_mode & writers) and not facts.st_mode & stat.S_ISVTX
 
 

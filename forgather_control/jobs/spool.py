@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
 from . import private_files
@@ -21,7 +21,6 @@ from . import private_files
 REQUESTS: Final = "requests"
 REPLIES: Final = "replies"
 STATUS: Final = "status.json"
-#: The end of a spool file's name.
 SUFFIX: Final = ".json"
 
 #: Errors of open(2) for what is no spool file: a link, a socket, a file of another user.
@@ -49,43 +48,24 @@ def opened(path: str, name: str, known: DirectoryId, *, make: bool = False) -> I
 
     Raises:
         FileNotFoundError: one of the directories does not exist any more.
-        PermissionError: the spool directory belongs to another user.
-        OSError: any other error of the file system.
+        OSError: the spool directory belongs to another user, or cannot be opened.
     """
     # As few calls as possible: beside a training loop in pure Python each one waits for the interpreter lock.
     with private_files.opened(path) as job:
         facts = os.fstat(job)
         if (facts.st_dev, facts.st_ino) != known:
             raise FileNotFoundError(errno.ENOENT, "another directory has this path now", path)
-        if name == ".":
-            yield job
-            return
-        spool = _open(name, job, make)
-    try:
-        if os.fstat(spool).st_uid not in (0, os.geteuid(), facts.st_uid):
-            raise PermissionError(errno.EACCES, "it belongs to another user", name)
-        yield spool
-    finally:
-        os.close(spool)
-
-
-def _open(name: str, job: int, make: bool) -> int:
-    try:
-        return private_files.open_directory(name, job)
-    except FileNotFoundError:
-        if not make:
-            raise
-    with suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=job)
-    return private_files.open_directory(name, job)
+        with private_files.opened(name, job, make=make) as spool:
+            if os.fstat(spool).st_uid not in (0, os.geteuid(), facts.st_uid):
+                raise PermissionError(errno.EACCES, "it belongs to another user", name)
+            yield spool
 
 
 def read(spool: int, name: str, limit: int) -> tuple[bytes, os.stat_result] | None:
     """Return at most ``limit`` bytes of a spool file, and its facts; ``None`` if this is no spool file.
 
     Raises:
-        FileNotFoundError: no file has this name.
-        OSError: it cannot be read now.
+        OSError: no file has this name, or it cannot be read now.
     """
     try:
         data, facts = private_files.read(spool, name, limit)

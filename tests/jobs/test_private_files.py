@@ -33,8 +33,9 @@ def test_only_a_directory_is_opened(tmp_path):
         with pytest.raises(OSError) as caught, private_files.opened(str(tmp_path / name)):
             pass
         assert caught.value.errno in private_files.NO_DIRECTORY
-    with private_files.opened(str(tmp_path)) as directory, pytest.raises(OSError):
-        private_files.open_directory("none", directory)
+    with private_files.opened(str(tmp_path)) as directory:
+        with pytest.raises(OSError), private_files.opened("none", directory):
+            pass
     assert descriptors() == before
 
 

@@ -302,7 +302,7 @@ def test_a_record_is_never_seen_half_written(place):
             for mine in (one, two):
                 private_files.write(directory, record.RECORD, jsonrpc.encode(mine.to_json()))
 
-    directory = private_files.open_directory(str(place.parent))
+    directory = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY)
     private_files.write(directory, record.RECORD, jsonrpc.encode(one.to_json()))
     writer = threading.Thread(target=write)
     writer.start()

@@ -638,7 +638,7 @@ for _ in range(30):
 @pytest.mark.parametrize(
     "code",
     [
-        "private_files.write(private_files.open_directory(root), 'endpoint.json', b'token')",
+        "private_files.write(os.open(root, os.O_RDONLY), 'endpoint.json', b'token')",
         "rank_processes.write(root, [])",
     ],
 )
