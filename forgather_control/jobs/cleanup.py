@@ -1,4 +1,4 @@
-"""Remove the directories of dead jobs, under the lock of the jobs directory. Any thread, in the client and in the job.
+"""Remove the directories of dead jobs, under the lock of the jobs directory. Any thread.
 
 A directory is removed only if its record names it, the process in the record is proven to be gone, and no process
 answers for the job. Links are not followed.
@@ -33,8 +33,9 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
         seconds: to wait for the lock; ``None`` is ``limits.LOCK_TIMEOUT``.
 
     Raises:
-        JobsDirUnusable: another process held the lock all the time, or the jobs directory cannot be written.
+        JobsDirUnusable: another process held the lock for so long, or the jobs directory cannot be written.
     """
+    seconds = limits.LOCK_TIMEOUT if seconds is None else seconds
     try:
         file = os.open(os.path.join(root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as err:
@@ -43,28 +44,19 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
         if os.geteuid() == 0:  # made under sudo in a user's directory, it must not lock the user out
             owner = os.stat(root)
             os.fchown(file, owner.st_uid, owner.st_gid)
-        yield _lock(file, root, limits.LOCK_TIMEOUT if seconds is None else seconds)
+        possible = False
+        with contextlib.suppress(OSError):
+            if not lock_file(file, Deadline(seconds)):
+                raise JobsDirUnusable(f"another process has held {root}/.lock for {seconds:g} s; try again")
+            possible = True
+        yield possible
     finally:
         os.close(file)
 
 
-def _lock(file: int, root: str, seconds: float) -> bool:
-    try:
-        is_free = lock_file(file, Deadline(seconds))
-    except OSError:
-        return False
-    if not is_free:
-        raise JobsDirUnusable(f"another process has held {root}/.lock for {seconds:g} s; try again")
-    return True
-
-
 def is_dead(record: JobRecord) -> bool:
     """Return whether the job's process is proven to be gone and no process answers for the job."""
-    return judge(record) == states.JOB_DEAD and not _answers(record)
-
-
-def _answers(record: JobRecord) -> bool:
-    return bool(ask([record], "ping", Deadline(limits.ANSWER_TIMEOUT)))
+    return judge(record) == states.JOB_DEAD and not ask([record], "ping", Deadline(limits.ANSWER_TIMEOUT))
 
 
 def remove_dead(root: str, job_id: str) -> bool:
@@ -77,9 +69,9 @@ def remove_dead(root: str, job_id: str) -> bool:
     Raises:
         JobsDirUnusable: the directory cannot be written or removed.
     """
-    with locked(root), _opened_root(root) as parent, contextlib.ExitStack() as stack:
+    with locked(root), contextlib.ExitStack() as stack:
         try:
-            directory = stack.enter_context(private_files.opened(check_job_id(job_id), parent))
+            parent, directory = stack.enter_context(_opened(root, check_job_id(job_id)))
             record = read_record(root, job_id, directory)
         except (OSError, ValueError) as err:
             if private_files.is_out_of_descriptors(err):
@@ -88,8 +80,8 @@ def remove_dead(root: str, job_id: str) -> bool:
         if record is None or not is_dead(record):
             return False
         # The record of a dead job may have been put in the place of a live one's; its socket cannot.
-        beside = os.path.join(root, job_id, SOCKET)
-        if record.socket != beside and _answers(record._replace(socket=beside)):
+        beside = record._replace(socket=os.path.join(root, job_id, SOCKET))
+        if beside != record and not is_dead(beside):
             return False
         _remove(root, parent, job_id, directory)
         return True
@@ -104,26 +96,26 @@ def remove_tree(root: str, job_id: str, known: tuple[int, int]) -> None:
     Raises:
         JobsDirUnusable: it cannot be removed.
     """
-    with _opened_root(root) as parent:
-        try:
-            with private_files.opened(job_id, parent) as directory:
-                facts = os.fstat(directory)
-                if known == (facts.st_dev, facts.st_ino):
-                    _remove(root, parent, job_id, directory)
-        except OSError as err:
-            if err.errno not in private_files.NO_DIRECTORY:
-                raise JobsDirUnusable(f"{os.path.join(root, job_id)} cannot be opened ({err.strerror})") from err
+    try:
+        with _opened(root, job_id) as (parent, directory):
+            facts = os.fstat(directory)
+            if known == (facts.st_dev, facts.st_ino):
+                _remove(root, parent, job_id, directory)
+    except OSError as err:
+        if err.errno not in private_files.NO_DIRECTORY:
+            raise JobsDirUnusable(f"{os.path.join(root, job_id)} cannot be opened ({err.strerror})") from err
 
 
 @contextlib.contextmanager
-def _opened_root(root: str) -> Iterator[int]:
-    """Yield a descriptor of the jobs directory, which may be a link."""
+def _opened(root: str, job_id: str) -> Iterator[tuple[int, int]]:
+    """Yield descriptors of the jobs directory, which may be a link, and of the job's directory in it."""
     try:
         parent = os.open(root, _PATH_ONLY)
     except OSError as err:
         raise JobsDirUnusable(f"the jobs directory {root} cannot be opened ({err.strerror})") from err
     try:
-        yield parent
+        with private_files.opened(job_id, parent) as directory:
+            yield parent, directory
     finally:
         os.close(parent)
 

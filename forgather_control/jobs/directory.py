@@ -35,9 +35,6 @@ _NO_SOCKETS: Final = (
     errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EIO, errno.EAFNOSUPPORT
 )  # fmt: skip
 
-#: Device, inode and time of change of a file; 0 for the time of a directory.
-_FileId = tuple[int, int, int]
-
 
 def generate_job_id() -> str:
     """Return ``job_{timestamp}_{hostname}_{pid}``, with dashes for characters that a job id may not have."""
@@ -51,7 +48,6 @@ class JobDirectory:
     Args:
         job_id: checked by the caller.
         listen: makes the server listen at a path; raises OSError.
-        world_size: for the record.
     """
 
     def __init__(self, job_id: str, listen: Callable[[str], None], world_size: int) -> None:
@@ -60,7 +56,7 @@ class JobDirectory:
         self.path = os.path.join(self._root, job_id)
         self._listen = listen
         self._short: str | None = None  # a private directory for the socket, where ours cannot hold it
-        self._files: dict[str, _FileId] = {}  # what this job made, by path
+        self._files: dict[str, tuple[int, int, int]] = {}  # what this job made: the _file_id by path
         me = liveness.current_process()._asdict()
         self._record = record.JobRecord(
             job_id=job_id,
@@ -89,7 +85,11 @@ class JobDirectory:
         with _explained(self.path):
             record.make_jobs_dir(self._root)
             with cleanup.locked(self._root):
-                self._take_name()
+                try:
+                    self._make()
+                except FileExistsError:
+                    self._evict()
+                    self._make()
                 try:
                     self._publish()
                 except OSError:
@@ -103,7 +103,7 @@ class JobDirectory:
             JobIdTaken: another job has the id now.
             JobsDirUnusable: it cannot be repaired now.
         """
-        if all(_file_id(path) == known for path, known in self._files.items()):
+        if all(map(self._is_as_made, self._files)):
             return False
         with _explained(self.path):
             record.make_jobs_dir(self._root)
@@ -116,20 +116,12 @@ class JobDirectory:
         return True
 
     def remove(self) -> None:
-        """Remove all that this job made and that no other job has taken over.
-
-        Raises:
-            JobsDirUnusable: it cannot be removed; the pid in what is left shows that it is a dead job's.
-        """
+        """Remove all that this job made and that no other job has taken over; raise JobsDirUnusable if that fails."""
         with _explained(self.path), cleanup.locked(self._root):
             self._discard()
 
     def unlist(self) -> None:
-        """Remove only what makes the job found: clients may still wait for a file in the directory.
-
-        Raises:
-            JobsDirUnusable: it cannot be removed.
-        """
+        """As :meth:`remove`, but only what makes the job found: clients may still wait for a file in the directory."""
         with _explained(self.path), cleanup.locked(self._root):
             self._remove_short()
             if self._is_ours():
@@ -141,26 +133,19 @@ class JobDirectory:
 
     def _make(self) -> None:
         os.mkdir(self.path, 0o700)
-        self._files[self.path] = _known_id(self.path)
-
-    def _take_name(self) -> None:
-        try:
-            self._make()
-        except FileExistsError:
-            self._evict()
-            self._make()
+        self._files[self.path] = _file_id(self.path)
 
     def _evict(self) -> None:
         """Remove the directory of an earlier job, or raise JobIdTaken."""
         if not _is_directory(self.path):
             raise JobsDirUnusable(f"{self.path} is no directory of this user; remove it, or choose another job id")
-        known = _known_id(self.path)
+        known = spool.directory_id(self.path)
         holder = self._holder()
         if holder is not None and not (cleanup.is_dead(holder) or self._follows(holder)):
             raise _taken(holder)
         if holder is None and _is_listening(os.path.join(self.path, record.SOCKET)):
             raise JobIdTaken(f'job id "{self.job_id}" is in use by a job whose record was deleted; it will restore it')
-        cleanup.remove_tree(self._root, self.job_id, known[:2])
+        cleanup.remove_tree(self._root, self.job_id, known)
 
     def _follows(self, holder: record.JobRecord) -> bool:
         """Return whether a launcher ended ``holder``, which this host cannot judge, and started its run again as us.
@@ -184,7 +169,7 @@ class JobDirectory:
         try:
             holder = self._holder()
         except JobsDirUnusable:
-            if self._files.get(self.path) != _file_id(self.path):
+            if not self._is_as_made(self.path):
                 raise
             return  # our directory with a damaged record: another job would have made a new directory
         if holder is not None and holder.owner != self._record.owner and not cleanup.is_dead(holder):
@@ -201,11 +186,15 @@ class JobDirectory:
             private_files.write(directory, record.RECORD, jsonrpc.encode(self._record.to_json()), sync=True)
         sockets = () if where is None else (name, where)
         made = (self.path, os.path.join(self.path, record.RECORD), *sockets)
-        self._files = {path: _known_id(path) for path in made}
+        self._files = {path: _file_id(path) for path in made}
 
     def _place_socket(self, name: str) -> str | None:
         """Listen; return the path, or ``None`` where no socket is possible: the job is then controlled by file."""
-        _unlink_socket(name)
+        with contextlib.suppress(FileNotFoundError):
+            mode = os.lstat(name).st_mode
+            if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
+                raise JobsDirUnusable(f"{name} is in the way and no socket; remove it")
+            os.unlink(name)
         if addresses.fits(name) and self._can_listen(name):
             return name
         # Too long a path, or a file system without sockets: listen in a short directory, and link to it.
@@ -247,13 +236,19 @@ class JobDirectory:
 
     def _is_ours(self) -> bool:
         """Return whether the path has our directory, in which no other job has published; inodes are used again."""
-        if self.path not in self._files or self._files[self.path] != _file_id(self.path):
+        if not self._is_as_made(self.path):
             return False
         try:
             holder = record.read_record(self._root, self.job_id)
         except ValueError:
             return False
         return holder is None or holder.owner == self._record.owner
+
+    def _is_as_made(self, path: str) -> bool:
+        try:
+            return self._files.get(path) == _file_id(path)
+        except OSError:
+            return False
 
     def _remove_short(self) -> None:
         if self._short is not None:
@@ -288,21 +283,10 @@ def _is_listening(path: str) -> bool:
 
 def _is_directory(path: str) -> bool:
     """Return whether there is a directory of this user, not a link to one."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found = os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in (os.geteuid(), 0)
-
-
-def _unlink_socket(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
-        raise JobsDirUnusable(f"{path} is in the way and no socket; remove it")
-    os.unlink(path)
+        return stat.S_ISDIR(found.st_mode) and found.st_uid in (os.geteuid(), 0)
+    return False
 
 
 def _short_directory() -> str:
@@ -313,17 +297,10 @@ def _short_directory() -> str:
     return tempfile.mkdtemp(prefix="forgather-", dir="/tmp")
 
 
-def _known_id(path: str) -> _FileId:
-    found = os.lstat(path)
-    # The inode of a deleted file is soon used again; a directory's time changes with its entries.
+def _file_id(path: str) -> tuple[int, int, int]:
+    """Return device, inode and time of change of a file; 0 for the time of a directory, which its entries change."""
+    found = os.lstat(path)  # the time, because the inode of a deleted file is soon used again
     return found.st_dev, found.st_ino, 0 if stat.S_ISDIR(found.st_mode) else found.st_mtime_ns
-
-
-def _file_id(path: str) -> _FileId | None:
-    try:
-        return _known_id(path)
-    except OSError:
-        return None
 
 
 def _user() -> str:

@@ -11,19 +11,15 @@ import os
 from typing import Final, NamedTuple
 
 from ..processes.liveness import Identity
-from ..schema import INTEGER, NULL, PID, TEXT, TIME, Field, load, nullable, parse_json
+from ..schema import INTEGER, NULL, Field, load, parse_json
 from . import limits, private_files
-from .record import check_job_id
+from .record import FIELDS, check_job_id
 
 RANKS_FILE: Final = "ranks.json"
 
 
 class RankRecord(NamedTuple):
-    """The process of one rank, as in :class:`liveness.Identity`, and where it writes its stacks.
-
-    Attributes:
-        stack_fd: the ``fd`` of its :class:`stack_dump.StackDumper`; ``None`` if it has none.
-    """
+    """The process of one rank, as in :class:`liveness.Identity`, and where it writes its stacks."""
 
     rank: int
     host: str
@@ -33,7 +29,7 @@ class RankRecord(NamedTuple):
     boot_id: str | None = None
     machine: str | None = None
     pid_namespace: int | None = None
-    stack_fd: int | None = None
+    stack_fd: int | None = None  #: The ``fd`` of its :class:`stack_dump.StackDumper`; ``None`` if it has none.
 
     @classmethod
     def of(cls, rank: int, identity: Identity, stack_fd: int | None) -> RankRecord:
@@ -47,25 +43,15 @@ class RankRecord(NamedTuple):
 
 
 _FIELDS: Final = {
+    **{name: FIELDS[name] for name in ("host", "pid", "booted_at", "boot_id", "machine", "pid_namespace")},
+    "started_at": FIELDS["process_started_at"],
     "rank": Field(INTEGER, 0, (1 << 31) - 1),
-    "host": Field(TEXT),
-    "pid": PID,
-    **dict.fromkeys(("started_at", "booted_at"), nullable(TIME)),
-    **dict.fromkeys(("boot_id", "machine"), Field(TEXT + NULL)),
-    "pid_namespace": Field(INTEGER + NULL),
     "stack_fd": Field(INTEGER + NULL, 0, (1 << 31) - 1),
 }
 
 
 def write(path: str, ranks: list[RankRecord]) -> None:
-    """Write the file, readable by its owner only; others see it whole or not at all.
-
-    Args:
-        path: of the job's directory.
-
-    Raises:
-        OSError: it cannot be written; an older file stays.
-    """
+    """Write the file into the job's directory at ``path``, as :func:`private_files.write` does."""
     data = json.dumps([rank._asdict() for rank in ranks]).encode("ascii")
     with private_files.opened(path) as directory:
         private_files.write(directory, RANKS_FILE, data)
@@ -75,7 +61,7 @@ def read(root: str, job_id: str) -> list[RankRecord] | None:
     """Return the ranks of a job, in order; ``None`` if there is no such file.
 
     Raises:
-        ValueError: the file is not as expected, and why.
+        ValueError: why the file is not as expected.
         OSError: this process has no descriptors left.
     """
     data = private_files.read_trusted(os.path.join(root, check_job_id(job_id)), RANKS_FILE, limits.MAX_RANKS_FILE)
@@ -83,11 +69,7 @@ def read(root: str, job_id: str) -> list[RankRecord] | None:
 
 
 def parse_ranks(data: bytes) -> list[RankRecord]:
-    """Return the ranks in ``data``.
-
-    Raises:
-        ValueError: which member of a rank is not as expected.
-    """
+    """Return the ranks in ``data``; raise ValueError naming the member of a rank that is not as expected."""
     value = parse_json(data)
     if not isinstance(value, list):
         raise ValueError(f"{RANKS_FILE} holds no JSON array")

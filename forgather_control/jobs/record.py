@@ -29,17 +29,13 @@ SOCKET: Final = "control.sock"
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
-# Names and places...
-
-
 def jobs_dir() -> str:
     """Return the jobs directory: $FORGATHER_JOBS_DIR, else under $XDG_CONFIG_HOME if that is absolute, else ~/.config.
 
     Raises:
         JobsDirUnusable: this user has no home directory.
     """
-    chosen = os.environ.get("FORGATHER_JOBS_DIR")
-    if chosen:
+    if chosen := os.environ.get("FORGATHER_JOBS_DIR"):
         return _absolute(chosen)
     config = os.environ.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(config):
@@ -81,36 +77,19 @@ def is_job_id(text: object) -> bool:
 
 
 def check_job_id(text: object) -> str:
-    """Return ``text`` itself.
-
-    Raises:
-        BadJobId: it cannot be a job id.
-    """
+    """Return ``text`` itself; raise BadJobId if it cannot be a job id."""
     if not is_job_id(text):
-        raise BadJobId(
-            f"{ascii(text)[:140]} is no job id: 1 to 128 of A-Z a-z 0-9 . _ -, not starting with a dot or dash"
-        )
+        rule = "1 to 128 of A-Z a-z 0-9 . _ -, not starting with a dot or dash"
+        raise BadJobId(f"{ascii(text)[:140]} is no job id: {rule}")
     return str(text)
 
 
-# Records...
-
-
 class JobRecord(NamedTuple):
-    """The content of ``endpoint.json``. Times are seconds since the epoch.
-
-    Attributes:
-        port: ``None`` without TCP. In the file it is 0 then, because Forgather's own reader formats it as a number.
-        address: what the port is bound to.
-        token: the secret that TCP clients send.
-        tls_sha256: of the certificate, if the port speaks TLS.
-        machine, booted_at, pid_namespace: see :class:`liveness.Identity`.
-        launch: ``None`` if neither SLURM nor torchrun started the job.
-    """
+    """The content of ``endpoint.json``. Times are seconds since the epoch."""
 
     job_id: str
     host: str
-    port: int | None
+    port: int | None  #: ``None`` without TCP; 0 in the file, because Forgather's own reader formats it as a number.
     pid: int
     started_at: float
     socket: str | None = None
@@ -120,13 +99,13 @@ class JobRecord(NamedTuple):
     protocol: int = 1
     version: str = ""
     user: str = ""
-    machine: str | None = None
+    machine: str | None = None  #: As in :class:`liveness.Identity`; so are the next two, and ``boot_id``.
     booted_at: float | None = None
     pid_namespace: int | None = None
-    address: str | None = None
-    token: str | None = None
-    tls_sha256: str | None = None
-    launch: Launch | None = None
+    address: str | None = None  #: What the port is bound to.
+    token: str | None = None  #: The secret that TCP clients send.
+    tls_sha256: str | None = None  #: Of the certificate, if the port speaks TLS.
+    launch: Launch | None = None  #: ``None`` if neither SLURM nor torchrun started the job.
 
     @property
     def owner(self) -> liveness.Identity:
@@ -151,22 +130,17 @@ FIELDS: Final = {
     **dict.fromkeys(("host", "version", "user"), Field(TEXT)),
     **dict.fromkeys(("socket", "boot_id", "machine", "address", "token", "tls_sha256"), Field(TEXT + NULL)),
     **dict.fromkeys(("process_started_at", "booted_at"), nullable(TIME)),
+    **dict.fromkeys(("world_size", "protocol"), Field(INTEGER)),
     "port": Field(INTEGER + NULL, 0, 65535, convert=lambda port: port or None),
     "pid": PID,
     "started_at": TIME,
-    "world_size": Field(INTEGER),
-    "protocol": Field(INTEGER),
     "pid_namespace": Field(INTEGER + NULL),
     "launch": Field(OBJECT + NULL, convert=_launch),
 }
 
 
 def parse_record(data: bytes, job_id: str) -> JobRecord:
-    """Return the record in ``data``, which was read from the directory of the job ``job_id``.
-
-    Raises:
-        ValueError: which member is not as expected.
-    """
+    """Return the record in ``data``, from the directory of ``job_id``; raise ValueError naming what is not valid."""
     value = parse_json(data)
     if isinstance(value, dict) and value.get("job_id") != job_id:
         raise ValueError(f"it is the record of another job, {shown(value.get('job_id'))}")
@@ -180,7 +154,7 @@ def read_record(root: str, job_id: str, directory: int | None = None) -> JobReco
         directory: a descriptor of the job's directory, if it is open already.
 
     Raises:
-        ValueError: the file is no record of this job, and why.
+        ValueError: why the file is no record of this job.
         OSError: this process has no descriptors left, which says nothing about the job.
     """
     path = os.path.join(root, job_id) if directory is None else "."

@@ -1,21 +1,19 @@
-"""The jobs in the jobs directory: find their records, ask them over their sockets, judge their state.
-
-Runs on any thread, in the client and in the job.
-"""
+"""The jobs in the jobs directory: find their records, ask them over their sockets, judge their state. Any thread."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import ControlError, InternalError, JobDead, JobNotAnswering, JobsDirUnusable, NoSuchJob
+from ..errors import ControlError, InternalError, JobNotAnswering, JobsDirUnusable, NoSuchJob
 from ..processes import liveness
 from ..schema import NULL, OBJECT, TEXT, Field, load
 from ..wire import addresses, jsonrpc
@@ -49,11 +47,7 @@ class Job(NamedTuple):
 
     @classmethod
     def from_json(cls, value: Any) -> Job:
-        """Return the job that an element of the reply to ``list_jobs`` describes.
-
-        Raises:
-            InternalError: it describes none.
-        """
+        """Return the job that an element of the reply to ``list_jobs`` describes; raise InternalError if it is none."""
         try:
             return load(cls, _FIELDS, value, "a job")
         except ValueError as err:
@@ -64,22 +58,9 @@ class Job(NamedTuple):
         return {**self._asdict(), "launch": self.launch and self.launch.to_json(), "global_step": self.global_step}
 
 
-#: The members that a job and its record have in common.
-_SHARED: Final = tuple(name for name in Job._fields if name in JobRecord._fields)
-
-
-_FIELDS: Final = {
-    **{name: FIELDS[name] for name in _SHARED},
-    "state": Field(TEXT, choices=get_args(states.JobState)),
-    "status": Field(OBJECT + NULL),
-}
-
-
-def _shared(record: JobRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in _SHARED}
-
-
-# Find...
+#: The rules for the members of a job; those that its record has, too, are first.
+_SHARED: Final = {name: FIELDS[name] for name in Job._fields if name in FIELDS}
+_FIELDS: Final = {**_SHARED, "state": Field(TEXT, choices=states.JOB_STATES), "status": Field(OBJECT + NULL)}
 
 
 def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
@@ -92,12 +73,10 @@ def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
     left_out: dict[str, str] = {}
     for job_id in _job_ids(root):
         try:
-            record = read_record(root, job_id)
+            if record := read_record(root, job_id):
+                records.append(record)
         except ValueError as err:
             left_out[job_id] = str(err)
-            continue
-        if record is not None:
-            records.append(record)
     records.sort(key=lambda record: (-record.started_at, record.job_id))
     return records, left_out
 
@@ -113,11 +92,7 @@ def _job_ids(root: str) -> list[str]:
 
 
 def named(root: str, job_id: str) -> JobRecord | None:
-    """Return the record of this job; ``None`` if there is none.
-
-    Raises:
-        NoSuchJob: the record cannot be read.
-    """
+    """Return the record of this job, ``None`` if there is none; raise NoSuchJob if it cannot be read."""
     try:
         return read_record(root, job_id) if is_job_id(job_id) else None
     except ValueError as err:
@@ -150,23 +125,16 @@ def _ask_running(records: list[JobRecord], method: str, seconds: float) -> dict[
 
 
 def _job(record: JobRecord, status: dict[str, Any] | None) -> Job:
-    return Job(**_shared(record), state=judge(record) if status is None else states.JOB_LIVE, status=status)
-
-
-#: The state of a job that did not answer, by that of its process.
-_STATE_WITHOUT_ANSWER: Final[dict[states.ProcessState, states.JobState]] = {
-    states.PROCESS_RUNNING: states.JOB_SILENT,
-    states.PROCESS_GONE: states.JOB_DEAD,
-    states.PROCESS_ELSEWHERE: states.JOB_FOREIGN,
-}
+    shared: dict[str, Any] = {name: getattr(record, name) for name in _SHARED}
+    return Job(**shared, state=judge(record) if status is None else states.JOB_LIVE, status=status)
 
 
 def judge(record: JobRecord) -> states.JobState:
     """Return the state of a job whose socket did not answer."""
-    return _STATE_WITHOUT_ANSWER[liveness.judge(record.owner)]
-
-
-# Ask...
+    state = liveness.judge(record.owner)
+    if state == states.PROCESS_RUNNING:
+        return states.JOB_SILENT
+    return states.JOB_DEAD if state == states.PROCESS_GONE else states.JOB_FOREIGN
 
 
 def ask(records: Iterable[JobRecord], method: str, deadline: Deadline) -> dict[str, dict[str, Any]]:
@@ -179,17 +147,15 @@ def ask(records: Iterable[JobRecord], method: str, deadline: Deadline) -> dict[s
     Raises:
         OSError: this process has no descriptors left, which says nothing about the jobs.
     """
-    asking = _Asking(records, method, deadline)
-    try:
+    with contextlib.closing(_Asking(records, method, deadline)) as asking:
         return asking.run()
-    finally:
-        asking.close()
 
 
 class _Asked(NamedTuple):
     """A job that was sent the request: what it has answered so far, and until when it keeps its place (monotonic)."""
 
     record: JobRecord
+    sock: socket.socket
     received: bytearray
     until: float
 
@@ -199,15 +165,15 @@ class _Asking:
 
     def __init__(self, records: Iterable[JobRecord], method: str, deadline: Deadline) -> None:
         self._waiting = deque(record for record in records if record.socket is not None)
-        self._asked: dict[socket.socket, _Asked] = {}  # oldest first
+        self._asked: deque[_Asked] = deque()  # oldest first
         self._request, self._deadline = jsonrpc.request(method, {}, 1), deadline
         self._share = (deadline.left() or 0.0) / (len(self._waiting) // limits.MAX_ASKED_AT_ONCE + 1)
         self._selector = selectors.DefaultSelector()
         self._answers: dict[str, dict[str, Any]] = {}
 
     def close(self) -> None:
-        for sock in self._asked:
-            sock.close()
+        for asked in self._asked:
+            asked.sock.close()
         self._selector.close()
 
     def run(self) -> dict[str, dict[str, Any]]:
@@ -215,7 +181,7 @@ class _Asking:
         while self._asked or self._waiting:
             left = self._deadline.left() or 0.0
             for key, _ in self._selector.select(min(left, limits.BUSY_RETRY) if self._waiting else left):
-                self._receive(key.fileobj)  # type: ignore[arg-type]  # all of them are sockets
+                self._receive(key.data)
             if left == 0.0:
                 break
             self._send_some()
@@ -226,56 +192,40 @@ class _Asking:
         now = time.monotonic()
         for _ in range(len(self._waiting)):
             if len(self._asked) >= limits.MAX_ASKED_AT_ONCE:
-                oldest, asked = next(iter(self._asked.items()))
-                if asked.until > now:
+                if self._asked[0].until > now:
                     return
-                self._drop(oldest)
+                self._drop(self._asked[0])
             record = self._waiting.popleft()
             try:
-                sock = _send(record, self._request)
-            except JobNotAnswering:
+                sock = addresses.UnixEndpoint(record.socket or "").connect(Deadline(0.0))
+            except JobNotAnswering:  # its backlog is full
                 self._waiting.append(record)
-            except ControlError:
-                pass
-            else:
-                self._selector.register(sock, selectors.EVENT_READ)
-                self._asked[sock] = _Asked(record, bytearray(), now + self._share)
+                continue
+            except ControlError:  # no process that this user may talk to listens
+                continue
+            asked = _Asked(record, sock, bytearray(), now + self._share)
+            self._asked.append(asked)
+            self._selector.register(sock, selectors.EVENT_READ, asked)
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):  # the job hung up, as its socket tells
+                sock.send(self._request)
 
-    def _receive(self, sock: socket.socket) -> None:
-        record, received, _ = self._asked[sock]
+    def _receive(self, asked: _Asked) -> None:
         try:
-            data = sock.recv(65536)
+            data = asked.sock.recv(65536)
         except OSError:
             data = b""
+        received = asked.received
         received += data
         if data and b"\n" not in data and len(received) < limits.MAX_ANSWER:
             return
-        self._drop(sock)
-        try:
+        self._drop(asked)
+        with contextlib.suppress(ControlError):
             result = jsonrpc.parse_reply(bytes(received)).result
-        except ControlError:
-            return
-        if isinstance(result, dict) and result.get("job_id") == record.job_id:
-            self._answers[record.job_id] = result
+            if isinstance(result, dict) and result.get("job_id") == asked.record.job_id:
+                self._answers[asked.record.job_id] = result
 
-    def _drop(self, sock: socket.socket) -> None:
-        self._selector.unregister(sock)
-        del self._asked[sock]
-        sock.close()
-
-
-def _send(record: JobRecord, request: bytes) -> socket.socket:
-    """Return a socket on which the request was sent, without blocking.
-
-    Raises:
-        JobNotAnswering: the job's backlog is full.
-        ControlError: no process that this user may talk to listens.
-    """
-    sock = addresses.UnixEndpoint(record.socket or "").connect(Deadline(0.0))
-    try:
-        sock.setblocking(False)
-        sock.send(request)
-    except OSError as err:
-        sock.close()
-        raise JobDead(f"job {record.job_id} closed the connection") from err
-    return sock
+    def _drop(self, asked: _Asked) -> None:
+        self._selector.unregister(asked.sock)
+        self._asked.remove(asked)
+        asked.sock.close()

@@ -294,7 +294,7 @@ def target_record(data: bytes) -> None:
         assert registry.judge(found) in ("silent", "dead", "foreign")
     if (port := target._port(found)) is not None:
         assert 0 < port.port < 65536 and isinstance(str(port), str)
-    job = registry.Job(**registry._shared(found), state="dead")
+    job = registry.Job(**{name: getattr(found, name) for name in registry._SHARED}, state="dead")
     assert len(output.job_table([job], colour=False).splitlines()) == 2
     strict(jsonrpc.encode(job.to_json()))
 
