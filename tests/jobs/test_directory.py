@@ -399,7 +399,7 @@ def test_generated_ids_are_ids_and_get_suffixes(jobs_dir, monkeypatch):
     assert len(names(jobs_dir)) == 3
     for one in running:
         one.close()
-    assert names(jobs_dir) == [] and all(map(is_job_id, running[0]._candidates()))
+    assert names(jobs_dir) == [] and all(map(is_job_id, running[0]._server._candidates()))
 
 
 # Restore...
