@@ -107,7 +107,7 @@ class TrainingJob(Adapter):
         if self._saw_evaluate or (self._requested.evaluate and not controller.is_main):
             self._miss_evaluation(controller)
         self._steps += 1
-        if self._steps > 1 and not self._can_evaluate:
+        if self._steps > 1 and not self._can_evaluate and controller.is_main:  # often only rank 0 evaluates
             self._requested.no_evaluation = "this loop does not read job.should_evaluate"
         controller.phase = states.STATUS_TRAINING
         if type(step) is not int:  # for example a NumPy number, which JSON has not
@@ -193,7 +193,7 @@ class TrainingJob(Adapter):
 
     def _miss_evaluation(self, controller: Any) -> None:
         requested = self._requested
-        if requested.evaluate and not controller.is_main:  # often only rank 0 evaluates
+        if requested.evaluate and not controller.is_main:
             self._report_evaluation(controller.last_step, {})
         elif requested.evaluate:
             controller.evaluation_failed(

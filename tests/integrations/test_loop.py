@@ -199,6 +199,19 @@ def test_an_abort_takes_back_an_evaluation():
         assert not job.should_evaluate and "abort" in state(job, record).error["message"]
 
 
+def test_a_rank_that_leaves_the_evaluation_to_rank_0(monkeypatch):
+    """It never looks at should_evaluate: its part is nothing, which it reports with its next step."""
+    with TrainingJob("job") as job:
+        job.step(1)
+        monkeypatch.setattr(type(job._controller), "is_main", False)
+        job.step(2)
+        record = give(job, "evaluate")
+        job.step(3)
+        assert state(job, record).state == "applied"
+        job.step(4)
+        assert state(job, record).state == "finished"
+
+
 def test_an_evaluation_that_was_not_asked_for():
     """The loop may report each of its own; outside a run nothing happens."""
     job = TrainingJob("job")
