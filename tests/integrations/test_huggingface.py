@@ -1,6 +1,6 @@
 """The four commands in Hugging Face's real Trainer, and in a trainer that keeps to the rules of Forgather's.
 
-Commands go over the real socket while training runs. A callback sends them at a chosen place and goes on
+Commands go over the real socket while training runs. A callback sends them at a chosen place and continues
 once they are accepted, so that each is applied at a known step; the answers are read when training is over.
 """
 
@@ -127,7 +127,7 @@ def ours(**options: Any) -> TrainerControlCallback:
     return TrainerControlCallback(**{"job_id": JOB, **options})
 
 
-# Who sends, and who watches...
+# Senders and watchers...
 
 #: Of this test, to be hung up at its end.
 SENT: list[Sent] = []
@@ -153,7 +153,7 @@ class Sent:
 
 @pytest.fixture(autouse=True)
 def hang_up() -> Iterator[None]:
-    """Closes the senders' connections, also of those that nobody has asked."""
+    """Close the senders' connections, also of those whose record no test asked for."""
     yield
     while SENT:
         SENT.pop().wire.close()
@@ -293,7 +293,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.parametrize("step", WHERE)
 def test_save_checkpoint_saves_and_trains_on(tmp_path, settings, step):
-    """save_checkpoint saves at its step whatever save_strategy says, names the directory, and training goes on."""
+    """save_checkpoint saves at its step whatever save_strategy says, names the directory, and training continues."""
     at, events = At(step, "save_checkpoint"), Events()
     trainer = make(tmp_path, at, ours(), events, **settings)
     trainer.train()
@@ -483,7 +483,7 @@ def test_a_save_at_an_epochs_end_is_made_once(tmp_path):
 
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_save_does_not_cost_patience(tmp_path, step):
-    """Beside EarlyStoppingCallback a save does not evaluate, so training goes on as long as without it."""
+    """Beside EarlyStoppingCallback a save does not evaluate, so training continues as long as without it."""
     at, events, early = At(step, "save_checkpoint"), Events(), EarlyStoppingCallback(2)
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
     trainer = make(tmp_path, early, at, ours(), events, **settings)
@@ -749,7 +749,7 @@ def test_all_four_at_once(tmp_path):
 
 
 def test_the_python_api_from_another_thread(tmp_path):
-    """A thread that saves with wait="finished" gets the path while training goes on."""
+    """A thread that saves with wait="finished" gets the path while training continues."""
     records: list[Any] = []
 
     def client() -> None:
@@ -960,7 +960,7 @@ make(Path(sys.argv[1]), Watcher(on_step_end=wait), ours()).train()
 
 
 def test_an_exception_and_then_the_interpreters_exit(tmp_path, jobs_dir):
-    """A job that dies of an exception answers who waits, and leaves no directory."""
+    """A job that dies of an exception answers its waiting clients, and leaves no directory."""
     with Process(EXIT, str(tmp_path), cwd=ROOT) as process:
         assert process.line() == "at 3", "".join(process.errors)
         sent = Sent("save_checkpoint")
@@ -993,7 +993,7 @@ def test_saving_fails(tmp_path, command):
 
 
 class Elsewhere(Trainer):
-    """Saves where nobody looks for it."""
+    """Saves to an unexpected place."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Path(self.args.output_dir, "mine").mkdir()
@@ -1009,7 +1009,7 @@ def test_a_checkpoint_that_is_nowhere_is_no_success(tmp_path):
 
 @pytest.mark.parametrize("method", ["step", "log", "start", "saved"])
 def test_what_goes_wrong_in_our_hooks_stays_there(tmp_path, monkeypatch, caplog, method):
-    """An exception inside our hooks is logged once; training runs on; who waits is told."""
+    """An exception inside our hooks is logged once; training continues; waiting clients are told."""
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("ours")
@@ -1198,7 +1198,7 @@ def test_forgather_trains_twice(tmp_path, first, step):
 
 
 def test_forgather_leaves_the_stops_of_others_alone(tmp_path):
-    """A stop that another callback asked for is not taken back by ours when training begins again."""
+    """A stop that another callback requested is not cleared when training starts again."""
     trainer = loop(tmp_path, ours(), Hostile("on_train_begin", should_training_stop=True))
     trainer.train()
     trainer.train()

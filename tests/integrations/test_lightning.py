@@ -130,7 +130,7 @@ def ours(**options: Any) -> LightningControlCallback:
     return LightningControlCallback(**{"job_id": JOB, **options})
 
 
-# Who sends, and who watches...
+# Senders and watchers...
 
 #: Of this test, to be hung up at its end.
 SENT: list[Sent] = []
@@ -156,7 +156,7 @@ class Sent:
 
 @pytest.fixture(autouse=True)
 def hang_up() -> Iterator[None]:
-    """Closes the senders' connections, also of those that nobody has asked."""
+    """Close the senders' connections, also of those whose record no test asked for."""
     yield
     while SENT:
         SENT.pop().wire.close()
@@ -247,7 +247,7 @@ WHERE = pytest.mark.parametrize("step", [3, 5, 10])
 @WHERE
 @every_saver
 def test_save_checkpoint_saves_and_trains_on(tmp_path, saver, step):
-    """save_checkpoint saves at its step, whatever ModelCheckpoint does, and training goes on to its end."""
+    """save_checkpoint saves at its step, whatever ModelCheckpoint does, and training continues to its end."""
     at = At(step, "save_checkpoint")
     trainer = make(tmp_path, at, ours(), *SAVERS[saver](tmp_path))
     fit(trainer, validate=True)
@@ -348,7 +348,7 @@ def test_steps_of_two_optimizers(tmp_path, command):
     fit(trainer, TwoOptimizers())
     assert at.record()["applied_at_step"] == 6
     assert trainer.global_step == (2 * STEPS if command == "save_checkpoint" else 6)
-    assert seen[0] is None  # nobody knows how many steps a batch takes
+    assert seen[0] is None  # the steps of a batch are not known
 
 
 # When it is sent...
@@ -411,7 +411,7 @@ def test_an_abort_behind_a_stop(tmp_path):
 
 
 def test_the_python_api_from_another_thread(tmp_path):
-    """A thread that saves with wait="finished" gets the path while training goes on."""
+    """A thread that saves with wait="finished" gets the path while training continues."""
     records: list[Any] = []
 
     def client() -> None:
@@ -510,7 +510,7 @@ class Endless(Dataset):
     ],
 )
 def test_where_it_will_end(tmp_path, options, max_steps):
-    """max_steps is where training ends, if anybody knows."""
+    """max_steps is where training ends, if that is known."""
     seen: list[Any] = []
 
     def look(trainer: Any) -> None:
@@ -556,7 +556,7 @@ class OddLogger(Logger):
 
 
 def test_beside_a_logger_that_fails(tmp_path):
-    """A logger that cannot say where it writes keeps nobody from saving."""
+    """A logger that cannot say where it writes does not prevent a save."""
     at = At(3, "save_and_stop")
     fit(make(tmp_path, at, ours(), logger=OddLogger()))
     is_saved(at.record(), tmp_path / "checkpoints", 3)
@@ -587,7 +587,7 @@ def test_fast_dev_run(tmp_path):
 @pytest.mark.parametrize("first", [None, *COMMANDS])
 @pytest.mark.parametrize("step", [3, 5])
 def test_fit_can_be_called_twice(tmp_path, first, limits, step):
-    """A second fit() goes on to its end under the same job id, saves and evaluates as ever, and can be controlled."""
+    """A second fit() runs to its end under the same job id, saves and evaluates as before, and can be controlled."""
     one = At(step, first) if first else None
     callback, model = ours(), Tiny()
     saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)
@@ -673,7 +673,7 @@ def test_nothing_changes_after_extra_validations(tmp_path, saver, schedule):
 @WHERE
 @pytest.mark.parametrize("saver", ["none", "epochs"])
 def test_evaluate(tmp_path, saver, step):
-    """At its step, with the metrics that validation logs; nothing is saved, and training goes on as without it."""
+    """At its step, with the metrics that validation logs; nothing is saved, and training continues as without it."""
     alone = fit(make(tmp_path / "alone", *SAVERS[saver](tmp_path / "alone")), Counts(), validate=True)
     at = At(step, "evaluate")
     trainer = make(tmp_path / "watched", at, ours(), *SAVERS[saver](tmp_path / "watched"))
@@ -725,7 +725,7 @@ class Counts(Tiny):
 
 
 def test_a_validation_that_fails_is_not_the_end_of_training(tmp_path, caplog):
-    """What the user's validation_step raises is logged; the checkpoint is saved, and training goes on as it was."""
+    """What the user's validation_step raises is logged; the checkpoint is saved, and training continues as it was."""
 
     class Fails(Counts):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -899,7 +899,7 @@ def boom_at(step: int, kind: type[BaseException] = Boom, hook: str = "on_train_b
 
 @pytest.mark.parametrize(("kind", "seen"), [(Boom, Boom), (KeyboardInterrupt, SystemExit)])
 def test_an_exception_and_then_fit_again(tmp_path, jobs_dir, kind, seen):
-    """fit() raises, or is interrupted: who waits is told by what, the job is gone, and fit() can be called again."""
+    """fit() raises, or is interrupted: waiting clients are told why, the job is gone, and fit() can be called again."""
     at, late, boom = (
         At(3, "graceful_stop"),
         At(3, "save_checkpoint", "on_validation_start"),
@@ -940,7 +940,7 @@ def test_an_exception_after_an_abort(tmp_path):
 
 @pytest.mark.parametrize("method", ["step", "log", "start", "saved"])
 def test_what_goes_wrong_in_our_hooks_stays_there(tmp_path, monkeypatch, caplog, method):
-    """An exception inside our hooks is logged once; training runs on; who waits is told."""
+    """An exception inside our hooks is logged once; training continues; waiting clients are told."""
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("ours")
@@ -1153,10 +1153,13 @@ def ranks_say(out: Path) -> list[Any]:
 
 @pytest.mark.parametrize("command", ["save_and_stop", "abort"])
 def test_two_ranks(tmp_path, two_ranks, command):
-    """Each rank saves, stops and aborts at the same step, and what is said to be saved is there."""
+    """Each rank saves, evaluates, stops and aborts at the same step, and what is said to be saved is there."""
     job = two_ranks()
     saved = forgather_control.save_checkpoint(JOB, wait="finished", timeout=SOON)
     is_saved(saved._asdict(), tmp_path / "mine", saved.result["step"])
+    with connect(JOB) as client:
+        evaluated = client.call("evaluate", wait="finished", timeout=SOON)
+    assert evaluated["result"]["metrics"] == {"val_loss": 1.0 + evaluated["applied_at_step"]}
     record = getattr(forgather_control, command)(JOB, wait="finished", timeout=SOON)
     left = files(tmp_path)
     assert job.wait(SOON) == 0, (tmp_path / "said").read_text()

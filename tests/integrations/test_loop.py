@@ -1,4 +1,4 @@
-"""A loop of one's own: its flags, its answers, its silence when anything is wrong."""
+"""Your own loop: its flags, its reports, and that nothing raises into it."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ def test_nonsense_from_the_loop_is_not_raised_back(method, arguments):
 
 
 def test_an_exception_inside_is_one_warning_and_the_end_of_control(monkeypatch, caplog, jobs_dir):
-    """The border: a fault of ours is logged once with its traceback, clients are told, training goes on."""
+    """An error of control is logged once with its traceback, clients are told, training continues."""
     with TrainingJob("job") as job:
         thread, heard = last_words(job, "graceful_stop")
         monkeypatch.setattr(loop.TrainingJob, "_miss_save", None)

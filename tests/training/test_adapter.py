@@ -1,4 +1,4 @@
-"""The border around hooks, what commands wish for, and what becomes of a run that nobody ends."""
+"""The boundary around hooks, the runs of one integration after the other, and runs that are never closed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def is_known(command_id: str) -> bool:
 
 
 def fail() -> None:
-    """Raise what nobody expects."""
+    """Raise an unexpected error."""
     raise RuntimeError("ours")
 
 
@@ -99,7 +99,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line.getMessage() for line in caplog.records if line.levelno >= logging.WARNING]
 
 
-# The border...
+# The boundary...
 
 
 def test_a_hook_hands_through():
@@ -108,7 +108,7 @@ def test_a_hook_hands_through():
     assert Hooks.do.__name__ == "do" and Hooks.do.__doc__ == "Whatever is asked."
 
 
-def test_an_exception_stays_at_the_border(adapter, waiting, caplog, jobs_dir):
+def test_an_exception_stays_at_the_boundary(adapter, waiting, caplog, jobs_dir):
     """It is logged once with its traceback; the hook returns None; control is off, and waiting clients are told."""
     wire = waiting("save_checkpoint")
     assert adapter.do(fail) is None
@@ -214,7 +214,7 @@ def test_copies(adapter):
     assert copy.deepcopy(adapter).job_id == JOB
 
 
-# Nobody ends it...
+# Runs that are never closed...
 
 
 def test_an_adapter_that_is_gone(waiting, jobs_dir):
@@ -272,7 +272,7 @@ raise SystemExit(3)
 
 
 def test_the_interpreters_exit(waiting, jobs_dir):
-    """A script that ends in the middle of a run answers who waits, and leaves no directory."""
+    """A script that ends in the middle of a run answers its waiting clients, and leaves no directory."""
     with Process(EXIT, cwd=ROOT) as process:
         assert process.line() == "begun", "".join(process.errors)
         wire = waiting("save_checkpoint")

@@ -1,4 +1,4 @@
-"""Signals that give commands: real ones, in this process and in others, and nothing left behind."""
+"""Signals that run commands: real ones, in this process and in others, and nothing left behind."""
 
 from __future__ import annotations
 
