@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import states
-from ..client import api, target
+from ..client import target
 from ..client.connection import Client
 from ..client.limits import CALL_TIMEOUT, LIST_TIMEOUT
 from ..client.target import Target
@@ -222,7 +222,7 @@ def _list_elsewhere(args: argparse.Namespace) -> int:
 
         rows, complaints = ssh.list_jobs(args.ssh, CALL_TIMEOUT)
     else:
-        with api.connect(at=args.remote, token=args.token) as job:
+        with Client(target.resolve(at=args.remote, token=args.token)) as job:
             rows = job.call("list_jobs")
     if not isinstance(rows, list):
         raise InternalError("the other side sent no list of jobs")
@@ -244,6 +244,8 @@ def _print_jobs(found: list[registry.Job], place: str | None) -> None:
 
 
 def _cleanup(args: argparse.Namespace) -> int:
+    from ..client import api
+
     dead = api.dead_jobs()
     if dead and not args.json:
         print_text(output.job_table(dead, terminal.has_colour()))

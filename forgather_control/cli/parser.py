@@ -9,7 +9,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 from ..wire import methods
 from ..wire.builtin import BUILTIN
@@ -129,12 +129,11 @@ def _params(args: argparse.Namespace) -> dict[str, Any]:
 # Verbs...
 
 
-class _Verb(NamedTuple):
+class _Verb:
     """A verb: its help, and the function that adds its words to a parser."""
 
-    doc: str
-    add: Callable[[argparse.ArgumentParser], None]
-    is_listed: bool = True
+    def __init__(self, doc: str, add: Callable[[argparse.ArgumentParser], None], is_listed: bool = True) -> None:
+        self.doc, self.add, self.is_listed = doc, add, is_listed
 
 
 def _add_method(parser: argparse.ArgumentParser, method: methods.Method) -> None:

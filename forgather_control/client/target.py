@@ -23,7 +23,6 @@ from ..jobs.record import JobRecord, jobs_dir
 from ..processes import liveness
 from ..wire import addresses
 from . import limits
-from .diagnosis import unreachable
 from .transport import SocketTransport, Transport
 
 #: Environment variable: the token for ``--connect``.
@@ -241,6 +240,8 @@ def _open_socket(record: JobRecord, deadline: Deadline) -> tuple[SocketTransport
         except JobDead as err:
             # The port of a dead job may belong to another program, which must not see its token.
             if port is None or registry.judge(record) == states.JOB_DEAD:
+                from .diagnosis import unreachable
+
                 raise unreachable(record) from err
     if port is None:
         raise JobNotAnswering(f"Job {record.job_id} offers no socket", job=record.job_id)

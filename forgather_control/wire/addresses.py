@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
+import sys
 import time
 from typing import Final, NamedTuple
 
 from ..deadline import Deadline
 from ..errors import FindError, InvalidParams, JobDead, JobNotAnswering, NotAuthenticated
-from . import tls
 
 #: Longest path that fits ``sockaddr_un.sun_path`` with its closing NUL: 108 bytes on Linux, 104 elsewhere (unix(7)).
 MAX_PATH: Final = 107 if os.uname().sysname == "Linux" else 103
@@ -113,7 +112,10 @@ class TcpEndpoint(NamedTuple):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(deadline.left())
-            sock = tls.wrap_client(sock, self.host, self.sha256, self.cafile) if self.is_tls else sock
+            if self.is_tls:
+                from . import tls
+
+                sock = tls.wrap_client(sock, self.host, self.sha256, self.cafile)
             sock.settimeout(None)
             return sock
         except PermissionError as err:
@@ -185,5 +187,6 @@ def peer_ids(sock: socket.socket) -> tuple[int | None, int | None]:
     if not hasattr(socket, "SO_PEERCRED"):
         return None, None
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid, _gid = struct.unpack("=iII", credentials)  # struct ucred
+    # struct ucred: pid, uid, gid, 32 bits each. The module struct would cost every start of a client 0.2 ms.
+    pid, uid = (int.from_bytes(credentials[at : at + 4], sys.byteorder) for at in (0, 4))
     return uid, pid or None
