@@ -13,18 +13,10 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .client.api import (
-        abort,
-        cancel_command,
-        cleanup,
-        connect,
-        get_command,
-        get_job_status,
-        graceful_stop,
-        list_jobs,
-        save_and_stop,
+    from .client.api import (  # isort: skip
+        abort, cancel_command, cleanup, connect, get_command, get_job_status, graceful_stop, list_jobs, save_and_stop,
         save_checkpoint,
-    )
+    )  # fmt: skip
     from .client.connection import Client
     from .errors import *
     from .integrations.huggingface import TrainerControlCallback

@@ -1,7 +1,8 @@
 """Load named tuples from JSON objects that are not trusted: files of other processes, replies of other programs.
 
 A table of :class:`Field` for each class says what its members may be. There are no annotations to read and no
-``dataclasses`` to import, because every start of the command line pays for both.
+``dataclasses`` to import, because every start of the command line pays for both: ``dataclasses`` costs half as much
+as argparse, json and socket together.
 """
 
 from __future__ import annotations

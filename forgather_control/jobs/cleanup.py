@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Final
 
 from .. import states
 from ..deadline import Deadline, lock_file
@@ -17,9 +16,6 @@ from ..errors import JobsDirUnusable
 from . import limits, private_files
 from .record import SOCKET, JobRecord, check_job_id, read_record
 from .registry import ask, judge
-
-#: Open a directory only to look up names in it: it need not be readable (open(2)).
-_PATH_ONLY: Final = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
@@ -29,11 +25,8 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
     On a file system without locks (Lustre without ``-o flock``) the work is done without the lock. Two jobs with the
     same id that start within a millisecond can then both get it.
 
-    Args:
-        seconds: to wait for the lock; ``None`` is ``limits.LOCK_TIMEOUT``.
-
     Raises:
-        JobsDirUnusable: another process held the lock for so long, or the jobs directory cannot be written.
+        JobsDirUnusable: another process held the lock for ``seconds``, or the jobs directory cannot be written.
     """
     seconds = limits.LOCK_TIMEOUT if seconds is None else seconds
     try:
@@ -74,7 +67,7 @@ def remove_dead(root: str, job_id: str) -> bool:
             parent, directory = stack.enter_context(_opened(root, check_job_id(job_id)))
             record = read_record(root, job_id, directory)
         except (OSError, ValueError) as err:
-            if private_files.is_out_of_descriptors(err):
+            if getattr(err, "errno", None) in private_files.NO_DESCRIPTORS:
                 raise
             return False
         if record is None or not is_dead(record):
@@ -88,13 +81,10 @@ def remove_dead(root: str, job_id: str) -> bool:
 
 
 def remove_tree(root: str, job_id: str, known: tuple[int, int]) -> None:
-    """Remove the directory of a job whose owner was judged. Call it while ``locked``.
+    """Remove the directory of a job; call it while ``locked``. Raise JobsDirUnusable if it cannot be removed.
 
     Args:
         known: device and inode of the directory that was judged; another one is left alone.
-
-    Raises:
-        JobsDirUnusable: it cannot be removed.
     """
     try:
         with _opened(root, job_id) as (parent, directory):
@@ -109,8 +99,9 @@ def remove_tree(root: str, job_id: str, known: tuple[int, int]) -> None:
 @contextlib.contextmanager
 def _opened(root: str, job_id: str) -> Iterator[tuple[int, int]]:
     """Yield descriptors of the jobs directory, which may be a link, and of the job's directory in it."""
+    only_names = getattr(os, "O_PATH", os.O_RDONLY)  # it need not be readable (open(2))
     try:
-        parent = os.open(root, _PATH_ONLY)
+        parent = os.open(root, only_names | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as err:
         raise JobsDirUnusable(f"the jobs directory {root} cannot be opened ({err.strerror})") from err
     try:

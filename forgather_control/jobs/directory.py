@@ -43,15 +43,10 @@ def generate_job_id() -> str:
 
 
 class JobDirectory:
-    """The directory of the job in this process.
-
-    Args:
-        job_id: checked by the caller.
-        listen: makes the server listen at a path; raises OSError.
-    """
+    """The directory of the job in this process; ``listen`` makes the server listen at a path, or raises OSError."""
 
     def __init__(self, job_id: str, listen: Callable[[str], None], world_size: int) -> None:
-        self.job_id = job_id
+        self.job_id = job_id  # checked by the caller
         self._root = record.jobs_dir()
         self.path = os.path.join(self._root, job_id)
         self._listen = listen
@@ -97,12 +92,7 @@ class JobDirectory:
                     raise
 
     def restore(self) -> bool:
-        """Repair what was deleted or replaced; return whether anything was.
-
-        Raises:
-            JobIdTaken: another job has the id now.
-            JobsDirUnusable: it cannot be repaired now.
-        """
+        """Repair what was deleted or replaced, if anything was; raise as :meth:`claim` if that is not possible now."""
         if all(map(self._is_as_made, self._files)):
             return False
         with _explained(self.path):
@@ -129,7 +119,7 @@ class JobDirectory:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(self.path, name))
 
-    # Claiming, with the lock held...
+    # All that follows: with the lock held...
 
     def _make(self) -> None:
         os.mkdir(self.path, 0o700)
@@ -148,13 +138,11 @@ class JobDirectory:
         cleanup.remove_tree(self._root, self.job_id, known)
 
     def _follows(self, holder: record.JobRecord) -> bool:
-        """Return whether a launcher ended ``holder``, which this host cannot judge, and started its run again as us.
-
-        A running process of this host keeps its id: its launcher would have ended it first.
-        """
+        """Return whether a launcher ended ``holder``, which this host cannot judge, and started its run again as us."""
         mine, theirs = self._record.launch, holder.launch
         if mine is None or theirs is None or not mine.follows(theirs):
             return False
+        # A running process of this host keeps its id: its launcher would have ended it first.
         answers = holder.socket is not None and _is_listening(holder.socket)
         return registry.judge(holder) == states.JOB_FOREIGN and not answers
 
@@ -174,8 +162,6 @@ class JobDirectory:
             return  # our directory with a damaged record: another job would have made a new directory
         if holder is not None and holder.owner != self._record.owner and not cleanup.is_dead(holder):
             raise _taken(holder)
-
-    # Publishing, with the lock held...
 
     def _publish(self) -> None:
         os.chmod(self.path, 0o700)
@@ -216,8 +202,6 @@ class JobDirectory:
             return False
         return True
 
-    # Removing, with the lock held...
-
     def _discard(self) -> None:
         self._remove_short()
         if self._is_ours():
@@ -238,17 +222,15 @@ class JobDirectory:
         """Return whether the path has our directory, in which no other job has published; inodes are used again."""
         if not self._is_as_made(self.path):
             return False
-        try:
+        with contextlib.suppress(ValueError):
             holder = record.read_record(self._root, self.job_id)
-        except ValueError:
-            return False
-        return holder is None or holder.owner == self._record.owner
+            return holder is None or holder.owner == self._record.owner
+        return False
 
     def _is_as_made(self, path: str) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             return self._files.get(path) == _file_id(path)
-        except OSError:
-            return False
+        return False
 
     def _remove_short(self) -> None:
         if self._short is not None:

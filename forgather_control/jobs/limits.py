@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-#: Longest ``endpoint.json`` in bytes; ours have a few hundred.
-MAX_RECORD: Final = 64 * 1024
-#: Longest ``ranks.json`` in bytes; ten thousand ranks fit.
-MAX_RANKS_FILE: Final = 4 << 20
+MAX_RECORD: Final = 64 * 1024  #: Longest ``endpoint.json`` in bytes; ours have a few hundred.
+MAX_RANKS_FILE: Final = 4 << 20  #: Longest ``ranks.json`` in bytes; ten thousand ranks fit.
 
 #: Most jobs whose answer is waited for at the same time; each takes a file descriptor.
 MAX_ASKED_AT_ONCE: Final = 200
-#: Longest answer in bytes.
-MAX_ANSWER: Final = 1 << 20
-#: Seconds until a job whose backlog is full is asked again; nothing signals when it has room.
-BUSY_RETRY: Final = 0.02
+MAX_ANSWER: Final = 1 << 20  #: Longest answer in bytes.
+BUSY_RETRY: Final = 0.02  #: Seconds until a job whose backlog is full is asked again: nothing signals that it has room.
 
-#: Seconds to wait for the lock of the jobs directory; its holders need milliseconds.
-LOCK_TIMEOUT: Final = 5.0
-#: Seconds that a job has to answer before its directory is removed as a dead one's.
-ANSWER_TIMEOUT: Final = 1.0
-#: Attempts to empty a directory into which other processes still write.
-REMOVE_ATTEMPTS: Final = 5
+LOCK_TIMEOUT: Final = 5.0  #: Seconds to wait for the lock of the jobs directory; its holders need milliseconds.
+ANSWER_TIMEOUT: Final = 1.0  #: Seconds that a job has to answer before its directory is removed as a dead one's.
+REMOVE_ATTEMPTS: Final = 5  #: Attempts to empty a directory into which other processes still write.

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from typing import Final
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: Not blocking, because the file may be a FIFO.
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # the file may be a FIFO
 #: Never a file that exists: it may have a second name anywhere.
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Errors of open(2) where there is no directory: none, another kind of file, a link.
 NO_DIRECTORY: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+#: Errors that say nothing about the file: this process, or the system, has no descriptors left.
+NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
 @contextlib.contextmanager
@@ -28,9 +29,6 @@ def opened(path: str, parent: int | None = None, *, make: bool = False) -> Itera
     Args:
         parent: a descriptor of the directory that ``path`` is relative to.
         make: make the directory (0700) if it does not exist.
-
-    Raises:
-        OSError: with an errno of ``NO_DIRECTORY``, or any other.
     """
     try:
         directory = os.open(path, _DIRECTORY, dir_fd=parent)
@@ -47,13 +45,10 @@ def opened(path: str, parent: int | None = None, *, make: bool = False) -> Itera
 
 
 def write(directory: int, name: str, data: bytes, *, sync: bool = False) -> None:
-    """Write a file (mode 0600) that others see whole or not at all.
+    """Write a file (mode 0600) that others see whole or not at all; on an error an older one of this name stays.
 
     Args:
         sync: whether the content must survive a crash of the host.
-
-    Raises:
-        OSError: it cannot be written; an older file of this name stays.
     """
     hidden = f".{name}.{os.getpid()}"
     file = os.open(hidden, _NEW, 0o600, dir_fd=directory)
@@ -71,12 +66,7 @@ def write(directory: int, name: str, data: bytes, *, sync: bool = False) -> None
 
 
 def read(directory: int, name: str, limit: int) -> tuple[bytes, os.stat_result]:
-    """Return at most ``limit`` bytes of a file, and its facts.
-
-    Raises:
-        OSError: it cannot be opened or read; ELOOP for a link, ENXIO for a socket.
-        ValueError: it is no regular file.
-    """
+    """Return at most ``limit`` bytes of a file, and its facts; raise ValueError if it is no regular file."""
     file = os.open(name, _READ, dir_fd=directory)
     try:
         facts = os.fstat(file)
@@ -91,7 +81,7 @@ def read_trusted(path: str, name: str, limit: int, parent: int | None = None) ->
     """Return the content of a file that only this user and root can have written; ``None`` if there is none.
 
     Args:
-        path: of the file's directory, as for :func:`opened`.
+        path, parent: the file's directory, as for :func:`opened`.
         limit: the most bytes.
 
     Raises:
@@ -107,7 +97,7 @@ def read_trusted(path: str, name: str, limit: int, parent: int | None = None) ->
     except OSError as err:
         if err.errno == errno.ENOENT or (what != name and err.errno in NO_DIRECTORY):
             return None
-        if is_out_of_descriptors(err):
+        if err.errno in NO_DESCRIPTORS:
             raise
         raise ValueError(f"{what} cannot be read ({err.strerror})") from None
     _check_writers(facts, name)
@@ -123,11 +113,6 @@ def _check_writers(facts: os.stat_result, what: str) -> None:
         raise ValueError(f"{what} belongs to another user (uid {facts.st_uid})")
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"{what} can be written by other users; chmod go-w")
-
-
-def is_out_of_descriptors(err: Exception) -> bool:
-    """Return whether the error is this process's own, and so says nothing about the file."""
-    return isinstance(err, OSError) and err.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def make_directories(path: str) -> None:
@@ -146,9 +131,8 @@ def may_replace(facts: os.stat_result, writers: int) -> bool:
 
 def is_safe(path: str) -> bool:
     """Return whether this user can make a directory there that no other user can replace."""
-    try:
+    with contextlib.suppress(OSError):
         facts = os.stat(path)
-    except OSError:
-        return False
-    replaceable = may_replace(facts, stat.S_IWGRP | stat.S_IWOTH)
-    return os.access(path, os.W_OK) and facts.st_uid in (0, os.geteuid()) and not replaceable
+        replaceable = may_replace(facts, stat.S_IWGRP | stat.S_IWOTH)
+        return os.access(path, os.W_OK) and facts.st_uid in (0, os.geteuid()) and not replaceable
+    return False

@@ -1,7 +1,6 @@
 """The processes of a job's ranks, in ``ranks.json`` beside its ``endpoint.json``: for when the job no longer answers.
 
-Rank 0 writes the file when all ranks have joined; clients read it, on any thread. As with a record, nothing that is
-read here is trusted.
+Rank 0 writes the file when all ranks have joined; clients read it, on any thread, and do not trust it.
 """
 
 from __future__ import annotations
@@ -58,12 +57,7 @@ def write(path: str, ranks: list[RankRecord]) -> None:
 
 
 def read(root: str, job_id: str) -> list[RankRecord] | None:
-    """Return the ranks of a job, in order; ``None`` if there is no such file.
-
-    Raises:
-        ValueError: why the file is not as expected.
-        OSError: this process has no descriptors left.
-    """
+    """Return the ranks of a job, in order; ``None`` if there is no such file. Errors as in :func:`read_record`."""
     data = private_files.read_trusted(os.path.join(root, check_job_id(job_id)), RANKS_FILE, limits.MAX_RANKS_FILE)
     return None if data is None else parse_ranks(data)
 

@@ -1,8 +1,5 @@
 """What a job publishes about itself: its id, the name of its directory, its ``endpoint.json``.
 
-Values in the client are ``NamedTuple``, not dataclasses: importing ``dataclasses`` costs half as much as importing
-argparse, json and socket together, at every start of the command line.
-
 Nothing read here is trusted: a file may be half written, hostile, or of another host. A job id is checked before it
 becomes a path, links are not followed, and a record that another user wrote or could write is ignored: in a shared
 jobs directory that user could answer in the name of this user's jobs.
@@ -13,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
 RECORD: Final = "endpoint.json"
 SOCKET: Final = "control.sock"
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+#: Cached, because the path must stay the same when the process changes its working directory.
+_absolute: Final[Callable[[str], str]] = cache(os.path.abspath)
 
 
 def jobs_dir() -> str:
@@ -46,19 +47,8 @@ def jobs_dir() -> str:
     return os.path.join(config, "forgather", "jobs")
 
 
-@cache
-def _absolute(path: str) -> str:
-    """Return the absolute path, the same for the whole life of the process: it may change its working directory."""
-    return os.path.abspath(path)
-
-
 def make_jobs_dir(root: str) -> None:
-    """Make the jobs directory if it does not exist.
-
-    Raises:
-        JobsDirUnusable: another user could replace what is in it.
-        OSError: it cannot be made.
-    """
+    """Make the jobs directory if it does not exist; raise JobsDirUnusable if others could replace what is in it."""
     private_files.make_directories(root)
     facts, me = os.stat(root), os.geteuid()
     if not stat.S_ISDIR(facts.st_mode):

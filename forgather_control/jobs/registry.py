@@ -69,9 +69,16 @@ def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
     Raises:
         JobsDirUnusable: the jobs directory cannot be read.
     """
+    try:
+        with os.scandir(root) as entries:
+            found = [entry.name for entry in entries if is_job_id(entry.name) and entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    except OSError as err:
+        raise JobsDirUnusable(f"the jobs directory {root} cannot be read ({err.strerror})") from err
     records: list[JobRecord] = []
     left_out: dict[str, str] = {}
-    for job_id in _job_ids(root):
+    for job_id in found:
         try:
             if record := read_record(root, job_id):
                 records.append(record)
@@ -79,16 +86,6 @@ def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
             left_out[job_id] = str(err)
     records.sort(key=lambda record: (-record.started_at, record.job_id))
     return records, left_out
-
-
-def _job_ids(root: str) -> list[str]:
-    try:
-        with os.scandir(root) as entries:
-            return [entry.name for entry in entries if is_job_id(entry.name) and entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as err:
-        raise JobsDirUnusable(f"the jobs directory {root} cannot be read ({err.strerror})") from err
 
 
 def named(root: str, job_id: str) -> JobRecord | None:
@@ -100,13 +97,10 @@ def named(root: str, job_id: str) -> JobRecord | None:
 
 
 def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
-    """Return all jobs, newest first, with their states, and by job id why the others cannot be read.
+    """Return what :func:`scan` finds, as jobs with their states.
 
     Args:
         seconds: the longest time to wait for all answers together; jobs that are dead take none of it.
-
-    Raises:
-        JobsDirUnusable: the jobs directory cannot be read.
     """
     records, left_out = scan(root)
     answers = _ask_running(records, "status", seconds)
@@ -114,7 +108,7 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
 
 
 def live_records(root: str, seconds: float) -> list[JobRecord]:
-    """Return the records of the live jobs, newest first. Arguments and errors as in :func:`discover`."""
+    """Return the records of the live jobs, newest first; otherwise as :func:`discover`."""
     records, _ = scan(root)
     answers = _ask_running(records, "ping", seconds)
     return [record for record in records if record.job_id in answers]

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from . import private_files
@@ -38,17 +38,15 @@ def directory_id(path: str) -> DirectoryId:
 
 @contextmanager
 def opened(path: str, name: str, known: DirectoryId, *, make: bool = False) -> Iterator[int]:
-    """Open a spool directory of a job and yield its descriptor.
+    """Open the spool directory ``name`` in the job's directory ``path`` and yield its descriptor.
 
     Args:
-        path: of the job's directory.
-        name: of the spool directory in it; "." opens the job's directory itself.
+        name: "." opens the job's directory itself.
         known: the directory that ``path`` must be, because another job's may have this path now.
         make: make the spool directory if it does not exist.
 
     Raises:
-        FileNotFoundError: one of the directories does not exist any more.
-        OSError: the spool directory belongs to another user, or cannot be opened.
+        OSError: it does not exist any more (FileNotFoundError), or belongs to another user, or cannot be opened.
     """
     # As few calls as possible: beside a training loop in pure Python each one waits for the interpreter lock.
     with private_files.opened(path) as job:
@@ -62,11 +60,7 @@ def opened(path: str, name: str, known: DirectoryId, *, make: bool = False) -> I
 
 
 def read(spool: int, name: str, limit: int) -> tuple[bytes, os.stat_result] | None:
-    """Return at most ``limit`` bytes of a spool file, and its facts; ``None`` if this is no spool file.
-
-    Raises:
-        OSError: no file has this name, or it cannot be read now.
-    """
+    """Return at most ``limit`` bytes of a spool file, and its facts; ``None`` if this is no spool file."""
     try:
         data, facts = private_files.read(spool, name, limit)
     except ValueError:
@@ -86,8 +80,7 @@ def is_spool_file(facts: os.stat_result, spool: int) -> bool:
 
 def remove(spool: int, name: str) -> bool:
     """Remove a spool file; return whether it existed."""
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=spool)
-    except FileNotFoundError:
-        return False
-    return True
+        return True
+    return False

@@ -1,7 +1,7 @@
 """Stacks of a process whose interpreter lock may be held: ``StackDumper`` in that process, ``dump_stacks`` in a client.
 
-The stacks are written into a memfd, a file in memory that other processes of the same user open as ``/proc/PID/fd/N``.
-There are two ways to have them written:
+They are written into a memfd, a file in memory that other processes of the user open as ``/proc/PID/fd/N``, in one of
+two ways:
 
 1. The *Python dump*: the client writes a byte to a pipe. The *dump thread*, which blocks in ``read`` without the
    interpreter lock, wakes and writes the stacks. That is harmless, but needs the lock.
@@ -36,22 +36,17 @@ from ..errors import FindError, JobDead, JobNotAnswering
 from . import proc
 from .liveness import Identity, judge
 
-#: The name of the file, as /proc shows it.
-NAME: Final = "forgather-stacks"
+NAME: Final = "forgather-stacks"  #: The name of the file, as /proc shows it.
 #: The file begins with the ``_Header`` as JSON, padded to this many bytes; the dumps follow.
 _HEADER_SIZE: Final = 128
-#: The dump thread writes this before its text: the length in bytes.
-_MARK: Final = b"=== stacks, %d bytes\n"
-#: Most bytes that are read from a file, and most characters of a dump.
-_MAX_DUMP: Final = 4 << 20
-_MAX_TEXT: Final = 64 * 1024
+_MARK: Final = b"=== stacks, %d bytes\n"  #: The dump thread writes this before its text.
+_MAX_DUMP: Final = 4 << 20  #: Most bytes that are read from a file.
+_MAX_TEXT: Final = 64 * 1024  #: Most characters of a dump.
 #: Seconds, and failed attempts of the dump thread to take the lock, after which the lock counts as held.
 _LOCK_HELD: Final = 3.0
 _ATTEMPTS: Final = 10
-#: Seconds between two checks of a file in /proc, which cannot be waited on.
-_POLL_INTERVAL: Final = 0.005
-#: Seconds that ``close`` waits for a client that is reading a dump, and for the dump thread.
-_CLOSE_TIMEOUT: Final = 0.5
+_POLL_INTERVAL: Final = 0.005  #: Seconds between two checks of a file in /proc, which cannot be waited on.
+_CLOSE_TIMEOUT: Final = 0.5  #: Seconds that ``close`` waits for a client that reads a dump, and for the dump thread.
 
 
 class _Header(NamedTuple):

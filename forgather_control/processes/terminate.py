@@ -29,7 +29,7 @@ def terminate(
 
     Args:
         grace_seconds: between the two signals.
-        owner: end only processes of this user id; ``None``: all that the kernel lets this process signal.
+        owner: end only processes of this user id; ``None``: of all users.
     """
     identities = list(identities)
     outcomes: Outcomes = {}
