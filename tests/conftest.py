@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
+from forgather_control.training.job_queries import JobQueries
+
+from .support import answers
+
 CI = os.environ.get("CI") == "true"
 #: The torch-free half, on a Python without torch: there, and only there, its tests may be skipped.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
@@ -48,6 +52,15 @@ def jobs_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("NO_COLOR", raising=False)
     yield path / "jobs"
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def answers_fit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the jobs of this process answer fits the schemas of ``rpc.discover``."""
+    kept = answers.Kept()
+    monkeypatch.setattr(JobQueries, "answer", kept.wrap(JobQueries.answer))
+    yield
+    kept.check()
 
 
 class Certificates(NamedTuple):

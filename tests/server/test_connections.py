@@ -101,7 +101,7 @@ def line(method, *params, id=1):
 
 def subscribed(where, *since):
     """A client that has subscribed."""
-    wire = Wire(where)
+    wire = Wire(where, made_up=True)
     if isinstance(where, tuple):
         wire.authenticate()
     assert "result" in wire.call("subscribe", list(since))

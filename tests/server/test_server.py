@@ -630,7 +630,7 @@ def test_root_may_control_an_ordinary_users_job(path):
     os.chown(path.parent, 65534, 65534)
     with Process(program, str(path)) as job:
         assert job.line() == "ready"
-        with Wire(path) as wire:
+        with Wire(path, made_up=True) as wire:
             assert wire.call("ping")["result"] == 65534
 
 
@@ -1019,7 +1019,7 @@ def test_a_forked_child_keeps_neither_port_nor_connections():
     """A DataLoader's worker; when the parent is killed, its port refuses connections, and open ones end."""
     with Process(FORKS_TCP, TOKEN) as process:
         at = ("127.0.0.1", int(process.line()))
-        with Wire(at) as wire, Wire(at) as other:
+        with Wire(at, made_up=True) as wire, Wire(at) as other:
             assert wire.authenticate()["result"]["pid"] == process.pid
             other.send(b" ")
             wire.still_answers()  # so the other connection is accepted

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from . import answers
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: All time-outs are multiples of one unit, so that a slow machine needs one change.
 MS = float(os.environ.get("FORGATHER_TEST_MS", "0.001"))
@@ -75,10 +77,16 @@ TOKEN = "0123456789abcdef" * 2
 
 
 class Wire:
-    """A raw client: bytes in, lines out. To a path, to host and port, or over a socket that is connected already."""
+    """A raw client: bytes in, lines out. To a path, to host and port, or over a socket that is connected already.
 
-    def __init__(self, where: str | os.PathLike[str] | tuple[str, int] | socket.socket) -> None:
+    Every successful reply that it parses must fit the schema of the method's result, unless a test made it up.
+    """
+
+    def __init__(
+        self, where: str | os.PathLike[str] | tuple[str, int] | socket.socket, *, made_up: bool = False
+    ) -> None:
         self.sock = where if isinstance(where, socket.socket) else self._connected(where)
+        self._promised = answers.Promised(self.sock, made_up)
         self.file = self.sock.makefile("rb")
 
     @staticmethod
@@ -105,6 +113,7 @@ class Wire:
         self.sock.close()
 
     def send(self, data: bytes) -> None:
+        self._promised.sent(data)
         self.sock.sendall(data)
 
     def line(self) -> bytes:
@@ -113,7 +122,9 @@ class Wire:
 
     def reply(self) -> Any:
         """The next line, parsed strictly."""
-        return strict(self.line())
+        message = strict(self.line())
+        self._promised.check(message)
+        return message
 
     def call(self, method: str, params: Any = None, id: Any = 1) -> Any:
         """One request and its response object."""
@@ -205,9 +216,11 @@ def serving(
     server = Server(answer, tick)
     server.listen(os.fspath(path))
     server.start()
+    answers.MADE_UP.add(os.fspath(path))
     try:
         yield server
     finally:
+        answers.MADE_UP.discard(os.fspath(path))
         server.close(SOON)
 
 
@@ -223,9 +236,12 @@ def serving_tcp(
         server.listen(os.fspath(path))
     server.at = server.listen_tcp("127.0.0.1", 0, TOKEN, tls)  # type: ignore[attr-defined]
     server.start()
+    made_up = {server.at, path and os.fspath(path)}
+    answers.MADE_UP.update(made_up)
     try:
         yield server
     finally:
+        answers.MADE_UP.difference_update(made_up)
         server.close(SOON)
 
 

@@ -11,6 +11,7 @@ from forgather_control.wire import discovery
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.jsonrpc import encode
 
+from ..support.answers import problem
 from ..support.harness import strict
 
 DOCUMENT = strict(encode(discovery.document(BUILTIN)))
@@ -60,3 +61,18 @@ def test_every_enumeration_has_its_type():
                 walk(item)
 
     walk(DOCUMENT["methods"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"next": 1}, None),
+        ({"next": "1"}, "'1' is not of type 'integer'"),
+        ({}, "'next' is a required property"),
+        ({"next": 1, "more": 2}, "'more' was unexpected"),
+    ],
+)
+def test_an_answer_that_breaks_its_schema_is_noticed(answer, words):
+    """The check of all answers in the tests finds a wrong type, a missing member and one that is not described."""
+    found = problem("subscribe", answer)
+    assert found is None if words is None else words in found

@@ -492,7 +492,7 @@ def test_writing_to_who_is_gone_never_ends_the_process(pem):
             with Wire((HERE, port)) as plain:
                 plain.sock.setsockopt(*RESET)
                 plain.send(b"plain")
-        with Wire(spoken((HERE, port))) as owner:
+        with Wire(spoken((HERE, port)), made_up=True) as owner:
             owner.authenticate()
         process.say("")
         assert process.line() == "alive" and process.end() == 0
@@ -521,7 +521,7 @@ def test_a_forked_child_says_no_goodbye(pem):
     """
     with Process(source, TOKEN, pem.cert, pem.key, cwd=ROOT) as process:
         port = int(process.line())
-        with Wire(spoken((HERE, port))) as spoke, Wire((HERE, port)) as other:
+        with Wire(spoken((HERE, port)), made_up=True) as spoke, Wire((HERE, port)) as other:
             spoke.sock.suppress_ragged_eofs = False
             spoke.authenticate()
             other.send(b"")
