@@ -6,7 +6,7 @@ Runs on the training thread of rank 0.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import InvalidParams, PortTaken, TlsUnusable
 from ..wire import tls
@@ -16,13 +16,9 @@ from .auth import new_token
 if TYPE_CHECKING:
     import ssl
 
+    from .server import Server
+
 log = logging.getLogger("forgather_control")
-
-
-class TcpServer(Protocol):
-    """The part of the server that is used here."""
-
-    def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]: ...
 
 
 class BoundPort(NamedTuple):
@@ -42,15 +38,14 @@ class TcpOptions(NamedTuple):
     certfile: str | None = None
     keyfile: str | None = None
 
-    def open(self, server: TcpServer) -> BoundPort:
+    def open(self, server: Server) -> BoundPort:
         """Bind the port.
 
         Raises:
             PortTaken: it cannot be bound.
             TlsUnusable: the certificate or its key cannot be used; the port is not opened without TLS instead.
         """
-        context, sha256 = self._tls()
-        token = new_token()
+        (context, sha256), token = self._tls(), new_token()
         try:
             address, port = server.listen_tcp(self.host, None if self.port == "auto" else self.port, token, context)
         except (OSError, ValueError, TypeError) as err:  # also no such address, or not a host name at all
@@ -83,19 +78,18 @@ def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> TcpOptions | Non
     Raises:
         InvalidParams: an argument has an impossible value.
     """
+
+    def demand(fits: bool, name: str, expected: str, value: Any) -> None:
+        if not fits:
+            raise InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)
+
     for name, path in (("certfile", certfile), ("keyfile", keyfile)):
-        if path is not None and (not isinstance(path, str) or not path):
-            raise _invalid(name, "the path of a PEM file", path)
+        demand(path is None or (isinstance(path, str) and path != ""), name, "the path of a PEM file", path)
     if port is None:
         return None
-    if port != "auto" and (type(port) is not int or not 0 <= port < 65536):
-        raise _invalid("port", 'None, "auto" or a number from 0 to 65535', port)
-    if not isinstance(host, str) or not host:
-        raise _invalid("host", "an address of this host", host)
+    is_port = port == "auto" or (type(port) is int and 0 <= port < 65536)
+    demand(is_port, "port", 'None, "auto" or a number from 0 to 65535', port)
+    demand(isinstance(host, str) and host != "", "host", "an address of this host", host)
     if keyfile is not None and certfile is None:
         raise InvalidParams("keyfile needs a certfile as well", parameter="keyfile")
     return TcpOptions(port, host, certfile, keyfile)
-
-
-def _invalid(name: str, expected: str, value: Any) -> InvalidParams:
-    return InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)
