@@ -6,28 +6,23 @@ Runs on the server thread only.
 from __future__ import annotations
 
 import resource
-import select
 import selectors
 import socket
 import time
 from collections.abc import Iterator
 
-from ..deadline import Deadline
 from . import limits
 from .connection import Connection
 
 
 class Connections:
-    """The open connections, by descriptor.
-
-    Args:
-        selector: watches them.
-    """
+    """The open connections, by descriptor."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
         self._open: dict[int, Connection] = {}
-        self._subscribed: set[Connection] = set()
+        #: Those that have, or had, a subscription.
+        self.subscribed: set[Connection] = set()
 
     def __iter__(self) -> Iterator[Connection]:
         """Iterate over a copy, so that connections can be closed meanwhile."""
@@ -53,24 +48,25 @@ class Connections:
         if connection.broken or finished:
             self.close(connection)
             return
-        reads = not (connection.at_end or connection.queued or connection.unsent > limits.MAX_UNSENT)
-        self._watch(
-            connection, (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if connection.unsent else 0)
-        )
+        events = selectors.EVENT_WRITE if connection.unsent else 0
+        if not (connection.at_end or connection.queued or connection.unsent > limits.MAX_UNSENT):
+            events |= selectors.EVENT_READ
+        self._watch(connection, events)
 
     def _watch(self, connection: Connection, events: int) -> None:
-        key = self._selector.get_map().get(connection.fd)
-        if key is None:
-            if events:
-                self._selector.register(connection.fd, events)
-        elif not events:
+        if events == connection.watched:
+            return
+        if not events:
             self._selector.unregister(connection.fd)
-        elif key.events != events:
+        elif connection.watched:
             self._selector.modify(connection.fd, events)
+        else:
+            self._selector.register(connection.fd, events)
+        connection.watched = events
 
     def close(self, connection: Connection) -> None:
         """Close a connection, if it is open."""
-        self._subscribed.discard(connection)
+        self.subscribed.discard(connection)
         if self._open.get(connection.fd) is connection:
             del self._open[connection.fd]
             self._watch(connection, 0)
@@ -89,49 +85,15 @@ class Connections:
             if stalled or late or silent or (connection.at_end and connection.hung_up()):
                 self.close(connection)
 
-    # Subscriptions...
-
-    def note_subscription(self, connection: Connection) -> None:
-        """Note that a connection may have a subscription."""
-        if connection.subscription is not None:
-            self._subscribed.add(connection)
-
     def streams_due(self, woken: bool) -> list[Connection]:
-        """Return the subscribed connections that can be sent more.
-
-        Args:
-            woken: all of them may have more.
-        """
-        if not self._subscribed:
+        """Return the subscribed connections that can be sent more; all of them may have more if ``woken``."""
+        if not self.subscribed:
             return []
         now = time.monotonic()
-        self._subscribed = {connection for connection in self._subscribed if connection.subscription is not None}
-        for connection in self._subscribed if woken else ():
+        self.subscribed = {connection for connection in self.subscribed if connection.subscription is not None}
+        for connection in self.subscribed if woken else ():
             connection.stream_at = now
-        return [each for each in self._subscribed if (at := each.stream_time) is not None and at <= now]
-
-    def stream_times(self) -> Iterator[float]:
-        """Return when subscribed connections can be sent more, in ``time.monotonic()`` seconds."""
-        return (at for connection in self._subscribed if (at := connection.stream_time) is not None)
-
-    # The end...
-
-    def flush(self, deadline: Deadline) -> None:
-        """Send what is left, streams included, as far as clients read it until the deadline."""
-        self.streams_due(woken=True)
-        while True:
-            for connection in self:
-                while connection.stream() and not deadline.passed():
-                    pass
-            late = [connection for connection in self if connection.unsent and not connection.broken]
-            if not late or deadline.passed():
-                return
-            poller = select.poll()
-            for connection in late:
-                poller.register(connection.sock, select.POLLOUT)
-            poller.poll((deadline.left() or 0.0) * 1000)
-            for connection in late:
-                connection.flush()
+        return [connection for connection in self.subscribed if connection.stream_time <= now]
 
 
 def _eviction_order(connection: Connection) -> tuple[bool, bool, float]:
@@ -143,6 +105,5 @@ def _eviction_order(connection: Connection) -> tuple[bool, bool, float]:
 def _most_connections() -> int:
     """Return how many connections leave enough descriptors to training, however low its limit is (getrlimit(2))."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return limits.MAX_CONNECTIONS
-    return max(8, min(limits.MAX_CONNECTIONS, soft - limits.RESERVED_FILES))
+    room = limits.MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - limits.RESERVED_FILES
+    return max(8, min(limits.MAX_CONNECTIONS, room))

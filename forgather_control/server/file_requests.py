@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Container
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from typing import Any, Final
 
@@ -33,8 +33,6 @@ from .reply_files import FileReply, ReplyFiles
 
 log = logging.getLogger("forgather_control")
 
-#: The start of the name of a request that is being taken; random characters of the server follow.
-_TAKEN: Final = ".taken-"
 #: No listing of requests/ counts: list it at the next tick.
 _LIST_AGAIN: Final[tuple[object, object]] = (None, None)
 
@@ -61,25 +59,23 @@ class FileRequestServer:
         self._path, self._dispatch, self._methods = path, dispatch, methods
         self._status, self._version = status, version
         self._started_at = time.monotonic()
-        self._taken = _TAKEN + os.urandom(8).hex()
+        self._taken = f".taken-{os.urandom(8).hex()}"  # the name of a request that is being taken
         self._directory: spool.DirectoryId = (0, 0)
         self._stamps = _LIST_AGAIN  # of requests/, at the last two listings
         self._open: list[FileReply] = []
         self._replies = ReplyFiles(lambda: self._opened(REPLIES), self._warn)
         self._status_version: object = None  # of the content of status.json
         self._status_due = self._status_stale = 0.0  # monotonic: not before, not after
-        self._warned = self._failed = self._ending = False
+        self._warned = self._failed = False
         self.renew()
 
     # Each tick...
 
     def renew(self) -> None:
         """Make the spool directories, after the job's directory was made or restored."""
-        self._stamps, self._status_version = _LIST_AGAIN, None
+        self._status_version = None
         try:
-            before, self._directory = self._directory, spool.directory_id(self._path)
-            if self._directory != before:
-                self._replies.forget()
+            self._directory = spool.directory_id(self._path)
             for name in (REQUESTS, REPLIES):
                 with self._opened(name):
                     pass
@@ -106,7 +102,7 @@ class FileRequestServer:
 
     def _warn(self, err: OSError) -> None:
         self._failed, self._stamps = True, _LIST_AGAIN
-        if not (self._warned or self._ending):
+        if not self._warned:
             where = f"{err.filename}: " if isinstance(err.filename, str) else ""
             text = "Control by file does not work (%s%s). The job tries again every %g s."
             log.warning(text, where, err.strerror or err, limits.TICK_PERIOD)
@@ -150,11 +146,16 @@ class FileRequestServer:
         if facts.st_mode & 0o077:
             os.fchmod(requests, 0o700)
         self._stamps = (self._stamps[1], _stamp(facts))
+        aged = []
         with os.scandir(requests) as entries:
             # Files with other names do not count, so that thousands of them cannot hide the requests.
             found = (entry for entry in islice(entries, limits.MAX_NAMES_READ) if self._is_request(entry.name))
-            aged = [_aged(entry, requests) for entry in islice(found, limits.MAX_FILES_SEEN)]
-        return [name for _, name in sorted(item for item in aged if item is not None)]
+            for entry in islice(found, limits.MAX_FILES_SEEN):
+                with suppress(FileNotFoundError):  # its client has taken it back
+                    facts = entry.stat(follow_symlinks=False)
+                    if spool.is_spool_file(facts, requests):
+                        aged.append((facts.st_mtime_ns, entry.name))
+        return [name for _, name in sorted(aged)]
 
     def _is_request(self, name: str) -> bool:
         """Return whether a file with this name is a request. As a job id has no leading dot, hidden files are none."""
@@ -230,7 +231,7 @@ class FileRequestServer:
 
     def end(self) -> bool:
         """Warn no more; return whether a client may still wait for a reply or leave a request."""
-        self._ending = True
+        self._warned = True
         try:
             with spool.opened(self._path, REQUESTS, self._directory) as requests:
                 waiting = any(map(self._is_request, os.listdir(requests)))
@@ -244,20 +245,9 @@ class FileRequestServer:
         while not deadline.passed() and self._replies.are_awaited():
             time.sleep(limits.REPLY_POLL_PERIOD)  # nothing signals that a file was removed
 
-    # Directories...
-
     def _opened(self, name: str) -> AbstractContextManager[int]:
         return spool.opened(self._path, name, self._directory, make=True)
 
 
 def _stamp(facts: os.stat_result) -> object:
     return facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_mode
-
-
-def _aged(entry: os.DirEntry[str], requests: int) -> tuple[int, str] | None:
-    """Return the time of change and the name; ``None`` if it is no spool file, or was removed."""
-    try:
-        facts = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    return (facts.st_mtime_ns, entry.name) if spool.is_spool_file(facts, requests) else None

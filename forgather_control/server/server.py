@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -23,27 +24,22 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from ..deadline import Deadline
-from ..errors import NotAuthenticated
-from ..wire import jsonrpc
 from ..wire.limits import MAX_LINE
 from . import limits
 from .auth import TokenAuthenticator, new_token
 from .budget import CpuBudget
 from .connection import Connection, TlsConnection
 from .connections import Connections
-from .dispatcher import Dispatcher, Handler, Peer, ReplySink
-from .listener import Listener, Listeners, open_port, open_socket
-from .waker import Waker
+from .dispatcher import Dispatcher, Handler, Peer
+from .listener import Listener, Listeners, UnixListener, open_port
 
 if TYPE_CHECKING:
     import ssl
 
 log = logging.getLogger("forgather_control")
-
-_NO_TLS: Final = jsonrpc.response(None, NotAuthenticated("This port speaks TLS. Connect to tls:// instead."))
 
 
 class Server:
@@ -59,20 +55,20 @@ class Server:
 
     def __init__(self, handler: Handler, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
         self._dispatcher, self._tick, self._last = Dispatcher(handler), tick, last
-        self._selector = selectors.DefaultSelector()
-        self._listeners = Listeners(self._selector)
-        self._connections = Connections(self._selector)
+        self._selector, self._waker = selectors.DefaultSelector(), Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._listeners, self._connections = Listeners(self._selector), Connections(self._selector)
         self._authenticator = TokenAuthenticator(new_token())  # without a port, no client has this token
         self._queue: deque[Connection] = deque()  # connections that may have a line or a stream, each once
         self._thread: threading.Thread | None = None
-        self._closing = self._closed_from_tick = self._woken = False
+        self._closing = self._woken = False
         self._tick_at = time.monotonic() + limits.TICK_PERIOD
         self._failed_ticks = self._skipped_ticks = 0
-        self._waker = Waker()
-        self._selector.register(self._waker, selectors.EVENT_READ)
+        #: On the server thread: answer a line that did not come over a connection; check for room to defer an answer.
+        self.dispatch, self.check_room = self._dispatcher.dispatch, self._dispatcher.check_room
+        #: On any thread: have deferred requests and subscriptions polled soon. Never blocks.
+        self.wake = self._waker.wake
         _servers.add(self)
-
-    # For other threads...
 
     def listen(self, path: str) -> None:
         """Listen at ``path`` instead of the path before; open connections stay.
@@ -82,23 +78,17 @@ class Server:
         Raises:
             OSError: the path cannot be bound.
         """
-        self._listeners.add(open_socket(path, self._adopt))
+        self._listeners.add(UnixListener(path, self._adopt))
 
     def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]:
         """Listen on a port, too, for clients with the token; return its address and port. Before ``start``.
 
-        Args:
-            port: a number, 0 for any, ``None`` for the first free one from ``DEFAULT_PORT``.
-            tls: for a port that speaks TLS.
-
-        Raises:
-            OSError, ValueError, TypeError: it cannot be bound.
+        See ``listener.open_port`` for the port and what is raised; with ``tls``, the port speaks TLS.
         """
         self._authenticator = TokenAuthenticator(token)
         listener = open_port(host, port, lambda sock, peer: self._adopt(sock, peer, tls))
         self._listeners.add(listener)
-        host, port = listener.socket.getsockname()[:2]
-        return host, port
+        return str(listener.server_address[0]), listener.server_address[1]
 
     def start(self) -> None:
         """Start the server thread."""
@@ -106,9 +96,10 @@ class Server:
         thread.start()
         self._thread = thread  # only a thread that was started can be joined
 
-    def wake(self) -> None:
-        """Have deferred requests and subscriptions polled soon. Never blocks; callable from any thread."""
-        self._waker.wake()
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller runs on the server thread."""
+        return self._thread is threading.current_thread()
 
     def close(self, timeout: float) -> None:
         """Answer what can be answered, then close everything.
@@ -117,20 +108,14 @@ class Server:
         the job is ending; clients have ``CLOSE_GRACE`` seconds to read.
 
         Args:
-            timeout: seconds to wait for the thread; after that it finishes on its own.
+            timeout: seconds to wait for the thread; after that it finishes on its own, as when ``tick`` calls this.
         """
         self._closing = True
         if self._thread is None:
             self._release()
-        elif self._thread is threading.current_thread():
-            self._closed_from_tick = True  # then the thread ends with it
-            return
-        else:
+        elif not self.is_this_thread:
             self._waker.wake()
             self._thread.join(timeout)
-            if self._thread.is_alive():
-                return  # it still uses its descriptors
-        self._close_waker()
 
     def abandon(self) -> None:
         """Close all descriptors in a forked child, and send nothing to the parent's clients.
@@ -142,26 +127,6 @@ class Server:
         self._listeners.abandon()
         self._selector.close()
         self._waker.abandon()
-        _servers.discard(self)
-
-    def _close_waker(self) -> None:
-        _servers.discard(self)
-        self._waker.close()
-
-    # For the handler and the tick, on the server thread...
-
-    def dispatch(self, sink: ReplySink, line: bytes) -> None:
-        """Answer a line that did not come over a connection."""
-        self._dispatcher.dispatch(sink, line)
-
-    def check_room(self) -> None:
-        """Raise TooManyCommands if no more answers can be deferred."""
-        self._dispatcher.check_room()
-
-    @property
-    def is_this_thread(self) -> bool:
-        """Whether the caller runs on the server thread."""
-        return self._thread is threading.current_thread()
 
     # The server thread...
 
@@ -170,36 +135,28 @@ class Server:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         budget, faults = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST), 0
         while not self._closing:
-            try:
-                self._round(budget)
-                faults = 0
-            except Exception as err:  # boundary: a fault here ends neither this thread nor training
-                log.exception("Internal error in the control server (recovered): %s", err)
-                faults += 1
+            faults = 0 if _survives(self._round, budget) else faults + 1
+            if faults:
                 time.sleep(min(limits.TICK_PERIOD, 0.01 * 2 ** min(faults, 10)))  # it may occur in each round
-        try:
-            self._last_round()
-        except Exception as err:  # boundary: as above
-            log.exception("Internal error in the control server while it closed: %s", err)
+        _survives(self._last_round)
         self._release()
-        if self._closed_from_tick:
-            self._close_waker()
 
     def _round(self, budget: CpuBudget) -> None:
         delay = budget.throttle_delay()
         if delay > 0:
             self._woken |= self._waker.wait(min(delay, limits.TICK_PERIOD))
         else:
-            self._select(0.0 if self._queue else self._timeout())
+            self._select()
             self._serve_queue()
         woken, self._woken = self._woken, False
-        for sink in (*self._authenticator.send_rejections(), *self._dispatcher.poll(woken)):
+        for sink in self._dispatcher.poll(woken):
             if isinstance(sink, Connection):
                 self._connections.update(sink)
         for connection in self._connections.streams_due(woken):
             self._enqueue(connection)
         if time.monotonic() >= self._tick_at:
             self._tick_at = time.monotonic() + limits.TICK_PERIOD
+            self._listeners.resume()
             self._connections.sweep()
             self._try_tick()
 
@@ -207,33 +164,22 @@ class Server:
         """Call ``tick``. After n failures in a row, skip the next 2 ** n - 1 (at most 31) calls."""
         if self._skipped_ticks > 0:
             self._skipped_ticks -= 1
-            return
-        try:
-            self._tick()
+        elif _survives(self._tick):
             self._failed_ticks = 0
-        except Exception as err:  # boundary: requests are answered all the same
-            log.exception("Internal error in the control server (recovered): %s", err)
+        else:
             self._failed_ticks += 1
             self._skipped_ticks = 2 ** min(self._failed_ticks, 5) - 1
 
-    def _timeout(self) -> float:
-        """Return the seconds until something is due."""
-        moments = [self._tick_at, *self._dispatcher.deadlines(), *self._connections.stream_times()]
-        moments += self._authenticator.rejection_times()
-        if self._listeners.retry_at is not None:
-            moments.append(self._listeners.retry_at)
-        return max(0.0, min(moments) - time.monotonic())
-
-    def _select(self, timeout: float) -> None:
-        self._listeners.resume()
-        for key, events in self._selector.select(timeout):
+    def _select(self) -> None:
+        streams = (connection.stream_time for connection in self._connections.subscribed)
+        due = 0.0 if self._queue else min([self._tick_at, *self._dispatcher.deadlines(), *streams])
+        for key, events in self._selector.select(due - time.monotonic()):
             if isinstance(key.fileobj, Listener):
                 # One is the rule, and looking for another costs as much as a round. But while others are being
                 # answered, a new client must soon be among them: the backlog knows no turns.
                 self._listeners.accept(key.fileobj, limits.ACCEPTS_PER_ROUND if self._queue else 1)
             elif key.fileobj is self._waker:
-                self._waker.drain()
-                self._woken = True
+                self._woken |= self._waker.wait(0.0)
             elif (connection := self._connections.get(key.fd)) is not None:  # else closed by an earlier event
                 self._serve(connection, events)
 
@@ -241,7 +187,7 @@ class Server:
 
     def _adopt(self, sock: socket.socket, peer: Peer, tls: ssl.SSLContext | None = None) -> None:
         max_line = MAX_LINE if peer.via == "socket" else limits.MAX_FIRST_LINE
-        connection = TlsConnection(sock, max_line, tls, _NO_TLS) if tls else Connection(sock, max_line, peer)
+        connection = TlsConnection(sock, max_line, tls) if tls else Connection(sock, max_line, peer)
         self._connections.add(connection)
         self._serve(connection, selectors.EVENT_READ)  # usually the request is there; watched once that is answered
 
@@ -290,28 +236,85 @@ class Server:
 
     def _answer(self, connection: Connection, line: bytes) -> None:
         is_blank = len(line) <= connection.max_line and not line.strip(b" \t\r")
-        if is_blank or not (connection.authenticated or self._authenticator.admit(connection, line)):
-            return
-        self._dispatcher.dispatch(connection, line)
-        self._connections.note_subscription(connection)
+        if not is_blank and (connection.authenticated or self._authenticator.admit(connection, line)):
+            self._dispatcher.dispatch(connection, line)
+        if connection.subscription is not None:
+            self._connections.subscribed.add(connection)
 
     # ... the end
 
     def _last_round(self) -> None:
-        self._listeners.accept_backlogs()
+        self._listeners.close()
         for connection in self._connections:
             connection.read()
             while not connection.broken and (line := connection.take_line()) is not None:
                 self._answer(connection, line)
+            connection.stop_reading()
+            self._enqueue(connection)
         self._last()
         self._dispatcher.give_up()
-        self._connections.flush(Deadline(limits.CLOSE_GRACE))
+        self._connections.streams_due(woken=True)
+        self._tick_at = time.monotonic() + limits.CLOSE_GRACE
+        while time.monotonic() < self._tick_at and (self._queue or any(each.unsent for each in self._connections)):
+            self._select()
+            self._serve_queue()
 
     def _release(self) -> None:
+        self._listeners.close()
         for connection in self._connections:
             self._connections.close(connection)
-        self._listeners.close()
         self._selector.close()
+        self._waker.close()
+
+
+class Waker:
+    """A pipe with which any thread, signal handler or finalizer wakes the server thread, also after ``close``."""
+
+    def __init__(self) -> None:
+        self._out, self._in = os.pipe()
+        os.set_blocking(self._in, False)
+        # Without it a wake during close could write into a file that has just got the same descriptor. Reentrant, as a
+        # signal handler may interrupt its holder.
+        self._lock = threading.RLock()
+
+    def fileno(self) -> int:
+        """Return the descriptor for a selector."""
+        return self._out
+
+    def wake(self) -> None:
+        """Make the pipe readable."""
+        with self._lock, suppress(BlockingIOError):  # it is full, so the thread is about to wake up
+            if self._in >= 0:
+                os.write(self._in, b"\0")
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether there was a wake, or is one within so many seconds."""
+        poller = select.poll()
+        poller.register(self._out, select.POLLIN)
+        return bool(poller.poll(seconds * 1000) and os.read(self._out, 4096))
+
+    def close(self) -> None:
+        """Close the pipe. May be called twice."""
+        with self._lock:
+            if self._in >= 0:
+                os.close(self._in)
+                os.close(self._out)
+            self._in = self._out = -1
+
+    def abandon(self) -> None:
+        """Close the pipe in a forked child, where a thread that does not exist there may hold the lock."""
+        self._lock = threading.RLock()
+        self.close()
+
+
+def _survives(call: Callable[..., None], *args: Any) -> bool:
+    """Return whether a call raised nothing: a fault here ends neither the server thread nor training."""
+    try:
+        call(*args)
+        return True
+    except Exception as err:  # boundary
+        log.exception("Internal error in the control server (recovered): %s", err)
+        return False
 
 
 # A forked child (a DataLoader worker, for example) would keep the socket open after the parent's death: clients could

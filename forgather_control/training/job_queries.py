@@ -189,7 +189,7 @@ class JobQueries:
     def subscribe(self, since: int | None, kinds: list[str] | None) -> Subscription:
         """Send events on the connection of this request."""
         subscriber = self._state.events.subscribe(since, kinds)
-        return Subscription({"next": self._state.events.next_seq}, subscriber.pull, subscriber.next_at, lambda: None)
+        return Subscription({"next": self._state.events.next_seq}, subscriber.pull, subscriber.next_at)
 
     def unsubscribe(self) -> dict[str, Any]:
         """Stop sending events on the connection of this request."""

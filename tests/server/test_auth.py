@@ -9,11 +9,14 @@ import re
 import socket
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from forgather_control.server import auth, limits
 from forgather_control.server.auth import TokenAuthenticator
+from forgather_control.server.connection import Connection
+from forgather_control.server.dispatcher import Peer
 from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import MS, SOON, TOKEN, Wire, descriptors, serving_tcp, until
@@ -65,6 +68,31 @@ def control(answers, jobs_dir):
 # The check of a first line...
 
 
+@contextmanager
+def stranger():
+    """An unauthenticated connection, and its client's end."""
+    ours, client = socket.socketpair()
+    with ours, client:
+        yield Connection(ours, limits.MAX_FIRST_LINE, Peer("tcp")), client
+
+
+def check(judge, first):
+    """The verdict on a first line, and what its client receives."""
+    with stranger() as (connection, client):
+        accepted = judge.admit(connection, first)
+        connection.stream()
+        connection.sock.shutdown(socket.SHUT_WR)
+        verdict = "accepted" if accepted else "not authenticate" if connection.broken else "wrong token"
+        assert (connection.authenticated, connection.at_end) == (accepted, verdict == "wrong token")
+        return verdict, client.recv(65536)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Wrong tokens are answered without a delay."""
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 0.0)
+
+
 def test_a_token_is_long_random_and_fit_for_a_shell():
     """256 bits, different each time, of characters that need no quotes."""
     tokens = {auth.new_token() for _ in range(100)}
@@ -92,9 +120,9 @@ def test_a_token_is_long_random_and_fit_for_a_shell():
         ({}, "wrong token"),
     ],
 )
-def test_only_the_token_itself_is_welcome(params, verdict):
+def test_only_the_token_itself_is_welcome(at_once, params, verdict):
     """Not a beginning of it, not more than it, nothing that only looks like it; the refusal does not repeat it."""
-    found, reply = TokenAuthenticator(TOKEN).check(line({**AUTH, "params": params}))
+    found, reply = check(TokenAuthenticator(TOKEN), line({**AUTH, "params": params}))
     assert found == verdict
     assert (b"-31025" in reply) == (verdict == "wrong token") and TOKEN.encode()[:-1] not in reply
 
@@ -122,7 +150,7 @@ def test_only_the_token_itself_is_welcome(params, verdict):
 )
 def test_what_is_no_authenticate_request_is_noise(first):
     """A batch that begins with another request and a notification, too; it gets no reply."""
-    assert TokenAuthenticator(TOKEN).check(first.rstrip(b"\n")) == ("not authenticate", b"")
+    assert check(TokenAuthenticator(TOKEN), first.rstrip(b"\n")) == ("not authenticate", b"")
 
 
 @pytest.mark.parametrize(
@@ -131,14 +159,19 @@ def test_what_is_no_authenticate_request_is_noise(first):
 )
 def test_what_can_become_no_first_line_is_known_by_its_beginning(start, noise):
     """A line that begins neither an object nor a batch is not waited for."""
-    assert TokenAuthenticator(TOKEN).is_hopeless(start) is noise
+    judge = TokenAuthenticator(TOKEN)
+    with stranger() as (connection, client):
+        client.sendall(start)
+        connection.read()  # nothing, where the start is empty
+        judge.check_start(connection)
+        assert connection.broken is noise and judge.refused == noise
 
 
 def test_refusals_are_counted_and_logged_ever_more_seldom(caplog):
     """1, 10, 100: a scan fills no log; and the log does not hold what was shown."""
     judge = TokenAuthenticator(TOKEN)
     for number in range(150):
-        judge.check(line({**AUTH, "params": {"token": f"guess-{number}"}}))
+        check(judge, line({**AUTH, "params": {"token": f"guess-{number}"}}))
     assert judge.refused == 150
     counted = [re.search(r"Rejected .*\((\d+) so far\)", record.getMessage()).group(1) for record in caplog.records]
     assert counted == ["1", "10", "100"]
@@ -264,7 +297,7 @@ def test_who_leaves_before_the_penalty_costs_nothing(control, monkeypatch):
     for _ in range(20):
         with Wire(control.at) as wire:
             wire.send(line({**AUTH, "params": {"token": "guess"}}))
-    until(lambda: not control._authenticator._rejections)
+    until(lambda: not control._connections.subscribed)
     with Wire(control.at) as owner:
         owner.authenticate()
         owner.still_answers()

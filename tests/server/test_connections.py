@@ -7,6 +7,7 @@ import logging
 import subprocess
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -58,7 +59,9 @@ class Ring:
             self.pulled += len(data)
             return data
 
-        return Subscription({"number": number}, pull, lambda: self.next_at, lambda: self.closed.append(number))
+        next_at = lambda: self.next_at  # noqa: E731
+        weakref.finalize(next_at, self.closed.append, number)  # when the server holds the subscription no longer
+        return Subscription({"number": number}, pull, next_at)
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +368,7 @@ os.chdir(tempfile.mkdtemp(prefix="fg"))
 lines = b'{"event":1}\\n' * 10000
 def handler(request, sink):
     if request.method == "subscribe":
-        return Subscription(1, lambda size: lines[: size // 12 * 12], lambda: None, lambda: None)
+        return Subscription(1, lambda size: lines[: size // 12 * 12], lambda: None)
     return 1
 server = Server(handler, lambda: None)
 server.listen(os.path.abspath("s"))

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from forgather_control.server import limits
-from forgather_control.server.listener import open_port, open_socket
+from forgather_control.server.listener import UnixListener, open_port
 
 from ..support.harness import SOON, Process, descriptors, needs_root, until
 
@@ -185,7 +185,7 @@ def test_another_user_is_not_let_in(jobs_dir, caplog):
     print(sock.recv(1), flush=True)
     """
     got = []
-    with closing_server(open_socket(str(jobs_dir / "s"), lambda sock, peer: got.append(sock))) as listening:
+    with closing_server(UnixListener(str(jobs_dir / "s"), lambda sock, peer: got.append(sock))) as listening:
         (jobs_dir / "s").chmod(0o777)
         with Process(source, str(jobs_dir / "s")) as nobody:
             assert nobody.line() == "connected"

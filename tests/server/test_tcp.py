@@ -116,7 +116,7 @@ def test_certificates_that_cannot_be_used(server, pem, tmp_path):
     ):
         with pytest.raises(TlsUnusable, match=word):
             TcpOptions(0, HERE, cert, key).open(server)
-    assert server._listeners._listeners == []
+    assert server._listeners._listeners == {}
 
 
 @needs("openssl")
