@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -109,7 +108,7 @@ class Kept:
     def _note(self, method: str, schema: dict[str, Any], result: Any) -> Any:
         if isinstance(result, Deferred):
             poll = result.poll
-            return replace(result, poll=lambda: self._note(method, schema, poll()))
+            return result._replace(poll=lambda: self._note(method, schema, poll()))
         kept = self._answers.setdefault(method, [])
         if result is not PENDING and len(kept) < _KEPT:
             kept.append((result.reply if isinstance(result, Subscription) else result, schema))
