@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import sys
 import time
@@ -16,8 +17,6 @@ from ..errors import FindError, InvalidParams, JobDead, JobNotAnswering, NotAuth
 MAX_PATH: Final = 107 if os.uname().sysname == "Linux" else 103
 #: With socketserver's 5, 190 of 200 clients that have a timeout fail at once (anchors/perf.md, section 6).
 BACKLOG: Final = 1024
-#: Pause before a full backlog is tried again, in seconds; connect(2) fails at once with EAGAIN there.
-_RETRY: Final = 0.01
 
 
 class UnixEndpoint(NamedTuple):
@@ -32,8 +31,7 @@ class UnixEndpoint(NamedTuple):
         """Return a connected, blocking socket without a timeout.
 
         Raises:
-            JobDead: no process listens there.
-            JobNotAnswering: the backlog stayed full until the deadline.
+            JobDead, JobNotAnswering: no process listens there, or its backlog stayed full until the deadline.
             FindError: the socket, or the process that listens there, belongs to another user.
         """
         while True:
@@ -42,42 +40,33 @@ class UnixEndpoint(NamedTuple):
                 sock.setblocking(False)
                 sock.connect(self.path)
                 sock.setblocking(True)
-                _check_peer(sock)
+                uid = peer_ids(sock)[0]
+                if os.geteuid() != 0 and uid not in (None, 0, os.geteuid()):  # root may talk to every user's job
+                    raise PermissionError(errno.EACCES, "another user listens there")
                 return sock
-            except BlockingIOError as err:
+            except (OSError, ValueError) as err:
                 sock.close()
-                if deadline.passed():
-                    text = f"{self} accepts no more connections: too many clients are waiting there. Try again later."
-                    raise JobNotAnswering(text, endpoint=str(self)) from err
-                time.sleep(_RETRY)  # a full backlog offers nothing to wait for
-            except OSError as err:
-                sock.close()
-                raise self._explain(err) from err
-            except ValueError as err:  # a NUL byte, from a file that others may have written
-                sock.close()
-                raise JobDead(f"{str(self)!a} is not a valid address") from err
+                if not isinstance(err, BlockingIOError) or deadline.passed():
+                    raise self._explain(err) from err
+            time.sleep(0.01)  # connect(2) fails at once where the backlog is full, and nothing tells when it has room
 
-    def _explain(self, err: OSError) -> FindError:
-        if err.errno in (errno.EACCES, errno.EPERM):
+    def _explain(self, err: OSError | ValueError) -> FindError:
+        if isinstance(err, BlockingIOError):
+            text = f"{self} accepts no more connections: too many clients are waiting there. Try again later."
+            return JobNotAnswering(text, endpoint=str(self))
+        if isinstance(err, PermissionError):
             text = f"{self} belongs to another user. Only the job's own user and root can control it."
             return FindError(text, endpoint=str(self))
+        if isinstance(err, ValueError):  # a NUL byte, from a file that others may have written
+            return JobDead(f"{str(self)!a} is not a valid address")
         text = f"Nothing listens at {self} ({err.strerror or err}): the job has ended, or its process was killed."
         return JobDead(text, endpoint=str(self))
-
-
-def _check_peer(sock: socket.socket) -> None:
-    """Refuse a process of another user that listens where a job's socket was; root may talk to every user's."""
-    me = os.geteuid()
-    if me != 0 and peer_ids(sock)[0] not in (None, 0, me):
-        raise PermissionError(errno.EACCES, "another user listens there")
 
 
 class TcpEndpoint(NamedTuple):
     """A port of a host, printed as ``tcp://HOST:PORT``, or ``tls://HOST:PORT`` where it speaks TLS.
 
-    Attributes:
-        sha256: of the certificate, in hexadecimal; ``None`` has certificate authorities vouch for the host.
-        cafile: a PEM file with those authorities; ``None`` for the system's.
+    ``sha256`` and ``cafile`` say which certificate is trusted; see ``tls.wrap_client``.
     """
 
     host: str
@@ -118,11 +107,10 @@ class TcpEndpoint(NamedTuple):
                 sock = tls.wrap_client(sock, self.host, self.sha256, self.cafile)
             sock.settimeout(None)
             return sock
-        except PermissionError as err:
-            sock.close()
-            raise NotAuthenticated(str(err), endpoint=at) from err
         except OSError as err:
             sock.close()
+            if isinstance(err, PermissionError):
+                raise NotAuthenticated(str(err), endpoint=at) from err
             text = f"{at} does not speak TLS as expected ({err}). A port without TLS is reached with tcp://."
             raise JobNotAnswering(text, endpoint=at) from err
 
@@ -131,25 +119,14 @@ Endpoint = UnixEndpoint | TcpEndpoint
 
 
 def parse(text: str) -> Endpoint:
-    """Return the address that ``text`` names: ``unix:PATH``, ``tcp://HOST:PORT`` or ``tls://HOST:PORT``.
-
-    Raises:
-        InvalidParams: it names none.
-    """
-    if text.startswith("unix:") and len(text) > len("unix:"):
+    """Return the address that a text names; raise InvalidParams if it names none."""
+    if text.startswith("unix:") and text != "unix:":
         return UnixEndpoint(text.removeprefix("unix:"))
-    kind, _, rest = text.partition("://")
-    host, _, port = rest.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    if kind not in ("tcp", "tls") or not host or "[" in host or "]" in host or not _is_port(port):
+    found = re.fullmatch(r"(tcp|tls)://(?:\[([^][]+)]|([^][]+)):([0-9]{1,5})", text)
+    if found is None or not 0 < int(found[4]) < 65536:
         forms = "unix:PATH, tcp://HOST:PORT or tls://HOST:PORT"
         raise InvalidParams(f"{ascii(text)[:140]} is not an address. Expected {forms}.")
-    return TcpEndpoint(host, int(port), kind == "tls")
-
-
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536
+    return TcpEndpoint(found[2] or found[3], int(found[4]), found[1] == "tls")
 
 
 def is_loopback(host: str) -> bool:
