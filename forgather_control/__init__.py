@@ -7,7 +7,6 @@ training side, and a training script never imports the client.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .version import VERSION as __version__
@@ -50,6 +49,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # at its start the command line needs no lazy name
+
     module = _MODULES.get(name) or ("client.api" if name.islower() else "errors")
     value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
     return value

@@ -2,10 +2,9 @@
 
 A table of :class:`Field` for each class says what its members may be. There are no annotations to read and no
 ``dataclasses`` to import, because every start of the command line pays for both: ``dataclasses`` costs half as much
-as argparse, json and socket together.
+as argparse, json and socket together. For the same reason the modules that it loads do not import ``annotations``
+from ``__future__`` where they define a named tuple, which would compile each annotation.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping

@@ -1,7 +1,5 @@
 """Which job is meant and how it is reached: JOB, ``--connect`` and ``--ssh`` are resolved here, once, into a target."""
 
-from __future__ import annotations
-
 import os
 import socket
 from typing import Final, NamedTuple

@@ -5,8 +5,6 @@ becomes a path, links are not followed, and a record that another user wrote or 
 jobs directory that user could answer in the name of this user's jobs.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -20,7 +18,9 @@ from ..schema import INTEGER, NULL, OBJECT, PID, TEXT, TIME, Field, load, nullab
 from . import limits, private_files
 
 if TYPE_CHECKING:
-    from ..processes.launcher import Launch
+    from ..processes.launcher import Launch as Launch
+else:  # few jobs have one, and importing it would cost every client
+    Launch = Any
 
 RECORD: Final = "endpoint.json"
 SOCKET: Final = "control.sock"
@@ -109,7 +109,7 @@ class JobRecord(NamedTuple):
 
 
 def _launch(value: object) -> Launch:
-    from ..processes.launcher import Launch  # few jobs have one, and importing it costs every client
+    from ..processes.launcher import Launch
 
     return Launch.from_json(value)
 

@@ -1,7 +1,5 @@
 """The jobs in the jobs directory: find their records, ask them over their sockets, judge their state. Any thread."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import selectors
@@ -9,7 +7,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
@@ -18,10 +16,7 @@ from ..processes import liveness
 from ..schema import NULL, OBJECT, TEXT, Field, load
 from ..wire import addresses, jsonrpc
 from . import limits
-from .record import FIELDS, JobRecord, is_job_id, read_record
-
-if TYPE_CHECKING:
-    from ..processes.launcher import Launch
+from .record import FIELDS, JobRecord, Launch, is_job_id, read_record
 
 
 class Job(NamedTuple):
@@ -46,7 +41,7 @@ class Job(NamedTuple):
         return None if self.status is None else self.status.get("global_step")
 
     @classmethod
-    def from_json(cls, value: Any) -> Job:
+    def from_json(cls, value: Any) -> "Job":
         """Return the job that an element of the reply to ``list_jobs`` describes; raise InternalError if it is none."""
         try:
             return load(cls, _FIELDS, value, "a job")

@@ -6,8 +6,6 @@ why), on one boot of one machine. Start times are compared relative to the boot:
 times move, but not their distance to the boot.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from functools import cache
@@ -55,8 +53,9 @@ def judge(other: Identity) -> states.ProcessState:
 def is_gone(other: Identity) -> bool:
     """Return whether a cheap test proves that a process is gone: this host, boot and PID namespace, and a free pid."""
     here = (_boot_id(), _pid_namespace())
-    same = None not in here and here == (other.boot_id, other.pid_namespace) and not is_elsewhere(other)
-    return same and not _exists(other.pid)
+    if None in here or here != (other.boot_id, other.pid_namespace) or _exists(other.pid):
+        return False
+    return not is_elsewhere(other)  # last, because it imports hashlib
 
 
 def _exists(pid: int) -> bool:
@@ -116,7 +115,7 @@ def _pid_namespace() -> int | None:
 
 def _first_line(path: str) -> str | None:
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             return file.readline().strip() or None
     except (OSError, ValueError):
         return None

@@ -1,7 +1,5 @@
 """Addresses of a job: parse, print, bind, connect. A Unix socket, a TCP port, or a TCP port that speaks TLS."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

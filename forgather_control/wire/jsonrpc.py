@@ -15,8 +15,6 @@ Follows https://www.jsonrpc.org/specification, with these decisions where it is 
   numbers for them), and all that is sent is ASCII.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

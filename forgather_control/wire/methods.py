@@ -3,8 +3,6 @@
 Pure data and checks; callable from any thread. The built-in methods are declared in ``builtin``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple

@@ -1,7 +1,5 @@
 """What is kept and sent of a command: its record, and the form in which it reaches every rank."""
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 from .. import schema, states
@@ -67,7 +65,7 @@ class CommandRecord(NamedTuple):
         return self._asdict()
 
     @classmethod
-    def from_json(cls, value: object) -> CommandRecord:
+    def from_json(cls, value: object) -> "CommandRecord":
         """Return the record that a reply holds, without members that a newer job adds.
 
         Raises:

@@ -619,6 +619,18 @@ def test_the_new_verbs_cost_others_nothing():
         assert other.line() == "True set()"
 
 
+def test_the_start_compiles_no_annotation():
+    """A named tuple compiles each annotation that is a string: for all of ours that is a tenth of the start."""
+    source = """
+    import typing
+    typing.ForwardRef.__init__ = None
+    import forgather_control.cli.main
+    print("loaded", flush=True)
+    """
+    with Process(source) as process:
+        assert process.line() == "loaded", process.errors
+
+
 def test_a_real_job_shows_its_rank_and_its_stacks():
     """The real controller, one process: one rank that answers, and its training thread's stack first."""
     with job_process("real") as job:
