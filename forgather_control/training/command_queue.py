@@ -24,14 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import states
-from ..errors import (
-    CommandNotFound,
-    ControlError,
-    InvalidParams,
-    JobEnding,
-    NotCancellable,
-    TooManyCommands,
-)
+from ..errors import CommandNotFound, ControlError, InvalidParams, JobEnding, NotCancellable, TooManyCommands
 from ..wire.records import CommandRecord
 from . import limits
 
@@ -68,7 +61,6 @@ class CommandQueue:
 
         Args:
             params: its own parameters, checked.
-            requested_by: the caller, as the record shows it.
 
         Raises:
             InvalidParams: the id belongs to another command.
@@ -87,11 +79,11 @@ class CommandQueue:
             if sum(r.command == command and not r.is_final for r in self._records.values()) >= limit:
                 raise TooManyCommands(f"{limit} {command} commands are unfinished already", limit=limit)
             record = CommandRecord(command_id or uuid.uuid4().hex, command, states.COMMAND_ACCEPTED, time.time())
-            record = record._replace(params=params, reason=reason, requested_by=requested_by)
             self._pending.append(record.command_id)
-            self.pending = True
-            self._put(record)
-            self._forget()
+            record = self._put(record, params=params, reason=reason, requested_by=requested_by)
+            final = [record.command_id for record in self._records.values() if record.is_final]
+            for forgotten in final[: max(0, len(self._records) - limits.MAX_RECORDS)]:
+                del self._records[forgotten]
             return record
 
     def _known(self, command: str, command_id: str | None, params: dict[str, Any]) -> CommandRecord | None:
@@ -100,17 +92,10 @@ class CommandQueue:
             return next((each for each in pending if (each.command, each.params) == (command, params)), None)
         record = self._records.get(command_id)
         if record is not None and (record.command, record.params) != (command, params):
-            text = f"command_id {ascii(command_id)} belongs to a {record.command} with other parameters"
-            if record.command != command:
-                text = f"command_id {ascii(command_id)} belongs to a {record.command}"
+            rest = " with other parameters" if record.command == command else ""
+            text = f"command_id {ascii(command_id)} belongs to a {record.command}{rest}"
             raise InvalidParams(text, parameter="command_id")
         return record
-
-    def _forget(self) -> None:
-        surplus = len(self._records) - limits.MAX_RECORDS
-        final = [record.command_id for record in self._records.values() if record.is_final]
-        for command_id in final[: max(0, surplus)]:
-            del self._records[command_id]
 
     def cancel(self, command_id: str) -> CommandRecord:
         """Cancel a pending command.
@@ -126,8 +111,7 @@ class CommandQueue:
                 state = "being applied" if accepted else f"{record.state} already"
                 raise NotCancellable(f"the {record.command} is {state}", **record.to_json())
             self._pending.remove(command_id)
-            self.pending = bool(self._pending)
-            return self._put(record._replace(state=states.COMMAND_CANCELLED, finished_at=time.time()))
+            return self._put(record, state=states.COMMAND_CANCELLED, finished_at=time.time())
 
     def find(self, command_id: str | None) -> CommandRecord | None:
         """Return the record of this id, or ``None``."""
@@ -135,11 +119,7 @@ class CommandQueue:
             return None if command_id is None else self._records.get(command_id)
 
     def get(self, command_id: str) -> CommandRecord:
-        """Return the record of this id.
-
-        Raises:
-            CommandNotFound: there is none.
-        """
+        """Return the record of this id; CommandNotFound if there is none."""
         with self._lock:
             return self._get(command_id)
 
@@ -153,10 +133,7 @@ class CommandQueue:
     def drain(self) -> list[CommandRecord]:
         """Take all pending commands, in the order they came; they can no longer be cancelled."""
         with self._lock:
-            taken = [self._records[name] for name in self._pending]
-            self._pending.clear()
-            self.pending = False
-            return taken
+            return [self._records[name] for name in self._take_pending()]
 
     def put_back(self, command_ids: list[str]) -> None:
         """Queue commands again that were taken and not applied, before those that came meanwhile."""
@@ -164,7 +141,7 @@ class CommandQueue:
             self._pending[:0] = [name for name in command_ids if not self._records[name].is_final]
             self.pending = bool(self._pending)
             if self._closed is not None:
-                self._refuse(self._closed)
+                self._fail(self._take_pending(), self._closed)
 
     def applied(self, command_id: str, step: int) -> None:
         """Note that every rank applied the command after ``step``."""
@@ -181,34 +158,37 @@ class CommandQueue:
     def refuse(self, error: ControlError) -> None:
         """Fail every pending command, and refuse all that come later. May be called twice."""
         with self._lock:
-            self._refuse(error)
+            self._closed = self._closed or error
+            self._fail(self._take_pending(), error)
 
     def close(self, error: ControlError) -> None:
         """Refuse, and fail every other unfinished command, too. May be called twice."""
         with self._lock:
-            self._refuse(error)
-            for record in list(self._records.values()):
-                if not record.is_final:
-                    self._put(record._replace(**_failure(error)))
+            self._closed = self._closed or error
+            self._take_pending()
+            self._fail([name for name, record in self._records.items() if not record.is_final], error)
 
     # With the lock held...
 
-    def _refuse(self, error: ControlError) -> None:
-        if self._closed is None:
-            self._closed = error if isinstance(error, JobEnding) else JobEnding(error.message)
-        for command_id in self._pending:
-            self._put(self._records[command_id]._replace(**_failure(error)))
+    def _take_pending(self) -> list[str]:
+        taken = list(self._pending)
         self._pending.clear()
         self.pending = False
+        return taken
+
+    def _fail(self, command_ids: list[str], error: ControlError) -> None:
+        for command_id in command_ids:
+            self._put(self._records[command_id], **_failure(error))
 
     def _get(self, command_id: str) -> CommandRecord:
         if command_id not in self._records:
             raise CommandNotFound(f"no record of command {ascii(command_id[:128])}; finished ones are kept for a while")
         return self._records[command_id]
 
-    def _put(self, record: CommandRecord) -> CommandRecord:
+    def _put(self, record: CommandRecord, **changes: Any) -> CommandRecord:
         assert self._lock.locked()
-        self._records[record.command_id] = record
+        self._records[record.command_id] = record = record._replace(**changes)
+        self.pending = bool(self._pending)
         self.changes += 1
         self._on_change(record)
         return record
@@ -217,7 +197,7 @@ class CommandQueue:
         with self._lock:
             record = self._get(command_id)
             if not record.is_final:  # a final record stays as it was reported
-                self._put(record._replace(**changes))
+                self._put(record, **changes)
 
 
 def _failure(error: ControlError) -> dict[str, Any]:

@@ -23,12 +23,11 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from .. import states
 from ..errors import JobEnding
-from ..processes import usage
 from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
 from ..wire.builtin import BUILTIN, TrainingLoop
@@ -50,7 +49,6 @@ class Controller:
     """The control of one training run on one rank.
 
     Args:
-        options: what the user chose.
         loop: what commands may ask of the training loop.
         step: where training begins.
         max_steps: where it ends, if known.
@@ -73,17 +71,28 @@ class Controller:
         self.state.job_id = options.job_id
         self._group: RankGroup = SingleProcess(self)
         self._queue = CommandQueue(self._record_changed)
-        self._tracker = CommandTracker(self._queue, self.methods, self.state, options.fresh_seconds)
+        self._tracker = CommandTracker(
+            self._queue, self.methods, self.state, loop, lambda: self._group, options.fresh_seconds
+        )
         self._reporter = RankReporter(self.state.progress, lambda: self._thread.ident)
-        # What ranks ask of these two as RankGroupDelegate.
-        self.take, self.put_back = self._tracker.take, self._tracker.put_back
-        self.all_applied = self._tracker.all_applied
-        self.describe, self.answer = self._reporter.describe, self._reporter.answer
-        self.answers_changed = self._wake
-        self._queries: JobQueries | None = None  # of rank 0
         self._server: JobServer | None = None  # of rank 0
+        self._queries: JobQueries | None = None  # of rank 0
         self._closed = False  # or abandoned in a forked child
         self._orphaned: str | None = None
+        # What integrations note on the training thread of any rank; see the methods that are behind it.
+        self.log, self.beat = self.state.log, self.state.progress.beat
+        self.evaluated = self._tracker.evaluated
+        self.evaluation_failed = partial(self._tracker.report, states.WHEN_EVALUATED)
+        self.save_failed = partial(self._tracker.report, states.WHEN_SAVED)
+        self.nothing_to_save = partial(self._tracker.report, states.WHEN_SAVED, None)
+        # What the group asks for; see ``RankGroupDelegate``.
+        self.take, self.put_back, self.all_applied = (
+            self._tracker.take,
+            self._tracker.put_back,
+            self._tracker.all_applied,
+        )
+        self.describe, self.answer = self._reporter.describe, self._reporter.answer
+        self.answers_changed = self._wake
 
     # Start...
 
@@ -94,9 +103,15 @@ class Controller:
             StartError: why this job cannot be controlled; nothing is left behind.
         """
         try:
-            step, poll_steps = self.state.progress.step, self._options.poll_steps
+            step, poll_steps = self.last_step, self._options.poll_steps
             self._group = select.select_group(self, self._options.job_id or "", step, poll_steps, self._log_steps)
-            self._join()
+            try:
+                if self.is_main:
+                    self._publish()
+            except Exception as err:
+                self._group.start(str(err))  # the others may be waiting for rank 0
+                raise
+            self._group.start()
         except BaseException:
             self._closed = True
             self._reporter.close()
@@ -106,34 +121,13 @@ class Controller:
             raise
         _controllers.add(self)
 
-    def _join(self) -> None:
-        try:
-            if self.is_main:
-                self._publish()
-        except Exception as err:
-            self._group.start(str(err))  # the others may be waiting for rank 0
-            raise
-        self._group.start()
-
     def _publish(self) -> None:
-        usage.process_stats()  # the first call only sets the mark to measure processor time from
-        self._server = JobServer(
-            self._options, self._group.size, self._handle, self._is_controlled, self._reporter.write
-        )
-        self._queries = JobQueries(
-            self.state,
-            self._queue,
-            self._group,
-            self._reporter,
-            self.methods,
-            self._loop,
-            process_stats=usage.process_stats,
-            check_capacity=self._server.check_capacity,
-        )
-        self.state.job_id = self._server.publish(self._queries.status, self._queries.mark, self.methods)
-        step, size = self.state.progress.step, self._group.size
+        size = self._group.size
+        self._queries = JobQueries(self.state, self._queue, self._group, self._reporter, self.methods, self._loop)
+        self._server = JobServer(self._options, size, self._queries, self._is_controlled, self._reporter.write)
+        self.state.job_id = job_id = self._server.publish()
         self.state.events.publish(
-            states.EVENT_STARTED, job_id=self.state.job_id, pid=os.getpid(), step=step, world_size=size
+            states.EVENT_STARTED, job_id=job_id, pid=os.getpid(), step=self.last_step, world_size=size
         )
 
     @property
@@ -142,47 +136,39 @@ class Controller:
         return self.state.job_id
 
     @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which keeps the records and the files."""
+        return self._group.rank == 0
+
+    @property
+    def last_step(self) -> int:
+        """The last finished step."""
+        return self.state.progress.step
+
+    @property
     def phase(self) -> states.TrainingStatus:
         """What training is doing; set by the integration on the training thread."""
         return self.state.phase
 
     @phase.setter
     def phase(self, phase: states.TrainingStatus) -> None:
-        self.state.phase = phase
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which keeps the records and the files."""
-        return self._group.rank == 0
+        self.state.note(phase)
 
     # Work, on the training thread...
 
     def step(self, step: int, epoch: float | None = None) -> None:
         """Note that ``step`` is finished, and apply what is pending. Every rank, after every step."""
-        self.state.progress.beat(step, epoch)
+        self.beat(step, epoch)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # started on one thread, trained on another
         if not self.methods.frozen:
-            self._freeze()
+            self.methods.frozen = True
+            if added := self.methods.added():  # rank 0 compares what each rank added
+                self._group.describe({"methods": added})
         if self._group.due(step):
             commands = self._group.receive(step)
             if commands:
-                self._tracker.apply(commands, self._loop, step, self._group)
-
-    def _freeze(self) -> None:
-        """Fix the methods at the first step, and have rank 0 compare what each rank added."""
-        self.methods.frozen = True
-        added = self.methods.added()
-        if added:
-            self._group.describe({"methods": added})
-
-    def beat(self, step: int, epoch: float | None = None) -> None:
-        """Note that ``step`` is finished, where what is pending is to be applied a little later."""
-        self.state.progress.beat(step, epoch)
-
-    def log(self, logs: Mapping[Any, Any]) -> None:
-        """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
-        self.state.log(logs)
+                self._tracker.apply(commands, step)
 
     def saved(self, step: int, path: str, evaluated: bool = False) -> None:
         """Note that a checkpoint is complete on disk, or this rank's part of it, whatever caused it.
@@ -190,30 +176,9 @@ class Controller:
         Args:
             evaluated: whether the save evaluated the model first.
         """
-        self._tracker.saved(step, path, evaluated, self._group)
+        self._tracker.saved(step, path, evaluated)
         if self.is_main:
             self.state.events.publish(states.EVENT_CHECKPOINT, step=step, path=path)
-
-    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Note that this rank has evaluated, and with which metrics (numbers)."""
-        self._tracker.evaluated(step, dict(metrics), self._group)
-
-    def nothing_to_save(self) -> None:
-        """Note that this rank writes no part of the checkpoint that was asked for. Not on rank 0."""
-        self._tracker.nothing_to_save(self._group)
-
-    def save_failed(self, reason: str) -> None:
-        """Note that the checkpoint that was asked for, or this rank's part of it, was not written."""
-        self._tracker.fail(states.WHEN_SAVED, reason, self._group)
-
-    def evaluation_failed(self, reason: str) -> None:
-        """Note that the evaluation that was asked for was not made on this rank."""
-        self._tracker.fail(states.WHEN_EVALUATED, reason, self._group)
-
-    @property
-    def last_step(self) -> int:
-        """The last finished step."""
-        return self.state.progress.step
 
     def request(self, command: str) -> None:
         """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
@@ -237,10 +202,10 @@ class Controller:
         _controllers.discard(self)
         if self._server is not None:
             self._server.unpublish()
-        self._tracker.close_reports(reason, self._group)
+        self._tracker.close_reports(reason)
         self._group.close(limits.CLOSE_TIMEOUT, fault)
         self._reporter.close()
-        self._tracker.end(self.last_step, reason, self._group)
+        self._tracker.end(self.last_step, reason)
         self._queue.close(JobEnding(reason or "training ended before the command could be applied"))
         self.state.events.publish(states.EVENT_ENDED, step=self.last_step, reason=reason)
         if self._server is not None:
@@ -263,7 +228,7 @@ class Controller:
         self._queue = CommandQueue(lambda record: None)
         self._group = SingleProcess(self)
 
-    # As RankGroupDelegate, beside what __init__ takes from the tracker and the reporter...
+    # As RankGroupDelegate, beside what ``__init__`` takes from the tracker and the reporter...
 
     @property
     def pending(self) -> bool:
@@ -285,10 +250,8 @@ class Controller:
             self.state.events.publish(states.EVENT_RANK, state="joined", ranks=len(descriptions))
         if self._server is not None:
             self._server.write(self._reporter.write)
-        if self._queries is not None and any("methods" in found for found in descriptions.values()):
-            self._queries.unavailable = _not_shared(
-                [found.get("methods", {}) for _, found in sorted(descriptions.items())]
-            )
+        if self._queries is not None:
+            self._queries.compare([found.get("methods", {}) for _, found in sorted(descriptions.items())])
 
     def agreement_lost(self, why: str) -> None:
         """Fail what is queued and refuse what comes; training continues."""
@@ -311,10 +274,6 @@ class Controller:
 
     # On the server thread...
 
-    def _handle(self, request: Any, sink: Any) -> Any:
-        assert self._queries is not None
-        return self._queries.answer(request, sink)
-
     def _is_controlled(self) -> bool:
         """Return whether the training thread and its integration still exist; end control if not."""
         if self._orphaned is None and self._thread.is_alive():
@@ -323,17 +282,6 @@ class Controller:
         log.warning("Control is off: %s.", reason)
         self.close(reason)
         return False
-
-
-def _not_shared(added: list[dict[str, str]]) -> dict[str, str]:
-    """Return why methods cannot be run that not all ranks added alike, by name; ``added`` has a digest per method."""
-    unavailable = {}
-    for name in sorted({name for methods in added for name in methods}):
-        ranks = [rank for rank, methods in enumerate(added) if methods.get(name) != added[0].get(name)]
-        if ranks:
-            which = ", ".join(map(str, ranks))
-            unavailable[name] = f"rank {which} did not register it as rank 0 did; register it on every rank alike"
-    return unavailable
 
 
 # As in ``server``: one handler for all, since a fork handler cannot be removed.

@@ -15,7 +15,7 @@ from ..deadline import Deadline
 from ..errors import CommandExpired, CommandRefused, DeadlinePassed
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
-from ..processes import callers
+from ..processes import callers, usage
 from ..ranks.group import RankGroup
 from ..server.dispatcher import PENDING, Deferred, Peer, ReplySink, Subscription
 from ..version import PROTOCOL, VERSION
@@ -38,8 +38,6 @@ class JobQueries:
 
     Args:
         loop: what the training loop can do.
-        process_stats: returns the process figures that ``status`` shows.
-        check_capacity: raises TooManyCommands where an answer that has to wait could not be kept.
     """
 
     def __init__(
@@ -50,16 +48,15 @@ class JobQueries:
         reporter: RankReporter,
         methods: MethodTable,
         loop: TrainingLoop,
-        *,
-        process_stats: Callable[[], dict[str, Any]],
-        check_capacity: Callable[[], None],
     ) -> None:
         self._state, self._queue, self._group, self._reporter = state, queue, group, reporter
-        self.methods, self._loop, self._check_capacity = methods, loop, check_capacity
-        self._status = StatusCache(self._tell, self.mark, process_stats)
+        self.methods, self._loop = methods, loop
+        self._status = StatusCache(self._tell, self.mark, usage.process_stats)
         self._sink: ReplySink | None = None  # of the request that is being answered
-        #: Why a method that ranks do not share is refused, by name.
-        self.unavailable: dict[str, str] = {}
+        self._unavailable: dict[str, str] = {}  # why a method that ranks do not share is refused, by name
+        #: Raises TooManyCommands where an answer that has to wait could not be kept; set by the server.
+        self.check_capacity: Callable[[], None] = lambda: None
+        usage.process_stats()  # the first call only sets the mark to measure processor time from
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
         """Answer one request with a JSON value, a ``Deferred`` or a ``Subscription``; see ``dispatcher.Handler``.
@@ -72,19 +69,27 @@ class JobQueries:
         method = self.methods[request.method]
         params = method.bind(request.params)
         self._sink = sink
-        if method.is_command:
-            wants_reply = not isinstance(request.id, jsonrpc.NoId)
-            return self._command(method, params, sink.peer, wants_reply)
-        return getattr(self, method.name)(**params)
+        if not method.is_command:
+            return getattr(self, method.name)(**params)
+        return self._command(method, params, sink.peer, not isinstance(request.id, jsonrpc.NoId))
 
     # Commands...
+
+    def compare(self, added: list[dict[str, str]]) -> None:
+        """Refuse methods that not all ranks added alike; ``added`` has a digest by name for each rank."""
+        for name in sorted(set().union(*added)):
+            ranks = [rank for rank, digests in enumerate(added) if digests.get(name) != added[0].get(name)]
+            text = (
+                f"rank {', '.join(map(str, ranks))} did not register it as rank 0 did; register it on every rank alike"
+            )
+            self._unavailable[name] = text if ranks else ""
 
     def _command(self, method: Method, params: dict[str, Any], peer: Peer, wants_reply: bool) -> Any:
         own = method.own_params(params)
         if self._queue.find(params["command_id"]) is None:
             self._check(method, own, params["expires_at"])
         if params["wait"] != states.COMMAND_ACCEPTED and wants_reply:
-            self._check_capacity()  # a request that is answered with "no room" must not be carried out all the same
+            self.check_capacity()  # a request that is answered with "no room" must not be carried out all the same
         by = requested_by(peer)
         record = self._queue.submit(method.name, params["command_id"], own, params["reason"], by)
         self._group.command_queued()
@@ -94,11 +99,10 @@ class JobQueries:
         late = 0.0 if expires_at is None else time.time() - expires_at
         if late > 0:
             raise CommandExpired(f"{method.name} expired {late:.1f} s before the job read it; nothing was done")
-        if method.name in self.unavailable:
-            raise CommandRefused(f"{method.name} cannot be run: {self.unavailable[method.name]}")
+        if why := self._unavailable.get(method.name):
+            raise CommandRefused(f"{method.name} cannot be run: {why}")
         for need in method.needs:
-            why = self._loop.cannot(need, own)
-            if why is not None:
+            if why := self._loop.cannot(need, own):
                 raise CommandRefused(f"{method.name} was refused: {why}", needs=need)
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
@@ -121,13 +125,8 @@ class JobQueries:
 
     def ping(self) -> dict[str, Any]:
         """Return which job this is."""
-        return {
-            "job_id": self._state.job_id,
-            "pid": os.getpid(),
-            "protocol": PROTOCOL,
-            "version": VERSION,
-            "time": time.time(),
-        }
+        known = {"job_id": self._state.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
+        return {**known, "time": time.time()}
 
     def status(self) -> jsonrpc.Encoded:
         """Return how far the job is."""
@@ -141,11 +140,8 @@ class JobQueries:
         records = self._queue.records()
         recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
         shown = [record for record in records if not record.is_final or record in recent]
-        return {
-            **self._state.report(),
-            "world_size": self._group.size,
-            "commands": [record.to_json() for record in shown],
-        }
+        commands = [record.to_json() for record in shown]
+        return {**self._state.report(), "world_size": self._group.size, "commands": commands}
 
     def authenticate(self, token: Any) -> dict[str, Any]:
         """Return which job this is; over TCP the token was checked before."""

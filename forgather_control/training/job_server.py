@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from ..errors import ControlError, JobIdTaken, StartError
 from ..jobs import directory
 from ..server import limits as server_limits
-from ..server.dispatcher import Handler
 from ..server.file_requests import FileRequestServer
 from ..server.server import Server
 from ..server.tcp import BoundPort
 from . import limits
+from .job_queries import JobQueries
 from .options import ControlOptions
 
 log = logging.getLogger("forgather_control")
@@ -29,8 +28,8 @@ class JobServer:
     Args:
         options: which job id and which TCP port.
         world_size: for the job's record.
-        handler: answers requests.
-        on_tick: called on the server thread before each tick; returns whether the job is still controlled.
+        queries: answers requests.
+        is_controlled: called on the server thread before each tick; returns whether the job is still controlled.
         on_restored: called on the server thread with the path of the directory after it was repaired.
     """
 
@@ -38,49 +37,52 @@ class JobServer:
         self,
         options: ControlOptions,
         world_size: int,
-        handler: Handler,
-        on_tick: Callable[[], bool],
+        queries: JobQueries,
+        is_controlled: Callable[[], bool],
         on_restored: Callable[[str], None],
     ) -> None:
-        self._options, self._world_size = options, world_size
-        self._on_tick, self._on_restored = on_tick, on_restored
-        self._server = Server(handler, self._tick, self._last_look)
-        self.wake, self.check_capacity = self._server.wake, self._server.check_room
+        self._options, self._world_size, self._queries = options, world_size, queries
+        self._is_controlled, self._on_restored = is_controlled, on_restored
+        self._server = Server(queries.answer, self._tick, self._last_look)
+        queries.check_capacity = self._server.check_room
+        self.wake = self._server.wake
         self._lock = threading.Lock()  # guards _directory against unpublish() during a tick
         self._directory: directory.JobDirectory | None = None
         self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
         self._file_requests: FileRequestServer | None = None
         self._warned: str | None = None
 
-    def publish(self, status: Callable[[], Any], mark: Callable[[], object], methods: Container[str]) -> str:
+    def publish(self) -> str:
         """Claim the job id, start to serve, and return the id. From here on the job can be found.
-
-        Args:
-            status: returns what ``status`` answers.
-            mark: returns a value that differs when ``status`` has something new.
-            methods: the names that an empty request file may have.
 
         Raises:
             StartError: why the job cannot be controlled.
         """
-        self._directory = self._claim()
-        self._file_requests = FileRequestServer(self._directory.path, self._server.dispatch, status, mark, methods)
+        self._directory = mine = self._claim()
+        self._file_requests = FileRequestServer(
+            mine.path, self._server.dispatch, self._queries.status, self._queries.mark, self._queries.methods
+        )
         self._server.start()
-        return self._directory.job_id
+        return mine.job_id
 
     def _claim(self) -> directory.JobDirectory:
-        bound = self._open_port()
-        for job_id in self._candidates():
-            mine = directory.JobDirectory(job_id, self._server.listen, self._world_size)
+        bound, candidates = self._open_port(), self._candidates()
+        while True:
+            mine = directory.JobDirectory(candidates.pop(0), self._server.listen, self._world_size)
             if bound is not None:
                 mine.offer(*bound)
             try:
                 mine.claim()
                 return mine
             except JobIdTaken:
-                if self._options.job_id is not None:
+                if not candidates:
                     raise
-        raise JobIdTaken("every generated job id is taken")
+
+    def _candidates(self) -> list[str]:
+        if self._options.job_id is not None:
+            return [self._options.job_id]
+        generated = directory.generate_job_id()
+        return [generated, *(f"{generated[:124]}-{suffix}" for suffix in range(2, limits.MAX_SUFFIX))]
 
     def _open_port(self) -> BoundPort | None:
         """Open the port that was asked for; a job without it can still be controlled from this host."""
@@ -91,15 +93,6 @@ class JobServer:
             log.warning("No control over TCP: %s", err)
             return None
 
-    def _candidates(self) -> Iterator[str]:
-        if self._options.job_id is not None:
-            yield self._options.job_id
-            return
-        generated = directory.generate_job_id()
-        yield generated
-        for suffix in range(2, limits.MAX_SUFFIX):
-            yield f"{generated[:124]}-{suffix}"
-
     def write(self, write: Callable[[str], None]) -> None:
         """Call ``write`` with the path of the job directory, unless the job is unpublished."""
         with self._lock:
@@ -109,11 +102,14 @@ class JobServer:
     # On the server thread...
 
     def _tick(self) -> None:
-        if not self._on_tick() or not self._lock.acquire(blocking=False):
+        if not self._is_controlled() or not self._lock.acquire(blocking=False):
             return
         try:
             if self._directory is not None and self._file_requests is not None:
-                self._restore(self._directory, self._file_requests)
+                if self._directory.restore():
+                    log.warning("Restored the job directory, which was damaged.")
+                    self._on_restored(self._directory.path)
+                    self._file_requests.renew()
                 self._file_requests.tick()
         except ControlError as err:
             if str(err) != self._warned:
@@ -123,12 +119,6 @@ class JobServer:
                 self._directory = None  # it is the other job's now
         finally:
             self._lock.release()
-
-    def _restore(self, mine: directory.JobDirectory, requests: FileRequestServer) -> None:
-        if mine.restore():
-            log.warning("Restored the job directory, which was damaged.")
-            self._on_restored(mine.path)
-            requests.renew()
 
     def _last_look(self) -> None:
         if self._leaving is not None and self._file_requests is not None:

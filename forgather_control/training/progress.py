@@ -31,7 +31,7 @@ class Progress:
         """The last finished step."""
         return self._last[0]
 
-    def beat(self, step: int, epoch: float | None) -> None:
+    def beat(self, step: int, epoch: float | None = None) -> None:
         """Note that a step is finished. On the training thread, every step."""
         now = time.monotonic()
         self._last = (step, epoch, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import states
@@ -21,54 +21,37 @@ class RunState:
         on_event: see ``EventLog``.
     """
 
-    def __init__(self, step: int, max_steps: int | None, on_event: Any) -> None:
+    def __init__(self, step: int, max_steps: int | None, on_event: Callable[[], None]) -> None:
         #: The job id, once one is claimed; before that the one that was asked for.
         self.job_id: str | None = None
         self.started_at = time.time()
         self.progress = Progress(step, max_steps)
         self.events = EventLog(on_event, self._sample)
         self.ended = False
-        self._ending = False
-        self._phase: states.TrainingStatus = states.STATUS_STARTING
-        self._told: states.TrainingStatus = states.STATUS_STARTING
+        #: Whether a command that ends training was applied.
+        self.ending = False
+        #: What training is doing: starting, training, evaluating or saving.
+        self.phase: states.TrainingStatus = states.STATUS_STARTING
+        self._published: states.TrainingStatus = states.STATUS_STARTING
         self._metrics: dict[str, Any] = {}
         self._logged = 0
 
-    @property
-    def phase(self) -> states.TrainingStatus:
-        """What training is doing: starting, training, evaluating or saving."""
-        return self._phase
-
-    @phase.setter
-    def phase(self, phase: states.TrainingStatus) -> None:
-        if phase != self._phase:
-            self._phase = phase
-            self._status_changed()
-
-    @property
-    def ending(self) -> bool:
-        """Whether a command that ends training was applied."""
-        return self._ending
-
-    @ending.setter
-    def ending(self, ending: bool) -> None:
-        self._ending = ending
-        self._status_changed()
-
-    def _status_changed(self) -> None:
-        if self.status != self._told:
-            self._told = self.status
-            self.events.publish(states.EVENT_PHASE, phase=self._told)
+    def note(self, phase: states.TrainingStatus | None = None, ending: bool = False) -> None:
+        """Note a phase, or that a command that ends training was applied; publish the status if it has changed."""
+        self.phase, self.ending = phase or self.phase, ending or self.ending
+        if self.status != self._published:
+            self._published = self.status
+            self.events.publish(states.EVENT_PHASE, phase=self._published)
 
     @property
     def status(self) -> states.TrainingStatus:
-        """The word for it: the phase, unless training is stopping or has ended."""
+        """The phase, unless training is stopping or has ended."""
         if self.ended:
             return states.STATUS_ENDED
-        return states.STATUS_STOPPING if self.ending and self._phase == states.STATUS_TRAINING else self._phase
+        return states.STATUS_STOPPING if self.ending and self.phase == states.STATUS_TRAINING else self.phase
 
     def log(self, logs: Mapping[Any, Any]) -> None:
-        """Keep the latest value of each name; no synchronisation with a device."""
+        """Keep the latest value of each name. Never a collective, never a synchronisation with a device."""
         self._metrics = metrics.merge(self._metrics, metrics.hold(logs))
         self._logged += 1
 
@@ -88,10 +71,11 @@ class RunState:
 
     def _sample(self) -> dict[str, tuple[object, dict[str, Any]]]:
         progress = self.progress.report()
+        step = progress["global_step"]
         names = ("epoch", "max_steps", "progress", "steps_per_second", "eta_seconds")
-        facts = {"step": progress["global_step"], **{name: progress[name] for name in names}}
+        facts = {"step": step, **{name: progress[name] for name in names}}
         values = metrics.on_host(self._metrics)
         return {
-            states.EVENT_PROGRESS: (progress["global_step"], facts),
-            states.EVENT_METRICS: (self._logged, {"step": progress["global_step"], "metrics": values}),
+            states.EVENT_PROGRESS: (step, facts),
+            states.EVENT_METRICS: (self._logged, {"step": step, "metrics": values}),
         }

@@ -387,11 +387,12 @@ def test_race(hurry, seed):
     box = CommandQueue(lambda record: None)
     put = box._put
 
-    def spy(record):
+    def spy(record, **changes):
         with lock:
             before = box._records.get(record.command_id)
-            transitions.append((record.command_id, before.state if before else None, record.state))
-        return put(record)
+            after = record._replace(**changes)
+            transitions.append((record.command_id, before.state if before else None, after.state))
+        return put(record, **changes)
 
     box._put = spy
     accepted, refused, cancelled, drained = [], [], [], []

@@ -60,14 +60,16 @@ class Rank:
         self.state = RunState(0, None, lambda: None)
         self.group = Group(rank)
         self.loop = RequestedActions()
-        self.tracker = CommandTracker(self.queue, self.methods, self.state, fresh_seconds)
+        self.tracker = CommandTracker(
+            self.queue, self.methods, self.state, self.loop, lambda: self.group, fresh_seconds
+        )
 
     def apply(self, *names, step=1, outcomes=None, fault=None):
         """Submit each command under its own name, apply them all at one step, and have all ranks acknowledge it."""
         for name in names:
             self.queue.submit(name, name, self.methods[name].own_params(self.methods[name].bind({})))
         commands = self.tracker.take()
-        self.tracker.apply(commands, self.loop, step, self.group)
+        self.tracker.apply(commands, step)
         mine = self.group.sent[-1][3] if self.group.sent[-1][0] == "applied" else {}
         for kind, *facts in self.group.sent:
             if kind == "applied":
@@ -86,7 +88,7 @@ def test_a_save_is_finished_once_every_rank_has_written_its_part():
     """Rank 0's part alone is not enough; the result is that of rank 0."""
     rank = Rank()
     rank.apply("save_checkpoint", step=7)
-    rank.tracker.saved(7, "/c-7", False, rank.group)
+    rank.tracker.saved(7, "/c-7", False)
     assert rank.record("save_checkpoint").state == "applied"
     assert rank.group.sent[-1] == ("report", "save_checkpoint", {})
     rank.group.all_report()
@@ -106,7 +108,7 @@ def test_a_save_that_another_rank_could_not_finish_has_failed(outcomes, fault, m
     """The record has the other rank's reason, and what rank 0 did save."""
     rank = Rank()
     rank.apply("save_checkpoint")
-    rank.tracker.saved(1, "/c-1", False, rank.group)
+    rank.tracker.saved(1, "/c-1", False)
     rank.group.all_report(outcomes, fault)
     record = rank.record("save_checkpoint")
     assert (record.state, record.error["message"], record.result["path"]) == ("failed", message, "/c-1")
@@ -116,7 +118,7 @@ def test_an_evaluation_is_finished_with_its_metrics():
     """The result has the step, the metrics and the seconds."""
     rank = Rank(0, 0.0, method("user.evaluate", "evaluated"))
     rank.apply("user.evaluate", step=5)
-    rank.tracker.evaluated(5, {"eval_loss": 0.5}, rank.group)
+    rank.tracker.evaluated(5, {"eval_loss": 0.5})
     rank.group.all_report()
     record = rank.record("user.evaluate")
     assert record.state == "finished" and record.result["seconds"] >= 0
@@ -129,9 +131,9 @@ def test_a_stop_is_finished_when_training_has_ended(command):
     rank = Rank()
     rank.apply(command, step=3)
     if command == "save_and_stop":
-        rank.tracker.saved(3, "/c-3", False, rank.group)
+        rank.tracker.saved(3, "/c-3", False)
     assert rank.state.ending and rank.record(command).state == "applied" and not rank.group.callbacks
-    rank.tracker.end(3, None, rank.group)
+    rank.tracker.end(3, None)
     rank.group.all_report()
     path = "/c-3" if command == "save_and_stop" else None
     record = rank.record(command)
@@ -186,7 +188,7 @@ def test_a_failing_effect_leaves_no_rank_waiting_for_its_report():
         raise ValueError("no")
 
     rank = Rank(1, 0.0, method("user.bad", "reported", run=fail))
-    rank.tracker.apply([ScheduledCommand("id", "user.bad", {})], rank.loop, 1, rank.group)
+    rank.tracker.apply([ScheduledCommand("id", "user.bad", {})], 1)
     assert rank.group.sent[-1][:2] == ("report", "id") and "no" in rank.group.sent[-1][2]["error"]["message"]
 
 
@@ -204,10 +206,10 @@ def test_training_that_raised_fails_what_waited_for_it(command):
     """Each unfinished command says what ended the run."""
     rank = Rank()
     rank.apply(command)
-    rank.tracker.close_reports("training ended by ValueError", rank.group)
+    rank.tracker.close_reports("training ended by ValueError")
     assert rank.record(command).state == "applied", "that all ranks applied it is told first"
     rank.group.all_report()
-    rank.tracker.end(1, "training ended by ValueError", rank.group)
+    rank.tracker.end(1, "training ended by ValueError")
     record = rank.record(command)
     assert record.state == "failed" and "ValueError" in record.error["message"]
 
@@ -216,7 +218,7 @@ def test_the_end_of_training_fails_an_open_save():
     """Without another reason the record says that training ended first."""
     rank = Rank()
     rank.apply("save_checkpoint")
-    rank.tracker.close_reports(None, rank.group)
+    rank.tracker.close_reports(None)
     rank.group.all_report()
     assert rank.record("save_checkpoint").error["message"] == "training ended before the checkpoint was saved"
 
@@ -234,11 +236,11 @@ def test_a_save_that_fails_takes_no_other_stop_with_it():
     """A save-and-stop failed; a stop beside it is finished when training ends."""
     rank = Rank()
     rank.apply("save_and_stop", "graceful_stop")
-    rank.tracker.fail("saved", "disk full", rank.group)
+    rank.tracker.report("saved", "disk full")
     assert rank.group.sent[-1][2]["error"]["message"] == "disk full"
     rank.group.all_report()
     assert rank.record("save_and_stop").state == "failed"
-    rank.tracker.end(1, None, rank.group)
+    rank.tracker.end(1, None)
     assert list(rank.group.callbacks) == ["graceful_stop"]
     rank.group.all_report()
     assert rank.record("graceful_stop").state == "finished"
@@ -254,12 +256,12 @@ def test_another_rank_reports_and_keeps_no_records():
         ScheduledCommand("id", "save_checkpoint", {"evaluate": False}),
         ScheduledCommand("other", "graceful_stop", {}),
     ]
-    rank.tracker.apply(commands, rank.loop, 4, rank.group)
+    rank.tracker.apply(commands, 4)
     assert rank.loop.save and rank.loop.stop and rank.group.sent == [("applied", ["id", "other"], 4, {})]
-    rank.tracker.saved(4, "/c-4", False, rank.group)
-    rank.tracker.nothing_to_save(rank.group)
-    rank.tracker.fail("saved", "late", rank.group)
-    rank.tracker.end(4, None, rank.group)
+    rank.tracker.saved(4, "/c-4", False)
+    rank.tracker.report("saved")
+    rank.tracker.report("saved", "late")
+    rank.tracker.end(4, None)
     assert rank.group.sent[1:] == [("report", "id", {})]
     assert rank.group.callbacks == {} and rank.queue.records() == []
 
@@ -267,8 +269,8 @@ def test_another_rank_reports_and_keeps_no_records():
 def test_a_rank_without_a_part_in_the_checkpoint_reports_at_once():
     """The others do not wait for it."""
     rank = Rank(rank=1)
-    rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], rank.loop, 4, rank.group)
-    rank.tracker.nothing_to_save(rank.group)
+    rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], 4)
+    rank.tracker.report("saved")
     assert rank.group.sent[-1] == ("report", "id", {})
 
 
@@ -296,7 +298,7 @@ def test_only_a_signals_save_and_stop_skips_its_save():
     rank = Rank(0, 1e6)
     rank.tracker.submit("save_and_stop")
     assert [command.skip_save for command in rank.tracker.take()] == [False], "there is no checkpoint yet"
-    rank.tracker.saved(2, "/c-2", False, rank.group)
+    rank.tracker.saved(2, "/c-2", False)
     rank.tracker.submit("save_checkpoint")
     rank.queue.submit("abort")
     rank.queue.submit("save_and_stop", None, {"evaluate": "auto"}, None, {"via": "socket"})
@@ -308,13 +310,13 @@ def test_only_a_signals_save_and_stop_skips_its_save():
 def test_a_stop_that_skips_its_save_names_the_last_checkpoint():
     """It ends as a stop does, and no rank waits for a save."""
     rank = Rank(0, 1e6)
-    rank.tracker.saved(2, "/c-2", False, rank.group)
+    rank.tracker.saved(2, "/c-2", False)
     rank.tracker.submit("save_and_stop")
     (command,) = commands = rank.tracker.take()
-    rank.tracker.apply(commands, rank.loop, 3, rank.group)
+    rank.tracker.apply(commands, 3)
     assert rank.loop.stop and rank.loop.skip_save and not rank.loop.save
     assert rank.group.sent[-1] == ("report", command.command_id, {})
-    rank.tracker.end(3, None, rank.group)
+    rank.tracker.end(3, None)
     rank.group.all_report()
     expected = {"step": 2, "path": "/c-2", "seconds": 0.0, "evaluated": False}
     assert rank.queue.get(command.command_id).result == expected
@@ -333,7 +335,7 @@ def test_a_rank_that_ends_cleanly_owes_nothing_more():
     """Often only rank 0 saves; an exception on another rank fails the save all the same."""
     for reason, outcome in ((None, {}), ("training ended by ValueError", "error")):
         rank = Rank(rank=1)
-        rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], rank.loop, 4, rank.group)
-        rank.tracker.close_reports(reason, rank.group)
+        rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], 4)
+        rank.tracker.close_reports(reason)
         assert rank.group.sent[-1][:2] == ("report", "id")
         assert rank.group.sent[-1][2] == outcome or outcome in rank.group.sent[-1][2]

@@ -18,7 +18,7 @@ import forgather_control
 from forgather_control import errors
 from forgather_control.server import limits
 from forgather_control.training import limits as training_limits
-from forgather_control.training.controller import Controller, _not_shared
+from forgather_control.training.controller import Controller
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 from forgather_control.wire.methods import COMMON, Method
@@ -294,11 +294,3 @@ def test_methods_are_fixed_at_the_first_step(job):
     job.step(1)
     with pytest.raises(ValueError, match="fixed at the first step"):
         job.methods.add(Method("user.two", "Two.", COMMON, "CommandRecord", lambda loop: None, frozenset({"applied"})))
-
-
-def test_a_method_that_a_rank_did_not_register_is_unavailable():
-    """The reason names the ranks; methods that all registered alike are available."""
-    added = [{"user.a": "1", "user.b": "1"}, {"user.a": "1"}, {"user.a": "1", "user.b": "2", "user.c": "1"}]
-    found = _not_shared(added)
-    assert found.keys() == {"user.b", "user.c"}
-    assert "rank 1, 2 " in found["user.b"] and "rank 2 " in found["user.c"]

@@ -99,9 +99,21 @@ def test_an_added_command_runs_and_its_value_is_the_result(job, wire):
 
 
 def test_a_command_that_ranks_do_not_share_is_refused(job, wire):
-    """The reason names what differs."""
-    job._queries.unavailable = {"user.ask": "rank 1 did not register it"}
+    """The reason names what differs; once all ranks share it, it is accepted."""
+    job._queries.compare([{"user.ask": "1"}, {}])
     assert "rank 1 did not register it" in wire.call("user.ask")["error"]["message"]
+    job._queries.compare([{"user.ask": "1"}, {"user.ask": "1"}])
+    assert give(wire, "user.ask")["state"] == "accepted"
+
+
+def test_a_method_that_a_rank_did_not_register_is_unavailable(job):
+    """The reason names the ranks; methods that all registered alike are available."""
+    job._queries.compare(
+        [{"user.a": "1", "user.b": "1"}, {"user.a": "1"}, {"user.a": "1", "user.b": "2", "user.c": "1"}]
+    )
+    found = {name: why for name, why in job._queries._unavailable.items() if why}
+    assert found.keys() == {"user.b", "user.c"}
+    assert "rank 1, 2 " in found["user.b"] and "rank 2 " in found["user.c"]
 
 
 def test_ping_tells_the_time_of_the_jobs_clock(job, wire):

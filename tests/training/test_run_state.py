@@ -24,18 +24,18 @@ def phases(state):
 def test_each_change_of_the_word_is_one_event(state):
     """The same phase again is none; stopping and the end are told, too."""
     for phase in ("training", "training", "saving", "training", "training"):
-        state.phase = phase
-    state.ending = True
-    state.phase = "saving"
-    state.phase = "training"
+        state.note(phase)
+    state.note(ending=True)
+    state.note("saving")
+    state.note("training")
     assert phases(state) == ["training", "saving", "training", "stopping", "saving", "stopping"]
 
 
 @pytest.mark.parametrize("phase", ["starting", "training", "evaluating", "saving"])
 def test_the_word_is_stopping_only_between_the_steps(state, phase):
     """While a stop is applied a save or an evaluation is still called by its name."""
-    state.phase = phase
-    state.ending = True
+    state.note(phase)
+    state.note(ending=True)
     assert state.status == ("stopping" if phase == "training" else phase)
     state.ended = True
     assert state.status == "ended"
@@ -46,7 +46,7 @@ def test_the_mark_differs_whenever_the_report_does(state):
     marks = [state.mark()]
     state.progress.beat(1, None)
     marks.append(state.mark())
-    state.phase = "training"
+    state.note("training")
     marks.append(state.mark())
     state.log({"loss": 1})
     marks.append(state.mark())
