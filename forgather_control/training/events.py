@@ -17,25 +17,17 @@ from .. import states
 from ..wire import jsonrpc
 from . import limits
 
-#: The kinds that are sampled.
+#: The kinds that are sampled. They have a ring of their own, so that they do not push rare events out.
 SAMPLED: Final = frozenset((states.EVENT_PROGRESS, states.EVENT_METRICS))
 
 
 class Event(NamedTuple):
-    """One event; ``ordinal`` counts those of its ring."""
+    """One event."""
 
     seq: int
-    ordinal: int
     time: float
     kind: str
     facts: dict[str, Any]
-
-    def line(self, lost: int) -> bytes:
-        """Return the notification, newline included."""
-        params = {"seq": self.seq, "time": self.time, "kind": self.kind, **self.facts}
-        if lost:
-            params["lost"] = lost
-        return jsonrpc.encode({"jsonrpc": "2.0", "method": "event", "params": params})
 
 
 class _Ring:
@@ -46,14 +38,14 @@ class _Ring:
         self.count = 0  # of all that were ever added
         self.dropped_seq = 0  # of the last one that fell out
 
-    def add(self, seq: int, kind: str, facts: dict[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         if len(self.events) == self.events.maxlen:
             self.dropped_seq = self.events[0].seq
-        self.events.append(Event(seq, self.count, time.time(), kind, facts))
+        self.events.append(event)
         self.count += 1
 
     def position(self, since: int) -> int:
-        """Return the ordinal of the first event after number ``since``; of dropped ones, the most it can be."""
+        """Return how many were added before the first event after number ``since``; of dropped ones, the least."""
         kept = sum(event.seq > since for event in self.events)
         return max(0, self.count - kept - max(0, self.dropped_seq - since))
 
@@ -73,63 +65,50 @@ class EventLog:
     ) -> None:
         self._on_event, self._sample = on_event, sample
         self._lock = threading.Lock()
-        self._seq = 0
-        self._rare, self._samples = _Ring(limits.MAX_EVENTS), _Ring(limits.MAX_SAMPLE_EVENTS)
+        #: The number of the next event.
+        self.next_seq = 1
+        self._rings = _Ring(limits.MAX_EVENTS), _Ring(limits.MAX_SAMPLE_EVENTS)  # by whether the kind is sampled
         self._marks: dict[str, object] = {}  # of the last sample; server thread only
-        self._sample_at = 0.0  # monotonic; server thread only
-
-    @property
-    def next_seq(self) -> int:
-        """The number of the next event."""
-        return self._seq + 1
+        #: When the next sample is due, in ``time.monotonic()`` seconds. Server thread only.
+        self.sample_at = 0.0
 
     def publish(self, kind: str, **facts: Any) -> None:
         """Add an event. On any thread; never blocks."""
-        with self._lock:
-            self._seq += 1
-            (self._samples if kind in SAMPLED else self._rare).add(self._seq, kind, facts)
+        self._add(kind, facts)
         self._on_event()
+
+    def _add(self, kind: str, facts: dict[str, Any]) -> None:
+        with self._lock:
+            self._rings[kind in SAMPLED].add(Event(self.next_seq, time.time(), kind, facts))
+            self.next_seq += 1
 
     def sample(self) -> None:
         """Add progress and metrics if they have changed and the last sample is old enough. On the server thread."""
         now = time.monotonic()
-        if now < self._sample_at:
+        if now < self.sample_at:
             return
-        self._sample_at = now + limits.EVENT_SAMPLE_PERIOD
+        self.sample_at = now + limits.EVENT_SAMPLE_PERIOD
         for kind, (mark, facts) in self._sample().items():
             if self._marks.get(kind) != mark:
                 self._marks[kind] = mark
-                with self._lock:
-                    self._seq += 1
-                    self._samples.add(self._seq, kind, facts)
-
-    @property
-    def sample_at(self) -> float:
-        """When the next sample is due, in ``time.monotonic()`` seconds."""
-        return self._sample_at
+                self._add(kind, facts)
 
     def subscribe(self, since: int | None, kinds: Iterable[str] | None) -> Subscriber:
         """Return a new subscriber: after event ``since``, or from now on."""
         with self._lock:
-            start = self._seq if since is None else since
-            return Subscriber(self, frozenset(kinds or states.EVENT_KINDS), start)
-
-    # For subscribers...
-
-    def positions(self, since: int) -> list[int]:
-        """Return where a subscriber starts in each ring. With the lock held."""
-        return [ring.position(since) for ring in (self._rare, self._samples)]
+            start = self.next_seq - 1 if since is None else since
+            positions = [ring.position(start) for ring in self._rings]
+        return Subscriber(self, frozenset(kinds or states.EVENT_KINDS), positions)
 
     def after(self, positions: list[int]) -> tuple[list[Event], list[int]]:
-        """Return the events from these positions on, in order, and how many of each ring were dropped before them."""
+        """Return the events from a position in each ring on, in order, and how many had been dropped before them."""
+        found: list[Event] = []
+        lost = []
         with self._lock:
-            found: list[Event] = []
-            lost = []
-            for ring, position in zip((self._rare, self._samples), positions):
-                first = ring.count - len(ring.events)
-                lost.append(max(0, first - position))
-                skip = max(0, position - first)
-                found += islice(ring.events, skip, None)
+            for ring, position in zip(self._rings, positions):
+                missing = ring.count - len(ring.events) - position  # negative: that many kept ones were sent before
+                lost.append(max(0, missing))
+                found += islice(ring.events, max(0, -missing), None)
         return sorted(found), lost
 
 
@@ -139,36 +118,34 @@ class Subscriber:
     A client that reads slowly falls behind, and loses the events that leave the rings meanwhile.
     """
 
-    def __init__(self, log: EventLog, kinds: frozenset[str], since: int) -> None:
-        self._log, self._kinds = log, kinds
-        self._positions = log.positions(since)
+    def __init__(self, log: EventLog, kinds: frozenset[str], positions: list[int]) -> None:
+        self._log, self._kinds, self._positions = log, kinds, positions
+        self._wanted = bool(kinds - SAMPLED), bool(kinds & SAMPLED)  # of each ring: whether it counts what was lost
         self._lost = 0  # not told yet
-
-    @property
-    def _samples(self) -> bool:
-        return bool(self._kinds & SAMPLED)
 
     def pull(self, size: int) -> bytes:
         """Return the next events as lines: at most about ``size`` bytes, nothing where there is none."""
-        if self._samples:
+        if self._wanted[True]:
             self._log.sample()
         events, lost = self._log.after(self._positions)
-        self._count_lost(lost)
+        for index, count in enumerate(lost):
+            self._positions[index] += count
+            self._lost += count * self._wanted[index]
         text = b""
         for event in events:
             if len(text) >= size:
                 break
-            self._positions[event.kind in SAMPLED] = event.ordinal + 1
+            self._positions[event.kind in SAMPLED] += 1
             if event.kind in self._kinds:
-                text += event.line(self._lost)
-                self._lost = 0
+                text += self._line(event)
         return text
 
-    def _count_lost(self, lost: list[int]) -> None:
-        rare, sampled = lost
-        self._lost += rare * bool(self._kinds - SAMPLED) + sampled * self._samples
-        self._positions = [position + more for position, more in zip(self._positions, lost)]
+    def _line(self, event: Event) -> bytes:
+        params = {"seq": event.seq, "time": event.time, "kind": event.kind, **event.facts}
+        if self._lost:
+            params["lost"], self._lost = self._lost, 0
+        return jsonrpc.encode({"jsonrpc": "2.0", "method": "event", "params": params})
 
     def next_at(self) -> float | None:
         """Return when there may be more though no event was published; ``None`` where only events count."""
-        return self._log.sample_at if self._samples else None
+        return self._log.sample_at if self._wanted[True] else None

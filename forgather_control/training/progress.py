@@ -41,9 +41,11 @@ class Progress:
 
     def report(self) -> dict[str, Any]:
         """Return the figures of ``status``; ``None`` where one is unknown. On the server thread."""
-        step, epoch, at = self._last
-        speed = self._speed(step, at)
-        end = self._max_steps
+        (step, epoch, at), samples, end = self._last, self._samples, self._max_steps
+        speed = None
+        if at is not None and samples:
+            since, first = samples[0]
+            speed = (step - first) / (at - since) if at > since and step > first else None
         return {
             "global_step": step,
             "epoch": epoch,
@@ -53,10 +55,3 @@ class Progress:
             "eta_seconds": max(0, end - step) / speed if end is not None and speed else None,
             "seconds_since_step": None if at is None else time.monotonic() - at,
         }
-
-    def _speed(self, step: int, at: float | None) -> float | None:
-        samples = self._samples
-        if at is None or not samples:
-            return None
-        since, first = samples[0]
-        return (step - first) / (at - since) if at > since and step > first else None

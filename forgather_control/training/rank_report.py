@@ -16,7 +16,7 @@ from ..jobs import rank_processes
 from ..processes import stacks, usage
 from ..processes.liveness import Identity, current_process
 from ..processes.stack_dump import StackDumper
-from ..ranks.group import RankGroup, RankQuery
+from ..ranks.group import RankGroup
 from ..server.dispatcher import PENDING, Deferred
 from . import limits
 from .progress import Progress
@@ -41,6 +41,7 @@ class RankReporter:
     def __init__(self, progress: Progress, thread: Callable[[], int | None]) -> None:
         self._progress, self._thread = progress, thread
         self._stack_dumper = StackDumper(self._stacks)
+        self.close = self._stack_dumper.close
         self._ranks: list[rank_processes.RankRecord] = []
 
     def describe(self) -> dict[str, Any]:
@@ -48,19 +49,15 @@ class RankReporter:
         self._stack_dumper.start()
         return {**current_process()._asdict(), "stack_fd": self._stack_dumper.fd}
 
-    def close(self) -> None:
-        """End. May be called twice."""
-        self._stack_dumper.close()
-
     def answer(self, what: str) -> dict[str, Any]:
         """Return what this rank answers. Never raises: that would break the channel between the ranks."""
         try:
             mine = usage.process_stats()
-            if what == "stacks":
-                return {"host": mine["host"], "pid": mine["pid"], "stacks": self._stacks()}
             report = self._progress.report()
             mine.update(step=report["global_step"], seconds_since_step=report["seconds_since_step"])
-            return {name: mine[name] for name in ("host", "pid", *_UNKNOWN["ranks"])}
+            if what == "stacks":
+                mine["stacks"] = self._stacks()
+            return {name: mine[name] for name in ("host", "pid", *_UNKNOWN[what])}
         except Exception:  # boundary: as above
             log.exception("Internal error: this rank could not answer the query %r.", what)
             return {}
@@ -88,7 +85,7 @@ class RankReporter:
             missing = (rank for rank in range(group.size) if rank not in query.answers)
             if any(group.state(rank) == states.RANK_SILENT for rank in missing) and not deadline.passed():
                 return PENDING
-            return [_row(group, query, what, rank) for rank in range(group.size)]
+            return [_row(group, rank, what, query.answers.get(rank)) for rank in range(group.size)]
 
         return Deferred(poll, deadline.at) if (answers := poll()) is PENDING else answers
 
@@ -98,12 +95,10 @@ def _record(rank: int, description: dict[str, Any]) -> rank_processes.RankRecord
     return rank_processes.RankRecord.of(rank, identity, description.get("stack_fd"))
 
 
-def _row(group: RankGroup, query: RankQuery, what: str, rank: int) -> dict[str, Any]:
-    answer = query.answers.get(rank)
-    description = group.description(rank)
-    known = {"rank": rank, "host": description.get("host"), "pid": description.get("pid")}
+def _row(group: RankGroup, rank: int, what: str, answer: dict[str, Any] | None) -> dict[str, Any]:
+    known = {name: group.description(rank).get(name) for name in ("host", "pid")}
     state = group.state(rank) if answer is None else states.RANK_ANSWERING
-    row = {**known, "state": state, **_UNKNOWN[what], **(answer or {})}
+    row = {"rank": rank, **known, "state": state, **_UNKNOWN[what], **(answer or {})}
     if row.get("stacks") is not None:
         row["stacks"] = row["stacks"][: limits.MAX_STACKS // group.size]
     return row

@@ -26,7 +26,7 @@ class StatusCache:
     def __init__(
         self,
         build: Callable[[], dict[str, Any]],
-        version: Callable[[], object],
+        version: Callable[[], Any],
         process_stats: Callable[[], dict[str, Any]],
     ) -> None:
         self._build, self._version, self._process_stats = build, version, process_stats

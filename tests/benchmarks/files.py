@@ -25,11 +25,12 @@ WAITING = (1, 10_000)
 
 def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
     """Ticks of several kinds."""
-    files, mine = controller._file_requests, controller._directory
+    assert controller._server is not None
+    files, mine = controller._server._file_requests, controller._server._directory
     assert files is not None and mine is not None
 
     def step() -> None:
-        controller._progress.beat(controller.last_step + 1, None)
+        controller.beat(controller.last_step + 1)
         files._status_due = 0.0
         files.tick()
 
@@ -67,7 +68,8 @@ def measure() -> Iterator[Table]:
 
 def full(table: Table, controller: Controller) -> None:
     """Ticks that find requests."""
-    files, mine = controller._file_requests, controller._directory
+    assert controller._server is not None
+    files, mine = controller._server._file_requests, controller._server._directory
     assert files is not None and mine is not None
     box = os.path.join(mine.path, "requests")
     for count in WAITING:
