@@ -40,44 +40,38 @@ training can have no further step then, and its launcher must notice.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .. import states
 from ..wire.records import Outcome, ScheduledCommand
 from . import limits
 from .messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
-from .tally import Tally
-
-# What the coordinator wants done...
 
 
 class Send(NamedTuple):
-    """Send ``message`` to each of ``ranks``."""
+    """The coordinator wants ``message`` sent to each of ``ranks``."""
 
     ranks: tuple[int, ...]
     message: Prepare | Commit
 
 
 class Decide(NamedTuple):
-    """Write the round's decision, unless there is one, and pass what stands there to ``Coordinator.decided``.
-
-    ``due`` is T, to be written with the commands that are pending now, or ``None`` for "off".
-    """
+    """It wants the round's decision written, unless there is one, and what stands there passed to ``decided``."""
 
     number: int
-    due: int | None
+    due: int | None  # T, to be written with the commands that are pending now, or ``None`` for "off"
 
 
 class AllApplied(NamedTuple):
-    """All ranks applied the round, with these non-empty outcomes by rank; ``fault`` says why not all, if so."""
+    """All ranks applied the round; ``fault`` says why not all, if so."""
 
     number: int
-    outcomes: dict[int, dict[str, Outcome]]
+    outcomes: dict[int, dict[str, Outcome]]  # by rank; only those that are not empty
     fault: str | None
 
 
 class AllReported(NamedTuple):
-    """All ranks reported on the command, with these outcomes by rank; ``fault`` says why some never will, if so."""
+    """All ranks reported on the command; ``fault`` says why some never will, if so."""
 
     command_id: str
     outcomes: dict[int, Outcome]
@@ -85,6 +79,30 @@ class AllReported(NamedTuple):
 
 
 Action = Send | Decide | AllApplied | AllReported
+
+
+class Tally:
+    """The answers of several ranks: those that came, which are ``missing``, and why some will never come."""
+
+    def __init__(self, ranks: Iterable[int] = ()) -> None:
+        self.ranks = frozenset(ranks)
+        self.missing = set(self.ranks)
+        self.answers: dict[int, Any] = {}
+        self.fault: str | None = None
+
+    def add(self, rank: int, answer: Any) -> None:
+        """Note an answer; only the first one of a rank that is asked counts."""
+        if rank in self.missing:
+            self.missing.remove(rank)
+            self.answers[rank] = answer
+
+    def drop(self, rank: int, fault: str | None) -> None:
+        """Expect no answer from a rank any more: it has nothing to tell, or ``fault`` says why it cannot."""
+        if fault is None:
+            self.add(rank, {})
+        elif rank in self.missing:
+            self.missing.remove(rank)
+            self.fault = self.fault or fault
 
 
 class Participant:
@@ -148,24 +166,17 @@ class Participant:
 
 
 class Coordinator:
-    """Rank 0's side of the rounds, one at a time.
+    """Rank 0's side of the rounds, one at a time: events go in, and ``next`` returns what is to be done."""
 
-    Messages go in by :meth:`receive`; :meth:`next` returns what is to be done.
-
-    Args:
-        size: the number of ranks.
-        timeout: seconds in which all ranks must be ready.
-    """
-
-    def __init__(self, size: int, timeout: float = limits.READY_TIMEOUT) -> None:
-        self._ranks, self._timeout = frozenset(range(size)), timeout
+    def __init__(self, size: int) -> None:
+        self._ranks = frozenset(range(size))
         self._absent = set(self._ranks)
         self._left: dict[int, str | None] = {}  # why, if not as it should
         self._passed = 0  # the last step of those that left
         #: Why there can be no more rounds.
         self.fault: str | None = None
         self.number = 0
-        self._closed = self._lost = False
+        self.closed = self._lost = False
         self._phase: Literal["idle", "preparing", "deciding", "committed"] = "idle"
         self._asked: set[int] = set()
         self._steps: dict[int, int] = {}  # by rank that is ready
@@ -181,35 +192,23 @@ class Coordinator:
     def receive(self, message: Join | Ready | Applied | Reported | Leave) -> None:
         """Note what a rank sent."""
         match message:
-            case Join():
-                self._absent.discard(message.rank)
-            case Ready():
-                if self._phase == "preparing" and message.number == self.number:
-                    self._steps[message.rank] = message.step
-            case Applied():
-                if message.number == self.number:
-                    self._applied.add(message.rank, message.outcomes)
-            case Reported():
-                self._report(message)
-            case Leave():
-                self._leave(message)
-
-    def _report(self, report: Reported) -> None:
-        tally = self._reports.get(report.command_id)
-        if tally is not None:
-            tally.add(report.rank, report.outcome)
-        elif self._phase == "deciding":  # a rank that gave the round up reads the decision before it is known here
-            self._early.append(report)
-
-    def _leave(self, leave: Leave) -> None:
-        if leave.rank in self._left:
-            return
-        self._passed = max(self._passed, leave.step)  # the others must not apply what this rank has passed
-        self._absent.discard(leave.rank)
-        self._asked.discard(leave.rank)
-        self._applied.drop(leave.rank, leave.fault)
-        self._drop(leave.rank, leave.fault)
-        self.fault = self.fault or leave.fault
+            case Join(rank):
+                self._absent.discard(rank)
+            case Ready(number, rank, step) if self._phase == "preparing" and number == self.number:
+                self._steps[rank] = step
+            case Applied(number, rank, outcomes) if number == self.number:
+                self._applied.add(rank, outcomes)
+            case Reported(rank, command_id, outcome) if command_id in self._reports:
+                self._reports[command_id].add(rank, outcome)
+            case Reported() if self._phase == "deciding":  # of a rank that gave the round up and read the decision
+                self._early.append(message)
+            case Leave(rank, step, fault) if rank not in self._left:
+                self._passed = max(self._passed, step)  # the others must not apply what this rank has passed
+                self._absent.discard(rank)
+                self._asked.discard(rank)
+                self._applied.drop(rank, fault)
+                self._drop(rank, fault)
+                self.fault = self.fault or fault
 
     def _drop(self, rank: int, fault: str | None) -> None:
         self._left[rank] = fault
@@ -235,24 +234,27 @@ class Coordinator:
         for command_id in self._commands:
             self._reports[command_id] = Tally(self._applied.ranks)
         for report in self._early:
-            self._report(report)
+            self.receive(report)
         for rank, fault in self._left.items():
             self._drop(rank, fault)
         if self._lost:
-            self.lose(self.fault or "")
+            self._fail_missing(self.fault)
 
-    def lose(self, why: str) -> None:
+    def lose(self, why: str) -> list[Action]:
         """Rank 0 receives nothing any more: there are no more rounds, and what is missing will not come."""
         self.fault, self._lost = self.fault or why, True
+        self._fail_missing(why)
+        return self._completed()
+
+    def _fail_missing(self, why: str | None) -> None:
         for tally in (self._applied, *self._reports.values()):
             for rank in list(tally.missing):
                 tally.drop(rank, why)
 
-    def close(self, fault: str | None) -> list[Action]:
+    def close(self, fault: str | None) -> None:
         """End rank 0: it owes no more reports, a round that is not decided is off, and there are no more."""
-        self._closed = True
+        self.closed = True
         self._drop(0, fault)
-        return self._decide(None) if self._phase == "preparing" else []
 
     # What follows from them...
 
@@ -265,7 +267,7 @@ class Coordinator:
     @property
     def owed(self) -> bool:
         """Whether rank 0 did its part (or may have) of something, and other ranks have not answered that they did."""
-        return self._phase == "deciding" or bool(self.missing)
+        return self._phase in ("preparing", "deciding") or bool(self.missing)
 
     @property
     def missing(self) -> list[int]:
@@ -281,10 +283,15 @@ class Coordinator:
             now: the time in seconds, on any clock that only grows.
             pending: whether commands are queued.
         """
-        actions = self._count(now) if self._phase == "preparing" else self.completed()
-        may_begin = pending and not self._absent and not self._closed and self.fault is None
+        if self._phase == "preparing":
+            return self._count(now)
+        actions = self._completed()
+        may_begin = pending and not self._absent and not self.closed and self.fault is None
         if self._phase == "idle" and may_begin and now >= self._deadline:
-            actions += self._prepare(now)
+            self.number += 1
+            self._asked, self._steps = set(self._ranks - self._left.keys()), {}
+            self._phase, self._deadline = "preparing", now + limits.READY_TIMEOUT
+            actions.append(Send(tuple(sorted(self._asked)), Prepare(self.number)))
         return actions
 
     def delay(self, now: float, pending: bool) -> float | None:
@@ -293,7 +300,7 @@ class Coordinator:
             return max(0.0, self._deadline - now)
         return None
 
-    def completed(self) -> list[Action]:
+    def _completed(self) -> list[Action]:
         """Return what all ranks have applied, or reported on, since the last call."""
         actions: list[Action] = []
         if self._phase == "committed" and not self._applied.missing:
@@ -306,19 +313,13 @@ class Coordinator:
                 actions.append(AllReported(command_id, tally.answers, tally.fault))
         return actions
 
-    def _prepare(self, now: float) -> list[Action]:
-        self.number += 1
-        self._asked, self._steps = set(self._ranks - self._left.keys()), {}
-        self._phase, self._deadline = "preparing", now + self._timeout
-        return [Send(tuple(sorted(self._asked)), Prepare(self.number))]
-
     def _count(self, now: float) -> list[Action]:
         steps = [self._steps[rank] for rank in self._asked if rank in self._steps]
-        if self.fault is not None or not self._asked or (len(steps) < len(self._asked) and now >= self._deadline):
-            return self._decide(None)
-        return self._decide(max(*steps, self._passed) + 1) if len(steps) == len(self._asked) else []
-
-    def _decide(self, due: int | None) -> list[Action]:
+        is_off = self.closed or self.fault is not None or not self._asked
+        all_ready = len(steps) == len(self._asked)
+        if not is_off and not all_ready and now < self._deadline:
+            return []
+        due = max(*steps, self._passed) + 1 if all_ready and not is_off else None
         # A rank that gave the round up may apply it, or leave, before the decision is known here.
         self._phase, self._applied = "deciding", Tally(self._asked)
         return [Decide(self.number, due)]

@@ -9,15 +9,22 @@ A :class:`RankGroup` is one rank's view of all ranks; its callers never test whe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .. import states
 from ..errors import Unsupported
 from ..wire.records import Outcome, ScheduledCommand
-from . import failures, poll
-from .report_callbacks import ReportCallback, ReportCallbacks
-from .tally import Tally
+from . import failures, limits, messages
+from .messages import Join, Message, Reported, Request
+
+#: Called with what the ranks reported on one command, by rank, and why not all ranks ever will, if so.
+ReportCallback = Callable[[dict[int, Outcome], "str | None"], None]
 
 
 class RankGroupDelegate(Protocol):
@@ -34,11 +41,7 @@ class RankGroupDelegate(Protocol):
         """Queue them again, because the round was called off. As above."""
 
     def all_applied(
-        self,
-        commands: list[ScheduledCommand],
-        step: int,
-        outcomes: dict[int, dict[str, Outcome]],
-        fault: str | None,
+        self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None
     ) -> None:
         """All ranks applied them, or ``fault`` says why not all. Any thread; rank 0.
 
@@ -68,23 +71,57 @@ class RankGroupDelegate(Protocol):
         """No command can be agreed on any more. Any thread; once."""
 
 
+@dataclass
 class RankQuery:
-    """A query to all ranks.
+    """A query to all ranks; ``answers``, by rank, grow on the receiver's thread."""
 
-    Attributes:
-        answers: by rank; grows on the receiver's thread, read on the server's.
-    """
-
-    def __init__(self, answers: dict[int, Any]) -> None:
-        self.answers = answers
+    answers: dict[int, Any]
 
 
-class RankGroup(Protocol):
+class ReportCallbacks:
+    """The callbacks that wait for reports on commands, and the last results for those that come later. Any thread."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, Future[tuple[dict[int, Outcome], str | None]]] = {}  # each dict operation is atomic
+
+    def expect(self, command_id: str) -> None:
+        """Hold back callbacks for this command until it is complete."""
+        self._results.setdefault(command_id, Future())
+
+    def add(self, command_id: str, callback: ReportCallback) -> None:
+        """See ``RankGroup.when_reported``."""
+        result = self._results.get(command_id)
+        if result is None:
+            callback({}, None)
+        else:
+            result.add_done_callback(lambda done: callback(*done.result()))
+
+    def complete(self, command_id: str, outcomes: dict[int, Outcome], fault: str | None) -> None:
+        """Call the callbacks of this command, unless it was complete before."""
+        with suppress(InvalidStateError):
+            self._results.setdefault(command_id, Future()).set_result((outcomes, fault))
+        done = [each for each, result in list(self._results.items()) if result.done()]
+        for oldest in done[: -limits.MAX_RESULTS]:
+            self._results.pop(oldest, None)
+
+    def complete_all(self, fault: str | None) -> None:
+        """Call all callbacks: nothing more will be reported."""
+        for command_id in list(self._results):
+            self.complete(command_id, {}, fault)
+
+
+class RankGroup(ABC):
     """All ranks, seen from one of them. On the training thread, where nothing else is said."""
 
-    rank: int
-    size: int
+    def __init__(self, delegate: RankGroupDelegate, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._delegate = delegate
+        self._started = False
+        self._facts: dict[str, Any] = {}
+        self._descriptions: dict[int, dict[str, Any]] = {}  # rank 0
+        self._callbacks = ReportCallbacks()  # rank 0
 
+    @abstractmethod
     def start(self, fault: str | None = None) -> None:
         """Take part from now on; with a ``fault``, tell ranks that would wait for this one why it does not.
 
@@ -92,12 +129,15 @@ class RankGroup(Protocol):
             Unsupported: ranks poll, and one of the others does not take part.
         """
 
+    @abstractmethod
     def due(self, step: int) -> bool:
         """Return whether ``receive`` must be called. Every rank, at the end of every step; costs next to nothing."""
 
+    @abstractmethod
     def receive(self, step: int) -> list[ScheduledCommand]:
         """Return the commands that all ranks apply after this step; often none."""
 
+    @abstractmethod
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
         """Tell rank 0 that this rank applied them.
 
@@ -107,6 +147,7 @@ class RankGroup(Protocol):
 
     def report(self, command_id: str, outcome: Outcome) -> None:
         """Tell rank 0 that this rank's part of a command that awaits reports is complete, or failed."""
+        self._tell_coordinator(Reported(self.rank, command_id, outcome))
 
     def when_reported(self, command_id: str, callback: ReportCallback) -> None:
         """Call ``callback`` once all ranks have reported on this command, or when it is known that they never will.
@@ -114,138 +155,82 @@ class RankGroup(Protocol):
         It is called at once, with ``({}, None)``, for a command that awaits no reports; else on any thread. Rank 0,
         after ``applied``.
         """
+        self._callbacks.add(command_id, callback)
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts to what rank 0 knows of this rank."""
+        self._facts = {**self._facts, **facts}
+        if self._started:
+            self._tell_coordinator(Join(self.rank, self._facts))
 
-    def command_queued(self) -> None:
+    def command_queued(self) -> None:  # noqa: B027 - not all groups have to be told
         """Note that the delegate has a pending command. Any thread; rank 0."""
 
     def request(self, command: str) -> None:
         """Have rank 0 submit a command. Any rank, any thread; reentrant, so signal handlers may call it."""
+        self._tell_coordinator(Request(command))
 
     def query(self, what: str) -> RankQuery:
-        """Send a query to all ranks. The server thread of rank 0."""
-
-    def state(self, rank: int) -> states.RankState:
-        """Return the state of a rank that did not answer a query. Rank 0, any thread."""
-
-    def description(self, rank: int) -> dict[str, Any]:
-        """Return what a rank told of itself; nothing before it joined. Rank 0, any thread."""
-
-    def close(self, seconds: float, fault: str | None = None) -> None:
-        """Leave; wait at most ``seconds`` for what is on its way. ``fault`` says why, if training continues."""
-
-
-class _LocalGroup:
-    """What is the same in the groups that have no channel: only rank 0 answers queries."""
-
-    def __init__(self, delegate: RankGroupDelegate, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self._delegate = delegate
-        self._descriptions: dict[int, dict[str, Any]] = {}
-        self._requested: deque[str] = deque()  # by signal handlers, whose interrupted thread may hold any lock
-        self._callbacks = ReportCallbacks()
-
-    def when_reported(self, command_id: str, callback: ReportCallback) -> None:
-        self._callbacks.add(command_id, callback)
-
-    def command_queued(self) -> None:
-        pass
-
-    def request(self, command: str) -> None:
-        self._requested.append(command)
-
-    def _take_requested(self) -> list[str]:
-        return [self._requested.popleft() for _ in range(len(self._requested))]
-
-    def query(self, what: str) -> RankQuery:
+        """Send a query to all ranks that can be reached. The server thread of rank 0."""
         return RankQuery({self.rank: self._delegate.answer(what)})
 
     def state(self, rank: int) -> states.RankState:
+        """Return the state of a rank that did not answer a query. Rank 0, any thread."""
         return states.RANK_SILENT if rank == self.rank else states.RANK_ABSENT
 
     def description(self, rank: int) -> dict[str, Any]:
+        """Return what a rank told of itself; nothing before it joined. Rank 0, any thread."""
         return self._descriptions.get(rank, {})
 
-    def _expect_reports(self, commands: list[ScheduledCommand]) -> list[str]:
-        awaiting = [command.command_id for command in commands if self._delegate.awaits_report(command.name)]
-        for command_id in awaiting:
-            self._callbacks.expect(command_id)
-        return awaiting
-
-
-class SingleProcess(_LocalGroup):
-    """A group of one rank."""
-
-    def __init__(self, delegate: RankGroupDelegate) -> None:
-        super().__init__(delegate, 0, 1)
-
-    def start(self, fault: str | None = None) -> None:
-        if fault is None:
-            self.describe(self._delegate.describe())
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        self._descriptions = {0: {**self.description(0), **facts}}
-        self._delegate.all_joined(self._descriptions)
-
-    def due(self, step: int) -> bool:
-        """Return whether a command is pending, or a signal came."""
-        return self._delegate.pending or bool(self._requested)
-
-    def receive(self, step: int) -> list[ScheduledCommand]:
-        """Return what is pending: what the only rank holds, all ranks hold."""
-        for command in self._take_requested():
-            self._delegate.submit(command)
-        return self._delegate.take()
-
-    def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
-        self._expect_reports(commands)
-        self._delegate.all_applied(commands, step, {0: outcomes} if outcomes else {}, None)
-
-    def report(self, command_id: str, outcome: Outcome) -> None:
-        self._callbacks.complete(command_id, {0: outcome}, None)
-
+    @abstractmethod
     def close(self, seconds: float, fault: str | None = None) -> None:
-        self._callbacks.complete_all(None if fault is None else failures.control_failed(0, fault))
+        """Leave; wait at most ``seconds`` for what is on its way. ``fault`` says why, if training continues."""
+
+    @abstractmethod
+    def _tell_coordinator(self, message: Message) -> None:
+        """Send a message to rank 0, without blocking. Any thread; reentrant."""
+
+    def _awaiting(self, commands: list[ScheduledCommand]) -> list[str]:
+        """Return the ids of those commands that await reports."""
+        return [command.command_id for command in commands if self._delegate.awaits_report(command.name)]
+
+    def _join(self, message: Join) -> None:
+        self._descriptions = {**self._descriptions, message.rank: message.description}
+        if len(self._descriptions) == self.size:
+            self._delegate.all_joined(self._descriptions)
 
 
-class PollingGroup(_LocalGroup):
-    """Several ranks that exchange messages every ``steps`` steps, as many as rank 0 was told.
+class PollingGroup(RankGroup):
+    """Ranks that exchange messages every ``steps`` steps, as many as rank 0 was told.
 
-    A message is a JSON object of ``commands`` (of rank 0), ``requests``, ``reports`` and ``facts``, each of which may
-    be missing.
+    Args:
+        exchange: sends a message, or ``None`` for none, to all ranks; returns the messages of all, by rank.
     """
 
-    def __init__(self, delegate: RankGroupDelegate, rank: int, size: int, steps: int) -> None:
+    def __init__(
+        self, delegate: RankGroupDelegate, rank: int, size: int, steps: int, exchange: Callable[[Any], dict[int, Any]]
+    ) -> None:
         super().__init__(delegate, rank, size)
-        self._steps, self._count = steps, 0
-        self._reports: list[tuple[str, Outcome]] = []  # of this rank, not sent yet
-        self._facts: dict[str, Any] = {}  # the same
-        self._tallies: dict[str, Tally] = {}  # by command; rank 0
-        self._poll = poll.CollectivePoll(rank, size)
+        self._steps, self._count, self._exchange = steps, 0, exchange
+        self._unsent: deque[Message] = deque()  # to rank 0
+        self._reported: dict[str, dict[int, Outcome]] = {}  # by command that awaits reports, by rank; rank 0
 
     def start(self, fault: str | None = None) -> None:
         """Begin together: a rank that polls alone, or at other steps, would meet others in a collective of theirs."""
-        facts: dict[str, Any] = {}
         try:
             if fault is None:
-                facts = self._delegate.describe()
+                self.describe(self._delegate.describe())
         except Exception as err:
             fault = str(err)
             raise
         finally:
-            messages = self._poll.exchange({"fault": fault, "steps": self._steps, "facts": facts})
-        faulty = [rank for rank, message in messages.items() if message["fault"] is not None]
+            found = self._exchange({"fault": fault, "steps": self._steps, "facts": self._facts})
+        faulty = [rank for rank, message in found.items() if message["fault"] is not None]
         if faulty and fault is None:
             raise Unsupported(failures.not_started(faulty))
-        self._steps = messages[0]["steps"]
-        if fault is None:
-            self._note_facts(messages)
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        """Send them with the next poll."""
-        self._facts.update(facts)
+        self._steps, self._started = found[0]["steps"], True
+        for rank, message in found.items() if self.rank == 0 and fault is None else ():
+            self._join(Join(rank, message["facts"]))
 
     def due(self, step: int) -> bool:
         """Return whether it is time to poll; the same on all ranks."""
@@ -253,56 +238,63 @@ class PollingGroup(_LocalGroup):
         return self._count % self._steps == 0
 
     def receive(self, step: int) -> list[ScheduledCommand]:
-        """Poll. A collective on every rank."""
-        mine = {
-            "commands": self._delegate.take() if self.rank == 0 else [],
-            "requests": self._take_requested(),
-            "reports": self._reports,
-            "facts": self._facts,
-        }
-        self._reports, self._facts = [], {}
-        messages = self._poll.exchange({name: value for name, value in mine.items() if value} or None)
+        """Poll: rank 0 sends the commands, the others their messages to rank 0. A collective on every rank."""
+        unsent = [self._unsent.popleft() for _ in range(len(self._unsent))]
         if self.rank == 0:
-            for message in messages.values():
-                for command in message.get("requests", []):
+            self._handle(unsent)
+            found = self._exchange(self._delegate.take() or None)
+        else:
+            found = self._exchange([messages.encode(message) for message in unsent] or None)
+        commands = [ScheduledCommand(*fields) for fields in found.pop(0, [])]
+        if self.rank == 0:
+            self._handle(messages.decode(fields) for sent in found.values() for fields in sent)
+        return commands
+
+    def _handle(self, sent: Iterable[Message]) -> None:
+        for message in sent:
+            match message:
+                case Request(command):
                     self._delegate.submit(command)
-            self._note_facts(messages)
-            self._note_reports(messages)
-        return [ScheduledCommand(*fields) for fields in messages.get(0, {}).get("commands", [])]
-
-    def _note_facts(self, messages: dict[int, Any]) -> None:
-        changed = {rank: message["facts"] for rank, message in messages.items() if message.get("facts")}
-        if changed and self.rank == 0:
-            known = self._descriptions
-            self._descriptions = {rank: {**known.get(rank, {}), **changed.get(rank, {})} for rank in range(self.size)}
-            self._delegate.all_joined(self._descriptions)
-
-    def _note_reports(self, messages: dict[int, Any]) -> None:
-        for rank, message in messages.items():
-            for command_id, outcome in message.get("reports", []):
-                if command_id in self._tallies:
-                    self._tallies[command_id].add(rank, outcome)
-        for command_id, tally in list(self._tallies.items()):
-            if not tally.missing:
-                del self._tallies[command_id]
-                self._callbacks.complete(command_id, tally.answers, None)
+                case Join():
+                    self._join(message)
+                case Reported(rank, command_id, outcome) if command_id in self._reported:
+                    outcomes = self._reported[command_id]
+                    outcomes.setdefault(rank, outcome)
+                    if len(outcomes) == self.size:
+                        self._callbacks.complete(command_id, self._reported.pop(command_id), None)
 
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
         """Exchange the outcomes: all ranks have the commands, and apply them at this step."""
-        by_rank = self._poll.exchange(outcomes or None)
+        found = self._exchange(outcomes or None)
         if self.rank == 0:
-            for command_id in self._expect_reports(commands):
-                self._tallies[command_id] = Tally(range(self.size))
-            self._delegate.all_applied(commands, step, by_rank, None)
-
-    def report(self, command_id: str, outcome: Outcome) -> None:
-        """Send it with the next poll."""
-        self._reports.append((command_id, outcome))
+            for command_id in self._awaiting(commands):
+                self._reported[command_id] = {}
+                self._callbacks.expect(command_id)
+            self._delegate.all_applied(commands, step, found, None)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
         """Complete what is open with what rank 0 knows: a poll here might wait for ranks that do not close."""
-        self._note_reports({self.rank: {"reports": self._reports}})
+        self._handle(message for message in self._unsent if isinstance(message, Reported))
         why = None if fault is None else failures.control_failed(self.rank, fault)
-        for command_id, tally in self._tallies.items():
-            self._callbacks.complete(command_id, tally.answers, why)
-        self._callbacks.complete_all(why)
+        for command_id, outcomes in self._reported.items():
+            self._callbacks.complete(command_id, outcomes, why)
+
+    def _tell_coordinator(self, message: Message) -> None:
+        self._unsent.append(message)
+
+
+class SingleProcess(PollingGroup):
+    """One rank: what it holds all ranks hold, so nothing waits for the next poll."""
+
+    def __init__(self, delegate: RankGroupDelegate) -> None:
+        super().__init__(delegate, 0, 1, 1, lambda message: {} if message is None else {0: message})
+
+    def due(self, step: int) -> bool:
+        """Return whether a command is pending, or a signal came."""
+        return self._delegate.pending or bool(self._unsent)
+
+    def _tell_coordinator(self, message: Message) -> None:
+        if isinstance(message, Request):
+            super()._tell_coordinator(message)  # of a signal handler, whose interrupted thread may hold any lock
+        else:
+            self._handle([message])

@@ -1,4 +1,9 @@
-"""The messages between ranks: what each of them says, and how it travels as a JSON array."""
+"""The messages between ranks; each travels as a JSON array: its kind, then its fields.
+
+``consensus`` says what those of a round are for. Beside them: a rank that takes part sends Join, and again when its
+description changes; Request has rank 0 submit a command, which a signal asked for; a Query is answered at once by all
+ranks that take part, without their training threads; Shutdown tells them that rank 0 ends.
+"""
 
 from __future__ import annotations
 
@@ -8,81 +13,61 @@ from ..wire.records import Outcome, ScheduledCommand
 
 
 class Join(NamedTuple):
-    """A rank takes part from now on; sent again when its description changes."""
-
     rank: int
     description: dict[str, Any]
 
 
 class Prepare(NamedTuple):
-    """To all ranks: answer with your step, and hold at the end of the next one until this round is decided."""
-
-    number: int
+    number: int  # of the round
 
 
 class Ready(NamedTuple):
-    """The answer: the last step that was finished when ``must_wait`` was already set."""
-
     number: int
     rank: int
-    step: int
+    step: int  # the last one that was finished when ``must_wait`` was already set
 
 
 class Commit(NamedTuple):
-    """To all ranks: the decision of a round. ``due`` is the step T, or ``None`` if the round is off."""
-
     number: int
-    due: int | None
+    due: int | None  # the step T; ``None`` if the round is off
     commands: list[ScheduledCommand]
 
 
 class Applied(NamedTuple):
-    """A rank applied the commands of the round; ``outcomes`` by command id, where there is anything to tell."""
-
     number: int
     rank: int
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, Outcome]  # by command id; only those that are not empty
 
 
 class Reported(NamedTuple):
-    """A rank has done its part of a command that is finished when all ranks have reported, or failed to."""
-
     rank: int
     command_id: str
     outcome: Outcome
 
 
 class Leave(NamedTuple):
-    """A rank takes part no more after ``step``; ``fault`` says why, unless its training ended as it should."""
-
     rank: int
-    step: int
-    fault: str | None
+    step: int  # its last one
+    fault: str | None  # why, unless its training ended as it should
 
 
 class Request(NamedTuple):
-    """To rank 0: submit this command, which a signal asked for."""
-
     command: str
 
 
 class Query(NamedTuple):
-    """To the ranks that take part: a question, answered at once and without the training thread."""
-
     number: int
     what: str
 
 
 class Answer(NamedTuple):
-    """The answer to a Query."""
-
     number: int
     rank: int
     answer: Any
 
 
 class Shutdown(NamedTuple):
-    """To all ranks: rank 0 ends."""
+    pass
 
 
 Message = Join | Prepare | Ready | Commit | Applied | Reported | Leave | Request | Query | Answer | Shutdown
@@ -91,7 +76,7 @@ _KINDS: Final[dict[str, Any]] = {kind.__name__.lower(): kind for kind in get_arg
 
 
 def encode(message: Message) -> list[Any]:
-    """Return the message as it travels: its kind, then its fields."""
+    """Return the message as it travels."""
     return [type(message).__name__.lower(), *message]
 
 
@@ -102,11 +87,10 @@ def decode(fields: list[Any]) -> Message:
         KeyError, TypeError: it is none; all ranks run the same code, so the channel is broken.
     """
     kind, *rest = fields
-    message: Message = _KINDS[kind](*rest)
-    return decode_decision(message.number, rest[1:]) if isinstance(message, Commit) else message
+    message: Message = decode_commit(*rest) if kind == "commit" else _KINDS[kind](*rest)
+    return message
 
 
-def decode_decision(number: int, decision: list[Any]) -> Commit:
-    """Return the decision of a round as it stands in the store: ``[due, commands]``."""
-    due, commands = decision
+def decode_commit(number: int, due: int | None, commands: list[Any]) -> Commit:
+    """Return a round's decision from the values that travelled or stand in the store."""
     return Commit(number, due, [ScheduledCommand(*command) for command in commands])

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import Unsupported
-from . import keys, limits
+from . import keys, limits, poll
 from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
-from .store_group import StoreGroup
+from .store_group import CoordinatorGroup, StoreGroup
 
 log = logging.getLogger("forgather_control")
 
@@ -47,14 +47,15 @@ def select_group(
         steps = poll_steps or log_steps or limits.POLL_STEPS
         if rank == 0:
             log.info("ranks poll one another for commands every %d steps: %s", steps, why)
-        return PollingGroup(delegate, rank, size, steps)
+        return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size).exchange)
     if rank == 0:
         log.info(
             "ranks agree on commands over torch.distributed's %s; they do not communicate while no command is pending",
             why,
         )
     try:
-        return StoreGroup(delegate, rank, size, _connector(dist, store, name), step)
+        kind = CoordinatorGroup if rank == 0 else StoreGroup
+        return kind(delegate, rank, size, _connector(dist, store, name), step)
     except RuntimeError as err:  # torch's DistError is one
         reason = str(err).partition(chr(10))[0]
         raise Unsupported(f"torch.distributed's {why} cannot be reached: {reason}") from err

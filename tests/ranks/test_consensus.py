@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control.ranks import consensus, limits
-from forgather_control.ranks.consensus import AllApplied, AllReported, Coordinator, Participant, Send
+from forgather_control.ranks.consensus import AllApplied, AllReported, Coordinator, Participant, Send, Tally
 from forgather_control.ranks.messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
-from forgather_control.ranks.tally import Tally
 
 #: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
@@ -524,9 +523,8 @@ class World:
         if item[0] == "advance" or item[0] == "give":
             return state._replace(sender=(item,))
         if item[0] == "end":
-            coordinator, actions = self.coordinators.call(state.coordinator, "close", item[1])
-            state = self._then(state._replace(coordinator=coordinator), "sender", ("advance",))
-            return self._push(state, "sender", actions)
+            coordinator, _ = self.coordinators.call(state.coordinator, "close", item[1])
+            return self._then(state._replace(coordinator=coordinator), "sender", ("advance",))
         if item[0] == "shutdown":
             return self._send(state, self.coordinators.ask(state.coordinator, silent), "over")
         return state.rank(0, lost=True)
@@ -688,14 +686,13 @@ class World:
         assert outcomes == expected and (fault is not None) == failed, f"reported with {outcomes} and {fault}"
 
     def _finish(self, state: State) -> State:
-        """As ``Coordination`` does when rank 0 has waited long enough for the ranks that owe it something."""
+        """As ``CoordinatorGroup`` does when rank 0 has waited long enough for the ranks that owe it something."""
         missing_now = self.coordinators.ask(state.coordinator, missing)
         assert bool(missing_now) == self.coordinators.ask(state.coordinator, owed)
         if not missing_now:
             return state
         assert any(other.mode == "dead" for other in state.ranks), "rank 0 ended before the others could report"
-        coordinator, _ = self.coordinators.call(state.coordinator, "lose", "missing")
-        coordinator, actions = self.coordinators.call(coordinator, "completed")
+        coordinator, actions = self.coordinators.call(state.coordinator, "lose", "missing")
         state = state._replace(coordinator=coordinator)
         for action in actions:
             assert action.fault is not None
@@ -1102,9 +1099,10 @@ def test_the_end_of_rank_0():
     """A round that is not decided is off, and no other begins."""
     made = coordinator(2)
     made.next(0.0, True)
-    assert made.close(None) == [consensus.Decide(1, None)]
+    made.close(None)
+    assert made.owed and made.next(0.0, True) == [consensus.Decide(1, None)]
     made.decided(Commit(1, None, []), (), 0.0)
-    assert made.next(1000.0, True) == [] and made.close(None) == []
+    assert made.next(1000.0, True) == [] and not made.owed
 
 
 @pytest.mark.parametrize("fault", [None, "it broke"])
@@ -1135,11 +1133,10 @@ def test_a_lost_channel_fails_what_is_open():
     for rank in range(2):
         made.receive(Ready(2, rank, 0))
     assert made.next(0.0, True) == [consensus.Decide(2, 1)]
-    made.lose("the store has gone")
-    assert made.completed() == [AllReported("one", {0: "done"}, "the store has gone")]
+    assert made.lose("the store has gone") == [AllReported("one", {0: "done"}, "the store has gone")]
     made.decided(Commit(2, 1, []), ("two",), 0.0)
     failed = [AllApplied(2, {}, "the store has gone"), AllReported("two", {}, "the store has gone")]
-    assert made.completed() == failed and made.next(1000.0, True) == [] and not made.owed
+    assert made.next(1000.0, True) == failed and made.next(1000.0, True) == [] and not made.owed
 
 
 def test_a_fault_ends_all_agreement():
@@ -1159,3 +1156,27 @@ def test_only_the_first_leave_of_a_rank_counts():
     made.receive(Leave(2, 7, None))
     made.receive(Leave(2, 7, "its channel broke as it was closed"))
     assert made.fault is None and decide(made, 0, 0) == 8
+
+
+# Tallies...
+
+
+def test_the_first_answer_of_each_rank_counts():
+    """Later ones, and those of ranks that are not asked, change nothing."""
+    tally = Tally((0, 2))
+    tally.add(2, "two")
+    tally.add(2, "again")
+    tally.add(1, "one")
+    assert (tally.missing, tally.answers) == ({0}, {2: "two"})
+
+
+def test_a_dropped_rank_answers_nothing_or_is_at_fault():
+    """The first fault stands; a rank that has answered is not at fault."""
+    tally = Tally(range(4))
+    tally.add(0, "done")
+    tally.drop(0, "late fault")
+    tally.drop(1, None)
+    tally.drop(2, "it broke")
+    tally.drop(3, "it broke, too")
+    assert (tally.missing, tally.answers, tally.fault) == (set(), {0: "done", 1: {}}, "it broke")
+    assert tally.ranks == {0, 1, 2, 3}

@@ -17,7 +17,7 @@ import pytest
 from forgather_control.errors import JobEnding
 from forgather_control.ranks import keys, limits
 from forgather_control.ranks.channel import StoreSender
-from forgather_control.ranks.store_group import StoreGroup
+from forgather_control.ranks.store_group import CoordinatorGroup, StoreGroup
 from forgather_control.wire.records import Outcome, ScheduledCommand
 
 from ..support.harness import MS, SOON, needs_torch, until
@@ -34,12 +34,17 @@ THREAD_RUNS = int(os.environ.get("RANKS_RUNS", "12"))
 STOPS = ("save_and_stop", "graceful_stop", "abort")
 
 
+def group(delegate: Delegate, rank: int, size: int, connect: Callable[[], Any]) -> StoreGroup:
+    """The group that ``select_group`` chooses where there is a store."""
+    return (CoordinatorGroup if rank == 0 else StoreGroup)(delegate, rank, size, connect, 0)
+
+
 class Rank:
     """A rank that trains in a thread: ``steps`` of them, each as long as ``pace`` says, and what it applied."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, size: int, steps: int = 10**9) -> None:
         self.delegate = Delegate(rank)
-        self.group = self.delegate.group = StoreGroup(self.delegate, rank, size, connect, 0)
+        self.group = self.delegate.group = group(self.delegate, rank, size, connect)
         self.rank, self.steps, self.step = rank, steps, 0
         self.pace: Callable[[int], None] = lambda step: time.sleep(0.3 * MS)
         self.effect: Callable[[ScheduledCommand, int], Outcome] = lambda command, step: {}
@@ -554,7 +559,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def torn(rank: Rank, connect: Callable[[], Any]) -> None:
     """Have a rank speak over another store."""
-    rank.group = rank.delegate.group = StoreGroup(rank.delegate, rank.rank, rank.group.size, connect, 0)
+    rank.group = rank.delegate.group = group(rank.delegate, rank.rank, rank.group.size, connect)
 
 
 def goes_on(*made: Rank) -> None:
@@ -694,7 +699,7 @@ def test_a_rank_is_told_before_the_coordinator(store, hasty):
         if (
             '"prepare"' in data
         ):  # so that it is the sender that decides, and the receiver that hears what comes too early
-            until(lambda: 1 in made[0].group._coordination._coordinator._steps)
+            until(lambda: 1 in made[0].group._coordinator._steps)
 
     with training(store, 2, begin=False) as made:
         torn(made[0], lambda: Torn(store(), compare_set=stuck, set=send))

@@ -169,7 +169,7 @@ INSIDE: dict[str, str] = {
     "jobs.limits.MAX_ASKED_AT_ONCE": "jobs.test_registry",
     "jobs.limits.MAX_ANSWER": "jobs.test_registry",
     "ranks.limits.MAX_RETRY_DELAY": "ranks.test_consensus",
-    "ranks.limits.MAX_RESULTS": "ranks.test_report_callbacks",
+    "ranks.limits.MAX_RESULTS": "ranks.test_group",
     "processes.stacks.MAX_TEXT": "processes.test_stacks",
     "processes.stacks._MAX_WORD": "processes.test_stacks",
 }

@@ -21,7 +21,6 @@ ELSEWHERE = {
     "training/job_server": "training/test_controller",
     "jobs/limits": "system/test_limits",
     "client/limits": "client/test_connection",
-    "ranks/coordination": "ranks/test_store_group",
     "ranks/limits": "ranks/test_consensus",
 }
 #: Test files that belong to no single module.
