@@ -1,9 +1,9 @@
 """Messages between ranks over a store of torch.distributed, received without polling.
 
-It uses the store's methods and does not import torch. Each rank has two threads, both blocked while there is nothing
-to do: the *receiver* in the store's ``get``, outside the interpreter's lock, until there is a message for this rank;
-the *sender* on a queue, until this process has something to send. The training thread, the server thread and signal
-handlers only put into that queue, so none of them ever waits for the network.
+Each rank has two threads, both blocked while there is nothing to do: the *receiver* in the store's ``get``, outside
+the interpreter's lock, until there is a message for this rank; the *sender* on a queue, until this process has
+something to send. The training thread, the server thread and signal handlers only put into that queue, so none of them
+ever waits for the network.
 
 Each rank has an inbox of numbered keys. A sender takes the next number by the store's atomic ``add``, then writes that
 key; the receiver takes the keys in order and deletes them. (A process that dies between the two leaves a gap, and
@@ -60,8 +60,8 @@ class StoreChannel:
         connect: makes a new connection to the store, one for each thread.
         rank: whose inbox to read.
         on_message: called on the receiver thread with each message, and a sender for replies.
-        delay: called on the sender thread: seconds after which to call ``on_idle``, or ``None`` for never.
-        on_idle: called on the sender thread when nothing was sent for that long.
+        on_idle: called on the sender thread at the start, after each task, and again after the seconds that it
+            returned last; ``None`` for never.
         on_lost: called once, on the thread whose call failed, when the channel broke (the store's host ended, say),
             with the reason and a sender that may still work.
 
@@ -74,26 +74,21 @@ class StoreChannel:
         connect: Callable[[], Any],
         rank: int,
         on_message: Callable[[list[Any], StoreSender], None],
-        delay: Callable[[], float | None],
-        on_idle: Callable[[StoreSender], None],
+        on_idle: Callable[[StoreSender], float | None],
         on_lost: Callable[[str, StoreSender], None],
     ) -> None:
         self._rank = rank
-        self._on_message, self._delay, self._on_idle, self._on_lost = on_message, delay, on_idle, on_lost
+        self._on_message, self._on_idle, self._on_lost = on_message, on_idle, on_lost
         self._inbox = connect()
         self._inbox.set_timeout(timedelta(seconds=limits.INBOX_TIMEOUT))
         self._replies, self._sender = StoreSender(connect()), StoreSender(connect())
         self._queue: SimpleQueue[Callable[[StoreSender], None] | None] = SimpleQueue()
         self._at_exit: Any = None
         self._next = 1  # the number of the message that the receiver waits for; written by it alone
-        self._ended = False
-        self._lock = threading.Lock()  # guards _ended against two threads that find the channel broken
+        self._ended = threading.Lock()  # acquired for good by the first thread that finds, or makes, the channel ended
         self._threads = [
             threading.Thread(target=self._run, args=(work, sender), name=f"forgather-{name}", daemon=True)
-            for name, work, sender in (
-                ("receiver", self._receive, self._replies),
-                ("sender", self._send, self._sender),
-            )
+            for name, work, sender in (("receiver", self._receive, self._replies), ("sender", self._send, self._sender))
         ]
 
     def start(self) -> None:
@@ -121,7 +116,7 @@ class StoreChannel:
         try:
             work()
         except Exception as err:  # boundary: whatever a store raises, it must not stop training
-            if self._end():
+            if self._ended.acquire(blocking=False):
                 log.debug("the channel between ranks broke", exc_info=True)
                 try:
                     self._on_lost(f"{type(err).__name__}: {str(err).partition(chr(10))[0]}", sender)
@@ -129,12 +124,6 @@ class StoreChannel:
                     self._queue.put(None)
                     if threading.current_thread() is not self._threads[0]:
                         self._wake_receiver()
-
-    def _end(self) -> bool:
-        """Mark the channel as ended; return whether it was open."""
-        with self._lock:
-            was_open, self._ended = not self._ended, True
-        return was_open
 
     def _wake_receiver(self) -> None:
         # Over any connection that still works; where none does, the receiver's own call fails, too.
@@ -144,14 +133,14 @@ class StoreChannel:
                 return
 
     def _receive(self) -> None:
-        while not self._ended:  # read after _next is written; those that end it set _ended before they read _next
+        while not self._ended.locked():  # read after _next is written; those that end it do so before they read _next
             try:
                 data = self._inbox.get(keys.message(self._rank, self._next))
             except RuntimeError as err:
-                if "timeout" in str(err).lower() and not self._ended:
+                if "timeout" in str(err).lower() and not self._ended.locked():
                     continue
                 raise
-            if self._ended:
+            if self._ended.locked():
                 return
             self._inbox.delete_key(keys.message(self._rank, self._next))
             self._next += 1
@@ -159,13 +148,11 @@ class StoreChannel:
 
     def _send(self) -> None:
         while True:
-            try:
-                task = self._queue.get(timeout=self._delay())
-            except Empty:
-                self._on_idle(self._sender)
-                continue
-            if task is None:
-                break
-            task(self._sender)
-        if self._end():
-            self._sender.write(keys.message(self._rank, self._next), "[]")
+            delay = self._on_idle(self._sender)
+            with suppress(Empty):
+                task = self._queue.get(timeout=delay)
+                if task is None:
+                    break
+                task(self._sender)
+        if self._ended.acquire(blocking=False):
+            self._wake_receiver()

@@ -25,9 +25,9 @@ def store_silent(rank: int, seconds: float) -> str:
     return f"rank {rank} got no answer from the store within {seconds:g} s"
 
 
-def control_failed(rank: int, reason: str) -> str:
-    """Return why a rank left: its control failed, or its training ended by an error."""
-    return f"rank {rank}: {reason}"
+def control_failed(rank: int, reason: str | None) -> str | None:
+    """Return why a rank left: its control failed; ``None`` if its training ended as it should."""
+    return None if reason is None else f"rank {rank}: {reason}"
 
 
 def not_reported(ranks: Sequence[int]) -> str:

@@ -45,8 +45,7 @@ class RankGroupDelegate(Protocol):
     ) -> None:
         """All ranks applied them, or ``fault`` says why not all. Any thread; rank 0.
 
-        Args:
-            outcomes: by rank, then by command id; only those that are not empty.
+        ``outcomes`` are by rank, then by command id; those that are empty are left out.
         """
 
     def awaits_report(self, name: str) -> bool:
@@ -139,21 +138,16 @@ class RankGroup(ABC):
 
     @abstractmethod
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
-        """Tell rank 0 that this rank applied them.
-
-        Args:
-            outcomes: by command id; only those that are not empty.
-        """
+        """Tell rank 0 that this rank applied them; ``outcomes``, by command id, are those that are not empty."""
 
     def report(self, command_id: str, outcome: Outcome) -> None:
         """Tell rank 0 that this rank's part of a command that awaits reports is complete, or failed."""
         self._tell_coordinator(Reported(self.rank, command_id, outcome))
 
     def when_reported(self, command_id: str, callback: ReportCallback) -> None:
-        """Call ``callback`` once all ranks have reported on this command, or when it is known that they never will.
+        """Call ``callback``, on any thread, once all ranks have reported on this command, or never will. Rank 0.
 
-        It is called at once, with ``({}, None)``, for a command that awaits no reports; else on any thread. Rank 0,
-        after ``applied``.
+        After ``applied``. For a command that awaits no reports it is called at once, with ``({}, None)``.
         """
         self._callbacks.add(command_id, callback)
 
@@ -163,7 +157,7 @@ class RankGroup(ABC):
         if self._started:
             self._tell_coordinator(Join(self.rank, self._facts))
 
-    def command_queued(self) -> None:  # noqa: B027 - not all groups have to be told
+    def command_queued(self) -> None:  # noqa: B027 - only some groups need to be told
         """Note that the delegate has a pending command. Any thread; rank 0."""
 
     def request(self, command: str) -> None:
@@ -275,9 +269,8 @@ class PollingGroup(RankGroup):
     def close(self, seconds: float, fault: str | None = None) -> None:
         """Complete what is open with what rank 0 knows: a poll here might wait for ranks that do not close."""
         self._handle(message for message in self._unsent if isinstance(message, Reported))
-        why = None if fault is None else failures.control_failed(self.rank, fault)
         for command_id, outcomes in self._reported.items():
-            self._callbacks.complete(command_id, outcomes, why)
+            self._callbacks.complete(command_id, outcomes, failures.control_failed(self.rank, fault))
 
     def _tell_coordinator(self, message: Message) -> None:
         self._unsent.append(message)

@@ -2,7 +2,7 @@
 
 ``consensus`` says what those of a round are for. Beside them: a rank that takes part sends Join, and again when its
 description changes; Request has rank 0 submit a command, which a signal asked for; a Query is answered at once by all
-ranks that take part, without their training threads; Shutdown tells them that rank 0 ends.
+ranks that take part, without their training threads; rank 0 sends its Leave to all of them.
 """
 
 from __future__ import annotations
@@ -66,11 +66,7 @@ class Answer(NamedTuple):
     answer: Any
 
 
-class Shutdown(NamedTuple):
-    pass
-
-
-Message = Join | Prepare | Ready | Commit | Applied | Reported | Leave | Request | Query | Answer | Shutdown
+Message = Join | Prepare | Ready | Commit | Applied | Reported | Leave | Request | Query | Answer
 
 _KINDS: Final[dict[str, Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
 

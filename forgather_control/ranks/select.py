@@ -1,7 +1,6 @@
 """Which group this job uses: one process, ranks with a shared store, or ranks that poll.
 
-The one module that asks torch.distributed, as it finds it loaded, whether there are other ranks and what store they
-share.
+It asks torch.distributed, if that is loaded, whether there are other ranks and what store they share.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import Unsupported
@@ -19,6 +17,9 @@ from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
 from .store_group import CoordinatorGroup, StoreGroup
 
 log = logging.getLogger("forgather_control")
+
+#: How many channels this process has opened under each name: each training run has keys of its own.
+_opened: Counter[str] = Counter()
 
 
 def select_group(
@@ -35,8 +36,8 @@ def select_group(
         log_steps: how often to poll where ranks must and nothing is chosen.
 
     Raises:
-        Unsupported: there are other ranks, and no way to agree with them. To act on one of them alone
-            would leave the others waiting in a collective for ever, so nothing is better than that.
+        Unsupported: there are other ranks, and no way to agree with them; a command that acts on one rank alone
+            would leave the others waiting in a collective for ever.
     """
     dist = _distributed()
     if dist is None:
@@ -49,13 +50,13 @@ def select_group(
             log.info("ranks poll one another for commands every %d steps: %s", steps, why)
         return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size).exchange)
     if rank == 0:
-        log.info(
-            "ranks agree on commands over torch.distributed's %s; they do not communicate while no command is pending",
-            why,
-        )
+        pause = "they do not communicate while no command is pending"
+        log.info("ranks agree on commands over torch.distributed's %s; %s", why, pause)
+    kind = CoordinatorGroup if rank == 0 else StoreGroup
+    _opened[name] += 1
+    prefix = keys.prefix(name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _opened[name])
     try:
-        kind = CoordinatorGroup if rank == 0 else StoreGroup
-        return kind(delegate, rank, size, _connector(dist, store, name), step)
+        return kind(delegate, rank, size, lambda: dist.PrefixStore(prefix, store.clone()), step)
     except RuntimeError as err:  # torch's DistError is one
         reason = str(err).partition(chr(10))[0]
         raise Unsupported(f"torch.distributed's {why} cannot be reached: {reason}") from err
@@ -72,11 +73,8 @@ def _distributed() -> Any:
     except ValueError:
         size = 1
     if size > 1:
-        raise Unsupported(
-            f"this process is one of {size} ranks, but torch.distributed.init_process_group was not called before "
-            "training began; call it first",
-            world_size=size,
-        )
+        why = "torch.distributed.init_process_group was not called before training began; call it first"
+        raise Unsupported(f"this process is one of {size} ranks, but {why}", world_size=size)
     return None
 
 
@@ -93,13 +91,3 @@ def _shared_store(dist: Any) -> tuple[Any, str]:
     if not hasattr(store, "clone"):
         return None, "the stores of this torch cannot be cloned"
     return store, kind
-
-
-#: How many channels this process has opened under each name: each training run has keys of its own.
-_opened: Counter[str] = Counter()
-
-
-def _connector(dist: Any, store: Any, name: str) -> Callable[[], Any]:
-    _opened[name] += 1
-    prefix = keys.prefix(name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _opened[name])
-    return lambda: dist.PrefixStore(prefix, store.clone())

@@ -19,7 +19,7 @@ from ..wire.records import Outcome, ScheduledCommand
 from . import consensus, failures, keys, limits, messages
 from .channel import StoreChannel, StoreSender
 from .group import RankGroup, RankGroupDelegate, RankQuery
-from .messages import Answer, Applied, Commit, Join, Leave, Message, Prepare, Query, Request, Shutdown
+from .messages import Answer, Applied, Commit, Join, Leave, Message, Prepare, Query, Request
 
 
 class StoreGroup(RankGroup):
@@ -39,9 +39,9 @@ class StoreGroup(RankGroup):
         super().__init__(delegate, rank, size)
         self._lock = threading.Condition()
         self._participant = consensus.Participant(rank, step)
-        self._channel = StoreChannel(connect, rank, self._on_message, self._delay, self._on_idle, self._on_lost)
+        self._channel = StoreChannel(connect, rank, self._on_message, self._on_idle, self._on_lost)
         self._lost: str | None = None  # why this rank takes part no more
-        self._agreement_lost = False  # and the delegate was told
+        self._agreement_lost = threading.Lock()  # acquired for good by the thread that tells the delegate so
 
     # On the training thread...
 
@@ -78,11 +78,10 @@ class StoreGroup(RankGroup):
         self._tell_coordinator(Applied(self._participant.number, self.rank, outcomes))
 
     def close(self, seconds: float, fault: str | None = None) -> None:
-        why = None if fault is None else failures.control_failed(self.rank, fault)
-        self._channel.post(lambda sender: self._leave(why, sender))
+        self._channel.post(lambda sender: self._leave(failures.control_failed(self.rank, fault), sender))
         self._channel.close(seconds)
 
-    # Messages, on the threads of the channel...
+    # On the threads of the channel...
 
     def _tell_coordinator(self, message: Message) -> None:
         self._channel.post(lambda sender: self._send((0,), message, sender))
@@ -94,6 +93,7 @@ class StoreGroup(RankGroup):
 
     def _on_message(self, fields: list[Any], sender: StoreSender) -> None:
         self._handle(messages.decode(fields), sender)
+        self._on_idle(sender)
 
     def _handle(self, message: Message, sender: StoreSender) -> None:
         match message:
@@ -106,7 +106,7 @@ class StoreGroup(RankGroup):
                 self._commit(message)
             case Query(number, what):
                 self._send((0,), Answer(number, self.rank, self._delegate.answer(what)), sender)
-            case Shutdown():  # a rank that is held for its decision reads what stands there, so that all obey the same
+            case Leave():  # of rank 0: a held rank reads what stands in the store, so that all obey the same decision
                 self._give_up(sender)
                 with self._lock:
                     self._lost = self._lost or "rank 0 has ended"
@@ -122,11 +122,8 @@ class StoreGroup(RankGroup):
         if self._participant.undecided:
             self._commit(_decide(sender, self._participant.number))
 
-    def _delay(self) -> float | None:
+    def _on_idle(self, sender: StoreSender) -> float | None:
         return None
-
-    def _on_idle(self, sender: StoreSender) -> None:
-        pass
 
     def _on_lost(self, reason: str, sender: StoreSender) -> None:
         """On the thread that broke, whose own sender may still reach the store: a held rank reads the decision."""
@@ -146,9 +143,7 @@ class StoreGroup(RankGroup):
         self._lose_agreement(why)
 
     def _lose_agreement(self, why: str) -> None:
-        with self._lock:
-            known, self._agreement_lost = self._agreement_lost, True
-        if not known:
+        if self._agreement_lost.acquire(blocking=False):
             self._delegate.agreement_lost(why)
 
     def _leave(self, why: str | None, sender: StoreSender) -> None:
@@ -179,7 +174,7 @@ class CoordinatorGroup(StoreGroup):
     def close(self, seconds: float, fault: str | None = None) -> None:
         """Begin no more rounds, and wait for what the other ranks owe; what they have not reported then has failed."""
         coordinator = self._coordinator
-        self._channel.post(lambda sender: self._close_coordinator(fault, sender))
+        self._channel.post(lambda sender: self._close_coordinator(fault))
         with self._lock:
             self._lock.wait_for(lambda: self._lost or (coordinator.closed and not coordinator.owed), seconds)
         super().close(seconds, fault)
@@ -192,8 +187,7 @@ class CoordinatorGroup(StoreGroup):
     # On any thread...
 
     def command_queued(self) -> None:
-        """Have a round begin."""
-        self._channel.post(self._on_idle)
+        self._channel.post(lambda sender: None)  # ``_on_idle`` is called after each task
 
     def query(self, what: str) -> RankQuery:
         """Send a query to every rank that takes part; it answers on its receiver thread, whatever its training does."""
@@ -211,7 +205,7 @@ class CoordinatorGroup(StoreGroup):
         """The other ranks that take part."""
         return [rank for rank in range(1, self.size) if self.state(rank) == states.RANK_SILENT]
 
-    # Events, on the threads of the channel...
+    # On the threads of the channel...
 
     def _handle(self, message: Message, sender: StoreSender) -> None:
         match message:
@@ -222,7 +216,7 @@ class CoordinatorGroup(StoreGroup):
                 if query is not None:
                     query.answers[rank] = answer
                     self._delegate.answers_changed()
-            case Prepare() | Commit() | Query() | Shutdown():
+            case Prepare() | Commit() | Query():
                 super()._handle(message, sender)
             case _:
                 with self._lock:
@@ -231,7 +225,6 @@ class CoordinatorGroup(StoreGroup):
             self._channel.post(lambda sender: self._join(message))  # one thread, so that the last one stays the last
         elif isinstance(message, Leave) and message.fault is not None:
             self._lose_agreement(message.fault)
-        self._on_idle(sender)
 
     def _lose(self, why: str) -> None:
         super()._lose(why)
@@ -245,23 +238,19 @@ class CoordinatorGroup(StoreGroup):
             self._tell(action)
 
     def _leave(self, why: str | None, sender: StoreSender) -> None:
-        self._send(self._others(), Shutdown(), sender)
+        self._send(self._others(), Leave(self.rank, self._participant.step, why), sender)
 
-    # Rounds...
-
-    def _delay(self) -> float | None:
-        pending = self._delegate.pending
-        with self._lock:
-            return self._coordinator.delay(time.monotonic(), pending)
-
-    def _on_idle(self, sender: StoreSender) -> None:
-        """Do what the coordinator wants done, until there is nothing."""
-        actions = None
-        while actions is None or actions:
+    def _on_idle(self, sender: StoreSender) -> float | None:
+        """Do what the coordinator wants done; return the seconds after which that may be more by itself."""
+        while True:
             pending = self._delegate.pending
             with self._lock:
-                actions = self._coordinator.next(time.monotonic(), pending)
+                now = time.monotonic()
+                actions = self._coordinator.next(now, pending)
+                delay = self._coordinator.delay(now, pending)
                 self._lock.notify_all()  # close may wait for the event that came before
+            if not actions:
+                return delay
             self._carry_out(actions, sender)
 
     def _carry_out(self, actions: list[consensus.Action], sender: StoreSender) -> None:
@@ -269,7 +258,7 @@ class CoordinatorGroup(StoreGroup):
             match action:
                 case consensus.Send(ranks, message):
                     self._send(ranks, message, sender)
-                    self._channel.post(lambda sender: None)  # after each task the sender thread calls ``_delay`` anew
+                    self.command_queued()  # the sender thread may have to wait for another deadline now
                 case consensus.Decide(number, due):
                     self._decide(number, due, sender)
                 case _:
@@ -296,11 +285,9 @@ class CoordinatorGroup(StoreGroup):
             send = self._coordinator.decided(decision, awaiting, time.monotonic())
         self._carry_out([send], sender)
 
-    def _close_coordinator(self, fault: str | None, sender: StoreSender) -> None:
-        why = None if fault is None else failures.control_failed(self.rank, fault)
+    def _close_coordinator(self, fault: str | None) -> None:
         with self._lock:
-            self._coordinator.close(why)
-        self._on_idle(sender)
+            self._coordinator.close(failures.control_failed(self.rank, fault))
 
 
 def _decide(sender: StoreSender, number: int, due: int | None = None, commands: Iterable[Any] = ()) -> Commit:

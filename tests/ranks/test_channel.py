@@ -41,7 +41,7 @@ class Rank:
         self.idles: queue.Queue[float] = queue.Queue()
         self.pause: float | None = None
         self.reply: Callable[[list[Any], StoreSender], None] = lambda message, sender: None
-        self.channel = StoreChannel(connect, rank, self.hear, lambda: self.pause, self.idle, self.cut)
+        self.channel = StoreChannel(connect, rank, self.hear, self.idle, self.cut)
 
     def hear(self, message: list[Any], sender: StoreSender) -> None:
         self.heard.put(message)
@@ -50,9 +50,10 @@ class Rank:
     def cut(self, why: str, *sender: StoreSender) -> None:
         self.cuts.append(why)
 
-    def idle(self, sender: StoreSender) -> None:
-        self.pause = None
+    def idle(self, sender: StoreSender) -> float | None:
         self.idles.put(time.monotonic())
+        pause, self.pause = self.pause, None
+        return pause
 
     def send(self, rank: int, *message: Any) -> None:
         self.channel.post(lambda sender: sender.send([rank], list(message)))
@@ -161,17 +162,21 @@ def test_one_decision_stands(connect):
 
 
 def test_idle_after_the_pause(connect):
-    """The sender thread calls on_idle after the delay, which it computes anew after each task, and else never."""
+    """The sender thread calls on_idle at the start, after each task and after the delay it returned, else never."""
     with ranks(connect) as (one,):
+        one.idles.get(timeout=SOON)
         one.send(0, "go")
         one.next()
-        assert one.idles.empty()
-        one.pause = 0.0
-        one.channel.post(lambda sender: None)
         one.idles.get(timeout=SOON)
-        begun, one.pause = time.monotonic(), 20 * MS
-        one.channel.post(lambda sender: None)
-        assert one.idles.get(timeout=SOON) - begun >= 20 * MS
+        for pause in (0.0, 20 * MS):
+            assert one.idles.empty()
+            one.pause = pause
+            one.channel.post(lambda sender: None)
+            begun = one.idles.get(timeout=SOON)
+            assert one.idles.get(timeout=SOON) - begun >= pause
+        one.send(0, "go")
+        one.next()
+        one.idles.get(timeout=SOON)
         assert one.idles.empty()
 
 
@@ -306,7 +311,7 @@ def cuts(why, *sender):
     cut.set()
 
 connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
-channel = StoreChannel(connect, 0, hear, lambda: None, print, cuts)
+channel = StoreChannel(connect, 0, hear, lambda sender: None, cuts)
 channel.start()
 channel.post(lambda sender: sender.send([0], ["hello"]))
 if how == "speak":
@@ -385,7 +390,7 @@ def become(number):
             sender.send([0], ["again"])
 
     connect = lambda: dist.PrefixStore(str(number), store.clone())
-    channel = StoreChannel(connect, 0, hear, lambda: None, print, print)
+    channel = StoreChannel(connect, 0, hear, lambda sender: None, print)
     channel.start()
     channel.post(lambda sender: sender.send([0], ["hello"]))
     heard.wait()

@@ -22,7 +22,6 @@ EXAMPLES = [
     messages.Request("abort"),
     messages.Query(1, "stacks"),
     messages.Answer(1, 2, {"stacks": None}),
-    messages.Shutdown(),
 ]
 
 

@@ -608,7 +608,7 @@ def test_a_shutdown_overtakes_the_decision(store, patient):
     """Rank 0 ends after its decision and before the Commit: a held rank reads the decision in the store, and obeys."""
     with one_rank(store) as (coordinator, rank):
         coordinator.sender.decide(keys.decision(1), [coordinator.due, coordinator.commands])
-        coordinator.send("shutdown")
+        coordinator.send("leave", 0, 9, None)
         until(lambda: rank.applied)
         assert rank.applied == [(coordinator.due, coordinator.commands)]
         goes_on(rank)
@@ -618,7 +618,7 @@ def test_a_shutdown_overtakes_the_decision(store, patient):
 def test_a_shutdown_while_nothing_is_decided(store, patient):
     """The round is off from then on, and no rank is held."""
     with one_rank(store) as (coordinator, rank):
-        coordinator.send("shutdown")
+        coordinator.send("leave", 0, 9, None)
         goes_on(rank)
         assert (
             coordinator.sender.decide(keys.decision(1), [coordinator.due, coordinator.commands]) == [None, []]
