@@ -23,6 +23,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -80,17 +81,14 @@ class Controller:
         self._closed = False  # or abandoned in a forked child
         self._orphaned: str | None = None
         # What integrations note on the training thread of any rank; see the methods that are behind it.
-        self.log, self.beat = self.state.log, self.state.progress.beat
+        self.beat = self.state.progress.beat
         self.evaluated = self._tracker.evaluated
         self.evaluation_failed = partial(self._tracker.report, states.WHEN_EVALUATED)
         self.save_failed = partial(self._tracker.report, states.WHEN_SAVED)
         self.nothing_to_save = partial(self._tracker.report, states.WHEN_SAVED, None)
         # What the group asks for; see ``RankGroupDelegate``.
-        self.take, self.put_back, self.all_applied = (
-            self._tracker.take,
-            self._tracker.put_back,
-            self._tracker.all_applied,
-        )
+        self.take, self.put_back = self._tracker.take, self._tracker.put_back
+        self.all_applied = self._tracker.all_applied
         self.describe, self.answer = self._reporter.describe, self._reporter.answer
         self.answers_changed = self._wake
 
@@ -169,6 +167,10 @@ class Controller:
             commands = self._group.receive(step)
             if commands:
                 self._tracker.apply(commands, step)
+
+    def log(self, logs: Mapping[Any, Any]) -> None:
+        """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
+        self.state.log(logs)
 
     def saved(self, step: int, path: str, evaluated: bool = False) -> None:
         """Note that a checkpoint is complete on disk, or this rank's part of it, whatever caused it.
