@@ -26,7 +26,7 @@ log = logging.getLogger("forgather_control")
 
 def new_token() -> str:
     """Return a new secret, for one run of one job."""
-    return secrets.token_urlsafe(limits.TOKEN_BYTES)
+    return secrets.token_urlsafe(32)  # bytes
 
 
 class TokenAuthenticator:

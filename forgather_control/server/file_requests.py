@@ -34,7 +34,7 @@ from .reply_files import FileReply, ReplyFiles
 log = logging.getLogger("forgather_control")
 
 #: No listing of requests/ counts: list it at the next tick.
-_LIST_AGAIN: Final[tuple[object, object]] = (None, None)
+_LIST_AGAIN: Final[tuple[Any, Any]] = (None, None)
 
 
 class FileRequestServer:
@@ -111,10 +111,10 @@ class FileRequestServer:
     # Requests...
 
     def _take_some(self) -> None:
-        if self._is_unchanged():
-            return
         deadline, cpu_until = Deadline(limits.FILES_TIMEOUT), time.thread_time() + limits.FILES_CPU_SLICE
         with self._opened(REQUESTS) as requests:
+            if not self._is_changed(requests):
+                return
             names = self._list(requests)
             now = self._file_system_time() if names else 0.0
             taken = 0
@@ -127,25 +127,20 @@ class FileRequestServer:
                 except OSError as err:  # of this file; the others are still answered
                     self._warn(err)
 
-    def _is_unchanged(self) -> bool:
-        """Return whether nothing was added since the last two listings, with as few system calls as possible.
+    def _is_changed(self, requests: int) -> bool:
+        """Return whether the directory is not as at the last two listings.
 
         Two, because a file added right after a listing may have left the same time of change.
         """
-        if self._stamps[0] is None or self._stamps[0] != self._stamps[1]:
-            return False
-        try:
-            with private_files.opened(os.path.join(self._path, REQUESTS)) as requests:
-                return _stamp(os.fstat(requests)) == self._stamps[0]
-        except OSError:
-            return False  # deleted, or made again: the next step finds out
+        facts = os.fstat(requests)
+        stamp = facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_mode
+        before, self._stamps = self._stamps, (self._stamps[1], stamp)
+        return before != (stamp, stamp)
 
     def _list(self, requests: int) -> list[str]:
         """Return the names of request files, oldest first."""
-        facts = os.fstat(requests)
-        if facts.st_mode & 0o077:
+        if os.fstat(requests).st_mode & 0o077:
             os.fchmod(requests, 0o700)
-        self._stamps = (self._stamps[1], _stamp(facts))
         aged = []
         with os.scandir(requests) as entries:
             # Files with other names do not count, so that thousands of them cannot hide the requests.
@@ -196,7 +191,7 @@ class FileRequestServer:
     def _refusal(self, name: str, data: bytes, age: float) -> ControlError | None:
         """Return why a request is not carried out, or ``None``."""
         # Both ages are differences on one clock, so the clock of another host or a jump misleads them only briefly.
-        if age > time.monotonic() - self._started_at + limits.FILE_TIME_ROUNDING:
+        if age > time.monotonic() - self._started_at + 2.0:  # a file system may round its times
             return InvalidRequest("this request is older than the job; nothing was done, ask again", age_seconds=age)
         if age > limits.REQUEST_FILE_TIMEOUT:
             text = f"this request lay for {age:.0f} s before the job read it; nothing was done, ask again"
@@ -243,11 +238,7 @@ class FileRequestServer:
         """Give clients at most so many seconds to read the last replies."""
         deadline = Deadline(seconds)
         while not deadline.passed() and self._replies.are_awaited():
-            time.sleep(limits.REPLY_POLL_PERIOD)  # nothing signals that a file was removed
+            time.sleep(0.01)  # nothing signals that a file was removed
 
     def _opened(self, name: str) -> AbstractContextManager[int]:
         return spool.opened(self._path, name, self._directory, make=True)
-
-
-def _stamp(facts: os.stat_result) -> object:
-    return facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_mode

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-# The server thread...
-
 #: Seconds between two ticks: request files are read and ``status.json`` is written. Without requests, the thread's only
 #: wake-ups.
 TICK_PERIOD: Final = 3.0
@@ -13,55 +11,37 @@ TICK_PERIOD: Final = 3.0
 #: it, and the last slice, it uses at most 5 % in any six seconds.
 CPU_SHARE: Final = 0.04
 CPU_BURST: Final = 0.05
-#: Processor seconds of answering after which the thread looks at its budget again.
-CPU_SLICE: Final = 0.005
-#: Seconds that clients have to read their last replies when the server closes.
-CLOSE_GRACE: Final = 0.5
+CPU_SLICE: Final = 0.005  #: Processor seconds of answering after which the thread looks at its budget again.
+CLOSE_GRACE: Final = 0.5  #: Seconds that clients have to read their last replies when the server closes.
 
 # Connections...
 
-#: Most connections; beyond it the server closes the one that is idle the longest.
-MAX_CONNECTIONS: Final = 4096
-#: File descriptors of the process that the server leaves to training.
-RESERVED_FILES: Final = 256
-#: Most connections accepted in one round.
-ACCEPTS_PER_ROUND: Final = 64
-#: Bytes of unread replies beyond which the server stops reading from a client ...
-MAX_UNSENT: Final = 256 * 1024
-#: ... and seconds without progress after which it closes the connection.
-STALL_TIMEOUT: Final = 30.0
+MAX_CONNECTIONS: Final = 4096  #: Beyond it the server closes the connection that is idle the longest.
+RESERVED_FILES: Final = 256  #: File descriptors of the process that the server leaves to training.
+MAX_UNSENT: Final = 256 * 1024  #: Bytes of unread replies beyond which the server stops reading from a client ...
+STALL_TIMEOUT: Final = 30.0  #: ... and seconds without progress after which it closes the connection.
 #: Bytes of unread events beyond which a subscriber gets no more; less than MAX_UNSENT, so that its requests are still
 #: read. And bytes of events that it gets in one turn.
 MAX_STREAM_UNSENT: Final = 64 * 1024
 STREAM_CHUNK: Final = 16 * 1024
-#: Seconds without traffic after which a TCP connection is closed: the other host may be gone.
-IDLE_TIMEOUT: Final = 3600.0
+IDLE_TIMEOUT: Final = 3600.0  #: Seconds without traffic after which a TCP connection is closed: its host may be gone.
 
 # Requests that wait for their reply...
 
-#: Most requests that may wait at once, over all connections.
-MAX_DEFERRED: Final = 1024
+MAX_DEFERRED: Final = 1024  #: Most requests that may wait at once, over all connections.
 #: Bytes of replies after which the rest of a batch is refused: a hundred of the longest would take too much memory, and
-#: too much of the interpreter's time beside training.
+#: too much of the interpreter's time beside training. And bytes that the replies to all unfinished batches may hold.
 MAX_BATCH_REPLY: Final = 1 << 20
-#: Bytes of replies that unfinished batches may hold together.
 MAX_BATCHES_HELD: Final = 16 << 20
 
 # TCP...
 
-#: The first port that ``port="auto"`` tries, and how many it tries.
-DEFAULT_PORT: Final = 8900
-PORTS_TRIED: Final = 100
-#: Random bytes in a token.
-TOKEN_BYTES: Final = 32
-#: Longest first line over TCP in bytes, without its newline.
-MAX_FIRST_LINE: Final = 1024
-#: Seconds in which a TCP client must authenticate.
-AUTH_TIMEOUT: Final = 10.0
-#: Most unauthenticated connections; beyond it the oldest is closed.
-MAX_UNAUTHENTICATED: Final = 128
-#: Seconds until a wrong token is answered.
-AUTH_FAILURE_DELAY: Final = 1.0
+DEFAULT_PORT: Final = 8900  #: The first port that ``port="auto"`` tries ...
+PORTS_TRIED: Final = 100  #: ... and how many it tries.
+MAX_FIRST_LINE: Final = 1024  #: Longest first line in bytes, without its newline.
+AUTH_TIMEOUT: Final = 10.0  #: Seconds in which a client must authenticate.
+MAX_UNAUTHENTICATED: Final = 128  #: Most unauthenticated connections; beyond it the oldest is closed.
+AUTH_FAILURE_DELAY: Final = 1.0  #: Seconds until a wrong token is answered.
 
 # Request files...
 
@@ -70,25 +50,15 @@ AUTH_FAILURE_DELAY: Final = 1.0
 MAX_FILES_TAKEN: Final = 64
 FILES_CPU_SLICE: Final = 0.02
 FILES_TIMEOUT: Final = 0.1
-#: Most request files that one tick looks at, and most directory entries that it reads to find them.
-MAX_FILES_SEEN: Final = 1000
-MAX_NAMES_READ: Final = 20_000
-#: Most request files that may wait for their reply at once.
-MAX_FILES_WAITING: Final = 256
+MAX_FILES_SEEN: Final = 1000  #: Most request files that one tick looks at ...
+MAX_NAMES_READ: Final = 20_000  #: ... and most directory entries that it reads to find them.
+MAX_FILES_WAITING: Final = 256  #: Most request files that may wait for their reply at once.
 #: Most reply files, their bytes together, and seconds after which an unread one is removed.
 MAX_REPLY_FILES: Final = 256
 MAX_REPLY_FILES_BYTES: Final = 16 << 20
 REPLY_FILE_TIMEOUT: Final = 3600.0
-#: Longest reply file in bytes.
-MAX_REPLY_FILE: Final = 1 << 20
-#: Age in seconds from which a request file is refused: its writer may no longer want it.
-REQUEST_FILE_TIMEOUT: Final = 300.0
-#: Seconds by which a file system may round its times.
-FILE_TIME_ROUNDING: Final = 2.0
-#: Age in seconds up to which a client may still wait for a reply file when training ends.
-YOUNG_REPLY: Final = 2.0
-#: Seconds between two checks whether the last reply files have been read.
-REPLY_POLL_PERIOD: Final = 0.01
+MAX_REPLY_FILE: Final = 1 << 20  #: Longest reply file in bytes.
+REQUEST_FILE_TIMEOUT: Final = 300.0  #: Age from which a request file is refused: its writer may no longer want it.
 #: Seconds after which ``status.json`` is written again without a change, so that its age shows that the job is alive.
 STATUS_REFRESH: Final = 30.0
 #: Least seconds between two versions of ``status.json``, so every second tick; and the share of the time that writing

@@ -109,7 +109,7 @@ class ReplyFiles:
 
     def are_awaited(self) -> bool:
         """Return whether a program may still be about to read a reply."""
-        limit = time.monotonic() - limits.YOUNG_REPLY
+        limit = time.monotonic() - 2.0  # by then a program has read it, or has ended
         young = {reply.name for reply in list(self._replies.values()) if reply.awaited and reply.written_at > limit}
         if not young:
             return False

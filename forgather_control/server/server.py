@@ -31,8 +31,7 @@ from ..wire.limits import MAX_LINE
 from . import limits
 from .auth import TokenAuthenticator, new_token
 from .budget import CpuBudget
-from .connection import Connection, TlsConnection
-from .connections import Connections
+from .connection import Connection, Connections, TlsConnection
 from .dispatcher import Dispatcher, Handler, Peer
 from .listener import Listener, Listeners, UnixListener, open_port
 
@@ -177,11 +176,11 @@ class Server:
             if isinstance(key.fileobj, Listener):
                 # One is the rule, and looking for another costs as much as a round. But while others are being
                 # answered, a new client must soon be among them: the backlog knows no turns.
-                self._listeners.accept(key.fileobj, limits.ACCEPTS_PER_ROUND if self._queue else 1)
+                self._listeners.accept(key.fileobj, 64 if self._queue else 1)
             elif key.fileobj is self._waker:
                 self._woken |= self._waker.wait(0.0)
-            elif (connection := self._connections.get(key.fd)) is not None:  # else closed by an earlier event
-                self._serve(connection, events)
+            else:
+                self._serve(key.data, events)
 
     # ... connections
 

@@ -93,7 +93,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"{limits.MAX_STREAM_UNSENT // KIB} KiB",
         "the oldest events are lost, and counted in `lost`",
     ): (
-        "server.test_connections.test_a_slow_reader_is_given_no_more_than_it_reads",
+        "server.test_connection.test_a_slow_reader_is_given_no_more_than_it_reads",
         "training.test_events.test_a_slow_subscriber_is_told_how_many_it_lost",
     ),
     (
