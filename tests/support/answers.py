@@ -1,6 +1,7 @@
 """The check that jobs answer what ``rpc.discover`` promises: every successful answer fits the schema of its result.
 
-``Promised`` checks what a raw client reads; ``Kept`` collects what jobs in this process answer to any client.
+``Promised`` checks what a raw client reads, ``checked`` what the package's own client does; ``Kept`` collects what jobs
+in this process answer to any client.
 """
 
 from __future__ import annotations
@@ -87,6 +88,18 @@ class Promised:
                 assert fits or not asked, problems
                 if fits:
                     asked.remove(fits[0])
+
+
+def checked(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``Client.call_raw``, asserting that the result fits."""
+
+    def checking(client: Any, method: str, params: Any) -> Any:
+        result = call(client, method, params)
+        trouble = problem(method, result)
+        assert trouble is None, trouble
+        return result
+
+    return checking
 
 
 class Kept:
