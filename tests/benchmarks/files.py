@@ -1,18 +1,22 @@
 """What control by file costs the server thread: an idle tick beside one without it, and full ones.
 
-The ticks are made here, on a controller that has none of its own; its directory lies where temporary files do. As a
-share of a core each stands for one tick every ``limits.TICK_PERIOD`` seconds, which is all there is while nobody asks.
+The ticks are made here, on a controller that has none of its own; its directory lies where temporary files do. Counted
+is processor time, as a disk may keep a new file waiting. As a share of a core each stands for one tick every
+``limits.TICK_PERIOD`` seconds, which is all there is while no client asks.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rows import Aim, Rounds, Table, each_of
 
+from forgather_control.jobs.directory import JobDirectory
 from forgather_control.server import limits
+from forgather_control.server.file_requests import FileRequestServer
 from forgather_control.training.controller import Controller
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
@@ -23,11 +27,16 @@ AIM = Aim(0.01)
 WAITING = (1, 10_000)
 
 
+def parts(controller: Controller) -> tuple[FileRequestServer, JobDirectory]:
+    """What a tick works on."""
+    server = controller._server
+    assert server is not None and server._file_requests is not None and server._directory is not None
+    return server._file_requests, server._directory
+
+
 def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
     """Ticks of several kinds."""
-    assert controller._server is not None
-    files, mine = controller._server._file_requests, controller._server._directory
-    assert files is not None and mine is not None
+    files, mine = parts(controller)
 
     def step() -> None:
         controller.beat(controller.last_step + 1)
@@ -57,7 +66,7 @@ def measure() -> Iterator[Table]:
     ways, found = variants(controller), Rounds()
     for _ in range(ROUNDS):
         for name, call in ways.items():
-            found[name].add([each_of(call, CALLS) * 1e6])
+            found[name].add([each_of(call, CALLS, time.thread_time) * 1e6])
     for name, samples in found.items():
         table.samples(name, samples, "us")
         table.figure(f"{name}: every {tick:g} s", samples.median / tick / 1e4, "% of a core", AIM)
@@ -68,12 +77,10 @@ def measure() -> Iterator[Table]:
 
 def full(table: Table, controller: Controller) -> None:
     """Ticks that find requests."""
-    assert controller._server is not None
-    files, mine = controller._server._file_requests, controller._server._directory
-    assert files is not None and mine is not None
+    files, mine = parts(controller)
     box = os.path.join(mine.path, "requests")
     for count in WAITING:
         fill(box, count)
         before = len(os.listdir(box))
-        took = each_of(files.tick, 1) * 1e6
+        took = each_of(files.tick, 1, time.thread_time) * 1e6
         table.figure(f"a tick that finds {count:,} requests, takes {before - len(os.listdir(box))}", took, "us")

@@ -6,6 +6,7 @@ wake, and wait for the interpreter. Steps are counted from the first hang-up unt
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import statistics
@@ -66,6 +67,31 @@ def hooks(table: Table) -> None:
         table.samples(name, samples, "us")
     for name in ("TrainingJob.step", "TrainerControlCallback.on_step_end"):
         table.samples(f"{name}, over an empty call", minus(found[name], found["empty call"]), "us", Aim(2.0))
+
+
+def subscriber(table: Table) -> None:
+    """The same steps and logs with and without a client that subscribes to all events."""
+    with TrainingJob("events") as job:
+        numbers = itertools.count(1)
+        variants: dict[str, Callable[[], Any]] = {
+            "a step": lambda: job.step(next(numbers)),
+            "a log": lambda: job.log(loss=float(next(numbers))),
+        }
+        found = Rounds(), Rounds()
+        for _ in range(TRIALS):  # in turns
+            for subscribed in (False, True):
+                with connected(os.path.join(os.environ["FORGATHER_JOBS_DIR"], job.job_id, "control.sock")) as sock:
+                    if subscribed:
+                        sock.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "subscribe"}\n')
+                        sock.recv(4096)
+                    for name, samples in timed(variants).items():
+                        found[subscribed][name].rounds += samples.rounds
+    table.group("new steps and logs, with and without a client that subscribes to all events")
+    for name in variants:
+        without, beside = f"{name}, no subscriber", f"{name}, one subscriber"
+        table.samples(without, found[False][name], "us")
+        table.samples(beside, found[True][name], "us")
+        table.compare(beside, without)
 
 
 def timed(variants: dict[str, Callable[[], Any]]) -> Rounds:
@@ -206,6 +232,7 @@ def measure() -> Iterator[Table]:
     allow_files()
     table = Table("footprint")
     hooks(table)
+    subscriber(table)
     growth(table)
     with pinned(CLIENT_CPU):
         held(table)

@@ -48,7 +48,11 @@ class Samples:
     def over(self, other: Samples) -> float:
         """How many times the other it is: the median over the rounds that both took part in."""
         pairs = zip(self.rounds, other.rounds, strict=True)
-        return statistics.median(statistics.median(mine) / statistics.median(its) for mine, its in pairs)
+        return statistics.median(_times(statistics.median(mine), statistics.median(its)) for mine, its in pairs)
+
+
+def _times(one: float, other: float) -> float:
+    return one / other if other else math.inf  # a server beside which training came to a halt, say
 
 
 class Rounds(defaultdict[str, Samples]):
@@ -237,9 +241,9 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def each_of(call: Callable[[], Any], calls: int) -> float:
+def each_of(call: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds a call, where one alone is too short to be timed."""
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - begin) / calls
+    return (clock() - begin) / calls
