@@ -134,10 +134,10 @@ _KINDS: Final = Param(
     "Which kinds of events to send; null sends all.",
 )
 
-_query("ping", "Ping", "Answer which job this is: job_id, pid, protocol, version and the time of its clock.")
+_query("ping", "JobIdentity", "Answer which job this is: job_id, pid, protocol, version and the time of its clock.")
 _query(
     "authenticate",
-    "Ping",
+    "JobIdentity",
     """Show the token, as the first request of a connection over TCP.
 
 The answer is that of ping. Over the Unix socket, where the kernel identifies the caller, any token passes.""",
@@ -145,7 +145,7 @@ The answer is that of ping. Over the Unix socket, where the kernel identifies th
 )
 _query(
     "status",
-    "Status",
+    "JobStatus",
     "Show how far the job is: step, epoch, speed, time left, latest metrics, pending commands.",
     verb="status",
 )
@@ -155,14 +155,14 @@ _query("list_commands", "CommandRecords", "List the commands that the job keeps,
 _query("list_jobs", "ListedJobs", "List the jobs in this host's jobs directory, without their tokens.", verb="list")
 _query(
     "ranks",
-    "Ranks",
+    "ListedRanks",
     "Show every rank: host, pid, step, last step, memory, device; which are behind, and which are gone.",
     _RANK_TIMEOUT,
     verb="ranks",
 )
 _query(
     "stacks",
-    "Stacks",
+    "ListedStacks",
     """Print the Python stacks of all threads of every rank, also while training hangs.
 
 The stacks of ranks that do not answer are read from outside, where they run on this host.""",

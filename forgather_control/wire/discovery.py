@@ -27,7 +27,7 @@ _QUERIES: Final[dict[str, _Errors]] = {
 def document(methods: MethodTable) -> dict[str, Json]:
     """Describe all methods: parameters, results and errors with their JSON Schemas."""
     return {
-        "openrpc": "1.3.2",
+        "openrpc": "1.2.6",  # the last version that @open-rpc/generator knows
         "info": {"title": "forgather_control", "version": VERSION},
         "methods": [{**method.describe(), "errors": _errors(method)} for method in methods.values()],
     }

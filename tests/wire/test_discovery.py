@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jsonschema
 import pytest
@@ -19,7 +20,7 @@ every_method = pytest.mark.parametrize("method", DOCUMENT["methods"], ids=lambda
 
 
 def test_the_document_is_the_table():
-    """It lists every method by the required members of OpenRPC 1.3, within a bounded size."""
+    """It lists every method by the required members of OpenRPC 1.2, within a bounded size."""
     assert DOCUMENT["openrpc"].startswith("1.") and DOCUMENT["info"].keys() >= {"title", "version"}
     assert [method["name"] for method in DOCUMENT["methods"]] == list(BUILTIN)
     assert "rpc.discover" not in json.dumps(DOCUMENT["methods"][0])
@@ -46,6 +47,25 @@ def test_each_result_and_error_has_a_schema(method):
         jsonschema.Draft7Validator.check_schema(schema)
     assert method["result"]["schema"]["title"] and method["result"]["name"]
     assert method["errors"] and all(error["message"] and type(error["code"]) is int for error in method["errors"])
+
+
+def test_no_title_is_the_name_of_a_method():
+    """Generated clients call a method's type by its name in CamelCase, and a schema's by its title: each name once."""
+    types = {re.sub(r"(?:^|_)(\w)", lambda found: found[1].upper(), name) for name in BUILTIN}
+    titled: dict[str, str] = {}
+
+    def walk(value):
+        if isinstance(value, dict):
+            if isinstance(title := value.get("title"), str) and "type" in value:
+                assert title not in types and titled.setdefault(title, json.dumps(value)) == json.dumps(value)
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+
+    walk(DOCUMENT["methods"])
+    assert "SaveCheckpoint" in types and "CommandRecord" in titled
 
 
 def test_every_enumeration_has_its_type():

@@ -76,10 +76,10 @@ def test_the_words_of_results_are_those_of_the_code():
     for schema, words in (
         (record["state"], states.COMMAND_STATES),
         (record["requested_by"]["properties"]["via"], states.VIAS),
-        (found["Status"]["properties"]["status"], states.TRAINING_STATUSES),
+        (found["JobStatus"]["properties"]["status"], states.TRAINING_STATUSES),
         (found["ListedJobs"]["items"]["properties"]["state"], states.JOB_STATES),
-        (found["Ranks"]["items"]["properties"]["state"], states.RANK_STATES),
-        (found["Stacks"]["items"]["properties"]["state"], states.RANK_STATES),
+        (found["ListedRanks"]["items"]["properties"]["state"], states.RANK_STATES),
+        (found["ListedStacks"]["items"]["properties"]["state"], states.RANK_STATES),
     ):
         assert schema["enum"] == list(words)
 
@@ -88,5 +88,5 @@ def test_references_in_results_are_resolved():
     """A schema stands alone: a validator needs no other document."""
     found = schemas.results()
     assert "$ref" not in json.dumps(found)
-    assert found["Status"]["properties"]["commands"]["items"] == found["CommandRecord"]
+    assert found["JobStatus"]["properties"]["commands"]["items"] == found["CommandRecord"]
     assert {method.returns for method in BUILTIN.values()} == set(found)
