@@ -12,14 +12,13 @@ from ..jobs.registry import Job
 from ..wire.records import CommandRecord
 from .connection import Client
 from .limits import CALL_TIMEOUT, LIST_TIMEOUT
-from .target import find, resolve
-
-__all__ = ["find"]  # also imported from here
+from .target import resolve
 
 #: What a call that gives a command waits for: once it is queued, once every rank applied it, or once it is done.
 Wait = Literal["accepted", "applied", "finished"]
+_Job = str | int | None
 _Text = str | None
-_Seconds = float | None
+_Float = float | None
 
 
 def list_jobs(timeout: float = LIST_TIMEOUT) -> list[Job]:
@@ -35,12 +34,7 @@ def list_jobs(timeout: float = LIST_TIMEOUT) -> list[Job]:
 
 
 def connect(
-    job: str | None = None,
-    timeout: float = CALL_TIMEOUT,
-    *,
-    at: str | None = None,
-    token: str | None = None,
-    ssh: str | None = None,
+    job: _Job = None, timeout: float = CALL_TIMEOUT, *, at: _Text = None, token: _Text = None, ssh: _Text = None
 ) -> Client:
     """Return a connection to a job, to be closed (``with connect(...) as job``).
 
@@ -66,44 +60,39 @@ def connect(
     return Client(resolve(job, at, token, ssh), timeout)
 
 
-def get_job_status(job: str | None = None) -> dict[str, Any]:
-    """Return what the job answers to ``status``.
-
-    Raises:
-        FindError: there is no such job, or it does not answer.
-    """
+def _call(job: _Job, method: str, **params: Any) -> Any:
     with connect(job) as client:
-        status = client.call("status")
+        return client.call(method, **params)
+
+
+def get_job_status(job: _Job = None) -> dict[str, Any]:
+    """Return what the job answers to ``status``; FindError: there is no such job, or it does not answer."""
+    status = _call(job, "status")
     if not isinstance(status, dict):
         raise InternalError("the other side sent no status")
     return status
 
 
-def get_command(job: str | None, command_id: str) -> CommandRecord:
-    """Return the record of a command.
+def get_command(job: _Job, command_id: str) -> CommandRecord:
+    """Return the record of a command; CommandNotFound: the job has none of this id, or no longer."""
+    return CommandRecord.from_json(_call(job, "get_command", command_id=command_id))
 
-    Raises:
-        CommandNotFound: the job has none of this id, or no longer.
-    """
+
+def cancel_command(job: _Job, command_id: str) -> CommandRecord:
+    """Cancel a command and return its record; NotCancellable: it is applied already, or in its final state."""
+    return CommandRecord.from_json(_call(job, "cancel_command", command_id=command_id))
+
+
+def _give(job: _Job, name: str, **params: Any) -> CommandRecord:
     with connect(job) as client:
-        return CommandRecord.from_json(client.call("get_command", command_id=command_id))
-
-
-def cancel_command(job: str | None, command_id: str) -> CommandRecord:
-    """Cancel a command that is not applied yet, and return its record.
-
-    Raises:
-        NotCancellable: it is applied already, or in its final state.
-    """
-    with connect(job) as client:
-        return CommandRecord.from_json(client.call("cancel_command", command_id=command_id))
+        return client.command(name, **params)
 
 
 def save_checkpoint(
-    job: _Text = None,
+    job: _Job = None,
     *,
     wait: Wait = "accepted",
-    timeout: _Seconds = None,
+    timeout: _Float = None,
     command_id: _Text = None,
     reason: _Text = None,
     evaluate: Literal["auto"] | bool | None = None,
@@ -123,50 +112,29 @@ def save_checkpoint(
         DeadlinePassed: ``timeout`` passed first; the command is still carried out.
         FindError: there is no such job, or it does not answer.
     """
-    return _give(
-        job, "save_checkpoint", wait=wait, timeout=timeout, command_id=command_id, reason=reason, evaluate=evaluate
-    )
+    own = {"evaluate": evaluate}
+    return _give(job, "save_checkpoint", wait=wait, timeout=timeout, command_id=command_id, reason=reason, **own)
 
 
 def graceful_stop(
-    job: _Text = None,
-    *,
-    wait: Wait = "accepted",
-    timeout: _Seconds = None,
-    command_id: _Text = None,
-    reason: _Text = None,
+    job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
 ) -> CommandRecord:
     """Finish the current step and end. Arguments and errors as in :func:`save_checkpoint`."""
     return _give(job, "graceful_stop", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
 def save_and_stop(
-    job: _Text = None,
-    *,
-    wait: Wait = "accepted",
-    timeout: _Seconds = None,
-    command_id: _Text = None,
-    reason: _Text = None,
+    job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
 ) -> CommandRecord:
     """Save a checkpoint, then end. Arguments and errors as in :func:`save_checkpoint`."""
     return _give(job, "save_and_stop", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
 def abort(
-    job: _Text = None,
-    *,
-    wait: Wait = "accepted",
-    timeout: _Seconds = None,
-    command_id: _Text = None,
-    reason: _Text = None,
+    job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
 ) -> CommandRecord:
     """End at once without saving. Arguments and errors as in :func:`save_checkpoint`."""
     return _give(job, "abort", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
-
-
-def _give(job: _Text, name: str, **params: Any) -> CommandRecord:
-    with connect(job) as client:
-        return client.command(name, **params)
 
 
 def cleanup(found: list[Job] | None = None) -> list[str]:

@@ -18,6 +18,7 @@ from ..jobs import private_files, registry, spool
 from ..jobs.record import JobRecord, jobs_dir
 from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
 from .diagnosis import connection_lost
+from .transport import Transport
 
 #: Seconds between two looks for a reply: at first, and at most. The last is shorter than what an ending job leaves.
 _PAUSES: Final = (0.05, 0.2)
@@ -31,37 +32,32 @@ _MAX_REPLY: Final = 4 << 20
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 
-class FileTransport:
-    """One request at a time, and its reply, through the files of one job.
-
-    Args:
-        record: what the job published.
+class FileTransport(Transport):
+    """One request at a time, and its reply, through the files of one job. No file is open between calls.
 
     Raises:
-        JobDead: its directory was removed.
+        JobDead: the job's directory was removed.
         FindError: its directory cannot be written.
     """
 
     can_withdraw = True
-    is_same_host = False
 
     def __init__(self, record: JobRecord) -> None:
-        self._record = record
-        self.job_id: str | None = record.job_id
+        self._record, self.job_id = record, record.job_id
         self.probe_interval, self.silence = _PROBE_INTERVAL, _SILENCE
         self._path = os.path.join(jobs_dir(), record.job_id)
-        self._request = ""
+        self._request, self._status = "", (0, 0)
+        self._next_check = self._given_up = Deadline(None)
         try:
             self._home = spool.directory_id(self._path)
             with spool.opened(self._path, REQUESTS, self._home):
                 pass
         except OSError as err:
             raise (connection_lost(record, "") if err.errno in _GONE else self._refusal(err)) from err
-        self._life, self._next_check = _SignOfLife(self._path, self._home), Deadline(_PROBE_INTERVAL)
 
     def send(self, line: bytes, seconds: float) -> None:
         self._request = f"{os.getpid()}-{os.urandom(16).hex()}{SUFFIX}"
-        self._life, self._next_check = _SignOfLife(self._path, self._home), Deadline(_PROBE_INTERVAL)
+        self._next_check, self._given_up = Deadline(_PROBE_INTERVAL), Deadline(_SILENCE)
         try:
             with spool.opened(self._path, REQUESTS, self._home) as requests:
                 private_files.write(requests, self._request, line)
@@ -81,30 +77,6 @@ class FileTransport:
             pause = min(pause * 1.5, longest)
         return data
 
-    def _check_job(self) -> None:
-        if not self._life.is_there():
-            raise ConnectionResetError("the job's directory was removed")
-        if self._next_check.passed():
-            self._next_check = Deadline(_PROBE_INTERVAL)
-            if registry.judge(self._record) == states.JOB_DEAD:
-                raise ConnectionResetError("the job's process is gone")
-
-    def probe(self) -> bool:
-        return self._life.silent_for() <= _SILENCE
-
-    def withdraw(self) -> bool:
-        try:
-            with spool.opened(self._path, REQUESTS, self._home) as requests:
-                return spool.remove(requests, self._request)
-        except OSError:
-            return False
-
-    def why_lost(self) -> str | None:
-        return None
-
-    def close(self) -> None:
-        """Do nothing: no file is open between calls."""
-
     def _taken(self) -> bytes | None:
         """Return the reply and remove its file; ``None`` while there is none."""
         try:
@@ -116,44 +88,43 @@ class FileTransport:
             return None
         return None if found is None else found[0]
 
+    def _check_job(self) -> None:
+        try:
+            is_there = spool.directory_id(self._path) == self._home
+        except OSError as err:
+            is_there = err.errno not in _GONE
+        if not is_there:
+            raise ConnectionResetError("the job's directory was removed")
+        if self._next_check.passed():
+            self._next_check = Deadline(_PROBE_INTERVAL)
+            if registry.judge(self._record) == states.JOB_DEAD:
+                raise ConnectionResetError("the job's process is gone")
+
+    def probe(self) -> bool:
+        """Whether ``status.json`` still changes; its times are compared for equality only, as another clock may run."""
+        try:
+            with spool.opened(self._path, ".", self._home) as home:
+                facts = os.stat(STATUS, dir_fd=home, follow_symlinks=False)
+            status = (facts.st_ino, facts.st_mtime_ns)
+        except OSError:
+            status = (0, 0)
+        if status != self._status:
+            self._status, self._given_up = status, Deadline(_SILENCE)
+        return not self._given_up.passed()
+
+    def withdraw(self) -> bool:
+        try:
+            with spool.opened(self._path, REQUESTS, self._home) as requests:
+                return spool.remove(requests, self._request)
+        except OSError:
+            return False
+
     def _refusal(self, err: OSError) -> ControlError:
         job = self._record.job_id
         if isinstance(err, PermissionError):
             return FindError(f"The directory of job {job} belongs to another user", job=job)
-        return JobNotAnswering(
-            f"No request can be written into the directory of job {job} ({err.strerror or err})", job=job
-        )
-
-
-class _SignOfLife:
-    """Whether the job's directory is still there, and since when ``status.json`` has not changed.
-
-    Times of the file system are only compared for equality, because another host's clock may have written them.
-    """
-
-    def __init__(self, path: str, home: spool.DirectoryId) -> None:
-        self._path, self._home = path, home
-        self._seen: object = None
-        self._seen_at = time.monotonic()
-
-    def is_there(self) -> bool:
-        """Whether it is still the same directory."""
-        try:
-            return spool.directory_id(self._path) == self._home
-        except OSError as err:
-            return err.errno not in _GONE
-
-    def silent_for(self) -> float:
-        """Return the seconds since ``status.json`` was last seen to change."""
-        try:
-            with spool.opened(self._path, ".", self._home) as home:
-                facts = os.stat(STATUS, dir_fd=home, follow_symlinks=False)
-                seen: object = (facts.st_ino, facts.st_mtime_ns)
-        except OSError:
-            seen = None
-        if seen != self._seen:
-            self._seen, self._seen_at = seen, time.monotonic()
-        return time.monotonic() - self._seen_at
+        text = f"No request can be written into the directory of job {job} ({err.strerror or err})"
+        return JobNotAnswering(text, job=job)
 
 
 def is_offered(record: JobRecord, nothing_listens: bool = False) -> bool:

@@ -10,31 +10,20 @@ from __future__ import annotations
 
 import os
 import re
-import select
+import shlex
 import socket
-from contextlib import closing
-from typing import TYPE_CHECKING, Any, Final
+import subprocess
+import threading
+from contextlib import closing, suppress
+from typing import IO, Any, Final
 
 from ..deadline import Deadline
-from ..errors import (
-    ControlError,
-    FindError,
-    InternalError,
-    InvalidParams,
-    JobNotAnswering,
-    NoSuchJob,
-    NotAuthenticated,
-    WireError,
-    from_wire,
-)
+from ..errors import ControlError, FindError, InvalidParams, JobNotAnswering, NoSuchJob, NotAuthenticated, from_wire
 from ..jobs.record import is_job_id
 from ..wire import jsonrpc
 from . import limits
 from .stdio_proxy import MARK
 from .transport import SocketTransport
-
-if TYPE_CHECKING:  # imported when ssh is run
-    pass
 
 #: Environment variable: the ssh to run and its options (``ssh -F FILE``, ``ssh -J JUMPHOST``), split as a shell would.
 PROGRAM: Final = "FORGATHER_CONTROL_SSH"
@@ -52,7 +41,7 @@ _FIND: Final = (
 _OPTIONS: Final = ("-T", "-x", "-a", "-oClearAllForwardings=yes", "-oPermitLocalCommand=no", "-oRemoteCommand=none")
 
 #: Printed by the other side once it is connected to the job's socket.
-_CONNECTED: Final = re.compile(re.escape(MARK.encode()) + rb"([A-Za-z0-9_][A-Za-z0-9._-]{0,127})\n")
+_CONNECTED: Final = re.escape(MARK.encode()) + rb"([A-Za-z0-9_][A-Za-z0-9._-]{0,127})\n"
 #: Printed before a list of jobs.
 _RESULT: Final = "forgather-control result"
 
@@ -73,8 +62,6 @@ def check_host(host: str) -> str:
 
 def _command(host: str, remote: str, seconds: float | None) -> list[str]:
     """Return the words to run here. ssh takes the first value of an option, so the user's own stand first."""
-    import shlex
-
     try:
         program = shlex.split(os.environ.get(PROGRAM, "")) or ["ssh"]
     except ValueError as err:
@@ -87,10 +74,8 @@ def _command(host: str, remote: str, seconds: float | None) -> list[str]:
     return [*program, *options, "--", check_host(host), remote]
 
 
-def _remote(words: list[str]) -> str:
+def _remote(*words: str) -> str:
     """Return the line for the other side's login shell."""
-    import shlex
-
     chosen = os.environ.get(REMOTE)
     if chosen:
         return f"{chosen} {shlex.join(words)}"
@@ -111,11 +96,11 @@ def _can_ask() -> bool:
 # The ssh process...
 
 
-class SshProcess:
-    """An ssh whose standard input and output are the other end of ``sock``.
+class SshTransport(SocketTransport):
+    """The standard input and output of a program that ssh runs on another host.
 
     Args:
-        remote: the line that is run on the other side.
+        remote: the line that is run there.
         seconds: for connecting; the login and typing a passphrase have their own time on top.
 
     Raises:
@@ -124,139 +109,96 @@ class SshProcess:
     """
 
     def __init__(self, host: str, remote: str, seconds: float | None) -> None:
-        import subprocess
-
-        self.host = host
-        self._deadline = Deadline(
-            None if seconds is None else seconds + (limits.SSH_TYPING if _can_ask() else limits.SSH_START)
-        )
-        self._received, self._errors = b"", b""
+        self._host, self._errors = host, b""
+        extra = limits.SSH_TYPING if _can_ask() else limits.SSH_START
+        self._deadline = Deadline(None if seconds is None else seconds + extra)
         command = _command(host, remote, seconds)
-        self.sock, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
         try:
             # In this process group: in a group of its own it would be in the background, and could not ask for
             # a passphrase on the terminal.
             pipe = theirs.fileno()
             self._ssh = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.PIPE)
         except OSError as err:
-            self.sock.close()
+            ours.close()
             text = f"{ascii(command[0])} cannot be run here ({err.strerror}). --ssh needs it; {PROGRAM} names another"
             raise FindError(text) from err
         finally:
             theirs.close()
+        assert self._ssh.stderr is not None
+        self._error_reader = threading.Thread(target=self._read_errors, args=(self._ssh.stderr,), daemon=True)
+        self._error_reader.start()
 
     def close(self) -> None:
         """Close the connection and end ssh, which sees the end of its input; if it stays, it gets a signal."""
-        import subprocess
+        super().close()
+        try:
+            if self._exit_code(limits.SSH_EXIT) is None:
+                self._ssh.terminate()
+                self._exit_code(limits.SSH_EXIT)
+        finally:  # after a second Ctrl-C, too: leave nothing running
+            self._ssh.kill()
+            self._ssh.wait()
+        self._error_reader.join(limits.SSH_EXIT)
 
-        self.sock.close()
-        assert self._ssh.stderr is not None
-        if self._ssh.stderr.closed:
-            return
-        with self._ssh.stderr:
-            try:
-                for signal_it in (self._ssh.terminate, self._ssh.kill):
-                    try:
-                        self._ssh.wait(limits.SSH_EXIT)
-                        return
-                    except subprocess.TimeoutExpired:
-                        signal_it()
-                self._ssh.wait()
-            except BaseException:  # a second Ctrl-C: leave nothing running
-                self._ssh.kill()
-                self._ssh.wait()
-                raise
-
-    def skip_to(self, mark: re.Pattern[bytes]) -> re.Match[bytes]:
-        """Read up to the end of ``mark``, and no byte more.
+    def skip_to(self, mark: bytes) -> re.Match[bytes]:
+        """Read up to the end of what matches ``mark``.
 
         Raises:
             ControlError: why it does not come.
         """
-        while len(self._received) < limits.SSH_NOISE:
-            self._wait()
-            # Peek first: what follows the mark belongs to the transport.
-            ahead = self.sock.recv(4096, socket.MSG_PEEK)
-            found = mark.search(self._received + ahead)
-            self._received += self.sock.recv(len(ahead) if found is None else found.end() - len(self._received))
-            if found is not None:
-                self._received = b""
-                return found
-            if not ahead:
+        while (found := re.search(mark, bytes(self._received))) is None:
+            if not self._read_more(limits.SSH_NOISE, "prints without end, and the line of forgather-control misses"):
                 raise self._failure()
-        raise FindError(f"{self.host} prints without end, and the line of forgather-control does not come")
+        del self._received[: found.end()]
+        return found
 
-    def rest(self) -> bytes:
+    def read_all(self) -> bytes:
         """Read everything up to the end.
 
         Raises:
             ControlError: the verb failed on the other side, or does not end.
         """
-        while len(self._received) < limits.SSH_LIST:
-            self._wait()
-            data = self.sock.recv(65536)
-            self._received += data
-            if not data and self._exit_code() != 0:
-                raise self._failure()
-            if not data:
-                return self._received
-        raise FindError(f"{self.host} answers more than {limits.SSH_LIST} bytes")
+        while self._read_more(limits.SSH_LIST, f"answers more than {limits.SSH_LIST} bytes"):
+            pass
+        if self._exit_code() != 0:
+            raise self._failure()
+        return bytes(self._received)
 
-    def complaints(self) -> list[str]:
-        """Return what came on stderr, line by line."""
-        self._read_errors()
-        return self._errors.decode("utf-8", "replace").splitlines()
+    def _read_more(self, limit: int, excess: str) -> bool:
+        """Receive some output; whether it has not ended."""
+        if len(self._received) >= limit:
+            raise FindError(f"{self._host} {excess}")
+        left = self._deadline.left()
+        try:
+            self.sock.settimeout(left)
+            data = self.sock.recv(65536)
+        except (TimeoutError, BlockingIOError) as err:
+            raise JobNotAnswering(f"{self._host} does not answer over ssh in time{self._last_words()}") from err
+        self._received += data
+        return bool(data)
 
     def why_lost(self) -> str | None:
         """Return why the connection ended, if ssh or the proxy there broke off; ``None`` if the job closed it."""
-        return None if self._exit_code() == 0 else f"The ssh connection to {self.host} broke off{self._last_words()}"
+        return None if self._exit_code() == 0 else f"The ssh connection to {self._host} broke off{self._last_words()}"
 
-    def _wait(self) -> None:
-        """Wait for output or its end, and drain stderr meanwhile.
+    def _read_errors(self, pipe: IO[bytes]) -> None:
+        """Keep the end of stderr. On a thread, because a ControlMaster in the background keeps the pipe open."""
+        with pipe:
+            while data := os.read(pipe.fileno(), 65536):
+                self._errors = (self._errors + data)[-limits.SSH_ERRORS :]
 
-        Raises:
-            JobNotAnswering: the deadline passed.
-        """
-        assert self._ssh.stderr is not None
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        errors = self._ssh.stderr.fileno()
-        poller.register(errors, select.POLLIN)
-        while True:
-            left = self._deadline.left()
-            ready = dict(poller.poll(None if left is None else left * 1000 + 1))
-            if errors in ready and not self._read_errors():
-                poller.unregister(errors)
-            if self.sock.fileno() in ready:
-                return
-            if self._deadline.passed():
-                raise JobNotAnswering(f"{self.host} does not answer over ssh in time{self._last_words()}")
-
-    def _read_errors(self) -> bool:
-        """Whether more may come later. Never blocks: a ControlMaster in the background keeps the pipe open."""
-        assert self._ssh.stderr is not None
-        if self._ssh.stderr.closed:
-            return False
-        pipe = self._ssh.stderr.fileno()
-        os.set_blocking(pipe, False)
-        while True:
-            try:
-                data = os.read(pipe, 65536)
-            except BlockingIOError:
-                return True
-            if not data:
-                return False
-            self._errors = (self._errors + data)[-limits.SSH_ERRORS :]
-
-    def _exit_code(self) -> int | None:
+    def _exit_code(self, seconds: float = 4 * limits.SSH_EXIT) -> int | None:
         """Return the exit code of ssh, which has closed its output; ``None`` if it does not exit."""
-        import subprocess
+        with suppress(subprocess.TimeoutExpired):
+            self._ssh.wait(seconds)
+        return self._ssh.poll()
 
-        try:
-            code: int = self._ssh.wait(limits.SSH_EXIT * 4)
-            return code
-        except subprocess.TimeoutExpired:
-            return None
+    def complaints(self) -> list[str]:
+        """Return what came on stderr, line by line."""
+        self._error_reader.join(0.0 if self._ssh.poll() is None else limits.SSH_EXIT)
+        return self._errors.decode("utf-8", "replace").splitlines()
 
     def _last_words(self) -> str:
         """Return the last line of stderr in brackets, safe for a terminal; empty if there is none."""
@@ -265,9 +207,8 @@ class SshProcess:
 
     def _failure(self) -> ControlError:
         """Return why there is no answer, after ssh closed its output."""
-        code, host = self._exit_code(), self.host
-        sent = _sent_error(self._received)
-        why = self._last_words()
+        code, host, why = self._exit_code(), self._host, self._last_words()
+        sent = _sent_error(bytes(self._received))
         if sent is not None:
             sent.message = f"{host}: {sent.message}"
             sent.args = (sent.message,)
@@ -299,49 +240,36 @@ def _sent_error(output: bytes) -> ControlError | None:
 # Jobs of the other side...
 
 
-class SshTransport(SocketTransport):
-    """Lines to a job of another host; the job's id there is ``job_id``.
-
-    Args:
-        job: as :func:`target.find` takes it, resolved on that host; ``None`` where exactly one job is live there.
+def connect(host: str, job: str | None, deadline: Deadline) -> SshTransport:
+    """Return a connection to a job, which is found on that host as :func:`target.find` does.
 
     Raises:
-        NoSuchJob, AmbiguousJob, JobDead, JobNotAnswering: as on the other side; the last one also where that
-            host cannot be reached.
+        NoSuchJob, AmbiguousJob, JobDead, JobNotAnswering: as there; the last one also where it cannot be reached.
         NotAuthenticated: ssh cannot log in.
         FindError: no ssh here, no forgather-control there.
     """
-
-    def __init__(self, host: str, job: str | None, deadline: Deadline) -> None:
-        if job is not None and not is_job_id(job):
-            raise NoSuchJob(f"No job can be named {ascii(job)[:140]} over ssh: A-Z a-z 0-9 . _ - only")
-        words = ["dial-stdio", "--json", "--until-input-ends", *([] if job is None else [job])]
-        self._ssh = SshProcess(host, _remote(words), deadline.left())
-        try:
-            job_id = self._ssh.skip_to(_CONNECTED).group(1).decode()
-        except BaseException:
-            self._ssh.close()
-            raise
-        super().__init__(self._ssh.sock, job_id)
-
-    def why_lost(self) -> str | None:
-        return self._ssh.why_lost()
-
-    def close(self) -> None:
-        self._ssh.close()
+    if job is not None and not is_job_id(job):
+        raise NoSuchJob(f"No job can be named {ascii(job)[:140]} over ssh: A-Z a-z 0-9 . _ - only")
+    words = ["dial-stdio", "--json", "--until-input-ends", *([] if job is None else [job])]
+    transport = SshTransport(host, _remote(*words), deadline.left())
+    try:
+        transport.job_id = transport.skip_to(_CONNECTED)[1].decode()
+        return transport
+    except BaseException:
+        transport.close()
+        raise
 
 
 def list_jobs(host: str, timeout: float) -> tuple[Any, list[str]]:
-    """Return what ``list --json`` prints on that host, parsed, and its complaints.
+    """Return what ``list --json`` prints on that host, parsed (``None`` if it is no JSON), and its complaints.
 
     Raises:
-        ControlError: why there is no list.
+        ControlError: why it prints nothing.
     """
     # echo and the semicolon mean the same to every shell.
-    with closing(SshProcess(host, f"echo {_RESULT}; {_remote(['list', '--json'])}", timeout)) as ssh:
-        ssh.skip_to(re.compile(re.escape(_RESULT.encode()) + rb"\n"))
+    with closing(SshTransport(host, f"echo {_RESULT}; {_remote('list', '--json')}", timeout)) as ssh:
+        _, _, text = ssh.read_all().partition(f"{_RESULT}\n".encode())
         try:
-            rows = jsonrpc.parse_json(ssh.rest())
-        except WireError as err:
-            raise InternalError(f"{host} sent no list of jobs") from err
-        return rows, ssh.complaints()
+            return jsonrpc.parse_json(text), ssh.complaints()
+        except ControlError:
+            return None, ssh.complaints()

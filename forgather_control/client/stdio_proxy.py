@@ -9,11 +9,11 @@ import os
 import select
 import socket
 import threading
+from contextlib import suppress
 from typing import Final
 
 #: The first line, followed by the job's id: every byte after it comes from the job.
 MARK: Final = "forgather-control dial-stdio 1 "
-_CHUNK: Final = 64 * 1024
 
 
 def copy(job: str, sock: socket.socket, stdin: int = 0, stdout: int = 1, until_input_ends: bool = False) -> None:
@@ -40,17 +40,15 @@ def copy(job: str, sock: socket.socket, stdin: int = 0, stdout: int = 1, until_i
 def _copy_input(stdin: int, sock: socket.socket, until_input_ends: bool) -> None:
     while (data := _read(stdin)) and _write(sock.fileno(), data):
         pass
-    try:
+    with suppress(OSError):  # the connection is gone already, which reading reports
         sock.shutdown(socket.SHUT_RDWR if until_input_ends else socket.SHUT_WR)
-    except OSError:
-        pass  # the connection is gone already, which reading reports
 
 
 def _read(file: int) -> bytes:
     """Return some bytes; none at the end, or where the other side broke off."""
     while True:
         try:
-            return os.read(file, _CHUNK)
+            return os.read(file, 65536)
         except BlockingIOError:  # a stream that is shared with others may be non-blocking
             _wait(file, select.POLLIN)
         except OSError:

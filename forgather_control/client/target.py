@@ -6,16 +6,7 @@ from typing import Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import (
-    AmbiguousJob,
-    ControlError,
-    FindError,
-    InvalidParams,
-    JobDead,
-    JobNotAnswering,
-    NoSuchJob,
-    NotAuthenticated,
-)
+from ..errors import AmbiguousJob, ControlError, InvalidParams, JobDead, JobNotAnswering, NoSuchJob, NotAuthenticated
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..processes import liveness
@@ -32,7 +23,7 @@ _ANY: Final = ("0.0.0.0", "::")
 # Finding a record...
 
 
-def find(job: str | None = None) -> JobRecord:
+def find(job: str | int | None = None) -> JobRecord:
     """Return the record of one job.
 
     Args:
@@ -45,17 +36,24 @@ def find(job: str | None = None) -> JobRecord:
     """
     root = jobs_dir()
     if job is None:
-        return _only_live(root)
-    record = registry.named(root, job)
+        live = registry.live_records(root, limits.LIST_TIMEOUT)
+        if not live:
+            raise NoSuchJob(f"No live job in {root}; forgather-control list shows what is there")
+        return _only(live, "Several jobs are live")
+    name = str(job)
+    record = registry.named(root, name)
     if record is not None:
         return record
-    records = registry.scan(root)[0] if job else []
-    launched = _latest([record for record in records if record.launch is not None and job in record.launch.names])
-    if launched:
-        return _only(launched, f"{_shown(job)} names several jobs")
-    similar = _similar(job, [record.job_id for record in records])
+    records = registry.scan(root)[0] if name else []
+    launched = [(record, record.launch) for record in records if record.launch and name in record.launch.names]
+    # Those that their launcher has started again since have ended, whatever they left.
+    latest = [record for record, launch in launched if not any(other.follows(launch) for _, other in launched)]
+    shown = ascii(name)[:140]
+    if latest:
+        return _only(latest, f"{shown} names several jobs")
+    similar = _similar(name, [record.job_id for record in records])
     hint = f"did you mean {similar}?" if similar else "forgather-control list shows what is there"
-    raise NoSuchJob(f"No job {_shown(job)} in {root}; {hint}", job=job)
+    raise NoSuchJob(f"No job {shown} in {root}; {hint}", job=name)
 
 
 def _similar(job: str, ids: list[str]) -> str | None:
@@ -63,27 +61,6 @@ def _similar(job: str, ids: list[str]) -> str | None:
 
     longer = [name for name in ids if job and name.startswith(job)]
     return next(iter(longer or get_close_matches(job, ids, 1)), None)
-
-
-def _shown(job: object) -> str:
-    return ascii(job)[:140]
-
-
-def _latest(records: list[JobRecord]) -> list[JobRecord]:
-    """Leave out those that their launcher has started again since: they have ended, whatever they left."""
-    launches = [record.launch for record in records if record.launch is not None]
-    return [
-        record
-        for record in records
-        if record.launch is not None and not any(launch.follows(record.launch) for launch in launches)
-    ]
-
-
-def _only_live(root: str) -> JobRecord:
-    live = registry.live_records(root, limits.LIST_TIMEOUT)
-    if not live:
-        raise NoSuchJob(f"No live job in {root}; forgather-control list shows what is there")
-    return _only(live, "Several jobs are live")
 
 
 def _only(records: list[JobRecord], problem: str) -> JobRecord:
@@ -98,23 +75,14 @@ def _only(records: list[JobRecord], problem: str) -> JobRecord:
 
 
 class Target(NamedTuple):
-    """One job and the way to it.
+    """One job and the way to it."""
 
-    Attributes:
-        name: what messages call it: its id, else the address or ``ssh:HOST``.
-        job_id: the id that must answer there; ``None`` accepts any.
-        record: what the job published, where its jobs directory can be read here.
-        endpoint: the address that was given; ``None`` leaves the choice to :meth:`open`.
-        token: to be shown at that address.
-        ssh: the host on which the job is found and reached.
-    """
-
-    name: str
-    job_id: str | None = None
-    record: JobRecord | None = None
-    endpoint: addresses.Endpoint | None = None
-    token: str | None = None
-    ssh: str | None = None
+    name: str  #: What messages call it: its id, else the address or ``ssh:HOST``.
+    job_id: str | None = None  #: The id that must answer there; ``None`` accepts any.
+    record: JobRecord | None = None  #: What the job published, where its jobs directory can be read here.
+    endpoint: addresses.Endpoint | None = None  #: The address that was given; ``None`` leaves the choice to `open`.
+    token: str | None = None  #: To be shown at that address.
+    ssh: str | None = None  #: The host on which the job is found and reached.
 
     def open(self, deadline: Deadline) -> tuple[Transport, str | None]:
         """Connect; return the transport, and the token that must be shown first, if any.
@@ -123,9 +91,9 @@ class Target(NamedTuple):
             JobDead, JobNotAnswering, NotAuthenticated, FindError: why the job cannot be reached.
         """
         if self.ssh is not None:
-            from .ssh import SshTransport  # what is seldom needed is not imported at every start
+            from . import ssh  # what is seldom needed is not imported at every start
 
-            return SshTransport(self.ssh, self.job_id, deadline), None
+            return ssh.connect(self.ssh, self.job_id, deadline), None
         if self.endpoint is not None:
             is_unix = isinstance(self.endpoint, addresses.UnixEndpoint)
             return SocketTransport(self.endpoint.connect(deadline), is_same_host=is_unix), self.token
@@ -134,7 +102,7 @@ class Target(NamedTuple):
             return _open_socket(self.record, deadline)
         except NotAuthenticated:
             raise
-        except FindError as err:
+        except ControlError as err:
             from . import file_transport
 
             if not file_transport.is_offered(self.record, nothing_listens=isinstance(err.__cause__, JobDead)):
@@ -142,7 +110,9 @@ class Target(NamedTuple):
             return file_transport.FileTransport(self.record), None
 
 
-def resolve(job: str | None = None, at: str | None = None, token: str | None = None, ssh: str | None = None) -> Target:
+def resolve(
+    job: str | int | None = None, at: str | None = None, token: str | None = None, ssh: str | None = None
+) -> Target:
     """Return the target that these arguments of :func:`api.connect` mean.
 
     Raises:
@@ -150,25 +120,22 @@ def resolve(job: str | None = None, at: str | None = None, token: str | None = N
         NotAuthenticated: the address needs a token, and there is none.
         InvalidParams: ``at`` is no address, or ``ssh`` is combined with ``at`` or ``token``.
     """
+    name = None if job is None else str(job)
     if ssh is not None:
         if at is not None or token is not None:
             raise InvalidParams("ssh goes with neither at nor token")
-        return Target(job or f"ssh:{ssh}", job, ssh=ssh)
+        return Target(name or f"ssh:{ssh}", name, ssh=ssh)
     if at is None:
-        record = find(job)
+        record = find(name)
         return Target(record.job_id, record.job_id, record)
     where = addresses.parse(at)
-    if isinstance(where, addresses.UnixEndpoint):
-        return Target(job or at, job and _id_of(job), endpoint=where)
-    return _at_port(where, job, token)
-
-
-def _id_of(job: str) -> str:
-    """Return the id of the job that a launcher's name means, where its record can be read here."""
-    try:
-        return find(job).job_id
+    if isinstance(where, addresses.TcpEndpoint):
+        return _at_port(where, name, token)
+    try:  # a launcher's name means an id, where its record can be read here
+        job_id = name and find(name).job_id
     except ControlError:
-        return job
+        job_id = name
+    return Target(name or at, job_id, endpoint=where)
 
 
 def _at_port(where: addresses.TcpEndpoint, job: str | None, token: str | None) -> Target:
@@ -218,11 +185,7 @@ def _is_host(host: str, record: JobRecord) -> bool:
 
 
 def dial(job: str | None = None) -> tuple[str, socket.socket]:
-    """Return the id of a job of this host and a socket connected to it, for the stdio proxy of ssh.
-
-    Raises:
-        FindError: as :func:`api.connect`.
-    """
+    """Return the id of a job of this host and a socket connected to it, for the stdio proxy; errors as in `connect`."""
     record = find(job)._replace(port=None)
     transport, _ = _open_socket(record, Deadline(limits.CALL_TIMEOUT))
     return record.job_id, transport.sock

@@ -6,31 +6,20 @@ A transport belongs to the thread of its client.
 from __future__ import annotations
 
 import socket
-from typing import Final, Protocol
 
 from ..deadline import Deadline
 from ..wire import jsonrpc
 from . import limits
 
-_RECEIVE_SIZE: Final = 65536
 
+class Transport:
+    """One way to a job."""
 
-class Transport(Protocol):
-    """One way to a job.
-
-    Attributes:
-        job_id: the job at the other end, where the way itself tells.
-        is_same_host: whether it is certain that the job runs on this host, and so has its clock.
-        probe_interval: seconds between two calls of :meth:`probe` while a reply has no deadline.
-        silence: seconds without a sign of life after which it returns false.
-        can_withdraw: whether a request that was not read can be taken back; then it needs no expiry.
-    """
-
-    job_id: str | None
-    is_same_host: bool
-    probe_interval: float
-    silence: float
-    can_withdraw: bool
+    job_id: str | None = None  #: The job at the other end, where the way itself tells.
+    is_same_host = False  #: Whether it is certain that the job runs on this host, and so has its clock.
+    probe_interval = 0.0  #: Seconds between two calls of :meth:`probe` while a reply has no deadline.
+    silence = 0.0  #: Seconds without a sign of life after which it returns false.
+    can_withdraw = False  #: Whether a request that was not read can be taken back; then it needs no expiry.
 
     def send(self, line: bytes, seconds: float) -> None:
         """Send one request line.
@@ -42,33 +31,27 @@ class Transport(Protocol):
         """
 
     def receive(self, deadline: Deadline) -> bytes | None:
-        """Return the next line; ``None`` where the deadline passes first.
-
-        Raises:
-            OSError: the connection is lost.
-        """
+        """Return the next line; ``None`` where the deadline passes first. OSError: the connection is lost."""
+        raise NotImplementedError
 
     def probe(self) -> bool:
-        """Look for a sign of life; whether there was one within the last ``silence`` seconds.
-
-        Raises:
-            OSError: the connection is lost.
-        """
+        """Look for a sign of life; whether there was one within the last ``silence`` seconds. OSError: as above."""
+        raise NotImplementedError
 
     def withdraw(self) -> bool:
         """Take back the request that got no reply; whether it is certain that the job will never read it."""
+        return False
 
     def why_lost(self) -> str | None:
         """Return why the connection ended, where that says nothing of the job; ``None`` if the job closed it."""
+        return None
 
     def close(self) -> None:
         """Release everything. May be called twice."""
 
 
-class SocketTransport:
+class SocketTransport(Transport):
     """Lines over a connected stream socket, plain or TLS."""
-
-    can_withdraw = False
 
     def __init__(self, sock: socket.socket, job_id: str | None = None, is_same_host: bool = False) -> None:
         self.sock, self.job_id, self.is_same_host = sock, job_id, is_same_host
@@ -91,7 +74,7 @@ class SocketTransport:
                 return None
             try:
                 self.sock.settimeout(left)
-                data = self.sock.recv(_RECEIVE_SIZE)
+                data = self.sock.recv(65536)
             except TimeoutError:
                 return None
             if not data:
@@ -111,12 +94,6 @@ class SocketTransport:
         except TimeoutError:
             return False
         return True
-
-    def withdraw(self) -> bool:
-        return False
-
-    def why_lost(self) -> str | None:
-        return None
 
     def close(self) -> None:
         self.sock.close()

@@ -14,6 +14,7 @@ import pytest
 import forgather_control
 from forgather_control import errors
 from forgather_control.client import api
+from forgather_control.client.target import find
 
 from ..support.harness import MS, SOON, job_process, running_loop, until
 
@@ -170,7 +171,7 @@ def test_cleanup_removes_what_was_agreed_to_and_judges_it_again():
 def test_events_of_a_real_job(way):
     """From its start to its end, while a command is given on the same connection; over the socket and over TCP."""
     with running_loop(port=0 if way == "port" else None) as run:
-        at = f"tcp://127.0.0.1:{api.find('job').port}" if way == "port" else None
+        at = f"tcp://127.0.0.1:{find('job').port}" if way == "port" else None
         seen = []
         with forgather_control.connect("job", at=at) as job:
             for event in job.events(since=0, kinds=("started", "command", "checkpoint", "ended")):

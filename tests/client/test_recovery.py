@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from forgather_control.client import api, limits, recovery
+from forgather_control.client.target import find
 from forgather_control.errors import (
     CommandFailed,
     ControlError,
@@ -226,7 +227,7 @@ def test_without_silent_ranks_no_process_is_touched(jobs_dir):
 def test_an_abort_that_works_kills_no_process(jobs_dir):
     """The job reaches its next step and ends by itself: the record is returned, and this process lives."""
     with running_loop() as run:
-        end = recovery.abort(api.find("job"), SOON)
+        end = recovery.abort(find("job"), SOON)
         assert end.record["state"] == "finished" and (end.problem, end.outcomes) == (None, [])
         run.thread.join(SOON)
         assert run.job.aborted
@@ -264,7 +265,7 @@ def test_a_job_that_refuses_the_command_is_ended(jobs_dir, impatient):
         assert job.line() == "ready"
         job.say("lose")
         assert job.line() == "lost"
-        result = recovery.abort(api.find("job"), 100 * MS)
+        result = recovery.abort(find("job"), 100 * MS)
         assert isinstance(result.problem, JobEnding) and "rank 1 is cut off" in str(result.problem)
         assert result.record is None and [one["outcome"] for one in result.outcomes] == ["ended"]
         assert [one["pid"] for one in result.outcomes] == [job.pid] and job.popen.wait(SOON) == -15
@@ -275,7 +276,7 @@ def test_a_job_that_fails_the_command_is_ended(jobs_dir, impatient):
     with Process(LOSES) as job:
         assert job.line() == "ready"
         results = []
-        aborter = threading.Thread(target=lambda: results.append(recovery.abort(api.find("job"), SOON / 10)))
+        aborter = threading.Thread(target=lambda: results.append(recovery.abort(find("job"), SOON / 10)))
         aborter.start()
         until(lambda: api.get_job_status("job")["commands"])
         job.say("lose")
@@ -299,7 +300,7 @@ def test_a_job_is_ended_whatever_it_answers(jobs_dir, impatient, answer):
         return answer
 
     with ranks(WAITS) as ((process,), records), serving(publish(jobs_dir, records).socket, reply):
-        result = recovery.abort(api.find("job"), 0.0)
+        result = recovery.abort(find("job"), 0.0)
         assert isinstance(result.problem, ControlError) and result.outcomes[0]["outcome"] == "ended"
         assert process.popen.wait(SOON) == -15
 

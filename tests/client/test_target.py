@@ -88,6 +88,19 @@ def test_a_job_is_found_by_what_its_launcher_calls_it(monkeypatch):
             assert sorted(caught.value.data["candidates"]) == ["alpha", "beta"]
 
 
+def test_a_number_is_a_name_as_well(monkeypatch):
+    """SLURM's id as an integer names the job wherever a name does; one that names none is in the message."""
+    _launched(monkeypatch, SLURM_JOB_ID="1204")
+    with running_loop("alpha", port=0):
+        record = find(1204)
+        for at in (None, f"unix:{record.socket}", f"tcp://{HERE}:{record.port}"):
+            with forgather_control.connect(1204, at=at) as job:
+                assert job.job_id == record.job_id == "alpha"
+        assert forgather_control.save_checkpoint(1204, wait="finished", timeout=SOON).state == "finished"
+        with pytest.raises(errors.NoSuchJob, match="No job '12' in"):
+            forgather_control.get_job_status(12)
+
+
 def test_an_id_goes_before_a_launchers_name(monkeypatch):
     """An exact id wins over a run of this name; the beginning of another id is nothing beside it."""
     _launched(monkeypatch, SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="exp")

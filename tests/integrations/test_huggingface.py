@@ -23,7 +23,7 @@ import pytest
 
 import forgather_control
 from forgather_control import TrainerControlCallback, connect, get_command, get_job_status
-from forgather_control.client.api import find
+from forgather_control.client.target import find
 from forgather_control.training.controller import Controller
 
 from ..support import forgather_loop

@@ -27,7 +27,7 @@ import pytest
 
 import forgather_control
 from forgather_control import LightningControlCallback, connect, get_command, get_job_status
-from forgather_control.client.api import find
+from forgather_control.client.target import find
 from forgather_control.training.controller import Controller
 from forgather_control.training.options import ControlOptions
 

@@ -14,6 +14,7 @@ import pytest
 import forgather_control
 from forgather_control import errors
 from forgather_control.client import api
+from forgather_control.client.target import find
 from forgather_control.jobs.record import read_record
 from forgather_control.processes import launcher
 from forgather_control.processes.launcher import Launch
@@ -227,7 +228,7 @@ def test_torchrun_restarts_a_job(environment, jobs_dir, tmp_path):
                 waiter.join(SOON)
                 assert errors_seen and f"pid {first.pid} on {first.host}, ended before it answered" in errors_seen[0]
                 second = until(lambda: (r := read_record(str(jobs_dir), "job")) and r.pid != first.pid and r, 3 * SOON)
-                assert api.find("the-run") == second and second.launch.restart_count == 1
+                assert find("the-run") == second and second.launch.restart_count == 1
                 with pytest.raises(errors.JobDead, match=rf"restarted as pid {second.pid} on .*, restart 1, "):
                     open_since.call("ping")
             forgather_control.graceful_stop("the-run", wait="finished", timeout=SOON)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control.client import api, recovery
+from forgather_control.client.target import find
 from forgather_control.errors import JobsDirUnusable, NotAuthenticated
 from forgather_control.jobs import cleanup
 from forgather_control.jobs.record import JobRecord
@@ -796,7 +797,7 @@ def test_root_spares_processes_that_a_stranger_names(stranger, strangers, unmove
     }
     code = "plant(root, 'exp', **named); open(root + '/exp/ranks.json', 'w').write(json.dumps([rank]))"
     stranger.does(code, root=strangers, named=named, rank=rank)
-    known = api.find("exp")
+    known = find("exp")
     assert [fate["outcome"] for fate in recovery.abort(known, 0.0).outcomes] == ["refused"]
 
 

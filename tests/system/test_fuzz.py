@@ -28,6 +28,7 @@ import pytest
 from forgather_control.cli import main
 from forgather_control.client import api
 from forgather_control.client.connection import Client
+from forgather_control.client.target import find
 from forgather_control.errors import ControlError
 from forgather_control.jobs import private_files, spool
 from forgather_control.server.connection import Connection
@@ -433,7 +434,7 @@ def test_no_record_hides_a_good_one_or_reaches_outside(jobs_dir, outside, capsys
                 ours_only(lambda name=name: api.connect(name).close())
             for words in (["list"], ["list", "--json"], *(["status", dice.choice(names)] for _ in range(5))):
                 assert main.main(words) in range(6)
-            assert api.find("good").job_id == "good" and api.get_job_status()["job_id"] == "good"
+            assert find("good").job_id == "good" and api.get_job_status()["job_id"] == "good"
             dead = [name for name, state in states.items() if state == "dead"]
             assert main.main(["cleanup", "--force"]) == 0 and not [name for name in dead if (jobs_dir / name).exists()]
             said = capsys.readouterr()
@@ -471,7 +472,7 @@ def test_a_record_may_change_while_it_is_read(jobs_dir, outside):
         try:
             for _ in range(some(200)):
                 assert "good" in [job.job_id for job in api.list_jobs(SOON)]
-                ours_only(lambda: api.find("changing"))
+                ours_only(lambda: find("changing"))
         finally:
             over.set()
             changer.join(SOON)
@@ -655,7 +656,7 @@ def test_no_reply_by_file_gets_out_as_anything_but_our_errors(jobs_dir, outside,
     answering.start()
     try:
         for _ in range(some(60)):
-            with suppress(ControlError), Client(FileTarget("bad", "bad", api.find("bad")), 0.1) as job:
+            with suppress(ControlError), Client(FileTarget("bad", "bad", find("bad")), 0.1) as job:
                 ask_oddly(dice, job)
     finally:
         over.set()

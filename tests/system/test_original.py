@@ -16,7 +16,7 @@ import pytest
 
 import forgather_control
 from forgather_control import TrainingJob, errors
-from forgather_control.client import api
+from forgather_control.client.target import find
 from forgather_control.jobs.record import read_record
 from forgather_control.processes import liveness
 
@@ -316,7 +316,7 @@ def test_a_path_is_no_job(jobs_dir, name):
     jobs_dir.mkdir()
     for job in (name, str(jobs_dir.parent / "victim")):
         with pytest.raises(errors.NoSuchJob):
-            api.find(job)
+            find(job)
         with pytest.raises(errors.NoSuchJob):
             forgather_control.abort(job)
 

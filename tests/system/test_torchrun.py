@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control import ControlError, connect, get_job_status, graceful_stop, save_checkpoint
-from forgather_control.client.api import find
+from forgather_control.client.target import find
 from forgather_control.errors import CommandFailed, DeadlinePassed, JobDead, JobEnding, NoSuchJob, NotCancellable
 
 from ..support.harness import SOON, cli, needs_torch, needs_transformers, until

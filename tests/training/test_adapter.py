@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from forgather_control import get_command, get_job_status, save_and_stop, save_checkpoint
-from forgather_control.client.api import find
+from forgather_control.client.target import find
 from forgather_control.errors import JobsDirUnusable, NoSuchJob
 from forgather_control.server import limits
 from forgather_control.training.adapter import Adapter, guarded
