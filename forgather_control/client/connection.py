@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import (
-    CommandFailed,
-    ControlError,
-    InternalError,
-    JobDead,
-    JobNotAnswering,
-    NoSuchJob,
-    NotAuthenticated,
-)
+from ..errors import CommandFailed, ControlError, InternalError, JobDead, JobNotAnswering, NoSuchJob, NotAuthenticated
 from ..wire import jsonrpc
 from ..wire.records import CommandRecord
 from . import limits
@@ -33,21 +25,19 @@ class _Call:
         expires: whether the job refuses the request if it reads it after these seconds.
     """
 
-    def __init__(self, method: str, params: Any, seconds: float | None, is_command: bool, expires: bool) -> None:
+    def __init__(
+        self, method: str, params: Any, seconds: float | None, is_command: bool = False, expires: bool = False
+    ) -> None:
         self.method, self.params, self.seconds = method, params, seconds
         self.is_command, self.expires = is_command, expires
-
-    @property
-    def unknown(self) -> str:
-        """What a lost connection means for it, to append to a sentence."""
-        return f"; whether its {self.method} was carried out is not known" if self.is_command else ""
+        #: What a lost connection means for it, to append to a sentence.
+        self.unknown = f"; whether its {method} was carried out is not known" if is_command else ""
 
 
 class Client:
     """One connection to one job; belongs to one thread at a time.
 
     Args:
-        target: the job and the way to it.
         timeout: seconds for connecting, and for each call that waits for nothing.
 
     Raises:
@@ -63,7 +53,6 @@ class Client:
         self.name = self._transport.job_id or target.name
         self._last_id = 0
         self._is_closed = False
-        #: Events that came before replies, for :meth:`events`.
         self._events = EventQueue()
         record = target.record
         self._peer = Peer(self.call, record and record.protocol, self._transport.is_same_host)
@@ -105,11 +94,7 @@ class Client:
 
     @property
     def job_id(self) -> str:
-        """The id of the job that answers.
-
-        Raises:
-            InternalError: the other side has none.
-        """
+        """The id of the job that answers. InternalError: it answers none."""
         known = self._transport.job_id or self._target.job_id or self._peer.job_id
         if known is None:
             raise InternalError("the other side sent no job id")
@@ -123,7 +108,7 @@ class Client:
         With ``wait="applied"`` or ``"finished"`` it lasts until then, or for ``timeout`` seconds.
 
         Raises:
-            ControlError: the error that the job answered, as its class.
+            ControlError: the error that the job answered, as its class; or the client is closed.
             JobDead: the job ended meanwhile, or was restarted as another process.
             JobNotAnswering: it does not answer, or closed the connection though it lives.
         """
@@ -133,18 +118,13 @@ class Client:
         """As :meth:`call`, with parameters by name or by position as they stand on the wire."""
         call = self._prepared(method, params)
         self._last_id += 1
-        try:
-            self._transport.send(jsonrpc.request(method, call.params, self._last_id), self._timeout)
-            reply = self._reply(self._last_id, call)
-        except ControlError:
-            raise
-        except TimeoutError as err:
-            raise JobNotAnswering(f"Job {self.name} does not read", job=self.name) from err
-        except OSError as err:
-            raise self._lost(call.unknown) from err
-        except BaseException:  # Ctrl-C: there will be no reader for the reply
-            self._transport.withdraw()
-            raise
+        with self._explained(call.unknown):
+            try:
+                self._transport.send(jsonrpc.request(method, call.params, self._last_id), self._timeout)
+                reply = self._reply(self._last_id, call)
+            except BaseException:  # Ctrl-C, too: nothing will read the reply
+                self._transport.withdraw()
+                raise
         if reply.error is not None:
             raise reply.error
         return reply.result
@@ -180,7 +160,7 @@ class Client:
         has_own = self._transport.can_withdraw or "expires_at" in named or len(named) < len(params)
         now = self._peer.time() if is_command and not has_own and self._peer.takes(method, "expires_at") else None
         if now is None:
-            return _Call(method, params, seconds, is_command, expires=False)
+            return _Call(method, params, seconds, is_command)
         limit = self._transport.silence if seconds is None else seconds
         limit -= min(limits.EXPIRY_MARGIN, limit / 10)
         return _Call(method, {**named, "expires_at": now + limit}, seconds, is_command, expires=True)
@@ -198,23 +178,25 @@ class Client:
     def _reply(self, id_: int, call: _Call) -> jsonrpc.Reply:
         """Return the reply to ``id_``; others, for example to our own pings, are skipped."""
         deadline = Deadline(call.seconds)
-        while (message := self._next(deadline)) is not None:
-            if isinstance(message, jsonrpc.Notification):
-                self._events.put(message)
-            elif message.id == id_ or (message.id is None and message.error is not None):
-                return message
-        raise self._unanswered(call)
+        while True:
+            message = self._next(deadline, call)
+            if isinstance(message, jsonrpc.Reply):
+                if message.id == id_ or (message.id is None and message.error is not None):
+                    return message
 
-    def _next(self, deadline: Deadline) -> jsonrpc.Reply | jsonrpc.Notification | None:
-        """Return the next message; ``None`` after the deadline or, without one, after too long a silence."""
+    def _next(self, deadline: Deadline, call: _Call) -> jsonrpc.Reply | jsonrpc.Notification:
+        """Return the next message; raise after the deadline or, without one, after too long a silence."""
         is_patient = deadline.at is None
         while True:
-            turn = Deadline(self._transport.probe_interval) if is_patient else deadline
-            line = self._transport.receive(turn)
+            line = self._transport.receive(Deadline(self._transport.probe_interval) if is_patient else deadline)
             if line is not None:
-                return jsonrpc.parse_incoming(line)
+                break
             if not is_patient or not self._transport.probe():
-                return None
+                raise self._unanswered(call)
+        message = jsonrpc.parse_incoming(line)
+        if isinstance(message, jsonrpc.Notification):
+            self._events.put(message)
+        return message
 
     def _unanswered(self, call: _Call) -> ControlError:
         waited = self._transport.silence if call.seconds is None else call.seconds
@@ -230,15 +212,28 @@ class Client:
             text += f"{call.unknown}, and it may still be carried out"
         return JobNotAnswering(text, job=self.name)
 
-    def _lost(self, note: str = "") -> ControlError:
-        """Explain a connection that ended."""
-        why = self._transport.why_lost()
+    @contextmanager
+    def _explained(self, note: str = "") -> Iterator[None]:
+        """Turn errors of the connection into ours; ``note`` says what its loss means, to append to a sentence."""
+        if self._is_closed:
+            raise ControlError(f"The connection to job {self.name} was closed here, by close(). Call connect() again")
+        try:
+            yield
+        except ControlError:
+            raise
+        except TimeoutError as err:
+            raise JobNotAnswering(f"Job {self.name} does not read", job=self.name) from err
+        except OSError as err:
+            raise self._lost(note) from err
+
+    def _lost(self, note: str) -> ControlError:
+        why, record = self._transport.why_lost(), self._target.record
         if why is not None:
             return JobNotAnswering(f"{why} before job {self.name} answered{note}", job=self.name)
-        if self._target.record is not None:
+        if record is not None:
             from .diagnosis import connection_lost
 
-            return connection_lost(self._target.record, note)
+            return connection_lost(record, note)
         return JobDead(f"Job {self.name} closed the connection before it answered{note}", job=self.name)
 
     # Events...
@@ -251,7 +246,7 @@ class Client:
 
         Args:
             since: replay the events after this ``seq``, as far back as the job keeps them; ``None`` for new ones only.
-            kinds: the kinds of events; ``None`` for all.
+            kinds: which kinds; ``None`` for all.
 
         Raises:
             ControlError: as :meth:`call`. The job does not know events, or the way to it cannot carry them.
@@ -270,7 +265,8 @@ class Client:
             while not is_over:
                 event = self._events.take()
                 if event is None:
-                    self._receive_event()
+                    with self._explained():
+                        self._next(Deadline(None), _Call("subscribe", {}, None))
                     continue
                 is_over = event["kind"] == states.EVENT_ENDED
                 if wanted is None or event["kind"] in wanted:
@@ -279,16 +275,3 @@ class Client:
             if not is_over and not self._is_closed:
                 with suppress(ControlError):  # the iterator was left early; a lost connection shows at the next call
                     self.call_raw("unsubscribe", {})
-
-    def _receive_event(self) -> None:
-        """Wait for one more message."""
-        try:
-            message = self._next(Deadline(None))
-        except ControlError:
-            raise
-        except OSError as err:
-            raise self._lost() from err
-        if message is None:
-            raise self._unanswered(_Call("subscribe", {}, None, is_command=False, expires=False))
-        if isinstance(message, jsonrpc.Notification):
-            self._events.put(message)

@@ -15,29 +15,22 @@ from ..jobs.record import JobRecord, jobs_dir
 from . import limits
 
 
-def describe_process(record: JobRecord) -> str:
-    """Name a job's process in a message."""
-    return f"pid {record.pid} on {record.host}"
-
-
 def connection_lost(record: JobRecord, note: str) -> ControlError:
-    """Explain a connection that ended without an answer.
-
-    Args:
-        note: what this means for the request, appended to the sentence.
-    """
+    """Explain a connection that ended without an answer; ``note`` says what this means, to append to a sentence."""
     now, state = _after_exit(record)
-    job, process = record.job_id, describe_process(record)
+    job, process = record.job_id, _process(record)
     if now is not None and now.owner != record.owner:
         return _restarted(now, note)
     if state == states.JOB_DEAD:
-        return JobDead(f"The process of job {job}, {process}, ended before it answered{note}", job=job)
-    if now is None:
-        return JobDead(f"Job {job} ended before it answered{note}", job=job)
-    if state == states.JOB_SILENT:
+        text = f"The process of job {job}, {process}, ended before it answered{note}"
+    elif now is None:
+        text = f"Job {job} ended before it answered{note}"
+    elif state == states.JOB_SILENT:
         text = f"Job {job} closed the connection before it answered, though {process} still runs{note}"
         return JobNotAnswering(text, job=job)
-    return JobDead(f"Job {job} ({process}) closed the connection before it answered{note}", job=job)
+    else:
+        text = f"Job {job} ({process}) closed the connection before it answered{note}"
+    return JobDead(text, job=job)
 
 
 def _after_exit(record: JobRecord) -> tuple[JobRecord | None, str]:
@@ -57,7 +50,7 @@ def _after_exit(record: JobRecord) -> tuple[JobRecord | None, str]:
 def unreachable(record: JobRecord) -> ControlError:
     """Explain a socket that nothing listens at."""
     now = registry.named(jobs_dir(), record.job_id)
-    job, process = record.job_id, describe_process(record)
+    job, process = record.job_id, _process(record)
     if now is None:
         return NoSuchJob(f"Job {job} has just ended", job=job)
     if now.owner != record.owner:
@@ -68,13 +61,17 @@ def unreachable(record: JobRecord) -> ControlError:
         return JobDead(text, job=job)
     if state == states.JOB_FOREIGN:
         text = f"Job {job} runs on another host ({process}) and cannot be reached from here. Use --ssh or its TCP port"
-        return JobNotAnswering(text, job=job)
-    return JobNotAnswering(f"Job {job} runs ({process}), but nothing listens at its socket", job=job)
+    else:
+        text = f"Job {job} runs ({process}), but nothing listens at its socket"
+    return JobNotAnswering(text, job=job)
 
 
 def _restarted(now: JobRecord, note: str) -> JobDead:
     count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
     which = f", restart {count}" if count else ""
-    process = describe_process(now)
-    text = f"Job {now.job_id} was restarted as {process}{which}, before it answered{note}. Repeat the request"
+    text = f"Job {now.job_id} was restarted as {_process(now)}{which}, before it answered{note}. Repeat the request"
     return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)
+
+
+def _process(record: JobRecord) -> str:
+    return f"pid {record.pid} on {record.host}"

@@ -18,11 +18,7 @@ class EventQueue:
         self._dropped = 0
 
     def put(self, message: jsonrpc.Notification) -> None:
-        """Add the event that a notification holds; other notifications, of a newer job, are ignored.
-
-        Raises:
-            InternalError: its parameters are no event.
-        """
+        """Add an event; other notifications, of a newer job, are ignored. InternalError: it has no valid ``kind``."""
         if message.method != "event":
             return
         event = message.params

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
-from ..errors import InternalError, WireError
+from ..errors import WireError
 from ..wire.builtin import BUILTIN
-
-#: A job of this protocol or a later one takes ``expires_at`` and ``reason``.
-_WITH_EXPIRY: Final = 2
 
 
 class Peer:
@@ -63,7 +60,11 @@ class Peer:
         if self._discovered is None:
             self._discovered = {}
             with suppress(WireError):  # an older job, or another program: the call itself will tell
-                self._discovered = _described(self._call("rpc.discover"))
+                document = self._call("rpc.discover")
+                with suppress(LookupError, TypeError):
+                    self._discovered = {
+                        method["name"]: tuple(p["name"] for p in method["params"]) for method in document["methods"]
+                    }
         return self._discovered.get(method, ())
 
     def takes(self, method: str, param: str) -> bool:
@@ -72,16 +73,4 @@ class Peer:
             return False
         if method in BUILTIN and self._protocol is None:
             self._protocol = self._said("protocol", int) or 1
-        return method not in BUILTIN or (self._protocol or 1) >= _WITH_EXPIRY
-
-
-def _described(document: Any) -> dict[str, tuple[str, ...]]:
-    """Return the parameters' names of each method in an OpenRPC document.
-
-    Raises:
-        InternalError: it is none.
-    """
-    try:
-        return {method["name"]: tuple(param["name"] for param in method["params"]) for method in document["methods"]}
-    except (LookupError, TypeError) as err:
-        raise InternalError("the other side sent no OpenRPC document") from err
+        return method not in BUILTIN or (self._protocol or 1) >= 2

@@ -26,24 +26,14 @@ _SLACK: Final = 3.0
 GRACE: Final = 10.0
 #: Seconds for the stacks of one rank: see ``stack_dump.dump_stacks``.
 _DUMP_TIMEOUT: Final = 6.0
-#: Ranks whose stacks are read at the same time.
-_PARALLEL_DUMPS: Final = 32
-#: Seconds between two checks whether a job ends by itself.
-_POLL_INTERVAL: Final = 0.1
 
 
 class JobProcesses(NamedTuple):
-    """The processes of a job, as it recorded them.
+    """The processes of a job, as it recorded them."""
 
-    Attributes:
-        ranks: all ranks, or rank 0 alone where no others are recorded.
-        missing: number of ranks that are not recorded.
-        owner: the job's user. A record may name any process: root ends only those of this user.
-    """
-
-    ranks: list[RankRecord]
-    missing: int
-    owner: int
+    ranks: list[RankRecord]  #: All ranks, or rank 0 alone where no others are recorded.
+    missing: int  #: Number of ranks that are not recorded.
+    owner: int  #: The job's user. A record may name any process: root ends only those of this user.
 
     def left(self) -> bool:
         """Whether any process is not proven to be gone."""
@@ -70,16 +60,11 @@ def job_processes(record: JobRecord) -> JobProcesses:
 
 
 class RankView(NamedTuple):
-    """What is known of the ranks of a job.
+    """What is known of the ranks of a job."""
 
-    Attributes:
-        rows: an object for each rank, as ``ranks`` and ``stacks`` answer.
-        problem: why the job did not answer, if it did not; ``rows`` then come from its records.
-    """
-
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  #: An object for each rank, as ``ranks`` and ``stacks`` answer.
     processes: JobProcesses
-    problem: FindError | None = None
+    problem: FindError | None = None  #: Why the job did not answer, if so; ``rows`` then come from its records.
 
 
 def query(record: JobRecord, method: str, timeout: float) -> RankView:
@@ -96,7 +81,13 @@ def query(record: JobRecord, method: str, timeout: float) -> RankView:
     except FindError as err:
         if not known.left():
             raise
-        return from_reply(_from_records(known), known)._replace(problem=err)
+        unknown = ("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes", "stacks")
+        rows = [{**_row(rank), "state": states.RANK_SILENT, **dict.fromkeys(unknown)} for rank in known.ranks]
+        return from_reply(rows, known)._replace(problem=err)
+
+
+def _row(rank: RankRecord) -> dict[str, Any]:
+    return {"rank": rank.rank, "host": rank.host, "pid": rank.pid}
 
 
 def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
@@ -111,21 +102,13 @@ def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
         raise InternalError("the job's answer is no list of ranks; is its version another one?")
     known = processes or JobProcesses([], 0, os.geteuid())
-    silent = {row["rank"] for row in rows if row.get("state") == states.RANK_SILENT}
-    gone = {
-        rank.rank
-        for rank in known.ranks
-        if rank.rank in silent and liveness.judge(rank.identity) == states.PROCESS_GONE
-    }
-    return RankView([{**row, "state": states.RANK_ABSENT} if row["rank"] in gone else row for row in rows], known)
+    identities = {rank.rank: rank.identity for rank in known.ranks}
 
+    def is_gone(row: dict[str, Any]) -> bool:
+        identity = identities.get(row["rank"]) if row.get("state") == states.RANK_SILENT else None
+        return identity is not None and liveness.judge(identity) == states.PROCESS_GONE
 
-def _from_records(processes: JobProcesses) -> list[dict[str, Any]]:
-    unknown = ("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes", "stacks")
-    return [
-        {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "state": states.RANK_SILENT, **dict.fromkeys(unknown)}
-        for rank in processes.ranks
-    ]
+    return RankView([{**row, "state": states.RANK_ABSENT} if is_gone(row) else row for row in rows], known)
 
 
 # Stacks...
@@ -137,7 +120,7 @@ def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
 
     known = {rank.rank: rank for rank in view.processes.ranks}
     silent = [row["rank"] for row in view.rows if row.get("state") == states.RANK_SILENT and not row.get("stacks")]
-    with ThreadPoolExecutor(_PARALLEL_DUMPS) as pool:
+    with ThreadPoolExecutor(32) as pool:
         found = dict(zip(silent, pool.map(lambda rank: _stacks_of(known.get(rank)), silent)))
     rows = []
     for row in view.rows:
@@ -163,19 +146,13 @@ def _stacks_of(rank: RankRecord | None) -> str | FindError:
 
 
 class AbortResult(NamedTuple):
-    """How an abort ended.
+    """How an abort ended."""
 
-    Attributes:
-        record: of the command, if the job finished it; then no process was killed.
-        problem: otherwise, why not: the job refused or failed the command, or did not answer in time ...
-        outcomes: ... and what became of each recorded process: ``rank host pid outcome``, see ``states.KillOutcome``.
-        missing: number of processes that are not recorded, and were left alone.
-    """
-
-    record: dict[str, Any] | None
-    problem: ControlError | None
-    outcomes: list[dict[str, Any]]
-    missing: int
+    record: dict[str, Any] | None  #: Of the command, if the job finished it; then no process was killed.
+    problem: ControlError | None = None  #: Else why not: the job refused or failed it, or did not answer in time.
+    #: What became of each recorded process then: ``rank host pid outcome``, see ``states.KillOutcome``.
+    outcomes: list[dict[str, Any]] = []
+    missing: int = 0  #: Number of processes that are not recorded, and were left alone.
 
 
 def abort(record: JobRecord, kill_after: float) -> AbortResult:
@@ -188,18 +165,19 @@ def abort(record: JobRecord, kill_after: float) -> AbortResult:
     had_processes = known.left()
     try:
         with api.connect(record.job_id) as job:
-            done = job.command("abort", wait=states.COMMAND_FINISHED, timeout=kill_after)
-        return AbortResult(done.to_json(), None, [], 0)
+            return AbortResult(job.command("abort", wait=states.COMMAND_FINISHED, timeout=kill_after).to_json())
     except ControlError as err:
         if not had_processes or _ends(record, known, deadline):
             raise
-        return AbortResult(None, err, _terminate(known), known.missing)
+        found = terminate([rank.identity for rank in known.ranks], GRACE, owner=known.owner)
+        outcomes = [{**_row(rank), "outcome": outcome} for rank, (_, outcome) in zip(known.ranks, found)]
+        return AbortResult(None, err, outcomes, known.missing)
 
 
 def _ends(record: JobRecord, processes: JobProcesses, deadline: Deadline) -> bool:
     """Wait for processes to end; whether the job ended in an orderly way: its process may have other work to do."""
     while not (ended := _is_withdrawn(record)) and processes.left() and not deadline.passed():
-        time.sleep(min(_POLL_INTERVAL, deadline.left() or 0.0))
+        time.sleep(min(0.1, deadline.left() or 0.0))
     return ended
 
 
@@ -210,11 +188,3 @@ def _is_withdrawn(record: JobRecord) -> bool:
     except ValueError:
         return False
     return now is None or now.owner != record.owner
-
-
-def _terminate(processes: JobProcesses) -> list[dict[str, Any]]:
-    outcomes = terminate([rank.identity for rank in processes.ranks], GRACE, owner=processes.owner)
-    return [
-        {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "outcome": outcome}
-        for rank, (_, outcome) in zip(processes.ranks, outcomes)
-    ]

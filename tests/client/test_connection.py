@@ -177,6 +177,18 @@ def test_only_commands_are_waited_for_without_a_deadline(folder):
                 job.call_raw("get_command", ["some-id"])
 
 
+def test_a_closed_client_says_so(folder):
+    """Calls, commands, events and an iterator from before raise one error that says what to do."""
+    with Peer(folder, streaming([], event(1))) as peer, Client(to(peer, record_of("peer", protocol=2))) as client:
+        events = client.events()
+        assert next(events)["seq"] == 1
+        client.close()
+        for use in (lambda: client.call("ping"), lambda: client.command("abort"), client.events, lambda: next(events)):
+            with pytest.raises(errors.ControlError, match=r"by close\(\)\. Call connect\(\) again") as caught:
+                use()
+            assert type(caught.value) is errors.ControlError
+
+
 # The token...
 
 
