@@ -44,13 +44,13 @@ class TokenAuthenticator:
 
     def admit(self, connection: Connection, line: bytes) -> bool:
         """Return whether the first line authenticates a connection; otherwise have it closed, soon or at once."""
-        message = _authenticate(line)
-        if message is None:
+        found = _parse(line)
+        if found is None:
             self._refuse(connection)
-        elif hmac.compare_digest(_token(message.items[0]), self._token):
+        elif hmac.compare_digest(found[1], self._token):
             connection.authenticated, connection.max_line = True, MAX_LINE
         else:
-            self._refuse(connection, message)
+            self._refuse(connection, found[0])
         return connection.authenticated
 
     def _refuse(self, connection: Connection, message: jsonrpc.Message | None = None) -> None:
@@ -64,8 +64,8 @@ class TokenAuthenticator:
             connection.start_subscription(_rejection(connection, message))
 
 
-def _authenticate(line: bytes) -> jsonrpc.Message | None:
-    """Return a line whose first request is ``authenticate``."""
+def _parse(line: bytes) -> tuple[jsonrpc.Message, bytes] | None:
+    """Return a line that begins with a request ``authenticate``, and the token in it; nothing if there is none."""
     if len(line) > limits.MAX_FIRST_LINE:
         return None
     try:
@@ -75,15 +75,11 @@ def _authenticate(line: bytes) -> jsonrpc.Message | None:
     request = message.items[0]
     if not isinstance(request, jsonrpc.Request) or request.method != "authenticate":
         return None
-    # Not a notification: its sender would not learn that it was refused.
-    return None if isinstance(request.id, jsonrpc.NoId) else message
-
-
-def _token(request: Any) -> bytes:
-    """Return the token in a request; nothing if there is none."""
-    params = request.params
-    given = params.get("token") if isinstance(params, dict) else params[0] if len(params) == 1 else None
-    return given.encode("utf-8") if isinstance(given, str) else b""
+    if isinstance(request.id, jsonrpc.NoId):  # its sender would not learn that it was refused
+        return None
+    params: Any = request.params
+    token = params.get("token") if isinstance(params, dict) else params[0] if len(params) == 1 else None
+    return message, token.encode("utf-8") if isinstance(token, str) else b""
 
 
 def _rejection(connection: Connection, message: jsonrpc.Message) -> Subscription:

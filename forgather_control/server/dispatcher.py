@@ -22,33 +22,26 @@ PENDING: Final = object()
 
 
 class Deferred(NamedTuple):
-    """An answer that is not there yet.
+    """An answer that is not there yet."""
 
-    Attributes:
-        poll: returns the value or ``PENDING``, raises ControlError; called after each ``wake`` and from deadline on.
-        deadline: in ``time.monotonic()`` seconds.
-    """
-
+    #: Returns the value or ``PENDING``, raises ControlError; called after each ``wake`` and from ``deadline`` on.
     poll: Callable[[], Any]
-    deadline: float | None = None
+    deadline: float | None = None  #: In ``time.monotonic()`` seconds.
 
 
 class Subscription(NamedTuple):
-    """An answer that opens a stream on its connection, in place of the one before: first ``reply``, then lines.
-
-    Attributes:
-        pull: returns the next whole lines, about as many bytes as its argument allows; ``b""`` if there are none.
-        next_at: when ``pull`` may have more although ``wake`` was not called, in ``time.monotonic()`` seconds; ``None``
-            if only ``wake`` tells. Called after each ``pull`` that returned nothing.
-    """
+    """An answer that opens a stream on its connection, in place of the one before: first ``reply``, then lines."""
 
     reply: Any
+    #: Returns the next whole lines, about as many bytes as its argument allows; ``b""`` if there are none.
     pull: Callable[[int], bytes]
+    #: Called after each ``pull`` that returned nothing: when it may have more although ``wake`` was not called, in
+    #: ``time.monotonic()`` seconds; ``None`` if only ``wake`` tells.
     next_at: Callable[[], float | None]
 
 
 class Peer(NamedTuple):
-    """The sender of a request, as the kernel tells; ``uid`` and ``pid`` are ``None`` where it does not."""
+    """The sender of a request, as the kernel tells; ``None`` where it does not."""
 
     via: Literal["socket", "tcp", "file"] = "socket"
     uid: int | None = None
@@ -128,10 +121,7 @@ class Dispatcher:
             return
         reply, room = _Reply(sink, message), self._room() if message.is_batch else 0
         for place, item in enumerate(message.items):
-            if isinstance(item, jsonrpc.Refusal):
-                found: Any = jsonrpc.response(item.id, item.error)
-            else:
-                found = _respond(item.id, self._handle, reply, item, room)
+            found = _respond(item.id, self._handle, reply, item, room)
             if isinstance(found, Deferred):
                 self._waiting.append((found, reply, place, item.id))
             else:
@@ -142,7 +132,9 @@ class Dispatcher:
         held = sum(reply.size for reply in {reply for _, reply, _, _ in self._waiting})
         return max(0, min(limits.MAX_BATCH_REPLY, limits.MAX_BATCHES_HELD - held))
 
-    def _handle(self, reply: _Reply, request: jsonrpc.Request, room: int) -> Any:
+    def _handle(self, reply: _Reply, request: jsonrpc.Request | jsonrpc.Refusal, room: int) -> Any:
+        if isinstance(request, jsonrpc.Refusal):
+            return request.error
         is_notification = isinstance(request.id, jsonrpc.NoId)
         if reply.is_batch and reply.size >= room and not is_notification:
             text = "Not carried out: the replies to batches are too long already. Send fewer requests in a batch."
@@ -161,11 +153,7 @@ class Dispatcher:
         return value
 
     def check_room(self) -> None:
-        """Check that one more answer can be deferred, before a request that needs it has any effect.
-
-        Raises:
-            TooManyCommands: ``MAX_DEFERRED`` requests are waiting already.
-        """
+        """Raise TooManyCommands if no more answers can be deferred: before a request that needs it has any effect."""
         if len(self._waiting) >= limits.MAX_DEFERRED:
             text = f"{limits.MAX_DEFERRED} requests are waiting for their reply already. Try again later."
             raise TooManyCommands(text, limit=limits.MAX_DEFERRED)
@@ -175,17 +163,18 @@ class Dispatcher:
         return (deferred.deadline for deferred, *_ in self._waiting if deferred.deadline is not None)
 
     def poll(self, woken: bool) -> list[ReplySink]:
-        """Poll the waiting requests, all of them or those past their deadline; return the sinks of answered ones."""
+        """Poll the waiting requests past their deadline, or all; return the sinks of answered ones."""
         now = time.monotonic()
         waiting, self._waiting = self._waiting, []
         answered = []
-        for deferred, reply, place, id_ in waiting:
+        for item in waiting:
+            deferred, reply, place, id_ = item
             if reply.sink.broken:
                 continue
             due = woken or (deferred.deadline is not None and deferred.deadline <= now)
             found: Any = _respond(id_, deferred.poll) if due else PENDING
             if found is PENDING:
-                self._waiting.append((deferred, reply, place, id_))
+                self._waiting.append(item)
             else:
                 reply.answer(place, found)
                 answered.append(reply.sink)

@@ -13,6 +13,7 @@ warning, until it is over.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Container
@@ -28,8 +29,7 @@ from ..jobs.spool import REPLIES, REQUESTS, STATUS, SUFFIX
 from ..wire import jsonrpc
 from ..wire.limits import MAX_LINE
 from . import limits
-from .dispatcher import ReplySink
-from .reply_files import FileReply, ReplyFiles
+from .dispatcher import Peer, ReplySink
 
 log = logging.getLogger("forgather_control")
 
@@ -60,11 +60,9 @@ class FileRequestServer:
         self._status, self._version = status, version
         self._started_at = time.monotonic()
         self._taken = f".taken-{os.urandom(8).hex()}"  # the name of a request that is being taken
-        self._directory: spool.DirectoryId = (0, 0)
         self._stamps = _LIST_AGAIN  # of requests/, at the last two listings
         self._open: list[FileReply] = []
         self._replies = ReplyFiles(lambda: self._opened(REPLIES), self._warn)
-        self._status_version: object = None  # of the content of status.json
         self._status_due = self._status_stale = 0.0  # monotonic: not before, not after
         self._warned = self._failed = False
         self.renew()
@@ -73,7 +71,8 @@ class FileRequestServer:
 
     def renew(self) -> None:
         """Make the spool directories, after the job's directory was made or restored."""
-        self._status_version = None
+        self._status_version: object = None  # of the content of status.json
+        self._directory: spool.DirectoryId = (0, 0)
         try:
             self._directory = spool.directory_id(self._path)
             for name in (REQUESTS, REPLIES):
@@ -82,12 +81,14 @@ class FileRequestServer:
         except OSError as err:
             self._warn(err)
 
+    def _opened(self, name: str) -> AbstractContextManager[int]:
+        return spool.opened(self._path, name, self._directory, make=True)
+
     def tick(self) -> None:
         """Answer request files and write ``status.json``. It never raises, whatever the file system does."""
         self._failed = False
-        self._try(self._take_some, self._replies.write, self._replies.remove_old, self._write_status)
-        if not self._failed:
-            self._warned = False
+        self._try(self._take_some, self._replies.write, self._write_status)
+        self._warned &= self._failed
 
     def take_last(self) -> None:
         """Answer the request files that are left when the job ends."""
@@ -101,21 +102,18 @@ class FileRequestServer:
                 self._warn(err)
 
     def _warn(self, err: OSError) -> None:
-        self._failed, self._stamps = True, _LIST_AGAIN
         if not self._warned:
             where = f"{err.filename}: " if isinstance(err.filename, str) else ""
             text = "Control by file does not work (%s%s). The job tries again every %g s."
             log.warning(text, where, err.strerror or err, limits.TICK_PERIOD)
-        self._warned = True
+        self._failed, self._warned, self._stamps = True, True, _LIST_AGAIN
 
     # Requests...
 
     def _take_some(self) -> None:
         deadline, cpu_until = Deadline(limits.FILES_TIMEOUT), time.thread_time() + limits.FILES_CPU_SLICE
         with self._opened(REQUESTS) as requests:
-            if not self._is_changed(requests):
-                return
-            names = self._list(requests)
+            names = self._list(requests) if self._is_changed(requests) else []
             now = self._file_system_time() if names else 0.0
             taken = 0
             for name in names:
@@ -185,8 +183,7 @@ class FileRequestServer:
             reply.send(jsonrpc.response(None, error))
             return
         self._dispatch(reply, data.removesuffix(b"\n") if is_json else jsonrpc.request(name, {}, name))
-        if reply.open:
-            self._open.append(reply)
+        self._open.append(reply)
 
     def _refusal(self, name: str, data: bytes, age: float) -> ControlError | None:
         """Return why a request is not carried out, or ``None``."""
@@ -205,8 +202,6 @@ class FileRequestServer:
             text = f"{limits.MAX_FILES_WAITING} requests by file are waiting already; try again later"
             return TooManyCommands(text, limit=limits.MAX_FILES_WAITING)
         return None
-
-    # Status...
 
     def _write_status(self) -> None:
         begin, version = time.monotonic(), self._version()
@@ -240,5 +235,92 @@ class FileRequestServer:
         while not deadline.passed() and self._replies.are_awaited():
             time.sleep(0.01)  # nothing signals that a file was removed
 
-    def _opened(self, name: str) -> AbstractContextManager[int]:
-        return spool.opened(self._path, name, self._directory, make=True)
+
+class FileReply(ReplySink):
+    """Sink for the one reply to a request file.
+
+    Args:
+        name: of the reply file.
+        awaited: whether a program may wait for it; a person who touched an empty file reads it at some time, or never.
+        owner: the user id of the request file's owner.
+        post: writes the reply file.
+    """
+
+    def __init__(self, name: str, awaited: bool, owner: int, post: Callable[[FileReply, bytes], None]) -> None:
+        super().__init__(Peer("file", owner))
+        self.name, self.awaited, self._post = name, awaited, post
+        #: What is not written yet; the bytes of the file; and when it was written, in ``time.monotonic()`` seconds.
+        self.data, self.size, self.written_at = b"", 0, math.inf
+
+    def send(self, data: bytes) -> None:
+        """Write the reply; a notification has none."""
+        if data:
+            self._post(self, data)
+
+
+class ReplyFiles:
+    """The files in ``replies/``, bounded in number, bytes and age, and written as soon as the file system lets.
+
+    Args:
+        opened: opens ``replies/``; raises OSError.
+        warn: called with an error that delays a reply.
+    """
+
+    def __init__(self, opened: Callable[[], AbstractContextManager[int]], warn: Callable[[OSError], None]) -> None:
+        self._opened, self._warn = opened, warn
+        self._replies: dict[str, FileReply] = {}  # by name, oldest first
+
+    def post(self, reply: FileReply, data: bytes) -> None:
+        """Write a reply now, or when it is possible. Never raises."""
+        if len(data) > limits.MAX_REPLY_FILE:
+            text = f"it was carried out, but the reply is longer than {limits.MAX_REPLY_FILE} bytes; ask for less"
+            data = jsonrpc.response(None, InvalidRequest(text, limit=limits.MAX_REPLY_FILE))
+        reply.data, reply.size = data, len(data)
+        self._replies[reply.name] = reply
+        try:
+            self.write()
+        except OSError as err:  # a full disk, for example: each tick tries again
+            self._warn(err)
+            if self._are_too_many():
+                del self._replies[reply.name]
+
+    def write(self) -> None:
+        """Write what is not written yet, and remove what no client has read in time; raise OSError at a failure."""
+        limit = time.monotonic() - limits.REPLY_FILE_TIMEOUT
+        old = [name for name, reply in self._replies.items() if reply.written_at < limit]
+        if not old and not any(reply.data for reply in self._replies.values()):
+            return
+        with self._opened() as replies:
+            if self._are_too_many():
+                left = set(os.listdir(replies))  # the clients have removed most of them
+                self._replies = {name: reply for name, reply in self._replies.items() if reply.data or name in left}
+            while old or self._are_too_many():
+                name = old.pop() if old else next(iter(self._replies))
+                spool.remove(replies, name)
+                self._replies.pop(name, None)
+            for reply in self._replies.values():
+                if reply.data:
+                    private_files.write(replies, reply.name, reply.data)
+                    reply.data, reply.written_at = b"", time.monotonic()
+
+    def _are_too_many(self) -> bool:
+        size = sum(reply.size for reply in self._replies.values())
+        return len(self._replies) > limits.MAX_REPLY_FILES or size > limits.MAX_REPLY_FILES_BYTES
+
+    def remove(self, name: str) -> None:
+        """Remove a reply, written or not; raise OSError if that is not possible."""
+        self._replies.pop(name, None)
+        with self._opened() as replies:
+            spool.remove(replies, name)
+
+    def are_awaited(self) -> bool:
+        """Return whether a program may still be about to read a reply; also on the training thread."""
+        limit = time.monotonic() - 2.0  # by then a program has read it, or has ended
+        young = {reply.name for reply in list(self._replies.values()) if reply.awaited and reply.written_at > limit}
+        if not young:
+            return False
+        try:
+            with self._opened() as replies:
+                return not young.isdisjoint(os.listdir(replies))
+        except OSError:
+            return False

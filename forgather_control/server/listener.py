@@ -37,11 +37,7 @@ class Listener(socketserver.TCPServer):
         self.socket.setblocking(False)
 
     def accept(self) -> bool:
-        """Take one connection from the backlog; return ``False`` if there is none.
-
-        Raises:
-            OSError: the process is out of descriptors, or the client has left already.
-        """
+        """Take one connection; return ``False`` if there is none, raise OSError if it cannot be had or has gone."""
         try:
             sock, peer = self.get_request()
         except BlockingIOError:
@@ -89,13 +85,9 @@ class TcpListener(Listener):
 
 
 def open_port(host: str, port: int | None, adopt: Adopt) -> TcpListener:
-    """Listen on a port. It is bound at once, never tested first and bound later.
+    """Listen on a port: 0 for any, ``None`` for the first free one of ``PORTS_TRIED`` from ``DEFAULT_PORT``.
 
-    Args:
-        port: 0 for any, ``None`` for the first free one of ``PORTS_TRIED`` from ``DEFAULT_PORT``.
-
-    Raises:
-        OSError, ValueError, TypeError: it cannot be bound.
+    It is bound at once, never tested first and bound later. Raises OSError, ValueError or TypeError if it cannot be.
     """
     *others, last = range(limits.DEFAULT_PORT, limits.DEFAULT_PORT + limits.PORTS_TRIED) if port is None else [port]
     for candidate in others:

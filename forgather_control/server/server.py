@@ -70,12 +70,9 @@ class Server:
         _servers.add(self)
 
     def listen(self, path: str) -> None:
-        """Listen at ``path`` instead of the path before; open connections stay.
+        """Listen at ``path`` instead of the path before, or raise OSError; open connections stay.
 
         On any thread before ``start``, later on the server thread only.
-
-        Raises:
-            OSError: the path cannot be bound.
         """
         self._listeners.add(UnixListener(path, self._adopt))
 
@@ -104,10 +101,8 @@ class Server:
         """Answer what can be answered, then close everything.
 
         Clients that have connected, also those in the backlog, are read once more; waiting requests are answered that
-        the job is ending; clients have ``CLOSE_GRACE`` seconds to read.
-
-        Args:
-            timeout: seconds to wait for the thread; after that it finishes on its own, as when ``tick`` calls this.
+        the job is ending; clients have ``CLOSE_GRACE`` seconds to read. After ``timeout`` seconds the thread finishes
+        on its own, as it does when ``tick`` calls this.
         """
         self._closing = True
         if self._thread is None:
@@ -117,10 +112,7 @@ class Server:
             self._thread.join(timeout)
 
     def abandon(self) -> None:
-        """Close all descriptors in a forked child, and send nothing to the parent's clients.
-
-        Nothing is unregistered, because the selector's set is the parent's, too.
-        """
+        """Close all descriptors in a forked child. Nothing is unregistered: the selector's set is the parent's, too."""
         for connection in self._connections:
             connection.sock.close()
         self._listeners.abandon()

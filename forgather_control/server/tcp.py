@@ -39,11 +39,10 @@ class TcpOptions(NamedTuple):
     keyfile: str | None = None
 
     def open(self, server: Server) -> BoundPort:
-        """Bind the port.
+        """Bind the port. A port whose certificate or key is unusable is not opened without TLS instead.
 
         Raises:
-            PortTaken: it cannot be bound.
-            TlsUnusable: the certificate or its key cannot be used; the port is not opened without TLS instead.
+            PortTaken, TlsUnusable: it cannot be bound; the certificate or its key cannot be used.
         """
         (context, sha256), token = self._tls(), new_token()
         try:
@@ -73,11 +72,7 @@ class TcpOptions(NamedTuple):
 
 
 def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> TcpOptions | None:
-    """Return the port that an integration's arguments ask for; ``None`` for no port.
-
-    Raises:
-        InvalidParams: an argument has an impossible value.
-    """
+    """Return the port that an integration's arguments ask for; raise InvalidParams at an impossible value."""
 
     def demand(fits: bool, name: str, expected: str, value: Any) -> None:
         if not fits:

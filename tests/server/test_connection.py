@@ -21,7 +21,7 @@ from forgather_control.errors import InvalidParams, TooManyCommands
 from forgather_control.server import limits
 from forgather_control.server.connection import Connection, TlsConnection
 from forgather_control.server.dispatcher import Dispatcher, Subscription
-from forgather_control.server.reply_files import FileReply
+from forgather_control.server.file_requests import FileReply
 from forgather_control.server.server import Server
 from forgather_control.wire.tls import server_context
 

@@ -136,8 +136,8 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"{KEPT}; each {limits.MAX_REPLY_FILE >> 20} MiB",
         f"the oldest are removed; {InvalidRequest.code} says that the request was carried out",
     ): (
-        "server.test_reply_files.test_replies_are_kept_within_bounds",
-        "server.test_reply_files.test_a_reply_too_long_says_so",
+        "server.test_file_requests.test_replies_are_kept_within_bounds",
+        "server.test_file_requests.test_a_reply_too_long_says_so",
     ),
     (
         "logged names; characters of a value",
