@@ -9,7 +9,6 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import InvalidParams, PortTaken, TlsUnusable
-from ..wire import tls
 from ..wire.addresses import is_loopback
 from .auth import new_token
 
@@ -63,6 +62,8 @@ class TcpOptions(NamedTuple):
     def _tls(self) -> tuple[ssl.SSLContext | None, str | None]:
         if self.certfile is None:
             return None, None
+        from ..wire import tls
+
         try:
             return tls.server_context(self.certfile, self.keyfile), tls.fingerprint(self.certfile)
         except OSError as err:

@@ -81,9 +81,8 @@ class TcpEndpoint(NamedTuple):
         """Return a connected, blocking socket without a timeout; with ``is_tls``, after the handshake.
 
         Raises:
-            JobDead: no process listens there.
+            JobDead, NotAuthenticated: no process listens there; the certificate is not the job's.
             JobNotAnswering: there is no such host, or it does not answer in time, or does not speak TLS.
-            NotAuthenticated: the certificate is not the job's.
         """
         at = str(self)
         try:
@@ -146,18 +145,17 @@ def fits(path: str) -> bool:
 def bind(sock: socket.socket, path: str) -> None:
     """Bind a socket that only its owner can read and write from the first moment.
 
-    The file is created with what the umask leaves, so its directory must be 0700 already; and clients cannot connect
-    before ``listen``, so that it is never open to others (unix(7)).
+    Its directory must be 0700, as the umask says what it is created with; before ``listen`` no client can connect.
     """
     sock.bind(path)
     os.chmod(path, 0o600)
 
 
 def peer_ids(sock: socket.socket) -> tuple[int | None, int | None]:
-    """Return the user id and process id of the other end, as the kernel noted them at ``connect``.
+    """Return the user id and process id of the other end, as the kernel noted at ``connect`` (socket(7), SO_PEERCRED).
 
-    Both are ``None`` where the system does not tell: there, only the 0700 directory keeps others out. The process id
-    is ``None`` for a process outside this PID namespace. Source: socket(7), SO_PEERCRED.
+    ``None`` where the system does not tell: there, only the 0700 directory keeps others out. The process id is ``None``
+    for a process outside this PID namespace, too.
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return None, None

@@ -1,31 +1,21 @@
 """TLS for the TCP port: the job's certificate, and how a client verifies it.
 
-``ssl`` and ``hashlib`` are imported when TLS is used, as they take a client longer to load than everything else. A
-job's certificate is usually self-signed, so a client verifies it by its SHA-256 in ``endpoint.json``; or by a
-certificate authority, as https does.
+Import this module where TLS is used: ``ssl`` and ``hashlib`` take a client longer to load than everything else. A job's
+certificate is usually self-signed, so a client verifies it by its SHA-256 in ``endpoint.json``; or by a certificate
+authority, as https does.
 """
 
-from __future__ import annotations
-
+import hashlib
 import socket
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import ssl
+import ssl
 
 
 def server_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     """Return the TLS settings of the job's port.
 
-    Args:
-        certfile: a PEM file with the certificate, and those that certify it.
-        keyfile: one with its private key, without a password; ``None`` if ``certfile`` contains it.
-
-    Raises:
-        OSError, ValueError: a file cannot be read; they are not a certificate and its key.
+    Both are PEM files: the certificate with those that certify it, and its private key without a password; ``None`` if
+    the first contains it. Raises OSError if one cannot be read, ValueError if they are not a certificate and its key.
     """
-    import ssl
-
     for path in filter(None, (certfile, keyfile)):
         with open(path, "rb"):
             pass  # the error of ssl does not name the file
@@ -46,12 +36,8 @@ def _no_password() -> str:
 def fingerprint(certfile: str) -> str:
     """Return the SHA-256 of the first certificate of a PEM file, in hexadecimal, like ``openssl x509 -fingerprint``.
 
-    Raises:
-        OSError, ValueError: the file cannot be read; it contains no certificate.
+    Raises OSError if the file cannot be read, ValueError if it contains no certificate.
     """
-    import hashlib
-    import ssl
-
     with open(certfile, encoding="ascii", errors="replace") as file:
         text = file.read()
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
@@ -69,12 +55,8 @@ def wrap_client(sock: socket.socket, host: str, sha256: str | None, cafile: str 
         cafile: a PEM file with those authorities; ``None`` for the system's.
 
     Raises:
-        PermissionError: it is another certificate.
-        OSError: the other side does not speak TLS, or not in time.
+        OSError: it is another one (PermissionError), or the other side does not speak TLS, or not in time.
     """
-    import hashlib
-    import ssl
-
     try:
         context = ssl.create_default_context(cafile=cafile)
         context.check_hostname = sha256 is None
