@@ -30,6 +30,9 @@ from . import keys, limits
 
 log = logging.getLogger("forgather_control")
 
+#: Makes a new connection to a store.
+Connect = Callable[[], Any]
+
 
 class StoreSender:
     """One thread's own connection to the store: a store serves one call at a time, and the receiver's call waits."""
@@ -57,7 +60,6 @@ class StoreChannel:
     """One rank's end of the channel.
 
     Args:
-        connect: makes a new connection to the store, one for each thread.
         rank: whose inbox to read.
         on_message: called on the receiver thread with each message, and a sender for replies.
         on_idle: called on the sender thread at the start, after each task, and again after the seconds that it
@@ -71,7 +73,7 @@ class StoreChannel:
 
     def __init__(
         self,
-        connect: Callable[[], Any],
+        connect: Connect,
         rank: int,
         on_message: Callable[[list[Any], StoreSender], None],
         on_idle: Callable[[StoreSender], float | None],
@@ -122,7 +124,7 @@ class StoreChannel:
                     self._on_lost(f"{type(err).__name__}: {str(err).partition(chr(10))[0]}", sender)
                 finally:
                     self._queue.put(None)
-                    if threading.current_thread() is not self._threads[0]:
+                    if sender is self._sender:
                         self._wake_receiver()
 
     def _wake_receiver(self) -> None:

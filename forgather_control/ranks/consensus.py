@@ -115,10 +115,8 @@ class Participant:
     def __init__(self, rank: int, step: int = 0) -> None:
         self.rank = rank
         self.step = step
-        #: Whether the end of a step must call ``take``. All that an idle step reads.
-        self.must_wait = False
-        #: The round that waits for its decision or for its step, or the last one there was.
-        self.number = 0
+        self.must_wait = False  # whether the end of a step must call ``take``; all that an idle step reads
+        self.number = 0  # of the round that waits for its decision or for its step, or the last one there was
         self._decision: Commit | None = None
 
     def tick(self, step: int) -> bool:
@@ -173,10 +171,10 @@ class Coordinator:
         self._absent = set(self._ranks)
         self._left: dict[int, str | None] = {}  # why, if not as it should
         self._passed = 0  # the last step of those that left
-        #: Why there can be no more rounds.
-        self.fault: str | None = None
+        self.fault: str | None = None  # why there can be no more rounds
+        self._lost: str | None = None  # why nothing more can be received
+        self.closed = False
         self.number = 0
-        self.closed = self._lost = False
         self._phase: Literal["idle", "preparing", "deciding", "committed"] = "idle"
         self._asked: set[int] = set()
         self._steps: dict[int, int] = {}  # by rank that is ready
@@ -186,8 +184,6 @@ class Coordinator:
         self._reports: dict[str, Tally] = {}  # by command
         self._commands: list[str] = []  # of this round, that await reports
         self._early: list[Reported] = []  # on commands that are not known yet
-
-    # Events...
 
     def receive(self, message: Join | Ready | Applied | Reported | Leave) -> None:
         """Note what a rank sent."""
@@ -220,7 +216,12 @@ class Coordinator:
         """Note what stands in the store as the round's decision; ``awaiting``: its commands that await reports."""
         if decision.due is not None:
             self._phase, self._deadline, self._delay = "committed", now, limits.RETRY_DELAY
-            self._expect_reports(awaiting)
+            self._commands = list(awaiting)
+            self._reports.update((command_id, Tally(self._applied.ranks)) for command_id in self._commands)
+            for report in self._early:
+                self.receive(report)
+            for rank, fault in self._left.items():
+                self._drop(rank, fault)
         elif self._asked and len(self._steps) == len(self._asked):
             self._phase, self._deadline = "idle", now  # all were ready, but the commands had been cancelled
         else:
@@ -229,34 +230,15 @@ class Coordinator:
         self._early.clear()
         return Send(tuple(sorted(self._asked)), decision)
 
-    def _expect_reports(self, awaiting: Iterable[str]) -> None:
-        self._commands = list(awaiting)
-        for command_id in self._commands:
-            self._reports[command_id] = Tally(self._applied.ranks)
-        for report in self._early:
-            self.receive(report)
-        for rank, fault in self._left.items():
-            self._drop(rank, fault)
-        if self._lost:
-            self._fail_missing(self.fault)
-
     def lose(self, why: str) -> list[Action]:
         """Rank 0 receives nothing any more: there are no more rounds, and what is missing will not come."""
-        self.fault, self._lost = self.fault or why, True
-        self._fail_missing(why)
+        self.fault, self._lost = self.fault or why, why
         return self._completed()
-
-    def _fail_missing(self, why: str | None) -> None:
-        for tally in (self._applied, *self._reports.values()):
-            for rank in list(tally.missing):
-                tally.drop(rank, why)
 
     def close(self, fault: str | None) -> None:
         """End rank 0: it owes no more reports, a round that is not decided is off, and there are no more."""
         self.closed = True
         self._drop(0, fault)
-
-    # What follows from them...
 
     def state(self, rank: int) -> states.RankState:
         """Return the state of a rank that did not answer."""
@@ -279,9 +261,7 @@ class Coordinator:
     def next(self, now: float, pending: bool) -> list[Action]:
         """Return what is to be done. Call it after each event, after its actions are done, and after ``delay``.
 
-        Args:
-            now: the time in seconds, on any clock that only grows.
-            pending: whether commands are queued.
+        ``now`` is in seconds, on any clock that only grows; ``pending`` says whether commands are queued.
         """
         if self._phase == "preparing":
             return self._count(now)
@@ -303,6 +283,9 @@ class Coordinator:
     def _completed(self) -> list[Action]:
         """Return what all ranks have applied, or reported on, since the last call."""
         actions: list[Action] = []
+        for tally in (self._applied, *self._reports.values()) if self._lost else ():
+            for rank in list(tally.missing):
+                tally.drop(rank, self._lost)
         if self._phase == "committed" and not self._applied.missing:
             self._phase, self._commands = "idle", []
             outcomes = {rank: answer for rank, answer in self._applied.answers.items() if answer}

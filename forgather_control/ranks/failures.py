@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-
-def control_off(why: str) -> str:
-    """Return the warning in rank 0's log when the ranks can no longer agree."""
-    return f"Control is off: {why}, so ranks can no longer agree on commands. Training continues."
-
-
-def refused(why: str) -> str:
-    """Return the error for commands that are queued then, or submitted later."""
-    return f"the command was not carried out: {why}, so ranks can no longer agree on commands; training continues"
-
-
-def lost_connection(rank: int, reason: str) -> str:
-    """Return why a rank left: its channel broke, with ``reason``."""
-    return f"rank {rank} lost its connection to the store ({reason})"
-
-
-def store_silent(rank: int, seconds: float) -> str:
-    """Return why a rank left: the store did not answer in time."""
-    return f"rank {rank} got no answer from the store within {seconds:g} s"
+#: The warning in rank 0's log when the ranks can no longer agree, and the error of commands that are queued then, or
+#: submitted later; with why a rank left.
+CONTROL_OFF: Final = "Control is off: %s, so ranks can no longer agree on commands. Training continues."
+REFUSED: Final = "the command was not carried out: %s, so ranks can no longer agree on commands; training continues"
+#: Why a rank left: its channel broke, with a reason; or the store did not answer within so many seconds.
+LOST_CONNECTION: Final = "rank %d lost its connection to the store (%s)"
+STORE_SILENT: Final = "rank %d got no answer from the store within %g s"
+#: Why a rank does not start control: these could not.
+NOT_STARTED: Final = "control could not start on rank %s; the log of that rank says why"
 
 
 def control_failed(rank: int, reason: str | None) -> str | None:
@@ -32,10 +23,4 @@ def control_failed(rank: int, reason: str | None) -> str | None:
 
 def not_reported(ranks: Sequence[int]) -> str:
     """Return why commands of these ranks are not known to be done: rank 0 ended and could not wait any longer."""
-    names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-    return f"{names} had not reported when rank 0 ended"
-
-
-def not_started(ranks: Sequence[int]) -> str:
-    """Return why a rank does not start control: another one could not."""
-    return f"control could not start on rank {', '.join(map(str, ranks))}; the log of that rank says why"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} had not reported when rank 0 ended"

@@ -43,10 +43,7 @@ class RankGroupDelegate(Protocol):
     def all_applied(
         self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None
     ) -> None:
-        """All ranks applied them, or ``fault`` says why not all. Any thread; rank 0.
-
-        ``outcomes`` are by rank, then by command id; those that are empty are left out.
-        """
+        """All ranks applied them, with these non-empty outcomes, or a fault says why not all. Any thread; rank 0."""
 
     def awaits_report(self, name: str) -> bool:
         """Whether the command of this name is finished when all ranks have reported. Any thread; alike on all ranks."""
@@ -77,38 +74,6 @@ class RankQuery:
     answers: dict[int, Any]
 
 
-class ReportCallbacks:
-    """The callbacks that wait for reports on commands, and the last results for those that come later. Any thread."""
-
-    def __init__(self) -> None:
-        self._results: dict[str, Future[tuple[dict[int, Outcome], str | None]]] = {}  # each dict operation is atomic
-
-    def expect(self, command_id: str) -> None:
-        """Hold back callbacks for this command until it is complete."""
-        self._results.setdefault(command_id, Future())
-
-    def add(self, command_id: str, callback: ReportCallback) -> None:
-        """See ``RankGroup.when_reported``."""
-        result = self._results.get(command_id)
-        if result is None:
-            callback({}, None)
-        else:
-            result.add_done_callback(lambda done: callback(*done.result()))
-
-    def complete(self, command_id: str, outcomes: dict[int, Outcome], fault: str | None) -> None:
-        """Call the callbacks of this command, unless it was complete before."""
-        with suppress(InvalidStateError):
-            self._results.setdefault(command_id, Future()).set_result((outcomes, fault))
-        done = [each for each, result in list(self._results.items()) if result.done()]
-        for oldest in done[: -limits.MAX_RESULTS]:
-            self._results.pop(oldest, None)
-
-    def complete_all(self, fault: str | None) -> None:
-        """Call all callbacks: nothing more will be reported."""
-        for command_id in list(self._results):
-            self.complete(command_id, {}, fault)
-
-
 class RankGroup(ABC):
     """All ranks, seen from one of them. On the training thread, where nothing else is said."""
 
@@ -118,11 +83,12 @@ class RankGroup(ABC):
         self._started = False
         self._facts: dict[str, Any] = {}
         self._descriptions: dict[int, dict[str, Any]] = {}  # rank 0
-        self._callbacks = ReportCallbacks()  # rank 0
+        #: By command that awaits reports: the arguments of its callbacks. Rank 0.
+        self._results: dict[str, Future[tuple[dict[int, Outcome], str | None]]] = {}
 
     @abstractmethod
     def start(self, fault: str | None = None) -> None:
-        """Take part from now on; with a ``fault``, tell ranks that would wait for this one why it does not.
+        """Take part from now on; with a ``fault``, tell ranks that would wait for this one that it does not.
 
         Raises:
             Unsupported: ranks poll, and one of the others does not take part.
@@ -149,7 +115,11 @@ class RankGroup(ABC):
 
         After ``applied``. For a command that awaits no reports it is called at once, with ``({}, None)``.
         """
-        self._callbacks.add(command_id, callback)
+        result = self._results.get(command_id)
+        if result is None:
+            callback({}, None)
+        else:
+            result.add_done_callback(lambda done: callback(*done.result()))
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts to what rank 0 knows of this rank."""
@@ -185,8 +155,22 @@ class RankGroup(ABC):
         """Send a message to rank 0, without blocking. Any thread; reentrant."""
 
     def _awaiting(self, commands: list[ScheduledCommand]) -> list[str]:
-        """Return the ids of those commands that await reports."""
         return [command.command_id for command in commands if self._delegate.awaits_report(command.name)]
+
+    def _expect_reports(self, commands: list[ScheduledCommand]) -> list[str]:
+        """Hold back the callbacks of those commands that await reports; return their ids."""
+        awaiting = self._awaiting(commands)
+        for command_id in awaiting:
+            self._results.setdefault(command_id, Future())
+        return awaiting
+
+    def _complete(self, command_id: str, outcomes: dict[int, Outcome], fault: str | None) -> None:
+        """Call the callbacks of a command, unless that was done, and keep its result for later ones. Any thread."""
+        with suppress(InvalidStateError):
+            self._results.setdefault(command_id, Future()).set_result((outcomes, fault))
+        done = [each for each, result in list(self._results.items()) if result.done()]
+        for oldest in done[: -limits.MAX_RESULTS]:
+            self._results.pop(oldest, None)
 
     def _join(self, message: Join) -> None:
         self._descriptions = {**self._descriptions, message.rank: message.description}
@@ -221,13 +205,12 @@ class PollingGroup(RankGroup):
             found = self._exchange({"fault": fault, "steps": self._steps, "facts": self._facts})
         faulty = [rank for rank, message in found.items() if message["fault"] is not None]
         if faulty and fault is None:
-            raise Unsupported(failures.not_started(faulty))
+            raise Unsupported(failures.NOT_STARTED % ", ".join(map(str, faulty)))
         self._steps, self._started = found[0]["steps"], True
         for rank, message in found.items() if self.rank == 0 and fault is None else ():
             self._join(Join(rank, message["facts"]))
 
     def due(self, step: int) -> bool:
-        """Return whether it is time to poll; the same on all ranks."""
         self._count += 1
         return self._count % self._steps == 0
 
@@ -255,22 +238,19 @@ class PollingGroup(RankGroup):
                     outcomes = self._reported[command_id]
                     outcomes.setdefault(rank, outcome)
                     if len(outcomes) == self.size:
-                        self._callbacks.complete(command_id, self._reported.pop(command_id), None)
+                        self._complete(command_id, self._reported.pop(command_id), None)
 
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
-        """Exchange the outcomes: all ranks have the commands, and apply them at this step."""
-        found = self._exchange(outcomes or None)
+        found = self._exchange(outcomes or None)  # all ranks have the commands, and apply them at this step
         if self.rank == 0:
-            for command_id in self._awaiting(commands):
-                self._reported[command_id] = {}
-                self._callbacks.expect(command_id)
+            self._reported.update((command_id, {}) for command_id in self._expect_reports(commands))
             self._delegate.all_applied(commands, step, found, None)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
-        """Complete what is open with what rank 0 knows: a poll here might wait for ranks that do not close."""
-        self._handle(message for message in self._unsent if isinstance(message, Reported))
+        # No poll: it might wait for ranks that do not close. What is open is completed with what rank 0 knows.
+        self._handle(message for message in list(self._unsent) if isinstance(message, Reported))
         for command_id, outcomes in self._reported.items():
-            self._callbacks.complete(command_id, outcomes, failures.control_failed(self.rank, fault))
+            self._complete(command_id, outcomes, failures.control_failed(self.rank, fault))
 
     def _tell_coordinator(self, message: Message) -> None:
         self._unsent.append(message)
@@ -283,7 +263,6 @@ class SingleProcess(PollingGroup):
         super().__init__(delegate, 0, 1, 1, lambda message: {} if message is None else {0: message})
 
     def due(self, step: int) -> bool:
-        """Return whether a command is pending, or a signal came."""
         return self._delegate.pending or bool(self._unsent)
 
     def _tell_coordinator(self, message: Message) -> None:

@@ -7,6 +7,7 @@ ranks that take part, without their training threads; rank 0 sends its Leave to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, get_args
 
 from ..wire.records import Outcome, ScheduledCommand
@@ -68,7 +69,14 @@ class Answer(NamedTuple):
 
 Message = Join | Prepare | Ready | Commit | Applied | Reported | Leave | Request | Query | Answer
 
-_KINDS: Final[dict[str, Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
+
+def decode_commit(number: int, due: int | None, commands: list[Any]) -> Commit:
+    """Return a round's decision from the values that travelled or stand in the store."""
+    return Commit(number, due, [ScheduledCommand(*command) for command in commands])
+
+
+_KINDS: Final[dict[str, Callable[..., Message]]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
+_KINDS["commit"] = decode_commit
 
 
 def encode(message: Message) -> list[Any]:
@@ -83,10 +91,4 @@ def decode(fields: list[Any]) -> Message:
         KeyError, TypeError: it is none; all ranks run the same code, so the channel is broken.
     """
     kind, *rest = fields
-    message: Message = decode_commit(*rest) if kind == "commit" else _KINDS[kind](*rest)
-    return message
-
-
-def decode_commit(number: int, due: int | None, commands: list[Any]) -> Commit:
-    """Return a round's decision from the values that travelled or stand in the store."""
-    return Commit(number, due, [ScheduledCommand(*command) for command in commands])
+    return _KINDS[kind](*rest)

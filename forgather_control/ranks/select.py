@@ -1,7 +1,4 @@
-"""Which group this job uses: one process, ranks with a shared store, or ranks that poll.
-
-It asks torch.distributed, if that is loaded, whether there are other ranks and what store they share.
-"""
+"""Which group this job uses: one process, ranks with a shared store, or ranks that poll."""
 
 from __future__ import annotations
 
@@ -25,9 +22,7 @@ _opened: Counter[str] = Counter()
 def select_group(
     delegate: RankGroupDelegate, name: str, step: int, poll_steps: int | None, log_steps: int | None = None
 ) -> RankGroup:
-    """Return the group that this process trains in. On the training thread of every rank; no collective.
-
-    All ranks must choose alike, so only what is the same on all ranks decides.
+    """Return the group that this process trains in: the same kind on all ranks, without a collective.
 
     Args:
         name: the job id that was asked for, or nothing; the same on all ranks.
@@ -36,8 +31,8 @@ def select_group(
         log_steps: how often to poll where ranks must and nothing is chosen.
 
     Raises:
-        Unsupported: there are other ranks, and no way to agree with them; a command that acts on one rank alone
-            would leave the others waiting in a collective for ever.
+        Unsupported: there is no way to agree with the other ranks, and a command to one rank alone would leave them
+            waiting in a collective for ever.
     """
     dist = _distributed()
     if dist is None:
@@ -49,17 +44,16 @@ def select_group(
         if rank == 0:
             log.info("ranks poll one another for commands every %d steps: %s", steps, why)
         return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size).exchange)
+    kind = StoreGroup
     if rank == 0:
-        pause = "they do not communicate while no command is pending"
-        log.info("ranks agree on commands over torch.distributed's %s; %s", why, pause)
-    kind = CoordinatorGroup if rank == 0 else StoreGroup
+        kind, idle = CoordinatorGroup, "they do not communicate while no command is pending"
+        log.info("ranks agree on commands over torch.distributed's %s; %s", why, idle)
     _opened[name] += 1
     prefix = keys.prefix(name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _opened[name])
     try:
         return kind(delegate, rank, size, lambda: dist.PrefixStore(prefix, store.clone()), step)
     except RuntimeError as err:  # torch's DistError is one
-        reason = str(err).partition(chr(10))[0]
-        raise Unsupported(f"torch.distributed's {why} cannot be reached: {reason}") from err
+        raise Unsupported(f"torch.distributed's {why} cannot be reached: {str(err).partition(chr(10))[0]}") from err
 
 
 def _distributed() -> Any:

@@ -10,14 +10,14 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
 from .. import states
 from ..wire.records import Outcome, ScheduledCommand
 from . import consensus, failures, keys, limits, messages
-from .channel import StoreChannel, StoreSender
+from .channel import Connect, StoreChannel, StoreSender
 from .group import RankGroup, RankGroupDelegate, RankQuery
 from .messages import Answer, Applied, Commit, Join, Leave, Message, Prepare, Query, Request
 
@@ -26,24 +26,17 @@ class StoreGroup(RankGroup):
     """A rank of several that agree over a store; rank 0 has a :class:`CoordinatorGroup`.
 
     ``_lock`` guards the participant, the coordinator and ``_lost``; nothing is sent, and no method of ``delegate`` is
-    called, while it is held. The training thread waits on it for a decision.
-
-    Args:
-        connect: makes a connection to the store that all ranks share; its keys are private to this training run.
-        step: where training begins.
+    called, while it is held. The training thread waits on it for a decision. ``connect`` is to the store that all ranks
+    share, under keys that are private to this training run; training begins at ``step``.
     """
 
-    def __init__(
-        self, delegate: RankGroupDelegate, rank: int, size: int, connect: Callable[[], Any], step: int
-    ) -> None:
+    def __init__(self, delegate: RankGroupDelegate, rank: int, size: int, connect: Connect, step: int) -> None:
         super().__init__(delegate, rank, size)
         self._lock = threading.Condition()
         self._participant = consensus.Participant(rank, step)
         self._channel = StoreChannel(connect, rank, self._on_message, self._on_idle, self._on_lost)
         self._lost: str | None = None  # why this rank takes part no more
         self._agreement_lost = threading.Lock()  # acquired for good by the thread that tells the delegate so
-
-    # On the training thread...
 
     def start(self, fault: str | None = None) -> None:
         """Take part from now on. Without rank 0 the other ranks wait for nothing, because it begins no round."""
@@ -55,7 +48,6 @@ class StoreGroup(RankGroup):
         self.describe({**facts, **self._facts})
 
     def due(self, step: int) -> bool:
-        """Return whether a round is on."""
         return self._participant.tick(step)
 
     def receive(self, step: int) -> list[ScheduledCommand]:
@@ -63,7 +55,7 @@ class StoreGroup(RankGroup):
         if not self._wait(limits.DECISION_TIMEOUT):
             self._channel.post(self._give_up)
             if not self._wait(limits.GIVE_UP_TIMEOUT):  # training goes before agreement
-                why = failures.store_silent(self.rank, limits.GIVE_UP_TIMEOUT)
+                why = failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
                 self._lose(why)
                 self._channel.post(lambda sender: self._leave(why, sender))
                 self._channel.close(0.0)
@@ -127,7 +119,7 @@ class StoreGroup(RankGroup):
 
     def _on_lost(self, reason: str, sender: StoreSender) -> None:
         """On the thread that broke, whose own sender may still reach the store: a held rank reads the decision."""
-        why = failures.lost_connection(self.rank, reason)
+        why = failures.LOST_CONNECTION % (self.rank, reason)
         with suppress(Exception):  # boundary: or it may not
             self._give_up(sender)
         self._lose(why)
@@ -153,9 +145,7 @@ class StoreGroup(RankGroup):
 class CoordinatorGroup(StoreGroup):
     """Rank 0: it also coordinates the rounds, driven by the messages to it and its clock, and sends the queries."""
 
-    def __init__(
-        self, delegate: RankGroupDelegate, rank: int, size: int, connect: Callable[[], Any], step: int
-    ) -> None:
+    def __init__(self, delegate: RankGroupDelegate, rank: int, size: int, connect: Connect, step: int) -> None:
         super().__init__(delegate, rank, size, connect, step)
         self._coordinator = consensus.Coordinator(size)
         self._commands: list[ScheduledCommand] = []  # of the last committed round
@@ -163,12 +153,9 @@ class CoordinatorGroup(StoreGroup):
         self._query_numbers = itertools.count(1)
         self._queries: weakref.WeakValueDictionary[int, RankQuery] = weakref.WeakValueDictionary()
 
-    # On the training thread...
-
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
         self._step = step
-        for command_id in self._awaiting(commands):
-            self._callbacks.expect(command_id)
+        self._expect_reports(commands)
         super().applied(commands, step, outcomes)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
@@ -182,17 +169,15 @@ class CoordinatorGroup(StoreGroup):
         why = self._lost or failures.not_reported(missing or range(1, self.size))
         if missing or self._lost:
             self._fail_missing(why)
-        self._callbacks.complete_all(why)
-
-    # On any thread...
+        for command_id in list(self._results):
+            self._complete(command_id, {}, why)
 
     def command_queued(self) -> None:
         self._channel.post(lambda sender: None)  # ``_on_idle`` is called after each task
 
     def query(self, what: str) -> RankQuery:
         """Send a query to every rank that takes part; it answers on its receiver thread, whatever its training does."""
-        query = super().query(what)
-        number = next(self._query_numbers)
+        query, number = super().query(what), next(self._query_numbers)
         self._queries[number] = query
         self._channel.post(lambda sender: self._send(self._others(), Query(number, what), sender))
         return query
@@ -212,8 +197,7 @@ class CoordinatorGroup(StoreGroup):
             case Request(command):
                 self._delegate.submit(command)
             case Answer(number, rank, answer):
-                query = self._queries.get(number)
-                if query is not None:
+                if (query := self._queries.get(number)) is not None:
                     query.answers[rank] = answer
                     self._delegate.answers_changed()
             case Prepare() | Commit() | Query():
@@ -269,7 +253,7 @@ class CoordinatorGroup(StoreGroup):
             case consensus.AllApplied(_, outcomes, fault):
                 self._delegate.all_applied(self._commands, self._step, outcomes, fault)
             case consensus.AllReported():
-                self._callbacks.complete(*action)
+                self._complete(*action)
 
     def _decide(self, number: int, due: int | None, sender: StoreSender) -> None:
         commands = self._delegate.take() if due is not None else []

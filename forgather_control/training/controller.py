@@ -260,9 +260,9 @@ class Controller:
         if self._closed:
             return
         if self.is_main:
-            log.warning("%s", failures.control_off(why))
+            log.warning(failures.CONTROL_OFF, why)
             self.state.events.publish(states.EVENT_RANK, state="lost", reason=why)
-        self._queue.refuse(JobEnding(failures.refused(why)))
+        self._queue.refuse(JobEnding(failures.REFUSED % why))
 
     # On any thread...
 

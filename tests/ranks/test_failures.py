@@ -7,8 +7,8 @@ from forgather_control.ranks import failures
 
 def test_control_off_says_what_happened_to_what_and_what_next():
     """As the log shows it."""
-    why = failures.lost_connection(1, "Connection reset by peer")
-    assert failures.control_off(why) == (
+    why = failures.LOST_CONNECTION % (1, "Connection reset by peer")
+    assert failures.CONTROL_OFF % why == (
         "Control is off: rank 1 lost its connection to the store (Connection reset by peer), so ranks can no longer "
         "agree on commands. Training continues."
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from forgather_control.ranks import limits
-from forgather_control.ranks.group import ReportCallbacks, SingleProcess
+from forgather_control.ranks.group import SingleProcess
+from forgather_control.wire.records import ScheduledCommand
 
 from ..support.ranks_delegate import Delegate
 
@@ -93,44 +94,49 @@ def test_a_job_that_cannot_start_joins_nothing(delegate):
 # Callbacks on reports: once each, early or late...
 
 
-def test_callbacks_are_called_once_with_the_result():
+def save(name):
+    """A command that awaits reports."""
+    return ScheduledCommand(name, "save_checkpoint", {})
+
+
+def test_callbacks_are_called_once_with_the_result(group):
     """Those that wait, and those that come later."""
-    callbacks, told = ReportCallbacks(), []
-    callbacks.expect("id")
+    told = []
+    group._expect_reports([save("id")])
     for number in range(2):
-        callbacks.add("id", lambda outcomes, fault, number=number: told.append((number, outcomes, fault)))
+        group.when_reported("id", lambda outcomes, fault, number=number: told.append((number, outcomes, fault)))
     assert told == []
-    callbacks.complete("id", {1: {"value": 1}}, "rank 0 broke")
-    callbacks.complete_all("late")
+    group._complete("id", {1: {"value": 1}}, "rank 0 broke")
+    group._complete("id", {}, "late")
     assert told == [(number, {1: {"value": 1}}, "rank 0 broke") for number in range(2)]
-    callbacks.expect("id")  # complete already: it is not held back again
-    callbacks.add("id", lambda outcomes, fault: told.append(fault))
+    group._expect_reports([save("id")])  # complete already: it is not held back again
+    group.when_reported("id", lambda outcomes, fault: told.append(fault))
     assert told[2:] == ["rank 0 broke"]
 
 
-def test_a_command_that_awaits_nothing_is_complete():
+def test_a_command_that_awaits_nothing_is_complete(group):
     """Its callbacks are called at once."""
     told = []
-    ReportCallbacks().add("id", lambda *result: told.append(result))
+    group.when_reported("id", lambda *result: told.append(result))
     assert told == [({}, None)]
 
 
-def test_the_end_completes_all_that_is_open():
+def test_the_end_completes_all_that_is_open(delegate, group):
     """With what is known of it: nothing."""
-    callbacks, told = ReportCallbacks(), []
-    for name in ("one", "two"):
-        callbacks.expect(name)
-        callbacks.add(name, lambda outcomes, fault: told.append((outcomes, fault)))
-    callbacks.complete_all("rank 1 had not reported")
-    assert told == [({}, "rank 1 had not reported")] * 2
+    told = []
+    for number in range(2):
+        group.applied([delegate.records[delegate.order("save_checkpoint", number=number)].command], 1, {})
+    for (command,), *_ in delegate.notes("applied"):
+        group.when_reported(command.command_id, lambda outcomes, fault: told.append((outcomes, fault)))
+    group.close(0.0, "it broke")
+    assert told == [({}, "rank 0: it broke")] * 2
 
 
-def test_results_are_kept_within_a_bound():
+def test_results_are_kept_within_a_bound(group):
     """The oldest go."""
-    callbacks = ReportCallbacks()
     for number in range(limits.MAX_RESULTS + 1):
-        callbacks.complete(str(number), {0: {"value": number}}, None)
+        group._complete(str(number), {0: {"value": number}}, None)
     told = []
     for number in (0, 1, limits.MAX_RESULTS):
-        callbacks.add(str(number), lambda outcomes, fault: told.append(outcomes))
+        group.when_reported(str(number), lambda outcomes, fault: told.append(outcomes))
     assert told == [{}, {0: {"value": 1}}, {0: {"value": limits.MAX_RESULTS}}]
