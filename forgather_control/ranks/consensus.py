@@ -49,21 +49,21 @@ from .messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
 
 
 class Send(NamedTuple):
-    """The coordinator wants ``message`` sent to each of ``ranks``."""
+    """Action: send ``message`` to each of ``ranks``."""
 
     ranks: tuple[int, ...]
     message: Prepare | Commit
 
 
 class Decide(NamedTuple):
-    """It wants the round's decision written, unless there is one, and what stands there passed to ``decided``."""
+    """Action: write the round's decision, unless there is one, and pass what stands there to ``decided``."""
 
     number: int
     due: int | None  # T, to be written with the commands that are pending now, or ``None`` for "off"
 
 
 class AllApplied(NamedTuple):
-    """All ranks applied the round; ``fault`` says why not all, if so."""
+    """Result: all ranks applied the round; ``fault`` says why not all, if so."""
 
     number: int
     outcomes: dict[int, dict[str, Outcome]]  # by rank; only those that are not empty
@@ -71,7 +71,7 @@ class AllApplied(NamedTuple):
 
 
 class AllReported(NamedTuple):
-    """All ranks reported on the command; ``fault`` says why some never will, if so."""
+    """Result: all ranks reported on the command; ``fault`` says why some never will, if so."""
 
     command_id: str
     outcomes: dict[int, Outcome]

@@ -112,7 +112,7 @@ class StoreGroup(RankGroup):
     def _give_up(self, sender: StoreSender) -> None:
         """Propose to call off a round that holds this rank; all obey the first proposal, and this one reads it here."""
         if self._participant.undecided:
-            self._commit(_decide(sender, self._participant.number))
+            self._commit(_propose(sender, self._participant.number))
 
     def _on_idle(self, sender: StoreSender) -> float | None:
         return None
@@ -225,7 +225,7 @@ class CoordinatorGroup(StoreGroup):
         self._send(self._others(), Leave(self.rank, self._participant.step, why), sender)
 
     def _on_idle(self, sender: StoreSender) -> float | None:
-        """Do what the coordinator wants done; return the seconds after which that may be more by itself."""
+        """Carry out the coordinator's actions; return the seconds after which a time-out may cause more."""
         while True:
             pending = self._delegate.pending
             with self._lock:
@@ -259,7 +259,7 @@ class CoordinatorGroup(StoreGroup):
         commands = self._delegate.take() if due is not None else []
         decision = None
         try:
-            decision = _decide(sender, number, due if commands else None, commands)
+            decision = _propose(sender, number, due if commands else None, commands)
         finally:  # also where the store has gone: they must not be lost
             if commands and (decision is None or decision.due is None):
                 self._delegate.put_back(commands)
@@ -274,6 +274,6 @@ class CoordinatorGroup(StoreGroup):
             self._coordinator.close(failures.control_failed(self.rank, fault))
 
 
-def _decide(sender: StoreSender, number: int, due: int | None = None, commands: Iterable[Any] = ()) -> Commit:
+def _propose(sender: StoreSender, number: int, due: int | None = None, commands: Iterable[Any] = ()) -> Commit:
     """Propose a round's decision, "off" unless more is given; return the one that was proposed first."""
     return messages.decode_commit(number, *sender.decide(keys.decision(number), [due, list(commands)]))
