@@ -72,13 +72,14 @@ class TcpOptions(NamedTuple):
             raise TlsUnusable(str(err)) from err
 
 
+def demand(fits: bool, name: str, expected: str, value: Any) -> None:
+    """Raise InvalidParams if the value of an option does not fit."""
+    if not fits:
+        raise InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)
+
+
 def check(port: Any, host: Any, certfile: Any, keyfile: Any) -> TcpOptions | None:
     """Return the port that an integration's arguments ask for; raise InvalidParams at an impossible value."""
-
-    def demand(fits: bool, name: str, expected: str, value: Any) -> None:
-        if not fits:
-            raise InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)
-
     for name, path in (("certfile", certfile), ("keyfile", keyfile)):
         demand(path is None or (isinstance(path, str) and path != ""), name, "the path of a PEM file", path)
     if port is None:

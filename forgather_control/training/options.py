@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidParams
 from ..jobs.record import check_job_id
 from ..server import tcp
 from . import signals
@@ -54,11 +53,11 @@ class ControlOptions:
     def __post_init__(self) -> None:
         if self.job_id is not None:
             check_job_id(self.job_id)
-        if self.poll_steps is not None and (type(self.poll_steps) is not int or self.poll_steps < 1):
-            raise _invalid("poll_steps", "a number of steps from 1, or None", self.poll_steps)
-        seconds = self.fresh_seconds
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e9:
-            raise _invalid("fresh_seconds", "a number of seconds from 0 to 1e9", seconds)
+        steps, seconds = self.poll_steps, self.fresh_seconds
+        is_count = steps is None or (type(steps) is int and steps >= 1)
+        tcp.demand(is_count, "poll_steps", "a number of steps from 1, or None", steps)
+        is_age = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds <= 1e9
+        tcp.demand(is_age, "fresh_seconds", "a number of seconds from 0 to 1e9", seconds)
         if self.signals is not None:
             signals.parse(self.signals)
         self.tcp_options()
@@ -66,7 +65,3 @@ class ControlOptions:
     def tcp_options(self) -> tcp.TcpOptions | None:
         """Return the TCP port to open; ``None`` without one."""
         return tcp.check(self.port, self.host, self.certfile, self.keyfile)
-
-
-def _invalid(name: str, expected: str, value: Any) -> InvalidParams:
-    return InvalidParams(f"{name} must be {expected}, not {ascii(value)[:80]}", parameter=name)

@@ -36,14 +36,7 @@ _NEVER: Final = ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", 
 
 
 class Signals:
-    """Signal handlers that run commands.
-
-    Args:
-        wanted: commands by signal, the signal by its name or as a member of ``signal.Signals``.
-
-    Raises:
-        InvalidParams: see ``parse``.
-    """
+    """Signal handlers that run commands; see ``parse`` for the argument."""
 
     def __init__(self, wanted: Mapping[str | signal.Signals, str]) -> None:
         self.commands = parse(wanted)
@@ -63,7 +56,7 @@ class Signals:
             Unsupported: this is not the main thread; nothing is installed.
         """
         self.restore()
-        if threading.current_thread() is not threading.main_thread():
+        if self.commands and threading.current_thread() is not threading.main_thread():
             name = ascii(threading.current_thread().name)[:80]
             raise Unsupported(f"Signals run no commands: training runs in thread {name}, not in the main thread")
         try:
@@ -147,36 +140,34 @@ class _Handler:
 def parse(wanted: Mapping[str | signal.Signals, str]) -> dict[signal.Signals, str]:
     """Return the commands by signal.
 
+    Args:
+        wanted: commands by signal, the signal by its name or as a member of ``signal.Signals``.
+
     Raises:
         InvalidParams: a signal or a command does not exist or cannot be used here.
     """
     if not isinstance(wanted, Mapping):
         raise _invalid(f"signals must map signals to commands, not {ascii(wanted)[:80]}")
+    known = [method.name for method in builtin.BUILTIN.values() if method.is_command]
     commands: dict[signal.Signals, str] = {}
     for name, command in wanted.items():
         number = _signal(name)
         if number in commands:
             raise _invalid(f"signals names {number.name} twice")
-        commands[number] = _command(command)
+        if command not in known:
+            what = f"{ascii(command)[:80]} is not a command that a signal can run"
+            raise _invalid(f"{what}; use one of {', '.join(known)}")
+        commands[number] = command
     return commands
 
 
-def _signal(name: object) -> signal.Signals:
-    found = name if isinstance(name, signal.Signals) else None
-    if isinstance(name, str):
-        found = signal.Signals.__members__.get(name)
+def _signal(name: Any) -> signal.Signals:
+    found = name if isinstance(name, signal.Signals) else signal.Signals.__members__.get(name)
     if found is None:
         raise _invalid(f"{ascii(name)[:80]} is not a signal of this system; use a name such as SIGTERM or SIGUSR1")
     if found.name in _NEVER:
         raise _invalid(f"{found.name} cannot run a command: no process survives it; use SIGTERM or SIGUSR1")
     return found
-
-
-def _command(name: object) -> str:
-    known = [method.name for method in builtin.BUILTIN.values() if method.is_command]
-    if not isinstance(name, str) or name not in known:
-        raise _invalid(f"{ascii(name)[:80]} is not a command that a signal can run; use one of {', '.join(known)}")
-    return name
 
 
 def _invalid(text: str) -> InvalidParams:
@@ -196,23 +187,17 @@ def _has_handler(number: int) -> bool:
 # One fork handler for all, since a fork handler cannot be removed. The signals are blocked during a fork: Python drops
 # those that arrive in the child before its own fork handlers have run, so that a SIGTERM to a new worker would be lost.
 _active: set[_Handler] = set()
-
-
-class _Masks(threading.local):
-    old: set[int | signal.Signals] | None = None
-
-
-_masks = _Masks()
+_forking = threading.local()  # the thread's signal mask before the fork
 
 
 def _before_fork() -> None:
     ours = [handler.number for handler in list(_active)]  # a copy: the main thread may be about to change it
-    _masks.old = signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None
 
 
 def _in_parent() -> None:
-    if _masks.old is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.old)
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _in_child() -> None:
