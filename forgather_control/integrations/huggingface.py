@@ -21,15 +21,11 @@ without a step, and saves nothing after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from .. import states
-from ..training.adapter import Adapter, guarded
-from ..training.options import ControlOptions
+from ..training.adapter import Adapter, controlled, guarded
 from . import huggingface_trainer as facts
-from .extra_evaluation import ExtraEvaluation
-from .locked_control import locked
 
 
 class TrainerControlCallback(Adapter):
@@ -46,24 +42,7 @@ class TrainerControlCallback(Adapter):
     #: Forgather names the callback that stopped its training.
     name = "TrainerControlCallback"
 
-    def __init__(
-        self,
-        job_id: str | None = None,
-        port: int | str | None = None,
-        host: str = "127.0.0.1",
-        enabled: bool = True,
-        poll_steps: int | None = None,
-        *,
-        signals: Mapping[Any, str] | None = None,
-        fresh_seconds: float = 0.0,
-        certfile: str | None = None,
-        keyfile: str | None = None,
-    ) -> None:
-        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
-        super().__init__(options)
-        self._begin()
-
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._stopping = False
         self._asked_to_save = False
         self._owed_evaluation = False
@@ -73,7 +52,7 @@ class TrainerControlCallback(Adapter):
         self._evaluated_at: int | None = None
         self._saved_at = 0
         self._forced_at: int | None = None
-        self._evaluation = ExtraEvaluation()
+        self._evaluation = facts.ExtraEvaluation()
         self._best: str | None = None  # of the state of an aborted run, which must load and delete nothing
         # In an aborted run: the trainer's control object, and the one that it gets instead.
         self._own_control: Any = None
@@ -89,9 +68,6 @@ class TrainerControlCallback(Adapter):
         if self._stopping or self._requested.abort:  # Forgather never clears these flags
             control.should_training_stop = False
             facts.set_abort(control, False)
-        self._begin()
-        self._saved_at = state.global_step  # where it was resumed from, if it was
-        self._period = facts.save_period(args, state, control)
         trainer = facts.find_trainer(self)
         self._open(
             state.global_step,
@@ -100,80 +76,71 @@ class TrainerControlCallback(Adapter):
             no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
             evaluation_counter=facts.evaluation_counter(state, trainer, kwargs.get("lr_scheduler")),
         )
+        self._saved_at = state.global_step  # where it was resumed from, if it was
+        self._period = facts.save_period(args, state, control)
         return control
 
-    @guarded
+    @controlled
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that evaluation and saving are finished."""
-        if self._controller is None:
-            return
-        self._controller.phase = states.STATUS_TRAINING
+        self._run.phase = states.STATUS_TRAINING
         self._finish_evaluation(state)
         self._evaluation.settle(state)
         if self._late:  # the scheduled save did not happen
             self._apply(state)
 
-    @guarded
+    @controlled
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Apply the pending commands and set the flags that they need."""
-        controller = self._controller
-        if controller is None or state.global_step == controller.last_step:
+        run = self._run
+        if state.global_step == run.last_step:
             return None
         self._late = self._period is not None and state.global_step - self._saved_at >= self._period
         if self._late:
-            controller.beat(state.global_step, state.epoch)
+            run.beat(state.global_step, state.epoch)
         else:
             self._apply(state)
-        if self._requested.any or self._owed_evaluation:
-            self._steer(args, state, control)
+        self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
-            controller.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
+            run.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
         return self._locked_control
 
-    @guarded
+    @controlled
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Set the flags again: the last chance of a run, and of its last step."""
-        if self._controller is None:
-            return None
         self._finish_evaluation(state)
-        if self._requested.any or self._owed_evaluation:
-            self._steer(args, state, control)
+        self._steer(args, state, control)
         if self._forced_at == state.global_step and not self._requested.save:
             self._not_twice(args, state, control)
         self._evaluation.settle(state)
         return self._locked_control
 
-    @guarded
+    @controlled
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep what is logged. Ranks may log alone: this involves no other rank."""
-        if self._controller is not None and logs:
-            self._controller.log(logs)
+        if logs:
+            self._run.log(logs)
 
-    @guarded
+    @controlled
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that the trainer evaluates."""
-        if self._controller is not None:
-            self._controller.phase = states.STATUS_EVALUATING
+        self._run.phase = states.STATUS_EVALUATING
 
-    @guarded
+    @controlled
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Note that evaluation is finished; set the flag of a requested save, which it may have cleared."""
-        if self._controller is None:
-            return
         self._evaluated_at = state.global_step
         requested = self._requested
         hide_best = requested.evaluate and not (requested.counted or requested.save)
         self._evaluation.evaluated(args, state, metrics or {}, hide_best)
         if requested.save:
             control.should_save = True
-        self._controller.phase = states.STATUS_SAVING if control.should_save else states.STATUS_TRAINING
+        self._run.phase = states.STATUS_SAVING if control.should_save else states.STATUS_TRAINING
 
-    @guarded
+    @controlled
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a complete checkpoint, requested or scheduled."""
-        if self._controller is None:
-            return
-        self._controller.phase = states.STATUS_TRAINING
+        self._run.phase = states.STATUS_TRAINING
         self._saved_at = state.global_step
         late, evaluated = self._late, self._evaluated_at == state.global_step
         if late:
@@ -185,8 +152,13 @@ class TrainerControlCallback(Adapter):
             self._asked_to_save = False
         if late and (self._requested.stop or self._requested.abort):
             self._end(args, state, control)
-        if counts:
-            self._report_save(args, state, control, evaluated)
+        if not counts:
+            return
+        path = facts.checkpoint_path(args.output_dir, state, control)
+        if path is None:  # on other ranks, for example, because there is no shared disk
+            self._save_missed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
+        else:
+            self._run.saved(state.global_step, path, evaluated)
 
     @guarded
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -208,8 +180,7 @@ class TrainerControlCallback(Adapter):
 
     def _apply(self, state: Any) -> None:
         self._late = False
-        if self._controller is not None:
-            self._controller.step(state.global_step, state.epoch)
+        self._run.step(state.global_step, state.epoch)
 
     def _steer(self, args: Any, state: Any, control: Any) -> None:
         requested = self._requested
@@ -226,19 +197,14 @@ class TrainerControlCallback(Adapter):
             control.should_evaluate = True
 
     def _end(self, args: Any, state: Any, control: Any) -> None:
-        requested = self._requested
+        requested, is_first, self._stopping = self._requested, not self._stopping, True
         if requested.abort:
             self._abort(state, control)
-        else:
-            control.should_training_stop = True
-            if (
-                not self._stopping
-                and not requested.skip_save
-                and facts.word(args.save_strategy) != "no"
-                and self._saved_at != state.global_step
-            ):
-                requested.request_save()
-        self._stopping = True
+            return
+        control.should_training_stop = True
+        saves = facts.word(args.save_strategy) != "no" and self._saved_at != state.global_step
+        if is_first and saves and not requested.skip_save:
+            requested.request_save()
 
     def _save(self, args: Any, state: Any, control: Any) -> None:
         control.should_save = True
@@ -254,30 +220,15 @@ class TrainerControlCallback(Adapter):
 
     def _evaluates_first(self, args: Any) -> bool:
         requested = self._requested
-        if requested.evaluate_first == "auto":
-            return (
-                bool(getattr(args, "load_best_model_at_end", False))
-                and facts.word(getattr(args, "eval_strategy", "no")) != "no"
-                and requested.evaluation_counter is None
-            )
-        return requested.evaluate_first and requested.no_evaluation is None
+        if requested.evaluate_first != "auto":
+            return requested.evaluate_first and requested.no_evaluation is None
+        matters = getattr(args, "load_best_model_at_end", False) and requested.evaluation_counter is None
+        return bool(matters and facts.word(getattr(args, "eval_strategy", "no")) != "no")
 
     def _finish_evaluation(self, state: Any) -> None:
         """Report the requested evaluation, if it happened at this step: by now on all data sets."""
         if self._requested.evaluate and self._evaluation.metrics:
             self._report_evaluation(state.global_step, self._evaluation.metrics)
-
-    def _report_save(self, args: Any, state: Any, control: Any, evaluated: bool) -> None:
-        controller = self._controller
-        if controller is None:
-            return
-        path = facts.checkpoint_path(args.output_dir, state.global_step, facts.checkpoint_place(state, control))
-        if path is None and not controller.is_main:  # for example on another host without a shared disk
-            controller.nothing_to_save()
-        elif path is None:
-            controller.save_failed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
-        else:
-            controller.saved(state.global_step, path, evaluated)
 
     def _not_twice(self, args: Any, state: Any, control: Any) -> None:
         """Do not repeat at the end of an epoch what its last step has just done on request.
@@ -300,7 +251,7 @@ class TrainerControlCallback(Adapter):
         control.should_save = control.should_evaluate = control.should_log = False
         facts.set_abort(control, True)
         if self._locked_control is None:
-            self._own_control, self._locked_control = control, locked(control)
+            self._own_control, self._locked_control = control, facts.locked(control)
         # Without a best checkpoint none is loaded at the end, nor any other deleted in its favour.
         best = getattr(state, "best_model_checkpoint", None)
         if best is not None:

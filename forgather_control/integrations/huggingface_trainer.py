@@ -1,20 +1,27 @@
-"""What is read of the objects of Hugging Face's Trainer and of Forgather's trainers."""
+"""The objects of Hugging Face's Trainer and of Forgather's trainers: what the callback reads and changes in them."""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Final
+
+from . import random_state
+
+#: What the trainer's state holds about its best evaluation.
+_BEST: Final = ("best_metric", "best_global_step", "best_model_checkpoint")
 
 
 def find_trainer(callback: Any) -> Any:
     """Return the trainer that is calling a hook of ``callback``; ``None`` if there is none.
 
-    Hooks are not passed their trainer, which alone tells whether there are data for an evaluation: so it is
-    looked for in the calling frames.
+    Hooks are not passed their trainer, which alone tells whether there are data for an evaluation (the
+    ``eval_dataloader`` that they are passed exists only after one): so it is looked for in the calling frames.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -50,32 +57,25 @@ def evaluation_counter(state: Any, trainer: Any, lr_scheduler: Any) -> str | Non
         return scheduler
     handler = getattr(trainer, "callback_handler", None)
     callbacks = [each for each in getattr(handler, "callbacks", ()) if callable(getattr(each, "state", None))]
-    stateful: Iterable[Any] = [*callbacks, *(getattr(state, "stateful_callbacks", None) or ())]
-    names = [each if isinstance(each, str) else type(each).__name__ for each in stateful]
+    stateful = [*callbacks, *(getattr(state, "stateful_callbacks", None) or ())]
+    names = (each if isinstance(each, str) else type(each).__name__ for each in stateful)
     return next((name for name in names if name != "TrainerControl"), None)
 
 
-def checkpoint_path(output_dir: str, step: int, place: str = "") -> str | None:
-    """Return the absolute path of the checkpoint directory of ``step``; ``None`` if there is none.
+def checkpoint_path(output_dir: str, state: Any, control: Any) -> str | None:
+    """Return the absolute path of the checkpoint directory of this step; ``None`` if there is none.
 
-    Args:
-        place: where below ``output_dir`` this trainer saves, ``"*"`` for any directory in it. If no checkpoint is
-            there, the newest directory of that name counts.
+    If it is not where this trainer saves, the newest directory of that name counts.
     """
-    name = f"checkpoint-{step}"
-    root = glob.escape(output_dir)
-    for pattern in (place, "", "*"):
-        found = [path for path in glob.glob(os.path.join(root, pattern, name)) if os.path.isdir(path)]
+    place = "checkpoints" if is_forgather(control) else ""
+    if getattr(state, "is_hyper_param_search", False):  # the name of a trial may hold slashes
+        place = glob.escape(getattr(state, "trial_name", None) or "") or "*"
+    for folder in (place, "", "*"):
+        pattern = os.path.join(glob.escape(output_dir), folder, f"checkpoint-{state.global_step}")
+        found = [path for path in glob.glob(pattern) if os.path.isdir(path)]
         if found:
             return os.path.abspath(max(found, key=os.path.getmtime))
     return None
-
-
-def checkpoint_place(state: Any, control: Any) -> str:
-    """Return where below the output directory this trainer saves its checkpoints."""
-    if is_forgather(control):
-        return "checkpoints"
-    return "*" if getattr(state, "is_hyper_param_search", False) else ""
 
 
 def log_steps(args: Any, state: Any) -> int | None:
@@ -109,3 +109,71 @@ def set_abort(control: Any, value: bool) -> None:
 def word(strategy: Any) -> str:
     """Return a strategy, which may be an enum of strings, as a string."""
     return str(getattr(strategy, "value", strategy)).lower()
+
+
+def locked(control: Any) -> Any:
+    """Return a copy of a control object, a dataclass, that ignores changes: for the rest of an aborted run.
+
+    Callbacks and trainers set flags at any time and expect no error. Copies of the copy are ordinary control objects.
+    """
+    kind = type(control)
+    members = {
+        "__slots__": (),
+        "__module__": kind.__module__,
+        "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),  # which dataclasses.replace calls
+        "__setattr__": lambda self, name, value: None,
+        "__reduce_ex__": lambda self, protocol: (dataclasses.replace, (dataclasses.replace(self),)),
+    }
+    copied = dataclasses.replace(control)
+    # The name stays: transformers saves a control object's state under the name of its class.
+    copied.__class__ = type(kind.__name__, (kind,), members)
+    return copied
+
+
+class ExtraEvaluation:
+    """Has the trainer evaluate, at a step at which none is scheduled, without a trace in training.
+
+    Attributes:
+        metrics: of the evaluations since ``settle``, scheduled ones, too.
+    """
+
+    def __init__(self) -> None:
+        # Set the random states of before the evaluation, and of after it.
+        self._restore_random: Callable[[], None] | None = None
+        self._evaluated_random: Callable[[], None] | None = None
+        self._best: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
+
+    def request(self, control: Any) -> None:
+        """Set the trainer's flag. Does nothing where an evaluation is scheduled: that leaves its traces."""
+        if not control.should_evaluate:
+            control.should_evaluate = True
+            self._restore_random = random_state.capture()
+
+    def evaluated(self, args: Any, state: Any, metrics: Mapping[str, Any], hide_best: bool) -> None:
+        """Restore the random states, after each of the data sets that the trainer evaluates on.
+
+        Args:
+            hide_best: this evaluation must not become the best one, as no checkpoint is saved for it.
+        """
+        self.metrics.update(metrics)
+        if self._restore_random is None:
+            return
+        self._evaluated_random = random_state.capture()
+        self._restore_random()
+        if hide_best and not self._best:
+            self._best = {name: getattr(state, name) for name in _BEST if hasattr(state, name)}
+            if word(args.save_strategy) == "best":  # a new best metric would be saved
+                state.best_metric = math.inf if args.greater_is_better else -math.inf
+
+    def stand_in(self) -> None:
+        """Leave the traces after all, because this evaluation replaces the one that is scheduled at this step."""
+        if self._evaluated_random is not None:
+            self._evaluated_random()
+
+    def settle(self, state: Any) -> None:
+        """Forget the evaluation, because it is finished or did not happen."""
+        for name, value in self._best.items():
+            setattr(state, name, value)
+        self._restore_random = self._evaluated_random = None
+        self._best, self.metrics = {}, {}

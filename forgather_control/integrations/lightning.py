@@ -1,47 +1,296 @@
-"""``LightningControlCallback``, created when it is first used: only then must Lightning be loaded."""
+"""Callback for Lightning 2's Trainer, created at its first use: only then must Lightning be loaded.
+
+Its hooks run on the training thread and know the trainer's objects by their attributes. For each batch it calls::
+
+    on_train_batch_start
+    on_train_batch_end            commands are applied if the optimizer made a step; a requested checkpoint is saved at
+                                  once, before ModelCheckpoint, which is always the last callback, saves by steps
+    on_validation_start, _end     if a validation is due, or the trainer is to stop
+    on_train_epoch_end            also when training stops; EarlyStopping decides, ModelCheckpoint saves
+    on_train_end                  ModelCheckpoint may save its last checkpoint
+    on_fit_end, teardown          the strategy has ended; what was saved in the background is on disk
+
+All of them run on every rank.
+
+A stop sets ``trainer.should_stop``: the trainer then validates once more if it has data for it, which other callbacks
+expect. Only ``min_steps`` and ``min_epochs`` are set aside. Abort uses the same exit path, because no other leaves the
+loops' counters consistent, with validation, the hooks at the end of an epoch and everything that saves disabled. What
+is set for that in other objects is restored when the run ends.
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import math
+import signal
 import sys
-from typing import TYPE_CHECKING, Any, Final
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from .lightning_hooks import LightningHooks
+from .. import states
+from ..training.adapter import Adapter, controlled, guarded
+from . import lightning_trainer
+from .lightning_trainer import disable, override
 
-#: The packages with a Trainer: different packages with the same content.
-_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
+log = logging.getLogger("forgather_control")
 
-if TYPE_CHECKING:
-    LightningControlCallback = LightningHooks
+
+def _callback_class() -> Any:
+    """Return the Callback of the Lightning that is loaded, else of the first that is installed.
+
+    LightningCLI and Trainer check for it. Without Lightning return a class that can only be named.
+    """
+    problems = []
+    for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(f"{package}.callbacks.callback").Callback
+        except ImportError as err:
+            problems.append(str(err))
+
+    def missing(cls: type, *args: Any, **kwargs: Any) -> Any:
+        why = "; ".join(problems)
+        raise ImportError(f"{cls.__name__} needs Lightning ({why}). Install lightning or pytorch-lightning.")
+
+    return type("Missing", (), {"__new__": missing})
 
 
 def __getattr__(name: str) -> Any:
     if name != "LightningControlCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    cls = globals()[name] = _callback_class(name)
+    cls = globals()[name] = type(name, (LightningHooks, _callback_class()), {})
     return cls
 
 
-def _callback_class(name: str) -> type:
-    """Return the hooks as a ``Callback`` of each Lightning that is loaded, else of each that is installed.
+class LightningHooks(Adapter):
+    """Callback that makes a training run controllable: ``Trainer(..., callbacks=[LightningControlCallback()])``.
 
-    The trainer and LightningCLI check for their own package's class. Without Lightning the class can be named, as
-    in ``from forgather_control import *``, but not instantiated.
+    The trainer itself saves the requested checkpoints, also with ``enable_checkpointing=False``, as
+    ``control-step=N.ckpt`` in the directory of ``ModelCheckpoint``, or where that would save; if the name is taken,
+    ``-v1`` is added. They hold all that ``trainer.fit(ckpt_path=...)`` needs, and are never deleted. A stop saves a
+    last one if the trainer saves any by itself. If a save fails, its command fails and training continues, or stops
+    if that was requested, too.
+
+    ``global_step`` counts the steps of all optimizers. A model with manual optimization that does not use Lightning's
+    optimizers makes no steps, and no command is applied.
+
+    All arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
+    After that no hook raises into the trainer. All hooks run on the training thread.
     """
-    members: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": LightningHooks.__doc__}
-    packages = [package for package in _PACKAGES if package in sys.modules] or _PACKAGES
-    bases, problems = [], []
-    for package in packages:
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which controls nothing and has nothing to restore."""
+        return {**super().__getstate__(), "_overrides": ExitStack(), "_exception_hooks": ExitStack()}
+
+    def _reset(self) -> None:
+        # What is set in other objects until the run ends, and what even if it ends by an exception.
+        self._overrides, self._exception_hooks = ExitStack(), ExitStack()
+        self._ending = False
+        self._steps = 0  # in this run, of whatever size
+        self._fresh = False  # whether there are new metrics to log
+        # The checkpoint being saved in the background: step, path, whether it was evaluated.
+        self._awaited: tuple[int, str, bool] | None = None
+
+    # Hooks.
+
+    @guarded
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        """Restore what an aborted run that ended with an exception may have left behind."""
+        self._restore()
+
+    @guarded
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Publish the job: the sanity check is finished, and the checkpoint to resume from is loaded."""
+        if signal.SIGTERM in self._signals.commands and self._options.enabled:
+            _put_sigterm_back(trainer)
+        self._open(
+            trainer.global_step,
+            _max_steps(trainer, module),
+            trainer.log_every_n_steps or None,
+            no_evaluation=lightning_trainer.no_evaluation(trainer),
+            evaluation_counter=lightning_trainer.evaluation_counter(trainer),
+        )
+
+    @controlled
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        """Note that evaluation and saving are finished; log the metrics of the last batch, which exist by then."""
+        self._run.phase = states.STATUS_TRAINING
+        if self._fresh:
+            self._show(trainer)
+
+    @controlled
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Apply the pending commands if this batch ended a step, and carry out what they request."""
+        self._look_for_awaited()
+        if trainer.global_step == self._run.last_step:
+            return
+        self._steps += 1
+        every = trainer.log_every_n_steps
+        self._fresh = self._fresh or bool(every and self._steps % every == 0)
+        self._run.step(trainer.global_step, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+        if self._requested.any:
+            self._carry_out(trainer, module)
+
+    @controlled
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        """Note that evaluation starts. During the sanity check there is no job yet."""
+        self._run.phase = states.STATUS_EVALUATING
+
+    @controlled
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Note that evaluation is finished, and log its metrics."""
+        self._run.phase = states.STATUS_TRAINING
+        self._show(trainer)
+
+    @guarded
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """Note that the metrics of the epoch will follow."""
+        self._fresh = True
+
+    @controlled
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
+        """Note that the trainer saves."""
+        self._run.phase = states.STATUS_SAVING
+
+    @controlled
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Log the last metrics. The job stays until ModelCheckpoint has saved its last checkpoint."""
+        self._show(trainer)
+
+    @guarded
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """End the job: training ends with an error or Ctrl-C. After an abort no checkpoint is saved even then."""
+        self._overrides.close()
+        self._close(f"training ended by {type(exception).__name__}")
+
+    @guarded
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        """End the job: nothing is written any more."""
+        self._restore()
+        if self._controller is not None:
+            self._look_for_awaited(last=True)
+        self._close()
+
+    # Requested actions.
+
+    def _carry_out(self, trainer: Any, module: Any) -> None:
+        requested = self._requested
+        if requested.stop or requested.abort:
+            trainer.should_stop = True
+            if not self._ending:
+                self._end(trainer)
+        if requested.abort:
+            self._silence(trainer, module)
+            return
+        # "auto" does not evaluate before a save: Lightning has no load_best_model_at_end.
+        evaluated = (requested.evaluate or requested.evaluate_first is True) and self._evaluate(trainer)
+        if requested.save:
+            self._save(trainer, evaluated)
+
+    def _end(self, trainer: Any) -> None:
+        """Let the trainer stop at any step, with a last checkpoint if it saves any."""
+        self._ending = True
+        override(self._overrides, trainer.fit_loop, "min_epochs", 0)
+        override(self._overrides, trainer.fit_loop.epoch_loop, "min_steps", None)
+        if not self._requested.skip_save and lightning_trainer.saves_by_itself(trainer):
+            self._requested.request_save()
+
+    def _silence(self, trainer: Any, module: Any) -> None:
+        """Disable, until the run ends, whatever saves or expects a validation."""
+        override(self._overrides, trainer, "save_checkpoint", _refuse_to_save)
+        override(self._overrides, trainer, "limit_val_batches", 0)
+        disable(self._overrides, trainer.fit_loop.epoch_loop, "update_lr_schedulers")
+        for each in (*trainer.callbacks, module):
+            disable(self._overrides, each, "on_train_epoch_end")
+        for each in trainer.checkpoint_callbacks:
+            # They would also record what they did not write, and delete other checkpoints for it.
+            disable(self._exception_hooks, each, "on_exception")
+            disable(self._overrides, each, "on_")
+
+    def _restore(self) -> None:
+        self._overrides.close()
+        self._exception_hooks.close()
+
+    def _evaluate(self, trainer: Any) -> bool:
+        """Validate now, and report it if a command asked for it; return whether that worked."""
+        requested = self._requested
+        if requested.no_evaluation is not None:
+            return False
         try:
-            bases.append(importlib.import_module(f"{package}.callbacks.callback").Callback)
-        except ImportError as err:
-            problems.append(str(err))
-    if not bases:
+            found = lightning_trainer.validate(trainer, requested.counted)
+        except Exception as err:  # boundary: the user's validation_step
+            log.warning("A requested validation failed: %s", err, exc_info=True)
+            requested.evaluated()
+            self._run.evaluation_failed(f"the validation failed: {type(err).__name__}: {err}")
+            return False
+        finally:
+            self._run.phase = states.STATUS_TRAINING
+        self._report_evaluation(trainer.global_step, found)
+        return True
 
-        def not_installed(cls: type, *args: Any, **kwargs: Any) -> Any:
-            raise ImportError(
-                f"{name} needs Lightning ({'; '.join(problems)}). Install lightning or pytorch-lightning."
-            )
+    def _save(self, trainer: Any, evaluated: bool) -> None:
+        self._run.phase, step = states.STATUS_SAVING, trainer.global_step
+        path, trouble = lightning_trainer.write(trainer)
+        self._run.phase = states.STATUS_TRAINING
+        self._requested.saved()
+        self._awaited = None
+        if trouble is not None:
+            self._miss(trouble)
+        elif lightning_trainer.exists(path) or not trainer.is_global_zero:
+            self._run.saved(step, path, evaluated)
+        elif lightning_trainer.saves_in_background(trainer):
+            self._awaited = step, path, evaluated
+        else:
+            self._miss(f"no file {path} was found after saving it")
 
-        members["__new__"] = not_installed
-    return type(name, (LightningHooks, *bases), members)
+    def _look_for_awaited(self, last: bool = False) -> None:
+        if self._awaited is None:
+            return
+        step, path, evaluated = self._awaited
+        if lightning_trainer.exists(path):
+            self._awaited = None
+            self._run.saved(step, path, evaluated)
+        elif last:
+            self._miss(f"{path} was not written in the background")
+
+    def _miss(self, reason: str) -> None:
+        log.warning("A requested checkpoint was not saved: %s", reason)
+        self._run.save_failed(reason)
+
+    def _show(self, trainer: Any) -> None:
+        self._fresh = False
+        self._run.log(_metrics(trainer))
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    log.warning("trainer.save_checkpoint() saves nothing: this run was aborted")
+
+
+def _put_sigterm_back(trainer: Any) -> None:
+    """Restore the handler from before Lightning's, which would raise at the end of the batch, while training stops."""
+    connector = getattr(trainer, "_signal_connector", None)
+    before = getattr(connector, "_original_handlers", {}).get(signal.SIGTERM)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+def _max_steps(trainer: Any, module: Any) -> int | None:
+    """Return the step at which training ends, if known. The data are loaded already, so this is cheap."""
+    try:
+        # With manual optimization a batch may have any number of steps.
+        steps = trainer.estimated_stepping_batches if module.automatic_optimization else trainer.max_steps
+        return int(steps) if 0 < steps < math.inf else None
+    except Exception:  # boundary: some schedules cannot be estimated, and raise
+        return None
+
+
+def _metrics(trainer: Any) -> Mapping[str, Any]:
+    """Return what was logged last. ``callback_metrics`` would compute it again, and may read the device."""
+    held = getattr(getattr(trainer, "_logger_connector", None), "_callback_metrics", None)
+    return held if isinstance(held, dict) else trainer.callback_metrics
+
+
+if TYPE_CHECKING:
+    LightningControlCallback = LightningHooks

@@ -5,6 +5,7 @@ All of it runs on the training thread.
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from typing import Any
 
 from .. import states
 from ..errors import InvalidParams
-from ..training.adapter import Adapter, guarded
-from ..training.options import ControlOptions
+from ..training.adapter import Adapter, controlled, guarded
+
+log = logging.getLogger("forgather_control")
 
 
 class TrainingJob(Adapter):
@@ -61,11 +63,12 @@ class TrainingJob(Adapter):
         certfile: str | None = None,
         keyfile: str | None = None,
     ) -> None:
-        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
-        super().__init__(options)
+        super().__init__(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another
+
+    def _reset(self) -> None:
         self._steps = 0
         # Whether the loop has read should_save since it was set, and should_evaluate; whether it ever read the latter.
         self._saw_save = self._saw_evaluate = self._can_evaluate = False
@@ -74,22 +77,14 @@ class TrainingJob(Adapter):
     def __enter__(self) -> TrainingJob:
         self._depth += 1
         if self._depth == 1:
-            self._begin()
+            self._open(self._start_step, self._max_steps)
         return self
 
+    @guarded
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._end(error)
-
-    @guarded
-    def _begin(self) -> None:
-        self._steps = 0
-        self._open(self._start_step, self._max_steps)
-
-    @guarded
-    def _end(self, error: BaseException | None) -> None:
-        self._close(None if error is None else f"training ended by {type(error).__name__}")
+            self._close(None if error is None else f"training ended by {type(error).__name__}")
 
     @guarded
     def step(self, step: int, epoch: float | None = None) -> None:
@@ -99,107 +94,95 @@ class TrainingJob(Adapter):
             step: its number, counted from 1.
             epoch: how many passes over the data are finished, if known.
         """
-        controller = self._controller
-        if controller is None:
-            return
-        if self._saw_save or (self._requested.save and not controller.is_main):
-            self._miss_save(controller)
-        if self._saw_evaluate or (self._requested.evaluate and not controller.is_main):
-            self._miss_evaluation(controller)
         self._steps += 1
-        if self._steps > 1 and not self._can_evaluate and controller.is_main:  # often only rank 0 evaluates
-            self._requested.no_evaluation = "this loop does not read job.should_evaluate"
-        controller.phase = states.STATUS_TRAINING
-        if type(step) is not int:  # for example a NumPy number, which JSON has not
-            step = _whole("step", step)
-        controller.step(step, epoch if epoch is None else float(epoch))
+        run, requested = self._controller, self._requested
+        if run is None:
+            if self._steps == 1 and self._depth == 0 and self._options.enabled:
+                log.warning(
+                    "Control is off for this loop: it calls step() outside the job's with statement. Training "
+                    "continues. Put the loop into: with TrainingJob(...) as job:"
+                )
+            return
+        # Otherwise a loop that saves without a report would save at every step from here on.
+        if self._saw_save or (requested.save and not run.is_main):
+            requested.saved()
+            self._saw_save = False
+            self._save_missed("the loop saw should_save and did not call saved() before its next step")
+        if self._saw_evaluate or (requested.evaluate and not run.is_main):
+            self._evaluation_missed()
+        if self._steps > 1 and not self._can_evaluate and run.is_main:  # often only rank 0 evaluates
+            requested.no_evaluation = "this loop does not read job.should_evaluate"
+        run.phase = states.STATUS_TRAINING
+        # A NumPy number, for example, cannot be written as JSON.
+        run.step(_whole("step", step), epoch if epoch is None else float(epoch))
 
-    @guarded
+    @controlled
     def log(self, /, **metrics: Any) -> None:
         """Show values in ``status``. Any rank, at any time; a tensor is not read from its device here."""
-        if self._controller is not None:
-            self._controller.log(metrics)
+        self._run.log(metrics)
 
     @property
     def should_save(self) -> bool:
         """Whether to save a checkpoint now. Call ``saved(path)`` when it is complete, before the next step."""
-        wanted = self._requested.save and not self._requested.abort
-        if wanted and self._controller is not None:
-            self._saw_save = True
-            self._controller.phase = states.STATUS_SAVING
-        return wanted
+        if self._controller is None or self._requested.abort or not self._requested.save:
+            return False
+        self._controller.phase = states.STATUS_SAVING
+        self._saw_save = True
+        return True
 
     @property
     def should_evaluate(self) -> bool:
         """Whether to evaluate now. Call ``evaluated(metrics)`` with the result, before ``saved`` and the next step."""
         self._can_evaluate, self._requested.no_evaluation = True, None
-        requested = self._requested
-        wanted = requested.evaluate or (requested.save and requested.evaluate_first is True)
-        wanted = wanted and not requested.abort
-        if wanted and self._controller is not None:
-            self._saw_evaluate = True
-            self._controller.phase = states.STATUS_EVALUATING
-        return wanted
-
-    @guarded
-    def evaluated(self, metrics: Mapping[str, Any]) -> None:
-        """Report a finished evaluation, requested or not.
-
-        Args:
-            metrics: numbers by name.
-        """
-        self._saw_evaluate = False
-        if self._controller is not None:
-            self._controller.phase = states.STATUS_TRAINING
-            self._evaluated_at = self._controller.last_step
-            self._report_evaluation(self._evaluated_at, metrics)
+        wanted = self._requested.evaluate or (self._requested.save and self._requested.evaluate_first is True)
+        if self._controller is None or self._requested.abort or not wanted:
+            return False
+        self._controller.phase = states.STATUS_EVALUATING
+        self._saw_evaluate = True
+        return True
 
     @property
     def should_stop(self) -> bool:
         """Whether the loop should end now."""
         return self._requested.stop or self._requested.abort
 
-    @guarded
+    @controlled
+    def evaluated(self, metrics: Mapping[str, Any]) -> None:
+        """Report a finished evaluation, requested or not, with its numbers by name."""
+        self._run.phase = states.STATUS_TRAINING
+        self._saw_evaluate = False
+        self._evaluated_at = self._run.last_step
+        self._report_evaluation(self._evaluated_at, metrics)
+
+    @controlled
     def saved(self, path: str | os.PathLike[str]) -> None:
         """Report a complete checkpoint, requested or not.
 
         Args:
             path: its file or directory. If it does not exist, the command that requested the checkpoint fails.
         """
-        controller = self._controller
+        run = self._run
+        run.phase = states.STATUS_TRAINING
         self._requested.saved()
         self._saw_save = False
-        if controller is None:
-            return
-        controller.phase = states.STATUS_TRAINING
         try:
             where = os.path.abspath(os.fsdecode(path))
             exists = os.path.exists(where)
         except (TypeError, ValueError):
             where, exists = repr(path)[:200], False
         if exists:
-            controller.saved(controller.last_step, where, self._evaluated_at == controller.last_step)
+            run.saved(run.last_step, where, self._evaluated_at == run.last_step)
         else:
-            controller.save_failed(f"the loop reported a checkpoint at {where}, but there is none")
+            run.save_failed(f"the loop reported a checkpoint at {where}, but there is none")
 
-    def _miss_save(self, controller: Any) -> None:
-        # Otherwise a loop that saves without a report would save at every step from here on.
-        self._requested.saved()
-        self._saw_save = False
-        if not controller.is_main:  # often only rank 0 saves
-            controller.nothing_to_save()
-            return
-        controller.save_failed("the loop saw should_save and did not call saved() before its next step")
-
-    def _miss_evaluation(self, controller: Any) -> None:
-        requested = self._requested
-        if requested.evaluate and not controller.is_main:
-            self._report_evaluation(controller.last_step, {})
-        elif requested.evaluate:
-            controller.evaluation_failed(
+    def _evaluation_missed(self) -> None:
+        if self._requested.evaluate and self._run.is_main:
+            self._run.evaluation_failed(
                 "the loop saw should_evaluate and did not call evaluated() before its next step"
             )
-        requested.evaluated()
+        elif self._requested.evaluate:
+            self._report_evaluation(self._run.last_step, {})
+        self._requested.evaluated()
         self._saw_evaluate = False
 
 

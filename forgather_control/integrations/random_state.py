@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 def capture() -> Callable[[], None]:
@@ -13,18 +13,17 @@ def capture() -> Callable[[], None]:
 
     Only libraries that are loaded are asked, and only devices that are in use.
     """
-    restores: list[Callable[[], object]] = [functools.partial(random.setstate, random.getstate())]
+    states: list[tuple[Callable[[Any], object], Any]] = [(random.setstate, random.getstate())]
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None:
-        restores.append(functools.partial(numpy.random.set_state, numpy.random.get_state()))
+        states.append((numpy.random.set_state, numpy.random.get_state()))
     if torch is not None:
-        restores.append(functools.partial(torch.set_rng_state, torch.get_rng_state()))
-        for device in (torch.cuda, torch.xpu):
-            if device.is_initialized():
-                restores.append(functools.partial(device.set_rng_state_all, device.get_rng_state_all()))
+        states.append((torch.set_rng_state, torch.get_rng_state()))
+        used = [device for device in (torch.cuda, torch.xpu) if device.is_initialized()]
+        states += [(device.set_rng_state_all, device.get_rng_state_all()) for device in used]
 
     def restore() -> None:
-        for each in restores:
-            each()
+        for set_state, state in states:
+            set_state(state)
 
     return restore

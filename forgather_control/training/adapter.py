@@ -24,17 +24,13 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def guarded(method: Hook) -> Hook:
-    """Catch what a hook raises, so that it never reaches the training loop.
-
-    On an exception control is switched off with one log entry, waiting clients receive an error, and training
-    continues.
-    """
+    """Catch what a hook raises: control is switched off with one log entry, and training continues."""
 
     @functools.wraps(method)
     def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
-        except Exception:  # boundary: see above
+        except Exception:  # boundary: nothing raises into the training loop
             log.exception("Control is off for this run because of an error in it. Training continues.")
             self._give_up()
             return None
@@ -42,19 +38,41 @@ def guarded(method: Hook) -> Hook:
     return cast(Hook, call)
 
 
+def controlled(method: Hook) -> Hook:
+    """Make a guarded hook that does nothing unless a run is open."""
+    hook = guarded(method)
+
+    @functools.wraps(method)
+    def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
+        return None if self._controller is None else hook(self, *args, **kwargs)
+
+    return cast(Hook, call)
+
+
 class Adapter:
     """Base of the integrations: opens and closes the controller of one training run after the other.
 
-    Args:
-        options: what the user chose.
+    All arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
     """
 
-    def __init__(self, options: ControlOptions) -> None:
-        self._options = options
-        self._signals = None if options.signals is None else Signals(options.signals)
+    def __init__(
+        self,
+        job_id: str | None = None,
+        port: int | str | None = None,
+        host: str = "127.0.0.1",
+        enabled: bool = True,
+        poll_steps: int | None = None,
+        signals: Mapping[Any, str] | None = None,
+        fresh_seconds: float = 0.0,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+    ) -> None:
+        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        self._options, self._signals = options, Signals(signals or {})
         self._controller: Controller | None = None
         self._finalizer: Any = None
         self._requested = RequestedActions()
+        self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which controls nothing: a run has one controller, with threads and sockets."""
@@ -70,13 +88,24 @@ class Adapter:
         """Whether this run was aborted, so that a script can skip what it saves at its end."""
         return self._requested.abort
 
-    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None, **facts: str | None) -> None:
+    def _reset(self) -> None:
+        """Set what belongs to one run, before each run and at first."""
+
+    @property
+    def _run(self) -> Controller:
+        """The controller of the open run, for ``controlled`` hooks."""
+        assert self._controller is not None
+        return self._controller
+
+    @guarded
+    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None, **facts: Any) -> None:
         """Start a run. If it cannot be controlled, log one warning and let it train.
 
         Args:
             facts: see ``RequestedActions``.
         """
         self._close("training was started again")
+        self._reset()
         self._requested = RequestedActions(**facts)
         if not self._options.enabled:
             return
@@ -87,7 +116,10 @@ class Adapter:
             log.warning("Control is off for this run: %s. Training continues.", err)
             return
         self._controller = controller
-        self._listen_to_signals(controller)
+        try:
+            self._signals.install(controller.request)
+        except ControlError as err:
+            log.warning("%s", err)
         # Also runs at the interpreter's exit, so that clients of a job that died of an exception are answered.
         self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
         if controller.is_main:
@@ -100,17 +132,16 @@ class Adapter:
         if wanted and self._controller is not None:
             self._controller.evaluated(step, metrics.plain(metrics.hold(found)))
 
-    def _listen_to_signals(self, controller: Controller) -> None:
-        try:
-            if self._signals is not None:
-                self._signals.install(controller.request)
-        except ControlError as err:
-            log.warning("%s", err)
+    def _save_missed(self, reason: str) -> None:
+        """Report that this rank wrote no checkpoint, which often only rank 0 does."""
+        if self._run.is_main:
+            self._run.save_failed(reason)
+        else:
+            self._run.nothing_to_save()
 
     def _close(self, reason: str | None = None, fault: str | None = None) -> None:
         """End the run, if one is open; see ``Controller.close``."""
-        if self._signals is not None:
-            self._signals.restore()
+        self._signals.restore()
         controller, self._controller = self._controller, None
         if controller is not None:
             self._finalizer.detach()

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
+import os
+import pickle
+import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from forgather_control.integrations.huggingface_trainer import (
+    ExtraEvaluation,
     checkpoint_path,
     evaluation_counter,
     find_trainer,
+    locked,
     log_steps,
     no_evaluation,
 )
 
-from ..support.forgather_loop import Strategy
+from ..support.forgather_loop import Control, Strategy
+
+try:
+    from transformers import TrainerControl
+except ImportError:
+    KINDS: list[Any] = [Control]
+else:
+    KINDS = [Control, TrainerControl]
+
+ARGS: Any = None
+STATE: Any = None
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Handler:
@@ -111,18 +130,144 @@ def test_after_how_many_steps_it_logs(given, steps):
     assert log_steps(SimpleNamespace(), None) is None
 
 
+def path_of(out: Any, control: Any = None, **state: Any) -> str | None:
+    """The path of the checkpoint of step 3."""
+    return checkpoint_path(str(out), SimpleNamespace(global_step=3, **state), control)
+
+
 def test_where_a_checkpoint_is(tmp_path, monkeypatch):
     """The place of this trainer first, then the output directory, then the newest below it; always absolute."""
     out = tmp_path / "out [1]*"
-    assert checkpoint_path(str(out), 3) is None
+    assert path_of(out) is None
     (out / "run-2" / "checkpoint-3").mkdir(parents=True)
-    assert checkpoint_path(str(out), 3) == str(out / "run-2" / "checkpoint-3")
+    assert path_of(out) == str(out / "run-2" / "checkpoint-3")
     (out / "checkpoint-3").write_text("no directory")
-    assert checkpoint_path(str(out), 3, "checkpoints") == str(out / "run-2" / "checkpoint-3")
+    assert path_of(out, Control()) == str(out / "run-2" / "checkpoint-3")
     (out / "checkpoint-3").unlink()
     (out / "checkpoint-3").mkdir()
     (out / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    assert checkpoint_path(str(out), 3) == str(out / "checkpoint-3")
-    assert checkpoint_path(str(out), 3, "checkpoints") == str(out / "checkpoints" / "checkpoint-3")
+    assert path_of(out) == str(out / "checkpoint-3")
+    assert path_of(out, Control()) == str(out / "checkpoints" / "checkpoint-3")
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_path("out [1]*", 3) == str(out / "checkpoint-3")
+    assert path_of("out [1]*") == str(out / "checkpoint-3")
+
+
+@pytest.mark.parametrize("name", [None, "run", "lr=3e-04/n=0", "lr [1]*/n=0"])
+def test_where_a_trial_of_a_search_saves(tmp_path, name):
+    """In the directory of its name, which may hold slashes; of the names that the trainer makes up, in the newest."""
+    for folder in ("", name or "run-2", "other"):
+        (tmp_path / folder / "checkpoint-3").mkdir(parents=True)
+    os.utime(tmp_path / "other" / "checkpoint-3", (1, 1))
+    found = path_of(tmp_path, is_hyper_param_search=True, trial_name=name)
+    assert found == str(tmp_path / (name or "run-2") / "checkpoint-3")
+
+
+# The control object of an aborted run: its flags stay, and copies of it are ordinary...
+
+
+@every_kind
+def test_its_flags_stay(kind):
+    """Setting a flag is ignored without an error; the object that it was made of still changes."""
+    control = kind(should_training_stop=True)
+    held = locked(control)
+    held.should_save, held.should_training_stop = True, False
+    assert (held.should_save, held.should_training_stop) == (False, True)
+    control.should_save = True
+    assert control.should_save and not held.should_save
+
+
+@every_kind
+def test_it_is_one_of_its_kind(kind):
+    """It passes for the trainer's own: class, class name, fields."""
+    control = kind(should_epoch_stop=True)
+    held = locked(control)
+    assert isinstance(held, kind) and type(held).__name__ == kind.__name__
+    assert dataclasses.asdict(held) == dataclasses.asdict(control)
+    if hasattr(kind, "state"):
+        assert held.state() == control.state()
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, dataclasses.replace, lambda held: pickle.loads(pickle.dumps(held))]
+)
+def test_copies_are_ordinary(kind, duplicate):
+    """A copy has the same flags and the original's class, and can be changed; no pickle needs this package."""
+    held = locked(kind(should_training_stop=True))
+    made = duplicate(held)
+    assert type(made) is kind and made == kind(should_training_stop=True)
+    made.should_save = True
+    assert made.should_save
+    assert b"forgather_control" not in pickle.dumps(held) or kind is Control
+
+
+@every_kind
+def test_replace_changes_what_it_is_given(kind):
+    """``dataclasses.replace`` gives an ordinary object with the change."""
+    made = dataclasses.replace(locked(kind(should_training_stop=True)), should_save=True)
+    assert made.should_save and made.should_training_stop
+
+
+# An evaluation on request: the random states are restored after it, and only after it...
+
+
+@pytest.mark.parametrize(("strategy", "greater"), [("steps", False), ("best", False), ("best", True)])
+def test_an_evaluation_that_is_not_saved_is_not_the_best(strategy, greater):
+    """What the trainer notes of its best is as before; where it would save a new best one, none is better."""
+    args = SimpleNamespace(save_strategy=strategy, greater_is_better=greater)
+    state = SimpleNamespace(best_metric=0.5, best_global_step=2, best_model_checkpoint=None)
+    control, extra, before = Control(), ExtraEvaluation(), dict(vars(state))
+    extra.request(control)
+    extra.evaluated(args, state, {"eval_loss": 0.1}, hide_best=True)
+    if strategy == "best":
+        assert state.best_metric == (math.inf if greater else -math.inf)
+    state.best_metric, state.best_global_step = 0.1, 3
+    extra.evaluated(args, state, {"eval_other": 0.2}, hide_best=True)
+    assert extra.metrics == {"eval_loss": 0.1, "eval_other": 0.2}
+    extra.settle(state)
+    assert vars(state) == before and extra.metrics == {}
+
+
+def test_every_data_set_is_evaluated_without_a_trace():
+    """A trainer that evaluates on several sets calls the hook after each: the numbers after the last are the same."""
+    control, extra = Control(), ExtraEvaluation()
+    extra.request(control)
+    assert control.should_evaluate
+    state = random.getstate()
+    for _ in range(2):
+        random.random()
+        extra.evaluated(ARGS, STATE, {}, hide_best=False)
+    assert random.getstate() == state
+
+
+def test_it_can_stand_for_a_scheduled_evaluation():
+    """Then the random states are those after it, as if the schedule had evaluated."""
+    control, extra = Control(), ExtraEvaluation()
+    extra.request(control)
+    random.random()
+    after = random.getstate()
+    extra.evaluated(ARGS, STATE, {}, hide_best=False)
+    assert random.getstate() != after
+    extra.stand_in()
+    assert random.getstate() == after
+    extra.settle(STATE)
+    random.random()
+    extra.stand_in()
+    assert random.getstate() != after
+
+
+def test_a_scheduled_evaluation_is_left_alone():
+    """It draws what it draws, as it would without a request; nor does an extra one that is settled restore anything."""
+    control, extra = Control(should_evaluate=True), ExtraEvaluation()
+    extra.request(control)
+    state = random.getstate()
+    random.random()
+    extra.evaluated(ARGS, STATE, {}, hide_best=False)
+    assert random.getstate() != state
+    control.should_evaluate = False
+    extra.request(control)
+    extra.settle(STATE)
+    state = random.getstate()
+    random.random()
+    extra.evaluated(ARGS, STATE, {}, hide_best=False)
+    assert random.getstate() != state

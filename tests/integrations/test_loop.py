@@ -14,7 +14,6 @@ import pytest
 
 import forgather_control
 from forgather_control import TrainingJob, errors
-from forgather_control.integrations import loop
 from forgather_control.server import limits
 
 from ..support.harness import MS, SOON, Process, Wire, running_loop, until
@@ -224,6 +223,33 @@ def test_an_evaluation_that_was_not_asked_for():
         assert forgather_control.get_job_status("job")["status"] == "training"
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_loop_outside_the_with_statement(caplog, enabled):
+    """Nothing is controllable then: one warning says so and what to do, unless control is switched off."""
+    job = TrainingJob("job", enabled=enabled)
+    for step in range(1, 4):
+        job.step(step)
+        assert not (job.should_save or job.should_evaluate or job.should_stop)
+    said = [line.getMessage() for line in caplog.records if line.levelno >= logging.WARNING]
+    assert len(said) == enabled and all("with TrainingJob(...) as job:" in line for line in said)
+    with job:
+        job.step(4)
+    job.step(5)
+    assert len([line for line in caplog.records if line.levelno >= logging.WARNING]) == enabled
+
+
+def test_flags_are_down_once_control_is_off(monkeypatch):
+    """A save or an evaluation that was requested is not made after its clients were told that it failed."""
+    with TrainingJob("job") as job:
+        for name in ("save_checkpoint", "evaluate"):
+            give(job, name)
+        job.step(1)
+        assert job.should_save and job.should_evaluate
+        monkeypatch.setattr(job._controller, "log", lambda logs: 1 / 0)
+        job.log(loss=1.0)
+        assert not job.should_save and not job.should_evaluate
+
+
 def test_an_abort_takes_back_a_save():
     """After an abort nothing is to be saved; a save that was applied and not done fails, and says why."""
     with TrainingJob("job") as job:
@@ -364,7 +390,6 @@ def test_an_exception_inside_is_one_warning_and_the_end_of_control(monkeypatch, 
     """An error of control is logged once with its traceback, clients are told, training continues."""
     with TrainingJob("job") as job:
         thread, heard = last_words(job, "graceful_stop")
-        monkeypatch.setattr(loop.TrainingJob, "_miss_save", None)
         monkeypatch.setattr(job._controller._tracker, "apply", lambda *_: 1 / 0)
         for step in range(1, 4):
             job.step(step)

@@ -14,7 +14,6 @@ ELSEWHERE = {
     "__init__": "system/test_exports",
     "__main__": "cli/test_main",
     "version": "system/test_exports",
-    "integrations/lightning_hooks": "integrations/test_lightning",  # the hooks of the callback that is created there
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",

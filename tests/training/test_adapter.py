@@ -18,8 +18,7 @@ from forgather_control import get_command, get_job_status, save_and_stop, save_c
 from forgather_control.client.target import find
 from forgather_control.errors import JobsDirUnusable, NoSuchJob
 from forgather_control.server import limits
-from forgather_control.training.adapter import Adapter, guarded
-from forgather_control.training.options import ControlOptions
+from forgather_control.training.adapter import Adapter, controlled, guarded
 
 from ..support.harness import MS, ROOT, Process, Wire, running_loop, until
 
@@ -30,18 +29,17 @@ class Hooks(Adapter):
     """An adapter with a few hooks of its own."""
 
     def __init__(self, job_id: str | None = None, **options: Any) -> None:
-        super().__init__(ControlOptions(job_id, **options))
+        super().__init__(job_id, **options)
 
     @guarded
     def begin(self, step: int = 0, max_steps: int | None = None) -> None:
         """Open."""
         self._open(step, max_steps)
 
-    @guarded
+    @controlled
     def step(self, step: int) -> None:
         """Apply."""
-        if self._controller is not None:
-            self._controller.step(step)
+        self._run.step(step)
 
     @guarded
     def end(self) -> None:

@@ -1,18 +1,27 @@
-"""Where Lightning's trainer saves on request, and when such a checkpoint is complete; on stand-ins of the trainer.
+"""Checkpoints and validations that Lightning's trainer makes on request, on stand-ins of the trainer.
 
-The saves themselves are tested in ``test_lightning``, in the real one.
+The saves and the validations themselves are tested in ``test_lightning``, in the real one.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from forgather_control.integrations import lightning_checkpoint
-from forgather_control.integrations.lightning_checkpoint import exists, saves_by_itself, saves_in_background, write
+from forgather_control.integrations.lightning_trainer import (
+    disable,
+    evaluation_counter,
+    exists,
+    no_evaluation,
+    override,
+    saves_by_itself,
+    saves_in_background,
+    write,
+)
 
 
 class Strategy(SimpleNamespace):
@@ -82,7 +91,7 @@ def test_what_is_there(tmp_path):
     """A file is looked for; a remote path counts at once."""
     assert exists("gs://bucket/x.ckpt") and not exists(str(tmp_path / "x.ckpt"))
     (tmp_path / "x.ckpt").touch()
-    assert exists(str(tmp_path / "x.ckpt")) and lightning_checkpoint.exists(str(tmp_path))
+    assert exists(str(tmp_path / "x.ckpt")) and exists(str(tmp_path))
 
 
 def test_a_save_in_the_background():
@@ -115,3 +124,125 @@ def test_whether_the_trainer_saves_by_itself(tmp_path, kinds, wanted):
     assert saves_by_itself(one) is wanted
     one.fast_dev_run = True
     assert not saves_by_itself(one)
+
+
+# Validations...
+
+
+class Callback:
+    """Lightning's own, as far as it is looked at."""
+
+    def on_validation_end(self) -> None: ...
+    def on_validation_start(self) -> None: ...
+    def on_validation_epoch_start(self) -> None: ...
+    def on_validation_epoch_end(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class EarlyStopping(Callback):
+    """Counts, and says so by its name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wait_count": 0}
+
+
+class Mine(EarlyStopping):
+    """A user's own kind of it."""
+
+
+class Stateful(Callback):
+    """Has a state that validations do not change."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": 1}
+
+
+class Counting(Stateful):
+    """Has a state, and acts on validations."""
+
+    def on_validation_end(self) -> None: ...
+
+
+class Watching(Callback):
+    """Acts on validations, without a state."""
+
+    def on_validation_end(self) -> None: ...
+
+
+def validating(*callbacks: Any, plateau: bool = False, checkpoints: tuple[Any, ...] = ()) -> Any:
+    """What is read of a trainer."""
+    return SimpleNamespace(
+        callbacks=[*callbacks, *checkpoints], checkpoint_callbacks=list(checkpoints),
+        lr_scheduler_configs=[SimpleNamespace(reduce_on_plateau=plateau)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        (validating(), None),
+        (validating(Callback(), Stateful(), Watching()), None),
+        (validating(Callback(), EarlyStopping()), "EarlyStopping"),
+        (validating(Mine()), "Mine"),
+        (validating(Counting()), "Counting"),
+        (validating(checkpoints=(Counting(),)), None),
+        (validating(plateau=True), "ReduceLROnPlateau"),
+    ],
+)
+def test_what_counts_validations(made, wanted):
+    """Schedulers that step by metrics, EarlyStopping, and callbacks with a state that act on validations."""
+    assert evaluation_counter(made) == wanted
+
+
+def test_whether_it_can_validate():
+    """As the trainer says."""
+    assert no_evaluation(SimpleNamespace(enable_validation=True)) is None
+    assert "validation" in str(no_evaluation(SimpleNamespace(enable_validation=False)))
+
+
+# Attributes set in other objects and set back...
+
+
+class Owner:
+    """Has an attribute of its class and one of its own."""
+
+    of_class = 1
+
+    def __init__(self) -> None:
+        self.own = 2
+
+
+def test_all_is_as_before():
+    """The object's own attribute, the class's and a new one, each set twice."""
+    owner, until = Owner(), ExitStack()
+    for value in (10, 20):
+        for name in ("own", "of_class", "new"):
+            override(until, owner, name, value)
+    assert vars(owner) == {"own": 20, "of_class": 20, "new": 20}
+    until.close()
+    assert vars(owner) == {"own": 2} and owner.of_class == 1
+    owner.own = 3
+    until.close()
+    assert owner.own == 3
+
+
+def test_one_name_can_stay():
+    """What is disabled twice stays so until the outer one ends."""
+    one, outer, inner = Callback(), ExitStack(), ExitStack()
+    disable(outer, one, "state_dict")
+    disable(inner, one, "state")
+    disable(inner, one, "on_validation")
+    assert one.state_dict() is None and len(vars(one)) == 5
+    inner.close()
+    assert one.state_dict() is None and len(vars(one)) == 1
+    outer.close()
+    assert one.state_dict() == {} and vars(one) == {}
+
+
+def test_objects_that_cannot_be_set_are_left():
+    """No attributes, or none that can be written: nothing happens, then or at the end."""
+    until = ExitStack()
+    for owner in (object(), 1, property()):
+        override(until, owner, "new", 1)
+    until.close()
