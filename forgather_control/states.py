@@ -25,8 +25,8 @@ KillOutcome = Literal["ended", "killed", "gone", "elsewhere", "refused", "stuck"
 
 # A job, as ``list`` shows it.
 JOB_LIVE: Final = "live"  #: The job itself answered.
-JOB_SILENT: Final = "silent"  #: Its process runs, its socket did not answer.
-JOB_DEAD: Final = "dead"  #: Its process is gone.
+JOB_SILENT: Final = "silent"  #: It runs, its socket did not answer.
+JOB_DEAD: Final = "dead"  #: It is proven to have ended, and left its directory.
 JOB_FOREIGN: Final = "foreign"  #: It is on another host: unknown.
 JOB_RUNNING: Final = "running"  #: Its process runs, and its socket was not tried (in answers to ``list_jobs``).
 JobState = Literal["live", "silent", "dead", "foreign", "running"]

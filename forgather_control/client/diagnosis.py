@@ -19,7 +19,7 @@ def connection_lost(record: JobRecord, note: str) -> ControlError:
     """Explain a connection that ended without an answer; ``note`` says what this means, to append to a sentence."""
     now, state = _after_exit(record)
     job, process = record.job_id, _process(record)
-    if now is not None and now.owner != record.owner:
+    if now is not None and not now.is_same_run(record):
         return _restarted(now, note)
     if state == states.JOB_DEAD:
         text = f"The process of job {job}, {process}, ended before it answered{note}"
@@ -42,7 +42,7 @@ def _after_exit(record: JobRecord) -> tuple[JobRecord | None, str]:
         except ControlError:
             now = record  # an unreadable record does not prove that another job has the id
         state = registry.judge(record)
-        if state != states.JOB_SILENT or now is None or now.owner != record.owner or deadline.passed():
+        if state != states.JOB_SILENT or now is None or not now.is_same_run(record) or deadline.passed():
             return now, state
         time.sleep(0.02)
 
@@ -53,7 +53,7 @@ def unreachable(record: JobRecord) -> ControlError:
     job, process = record.job_id, _process(record)
     if now is None:
         return NoSuchJob(f"Job {job} has just ended", job=job)
-    if now.owner != record.owner:
+    if not now.is_same_run(record):
         return _restarted(now, "")
     state = registry.judge(record)
     if state == states.JOB_DEAD:

@@ -187,4 +187,4 @@ def _is_withdrawn(record: JobRecord) -> bool:
         now = read_record(jobs_dir(), record.job_id)
     except ValueError:
         return False
-    return now is None or now.owner != record.owner
+    return now is None or not now.is_same_run(record)

@@ -47,9 +47,11 @@ def locked(root: str, seconds: float | None = None) -> Iterator[bool]:
         os.close(file)
 
 
-def is_dead(record: JobRecord) -> bool:
-    """Return whether the job's process is proven to be gone and no process answers for the job."""
-    return judge(record) == states.JOB_DEAD and not ask([record], "ping", Deadline(limits.ANSWER_TIMEOUT))
+def is_dead(record: JobRecord, root: str, directory: int | None = None) -> bool:
+    """Return whether the job is proven to have ended, see :func:`judge`, and no process answers for it."""
+    return judge(record, root, directory) == states.JOB_DEAD and not ask(
+        [record], "ping", Deadline(limits.ANSWER_TIMEOUT)
+    )
 
 
 def remove_dead(root: str, job_id: str) -> bool:
@@ -70,11 +72,11 @@ def remove_dead(root: str, job_id: str) -> bool:
             if getattr(err, "errno", None) in private_files.NO_DESCRIPTORS:
                 raise
             return False
-        if record is None or not is_dead(record):
+        if record is None or not is_dead(record, root, directory):
             return False
         # The record of a dead job may have been put in the place of a live one's; its socket cannot.
         beside = record._replace(socket=os.path.join(root, job_id, SOCKET))
-        if beside != record and not is_dead(beside):
+        if beside != record and not is_dead(beside, root, directory):
             return False
         _remove(root, parent, job_id, directory)
         return True

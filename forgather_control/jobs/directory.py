@@ -28,7 +28,7 @@ from ..errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from ..processes import launcher, liveness
 from ..version import PROTOCOL, VERSION
 from ..wire import addresses, jsonrpc
-from . import cleanup, limits, private_files, record, registry, spool
+from . import cleanup, job_lock, limits, private_files, record, registry, spool
 
 #: Errors of socket(2) and bind(2) where the system, or a file system, has no sockets.
 _NO_SOCKETS: Final = (
@@ -65,6 +65,7 @@ class JobDirectory:
             launch=launcher.of_this_process(),
             **me,
         )
+        self._lock = job_lock.JobLock(self.path, self._record.started_at)
 
     def offer(self, address: str, port: int, token: str, tls_sha256: str | None) -> None:
         """Publish a TCP port, too. Call it before ``claim``."""
@@ -93,7 +94,7 @@ class JobDirectory:
 
     def restore(self) -> bool:
         """Repair what was deleted or replaced, if anything was; raise as :meth:`claim` if that is not possible now."""
-        if all(map(self._is_as_made, self._files)):
+        if not self._lock.is_lost() and all(map(self._is_as_made, self._files)):
             return False
         with _explained(self.path):
             record.make_jobs_dir(self._root)
@@ -107,8 +108,15 @@ class JobDirectory:
 
     def remove(self) -> None:
         """Remove all that this job made and that no other job has taken over; raise JobsDirUnusable if that fails."""
-        with _explained(self.path), cleanup.locked(self._root):
-            self._discard()
+        try:
+            with _explained(self.path), cleanup.locked(self._root):
+                self._discard()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give up the lock: what is left of the directory is now that of a dead job."""
+        self._lock.release()
 
     def unlist(self) -> None:
         """As :meth:`remove`, but only what makes the job found: clients may still wait for a file in the directory."""
@@ -131,7 +139,7 @@ class JobDirectory:
             raise JobsDirUnusable(f"{self.path} is no directory of this user; remove it, or choose another job id")
         known = spool.directory_id(self.path)
         holder = self._holder()
-        if holder is not None and not (cleanup.is_dead(holder) or self._follows(holder)):
+        if holder is not None and not (cleanup.is_dead(holder, self._root) or self._follows(holder)):
             raise _taken(holder)
         if holder is None and _is_listening(os.path.join(self.path, record.SOCKET)):
             raise JobIdTaken(f'job id "{self.job_id}" is in use by a job whose record was deleted; it will restore it')
@@ -144,7 +152,7 @@ class JobDirectory:
             return False
         # A running process of this host keeps its id: its launcher would have ended it first.
         answers = holder.socket is not None and _is_listening(holder.socket)
-        return registry.judge(holder) == states.JOB_FOREIGN and not answers
+        return registry.judge(holder, self._root) == states.JOB_FOREIGN and not answers
 
     def _holder(self) -> record.JobRecord | None:
         try:
@@ -154,13 +162,15 @@ class JobDirectory:
 
     def _check_holder(self) -> None:
         """Raise JobIdTaken if another live job has published here, JobsDirUnusable if that cannot be told."""
+        if self._is_as_made(os.path.join(self.path, job_lock.LOCK)):
+            return  # another job would have put its own there
         try:
             holder = self._holder()
         except JobsDirUnusable:
             if not self._is_as_made(self.path):
                 raise
             return  # our directory with a damaged record: another job would have made a new directory
-        if holder is not None and holder.owner != self._record.owner and not cleanup.is_dead(holder):
+        if holder is not None and not holder.is_same_run(self._record) and not cleanup.is_dead(holder, self._root):
             raise _taken(holder)
 
     def _publish(self) -> None:
@@ -168,10 +178,11 @@ class JobDirectory:
         name = os.path.join(self.path, record.SOCKET)
         where = self._place_socket(name)
         self._record = self._record._replace(socket=where)
+        locks = (os.path.join(self.path, job_lock.LOCK),) if self._lock.take() else ()
         with private_files.opened(self.path) as directory:
             private_files.write(directory, record.RECORD, jsonrpc.encode(self._record.to_json()), sync=True)
         sockets = () if where is None else (name, where)
-        made = (self.path, os.path.join(self.path, record.RECORD), *sockets)
+        made = (self.path, os.path.join(self.path, record.RECORD), *sockets, *locks)
         self._files = {path: _file_id(path) for path in made}
 
     def _place_socket(self, name: str) -> str | None:
@@ -224,7 +235,7 @@ class JobDirectory:
             return False
         with contextlib.suppress(ValueError):
             holder = record.read_record(self._root, self.job_id)
-            return holder is None or holder.owner == self._record.owner
+            return holder is None or holder.is_same_run(self._record)
         return False
 
     def _is_as_made(self, path: str) -> bool:

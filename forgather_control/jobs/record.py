@@ -103,6 +103,10 @@ class JobRecord(NamedTuple):
         where = (self.booted_at, self.boot_id, self.machine, self.pid_namespace)
         return liveness.Identity(self.host, self.pid, self.process_started_at, *where)
 
+    def is_same_run(self, other: "JobRecord") -> bool:
+        """Return whether two records are of one run; one process can have several, and can execute itself anew."""
+        return (self.owner, self.started_at) == (other.owner, other.started_at)
+
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``endpoint.json`` holds."""
         return {**self._asdict(), "port": self.port or 0, "launch": self.launch and self.launch.to_json()}

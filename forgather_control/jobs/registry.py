@@ -15,8 +15,8 @@ from ..errors import ControlError, InternalError, JobNotAnswering, JobsDirUnusab
 from ..processes import liveness
 from ..schema import NULL, OBJECT, TEXT, Field, load
 from ..wire import addresses, jsonrpc
-from . import limits
-from .record import FIELDS, JobRecord, Launch, is_job_id, read_record
+from . import job_lock, limits
+from .record import FIELDS, JobRecord, Launch, is_job_id, jobs_dir, read_record
 
 
 class Job(NamedTuple):
@@ -99,7 +99,7 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
     """
     records, left_out = scan(root)
     answers = _ask_running(records, "status", seconds)
-    return [_job(record, answers.get(record.job_id)) for record in records], left_out
+    return [_job(root, record, answers.get(record.job_id)) for record in records], left_out
 
 
 def live_records(root: str, seconds: float) -> list[JobRecord]:
@@ -113,13 +113,27 @@ def _ask_running(records: list[JobRecord], method: str, seconds: float) -> dict[
     return ask((record for record in records if not liveness.is_gone(record.owner)), method, Deadline(seconds))
 
 
-def _job(record: JobRecord, status: dict[str, Any] | None) -> Job:
+def _job(root: str, record: JobRecord, status: dict[str, Any] | None) -> Job:
     shared: dict[str, Any] = {name: getattr(record, name) for name in _SHARED}
-    return Job(**shared, state=judge(record) if status is None else states.JOB_LIVE, status=status)
+    return Job(**shared, state=judge(record, root) if status is None else states.JOB_LIVE, status=status)
 
 
-def judge(record: JobRecord) -> states.JobState:
-    """Return the state of a job whose socket did not answer."""
+def judge(record: JobRecord, root: str | None = None, directory: int | None = None) -> states.JobState:
+    """Return the state of a job whose socket did not answer.
+
+    A held lock proves life. A free one proves death on the boot on which the job ran: from another one it may not be
+    seen. Otherwise the process decides.
+
+    Args:
+        root: the jobs directory; by default that of this process.
+        directory: a descriptor of the job's directory, if it is open already.
+    """
+    held = job_lock.is_held(os.path.join(root or jobs_dir(), record.job_id), record.started_at, directory)
+    here = liveness.is_same_boot(record.owner)
+    if held:
+        return states.JOB_SILENT if here or not liveness.is_elsewhere(record.owner) else states.JOB_FOREIGN
+    if held is False and here:
+        return states.JOB_DEAD
     state = liveness.judge(record.owner)
     if state == states.PROCESS_RUNNING:
         return states.JOB_SILENT

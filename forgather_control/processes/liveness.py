@@ -39,6 +39,11 @@ def is_elsewhere(other: Identity) -> bool:
     return other.host != socket.gethostname() or _differ(other.machine, _machine())
 
 
+def is_same_boot(other: Identity) -> bool:
+    """Return whether a process was started on this machine since it booted; False if that is not known."""
+    return other.boot_id is not None and other.boot_id == _boot_id()
+
+
 def judge(other: Identity) -> states.ProcessState:
     """Return whether a process runs, is gone (proven: what is unknown proves nothing), or cannot be seen from here."""
     if is_elsewhere(other):

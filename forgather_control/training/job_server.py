@@ -115,7 +115,8 @@ class JobServer:
             if str(err) != self._warned:
                 log.warning("Clients cannot find this job at the moment: %s", err)
             self._warned = str(err)
-            if isinstance(err, JobIdTaken):
+            if isinstance(err, JobIdTaken) and self._directory is not None:
+                self._directory.release()
                 self._directory = None  # it is the other job's now
         finally:
             self._lock.release()
@@ -129,8 +130,11 @@ class JobServer:
     def unpublish(self) -> None:
         """Take the job out of the list; clients that wait for a reply by file still find their directory."""
         mine = self._directory
-        if mine is None or not self._lock.acquire(timeout=limits.CLOSE_TIMEOUT):
-            return  # a tick hangs in the file system: what stays is judged dead, and cleaned up
+        if mine is None:
+            return
+        if not self._lock.acquire(timeout=limits.CLOSE_TIMEOUT):
+            mine.release()  # a tick hangs in the file system: what stays is judged dead, and cleaned up
+            return
         try:
             if self._file_requests is not None and self._file_requests.end() and not self._server.is_this_thread:
                 mine.unlist()

@@ -55,7 +55,7 @@ def test_who_answers_is_not_removed(jobs_dir, dead):
     """A record whose pid is gone here, but whose job still answers, is a live job's."""
     record = publish(jobs_dir, "job", dead)
     with serving(record.socket, lambda request, sink: {"job_id": "job"}):
-        assert not cleanup.is_dead(record) and not cleanup.remove_dead(str(jobs_dir), "job")
+        assert not cleanup.is_dead(record, str(jobs_dir)) and not cleanup.remove_dead(str(jobs_dir), "job")
     assert cleanup.remove_dead(str(jobs_dir), "job")
 
 
@@ -63,7 +63,7 @@ def test_a_dead_jobs_record_costs_no_live_job_its_directory(jobs_dir, dead):
     """A record was copied there: the socket beside it is asked, too, not only the one that the record names."""
     record = publish(jobs_dir, "job", dead, socket=None)
     with serving(jobs_dir / "job" / "control.sock", lambda request, sink: {"job_id": "job"}):
-        assert cleanup.is_dead(record) and not cleanup.remove_dead(str(jobs_dir), "job")
+        assert cleanup.is_dead(record, str(jobs_dir)) and not cleanup.remove_dead(str(jobs_dir), "job")
     assert cleanup.remove_dead(str(jobs_dir), "job")
 
 
@@ -164,7 +164,7 @@ for number in range(int(sys.argv[2])):
         job = JobDirectory(f"{sys.argv[1]}-{number % 4}", server.listen, 1)
         job.claim()
         server.start()
-        intact = not job.restore() and sorted(os.listdir(job.path)) == ["control.sock", "endpoint.json"]
+        intact = not job.restore() and sorted(os.listdir(job.path)) == ["control.sock", "endpoint.json", "lock"]
         if number % 2:
             os.kill(os.getpid(), signal.SIGKILL)
         job.remove()

@@ -124,7 +124,7 @@ def test_a_claim_publishes_and_remove_leaves_nothing(jobs_dir, make):
     record = published(jobs_dir)
     assert (record.pid, record.port, record.protocol, record.world_size) == (os.getpid(), None, 2, 1)
     assert record.socket == str(jobs_dir / "job" / "control.sock") and registry.judge(record) == "silent"
-    assert names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
+    assert names(jobs_dir / "job") == ["control.sock", "endpoint.json", "lock"]
     job.remove()
     job.remove()
     assert names(jobs_dir) == [] and not job.restore(), "what was removed is not restored"
@@ -169,14 +169,18 @@ def test_a_dead_owners_directory_is_taken_over(jobs_dir, make):
         (jobs_dir / "job" / "requests").mkdir(exist_ok=True)
         other.kill()
     make().claim()
-    assert published(jobs_dir).pid == os.getpid() and names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
+    assert published(jobs_dir).pid == os.getpid() and names(jobs_dir / "job") == [
+        "control.sock",
+        "endpoint.json",
+        "lock",
+    ]
 
 
 def test_what_a_crash_left_before_it_published_is_taken_over(jobs_dir, make):
     """A directory without a record, seen under the lock, belongs to no job."""
     (jobs_dir / "job" / "junk").mkdir(parents=True)
     make().claim()
-    assert published(jobs_dir) and names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
+    assert published(jobs_dir) and names(jobs_dir / "job") == ["control.sock", "endpoint.json", "lock"]
 
 
 @pytest.mark.parametrize("kind", ["unreadable", "foreign", "link", "file"])
@@ -232,7 +236,11 @@ def test_a_run_begun_anew_takes_its_id_from_another_host(jobs_dir, make, monkeyp
         assert sorted(jobs_dir.rglob("*")) == sorted([*before, jobs_dir / ".lock"])
     else:
         make().claim()
-        assert published(jobs_dir).pid == os.getpid() and names(jobs_dir / "job") == ["control.sock", "endpoint.json"]
+        assert published(jobs_dir).pid == os.getpid() and names(jobs_dir / "job") == [
+            "control.sock",
+            "endpoint.json",
+            "lock",
+        ]
 
 
 def _again(monkeypatch, count):
@@ -263,6 +271,7 @@ def test_who_listens_on_this_host_keeps_its_id(jobs_dir, make, monkeypatch):
     with job_process():
         place = jobs_dir / "job" / "endpoint.json"
         place.write_text(json.dumps({**json.loads(place.read_text()), "pid_namespace": 1}))
+        (jobs_dir / "job" / "lock").unlink()
         assert registry.judge(read_record(str(jobs_dir), "job")) == "foreign"
         _again(monkeypatch, 1)
         with pytest.raises(JobIdTaken):
@@ -432,7 +441,7 @@ def test_what_was_deleted_is_restored(jobs_dir, make, job_id, what):
             (place / name).unlink()
     assert job.restore() and not job.restore()
     published(jobs_dir, job_id)
-    assert mode(place) == 0o700 and names(place) == ["control.sock", "endpoint.json"]
+    assert mode(place) == 0o700 and names(place) == ["control.sock", "endpoint.json", "lock"]
     job.remove()
     assert names(jobs_dir) == []
 
@@ -540,7 +549,7 @@ def refused(jobs_dir, job, match):
 
 @needs_root
 @needs("mount")
-@pytest.mark.parametrize("room", range(6))
+@pytest.mark.parametrize("room", range(7))
 @pytest.mark.parametrize("options", ["size=64k", "nr_inodes=16"])
 @pytest.mark.parametrize("job_id", ["job", "x" * 100], ids=["in place", "linked"])
 def test_a_full_disk_leaves_nothing_behind(jobs_dir, make, monkeypatch, job_id, options, room):
@@ -560,7 +569,7 @@ def test_a_full_disk_leaves_nothing_behind(jobs_dir, make, monkeypatch, job_id, 
         try:
             job.claim()
         except JobsDirUnusable as err:
-            assert "No space left on device" in str(err) and room < 5
+            assert "No space left on device" in str(err) and room < 6
         else:
             assert room > 0
             job.remove()
