@@ -58,26 +58,18 @@ class _Applied:
         self.result = {**result, "seconds": round(time.monotonic() - self.since, 6)}
 
 
+@dataclass(eq=False)
 class CommandTracker:
-    """The applied commands of one rank.
+    """The applied commands of one rank."""
 
-    Args:
-        queue: holds their records.
-        group: returns the group that this rank belongs to.
-        fresh_seconds: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old.
-    """
+    queue: CommandQueue
+    methods: MethodTable
+    state: RunState
+    loop: TrainingLoop
+    group: Callable[[], RankGroup]  #: Returns the group that this rank belongs to.
+    fresh_seconds: float  #: A signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old.
 
-    def __init__(
-        self,
-        queue: CommandQueue,
-        methods: MethodTable,
-        state: RunState,
-        loop: TrainingLoop,
-        group: Callable[[], RankGroup],
-        fresh_seconds: float,
-    ) -> None:
-        self._queue, self._methods, self._state, self._loop, self._group = queue, methods, state, loop, group
-        self._fresh_seconds = fresh_seconds
+    def __post_init__(self) -> None:
         self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), result
         self._applied: dict[str, _Applied] = {}
 
@@ -86,34 +78,34 @@ class CommandTracker:
     def apply(self, commands: list[ScheduledCommand], step: int) -> None:
         """Run the effects of the commands that all ranks apply after this step."""
         outcomes = {command.command_id: self._run(command) for command in commands}
-        self._group().applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
+        self.group().applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
         for command in commands:
             self._follow(command, outcomes[command.command_id])
-        if any("abort" in self._methods[command.name].needs for command in commands):
+        if any("abort" in self.methods[command.name].needs for command in commands):
             self.report(states.WHEN_SAVED, "an abort was applied: no checkpoint is written after it")
             self.report(states.WHEN_EVALUATED, "an abort was applied before the evaluation")
 
     def _run(self, command: ScheduledCommand) -> Outcome:
         try:
             if command.skip_save:
-                self._loop.request_end()
+                self.loop.request_end()
                 return {}
-            run = self._methods[command.name].run
+            run = self.methods[command.name].run
             assert run is not None  # every command has one
-            value = run(self._loop, **command.params)
+            value = run(self.loop, **command.params)
         except Exception as err:  # boundary: a failing effect fails its command, never control
             log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
             return _failure(err)
         return {} if value is None else {"value": value}
 
     def _follow(self, command: ScheduledCommand, outcome: Outcome) -> None:
-        applied = _Applied(command.command_id, self._methods[command.name], time.monotonic())
+        applied = _Applied(command.command_id, self.methods[command.name], time.monotonic())
         if "error" in outcome:  # the record fails once all ranks have applied; they must not wait for this one's report
             if applied.method.rank_report:
-                self._group().report(command.command_id, outcome)
+                self.group().report(command.command_id, outcome)
         elif applied.ends or applied.method.rank_report:
             self._applied[command.command_id] = applied
-            self._state.note(ending=applied.ends)
+            self.state.note(ending=applied.ends)
             if command.skip_save:
                 applied.result = self._checkpoint[1] if self._checkpoint else None
                 self._report(applied, {})
@@ -153,7 +145,7 @@ class CommandTracker:
             reason: why training did not end as it should; ``None`` if it did. Then another rank than 0 has no part that
                 is missing (often only rank 0 saves), and on rank 0 the event did not come.
         """
-        is_clean = reason is None and self._group().rank != 0
+        is_clean = reason is None and self.group().rank != 0
         for event, text in _EVENTS.items():
             self.report(event, None if is_clean else reason or f"training ended before {text}")
 
@@ -161,8 +153,8 @@ class CommandTracker:
         """Note that training has ended; ``reason`` says why, if it did not end as it should."""
         for applied in self._applied.values():
             applied.result = applied.result or {"step": step, "path": None, "seconds": None, "evaluated": False}
-            if self._group().rank == 0 and reason is not None:
-                self._queue.failed(applied.command_id, CommandFailed(reason), applied.result)
+            if self.group().rank == 0 and reason is not None:
+                self.queue.failed(applied.command_id, CommandFailed(reason), applied.result)
             else:
                 self._finish_when_reported(applied)
         self._applied.clear()
@@ -170,7 +162,7 @@ class CommandTracker:
     def _report(self, applied: _Applied, outcome: Outcome) -> None:
         """Report this rank's part of a command; finish the command here unless it waits for the end of training."""
         applied.reported = True
-        self._group().report(applied.command_id, outcome)
+        self.group().report(applied.command_id, outcome)
         if not applied.ends or "error" in outcome:
             del self._applied[applied.command_id]
             self._finish_when_reported(applied)
@@ -179,29 +171,29 @@ class CommandTracker:
         def finish(outcomes: dict[int, Outcome], fault: str | None) -> None:
             why = fault or _error_text(outcomes)
             if why is not None:
-                self._queue.failed(applied.command_id, CommandFailed(why), applied.result)
+                self.queue.failed(applied.command_id, CommandFailed(why), applied.result)
             else:
-                self._queue.finished(applied.command_id, applied.result or _result(applied.method, outcomes))
+                self.queue.finished(applied.command_id, applied.result or _result(applied.method, outcomes))
 
-        if self._group().rank == 0:
-            self._group().when_reported(applied.command_id, finish)
+        if self.group().rank == 0:
+            self.group().when_reported(applied.command_id, finish)
 
     # On the thread that decides; rank 0...
 
     def take(self) -> list[ScheduledCommand]:
         """Take the queued commands; a signal's save_and_stop saves nothing while the last checkpoint is young."""
-        is_young = self._checkpoint is not None and time.monotonic() - self._checkpoint[0] < self._fresh_seconds
+        is_young = self._checkpoint is not None and time.monotonic() - self._checkpoint[0] < self.fresh_seconds
         return [
             ScheduledCommand(
                 *(record.command_id, record.command, record.params),
                 skip_save=is_young and record.command == "save_and_stop" and record.requested_by == _SIGNAL,
             )
-            for record in self._queue.drain()
+            for record in self.queue.drain()
         ]
 
     def put_back(self, commands: list[ScheduledCommand]) -> None:
         """Queue commands again on which the ranks did not agree."""
-        self._queue.put_back([command.command_id for command in commands])
+        self.queue.put_back([command.command_id for command in commands])
 
     def all_applied(
         self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None
@@ -210,19 +202,19 @@ class CommandTracker:
         for command in commands:
             mine = {rank: found[command.command_id] for rank, found in outcomes.items() if command.command_id in found}
             why = f"not all ranks applied the {command.name}: {fault}" if fault else _error_text(mine)
-            method = self._methods[command.name]
+            method = self.methods[command.name]
             if why is not None:
-                self._queue.failed(command.command_id, CommandFailed(why))
+                self.queue.failed(command.command_id, CommandFailed(why))
                 continue
-            self._queue.applied(command.command_id, step)
+            self.queue.applied(command.command_id, step)
             if method.finishes_when == {states.WHEN_APPLIED}:
-                self._queue.finished(command.command_id, _result(method, mine))
+                self.queue.finished(command.command_id, _result(method, mine))
 
     def submit(self, command: str) -> None:
         """Queue the command of a signal that some rank received."""
-        method = self._methods[command]
+        method = self.methods[command]
         try:
-            self._queue.submit(command, None, method.own_params(method.bind({})), None, _SIGNAL)
+            self.queue.submit(command, None, method.own_params(method.bind({})), None, _SIGNAL)
         except ControlError as err:
             log.warning("Ignored the signal for %s: %s", command, err)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from .. import states
@@ -27,43 +28,35 @@ from . import limits
 from .command_queue import CommandQueue
 from .rank_report import RankReporter
 from .run_state import RunState
-from .status_cache import StatusCache
 
 #: What ``list_jobs`` tells of a job's record.
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
 
 
+@dataclass(eq=False)
 class JobQueries:
-    """Answers the requests of clients about one run. Each query of the method table is a method of the same name.
+    """Answers the requests of clients about one run. Each query of the method table is a method of the same name."""
 
-    Args:
-        loop: what the training loop can do.
-    """
+    state: RunState
+    queue: CommandQueue
+    group: RankGroup
+    reporter: RankReporter
+    methods: MethodTable
+    loop: TrainingLoop
 
-    def __init__(
-        self,
-        state: RunState,
-        queue: CommandQueue,
-        group: RankGroup,
-        reporter: RankReporter,
-        methods: MethodTable,
-        loop: TrainingLoop,
-    ) -> None:
-        self._state, self._queue, self._group, self._reporter = state, queue, group, reporter
-        self.methods, self._loop = methods, loop
-        self._status = StatusCache(self._tell, self.mark, usage.process_stats)
-        self._sink: ReplySink | None = None  # of the request that is being answered
-        self._unavailable: dict[str, str] = {}  # why a method that ranks do not share is refused, by name
+    def __post_init__(self) -> None:
         #: Raises TooManyCommands where an answer that has to wait could not be kept; set by the server.
         self.check_capacity: Callable[[], None] = lambda: None
+        self._sink: ReplySink | None = None  # of the request that is being answered
+        self._unavailable: dict[str, str] = {}  # why a method that ranks do not share is refused, by name
+        self._status = jsonrpc.Encoded()
+        self._status_mark: object = None
+        self._status_at = self._stats_at = float("-inf")  # monotonic
+        self._stats: dict[str, Any] = {}
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
-        """Answer one request with a JSON value, a ``Deferred`` or a ``Subscription``; see ``dispatcher.Handler``.
-
-        Raises:
-            ControlError: the request is refused.
-        """
+        """Answer one request; see ``dispatcher.Handler``."""
         if request.method == "rpc.discover":
             return discovery.document(self.methods)
         method = self.methods[request.method]
@@ -79,20 +72,19 @@ class JobQueries:
         """Refuse methods that not all ranks added alike; ``added`` has a digest by name for each rank."""
         for name in sorted(set().union(*added)):
             ranks = [rank for rank, digests in enumerate(added) if digests.get(name) != added[0].get(name)]
-            text = (
-                f"rank {', '.join(map(str, ranks))} did not register it as rank 0 did; register it on every rank alike"
-            )
+            which = ", ".join(map(str, ranks))
+            text = f"rank {which} did not register it as rank 0 did; register it on every rank alike"
             self._unavailable[name] = text if ranks else ""
 
     def _command(self, method: Method, params: dict[str, Any], peer: Peer, wants_reply: bool) -> Any:
         own = method.own_params(params)
-        if self._queue.find(params["command_id"]) is None:
+        if self.queue.find(params["command_id"]) is None:
             self._check(method, own, params["expires_at"])
         if params["wait"] != states.COMMAND_ACCEPTED and wants_reply:
             self.check_capacity()  # a request that is answered with "no room" must not be carried out all the same
         by = requested_by(peer)
-        record = self._queue.submit(method.name, params["command_id"], own, params["reason"], by)
-        self._group.command_queued()
+        record = self.queue.submit(method.name, params["command_id"], own, params["reason"], by)
+        self.group.command_queued()
         return self._wait(record, params["wait"], params["timeout"])
 
     def _check(self, method: Method, own: dict[str, Any], expires_at: float | None) -> None:
@@ -102,14 +94,14 @@ class JobQueries:
         if why := self._unavailable.get(method.name):
             raise CommandRefused(f"{method.name} cannot be run: {why}")
         for need in method.needs:
-            if why := self._loop.cannot(need, own):
+            if why := self.loop.cannot(need, own):
                 raise CommandRefused(f"{method.name} was refused: {why}", needs=need)
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
         deadline = Deadline(timeout)
 
         def poll() -> Any:
-            now = self._queue.get(record.command_id)
+            now = self.queue.get(record.command_id)
             if now.is_final or now.state == until:
                 return now.to_json()
             if deadline.passed():
@@ -125,23 +117,30 @@ class JobQueries:
 
     def ping(self) -> dict[str, Any]:
         """Return which job this is."""
-        known = {"job_id": self._state.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
+        known = {"job_id": self.state.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
         return {**known, "time": time.time()}
 
     def status(self) -> jsonrpc.Encoded:
-        """Return how far the job is."""
-        return self._status.text()
+        """Return how far the job is: as text that is written once for each change, not once for each request."""
+        now, mark = time.monotonic(), self.mark()
+        if mark != self._status_mark or now - self._status_at >= limits.STATUS_AGE:
+            if now - self._stats_at >= limits.PROCESS_STATS_AGE:
+                self._stats = {name: value for name, value in usage.process_stats().items() if value is not None}
+                self._stats_at = now
+            # A change after the mark was read changes the next mark.
+            self._status = jsonrpc.encoded({**self._tell(), **self._stats})
+            self._status_mark, self._status_at = mark, now
+        return self._status
 
     def mark(self) -> object:
         """Return a value that differs when ``status`` has something new."""
-        return self._state.mark(), self._queue.changes
+        return self.state.mark(), self.queue.changes
 
     def _tell(self) -> dict[str, Any]:
-        records = self._queue.records()
+        records = self.queue.records()
         recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
-        shown = [record for record in records if not record.is_final or record in recent]
-        commands = [record.to_json() for record in shown]
-        return {**self._state.report(), "world_size": self._group.size, "commands": commands}
+        commands = [record.to_json() for record in records if not record.is_final or record in recent]
+        return {**self.state.report(), "world_size": self.group.size, "commands": commands}
 
     def authenticate(self, token: Any) -> dict[str, Any]:
         """Return which job this is; over TCP the token was checked before."""
@@ -149,23 +148,23 @@ class JobQueries:
 
     def get_command(self, command_id: str) -> dict[str, Any]:
         """Return the record of one command."""
-        return self._queue.get(command_id).to_json()
+        return self.queue.get(command_id).to_json()
 
     def cancel_command(self, command_id: str) -> dict[str, Any]:
         """Cancel a command that is not applied yet."""
-        return self._queue.cancel(command_id).to_json()
+        return self.queue.cancel(command_id).to_json()
 
     def list_commands(self) -> list[dict[str, Any]]:
         """Return all records kept."""
-        return [record.to_json() for record in self._queue.records()]
+        return [record.to_json() for record in self.queue.records()]
 
     def ranks(self, timeout: float) -> Any:
         """Return where each rank is."""
-        return self._reporter.ask(self._group, "ranks", timeout)
+        return self.reporter.ask(self.group, "ranks", timeout)
 
     def stacks(self, timeout: float) -> Any:
         """Return which code each rank's threads are in."""
-        return self._reporter.ask(self._group, "stacks", timeout)
+        return self.reporter.ask(self.group, "stacks", timeout)
 
     def list_jobs(self) -> list[dict[str, Any]]:
         """Return the jobs of the jobs directory, judged by their processes; asking them would block this thread."""
@@ -175,7 +174,7 @@ class JobQueries:
         ]
 
     def _judge(self, record: JobRecord) -> str:
-        if record.job_id == self._state.job_id and record.pid == os.getpid():
+        if record.job_id == self.state.job_id and record.pid == os.getpid():
             return states.JOB_LIVE
         state = registry.judge(record)
         return states.JOB_RUNNING if state == states.JOB_SILENT else state  # it was not asked, so it is not silent
@@ -184,8 +183,8 @@ class JobQueries:
 
     def subscribe(self, since: int | None, kinds: list[str] | None) -> Subscription:
         """Send events on the connection of this request."""
-        subscriber = self._state.events.subscribe(since, kinds)
-        return Subscription({"next": self._state.events.next_seq}, subscriber.pull, subscriber.next_at)
+        subscriber = self.state.events.subscribe(since, kinds)
+        return Subscription({"next": self.state.events.next_seq}, subscriber.pull, subscriber.next_at)
 
     def unsubscribe(self) -> dict[str, Any]:
         """Stop sending events on the connection of this request."""
@@ -196,10 +195,5 @@ class JobQueries:
 
 def requested_by(peer: Peer) -> dict[str, Any]:
     """Return the caller of a command as its record shows it, from what the kernel says of the peer."""
-    return {
-        "via": peer.via,
-        "uid": peer.uid,
-        "user": callers.user_name(peer.uid),
-        "pid": peer.pid,
-        "program": callers.program_name(peer.pid),
-    }
+    user, program = callers.user_name(peer.uid), callers.program_name(peer.pid)
+    return {"via": peer.via, "uid": peer.uid, "user": user, "pid": peer.pid, "program": program}

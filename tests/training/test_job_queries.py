@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 
+from forgather_control.client.api import connect
+from forgather_control.training import job_queries
 from forgather_control.training.controller import Controller
+from forgather_control.training.limits import PROCESS_STATS_AGE, STATUS_AGE
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method
 
-from ..support.harness import Wire, running_loop
+from ..support.harness import Wire, running_loop, until
 
 
 class Loop(RequestedActions):
@@ -153,7 +157,7 @@ def test_list_jobs_on_the_wire_needs_no_other_job_to_answer(job, wire, jobs_dir)
 
 def test_no_word_of_a_fault_goes_over_the_wire(job, wire, monkeypatch, caplog):
     """An exception in a query is an internal error with nothing of ours in it; the log has the traceback."""
-    monkeypatch.setattr(job._queries._queue, "records", lambda: 1 / 0)
+    monkeypatch.setattr(job._queries.queue, "records", lambda: 1 / 0)
     error = wire.call("status")["error"]
     assert error["code"] == -32603 and "ZeroDivision" not in json.dumps(error)
     assert any(record.exc_info for record in caplog.records)
@@ -165,3 +169,85 @@ def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_d
     record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
     (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**record, "pid": 1, "process_started_at": None}))
     assert [found["state"] for found in wire.call("list_jobs")["result"]] == ["running"]
+
+
+# The text of ``status``: up to date, and written once for each change...
+
+
+class Facts:
+    """What is told, counted."""
+
+    def __init__(self, monkeypatch):
+        self.at, self.step, self.told, self.asked = 1000.0, 0, 0, 0
+        monkeypatch.setattr(job_queries, "time", SimpleNamespace(monotonic=lambda: self.at))
+        self.queries = job_queries.JobQueries(*[None] * 6)
+        monkeypatch.setattr(job_queries.usage, "process_stats", self.figures)
+        monkeypatch.setattr(self.queries, "_tell", self.tell)
+        monkeypatch.setattr(self.queries, "mark", lambda: self.step)
+
+    def tell(self):
+        self.told += 1
+        return {"step": self.step, "at": self.at}
+
+    def figures(self):
+        self.asked += 1
+        return {"rss": self.asked, "device": None}
+
+    def read(self):
+        return json.loads(self.queries.status())
+
+
+@pytest.fixture
+def facts(monkeypatch):
+    return Facts(monkeypatch)
+
+
+def test_it_is_written_once_a_change(facts):
+    """A thousand requests between two steps cost one writing; the next step shows at once."""
+    texts = {facts.queries.status() for _ in range(1000)}
+    assert len(texts) == 1 and facts.told == facts.asked == 1
+    facts.step = 1
+    assert facts.read()["step"] == 1
+    assert facts.told == 2
+
+
+def test_time_is_a_change(facts):
+    """What depends on the time is never older than ``STATUS_AGE``, though nothing else changes."""
+    begin = facts.read()["at"]
+    facts.at += 0.9 * STATUS_AGE
+    assert facts.read()["at"] == begin
+    facts.at += 0.2 * STATUS_AGE
+    assert facts.read()["at"] == facts.at
+
+
+def test_figures_are_asked_for_seldom(facts):
+    """However fast training steps, the system is asked seldom; figures that it does not know are left out."""
+    for _ in range(100):
+        facts.step += 1
+        assert facts.read().keys() == {"step", "at", "rss"}
+    assert facts.asked == 1
+    facts.at += PROCESS_STATS_AGE
+    assert facts.read()["rss"] == 2
+
+
+def test_a_change_while_it_is_written_is_told_next(facts):
+    """The mark is read before the facts: what changes in between is told again, not missed."""
+    tell = facts.tell
+
+    def told():
+        found = tell()
+        facts.step = 7
+        return found
+
+    facts.queries._tell = told
+    assert facts.read()["step"] == 0
+    assert facts.read()["step"] == 7
+
+
+def test_what_is_logged_shows_at_once(jobs_dir):
+    """A real job: each change of its values is in the next answer, however soon that is asked."""
+    with running_loop() as run, connect("job") as job:
+        until(lambda: job.call("status")["global_step"] > 0)
+        for value in range(50):
+            run.job.log(mine=value)
+            assert job.call("status")["metrics"]["mine"] == value
