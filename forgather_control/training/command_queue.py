@@ -25,7 +25,7 @@ from typing import Any
 
 from .. import states
 from ..errors import CommandNotFound, ControlError, InvalidParams, JobEnding, NotCancellable, TooManyCommands
-from ..wire.records import CommandRecord
+from ..wire.records import CommandRecord, ScheduledCommand
 from . import limits
 
 
@@ -135,10 +135,11 @@ class CommandQueue:
         with self._lock:
             return [self._records[name] for name in self._take_pending()]
 
-    def put_back(self, command_ids: list[str]) -> None:
-        """Queue commands again that were taken and not applied, before those that came meanwhile."""
+    def put_back(self, commands: list[ScheduledCommand]) -> None:
+        """Queue commands again on which the ranks did not agree, before those that came meanwhile."""
         with self._lock:
-            self._pending[:0] = [name for name in command_ids if not self._records[name].is_final]
+            names = [command.command_id for command in commands]
+            self._pending[:0] = [name for name in names if not self._records[name].is_final]
             self.pending = bool(self._pending)
             if self._closed is not None:
                 self._fail(self._take_pending(), self._closed)
@@ -155,18 +156,13 @@ class CommandQueue:
         """Note that the command will not be finished, and why; ``result`` is the part of it that happened."""
         self._change(command_id, **_failure(error), result=result)
 
-    def refuse(self, error: ControlError) -> None:
-        """Fail every pending command, and refuse all that come later. May be called twice."""
+    def close(self, error: ControlError, pending_only: bool = False) -> None:
+        """Fail every unfinished command, or every pending one, and refuse all that come later. May be called twice."""
         with self._lock:
             self._closed = self._closed or error
-            self._fail(self._take_pending(), error)
-
-    def close(self, error: ControlError) -> None:
-        """Refuse, and fail every other unfinished command, too. May be called twice."""
-        with self._lock:
-            self._closed = self._closed or error
-            self._take_pending()
-            self._fail([name for name, record in self._records.items() if not record.is_final], error)
+            pending = self._take_pending()
+            unfinished = [name for name, record in self._records.items() if not record.is_final]
+            self._fail(pending if pending_only else unfinished, error)
 
     # With the lock held...
 

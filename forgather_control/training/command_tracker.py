@@ -1,8 +1,8 @@
 """What becomes of commands after they are taken from the queue: effects, outcomes, rank reports, results.
 
 Each rank has a tracker. Effects, saves, evaluations and the end are noted on the training thread; ``take``,
-``put_back``, ``all_applied`` and ``submit`` belong to rank 0 and run on the thread that decides a round. What both
-touch is the queue, which has its lock. Only rank 0 has records; the other ranks report to it through the group.
+``all_applied`` and ``submit`` belong to rank 0 and run on the thread that decides a round. What both touch is the
+queue, which has its lock. Only rank 0 has records; the other ranks report to it through the group.
 
 A command is finished when all events in its ``finishes_when`` have happened. A command that fails on one rank, in its
 effect or in its report, has failed; control continues.
@@ -190,10 +190,6 @@ class CommandTracker:
             )
             for record in self.queue.drain()
         ]
-
-    def put_back(self, commands: list[ScheduledCommand]) -> None:
-        """Queue commands again on which the ranks did not agree."""
-        self.queue.put_back([command.command_id for command in commands])
 
     def all_applied(
         self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None

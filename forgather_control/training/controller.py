@@ -37,6 +37,7 @@ from ..wire.records import CommandRecord
 from . import limits
 from .command_queue import CommandQueue
 from .command_tracker import CommandTracker
+from .events import EventLog
 from .job_queries import JobQueries
 from .job_server import JobServer
 from .options import ControlOptions
@@ -87,8 +88,8 @@ class Controller:
         self.save_failed = partial(self._tracker.report, states.WHEN_SAVED)
         self.nothing_to_save = partial(self._tracker.report, states.WHEN_SAVED, None)
         # What the group asks for; see ``RankGroupDelegate``.
-        self.take, self.put_back = self._tracker.take, self._tracker.put_back
-        self.all_applied = self._tracker.all_applied
+        self.take, self.all_applied = self._tracker.take, self._tracker.all_applied
+        self.put_back = self._queue.put_back
         self.describe, self.answer = self._reporter.describe, self._reporter.answer
         self.answers_changed = self._wake
 
@@ -120,13 +121,11 @@ class Controller:
         _controllers.add(self)
 
     def _publish(self) -> None:
-        size = self._group.size
         self._queries = JobQueries(self.state, self._queue, self._group, self._reporter, self.methods, self._loop)
-        self._server = JobServer(self._options, size, self._queries, self._is_controlled, self._reporter.write)
-        self.state.job_id = job_id = self._server.publish()
-        self.state.events.publish(
-            states.EVENT_STARTED, job_id=job_id, pid=os.getpid(), step=self.last_step, world_size=size
-        )
+        self._server = JobServer(self._options, self._queries, self._is_controlled, self._reporter.write)
+        self.state.job_id = self._server.publish()
+        facts = {"job_id": self.job_id, "pid": os.getpid(), "step": self.last_step, "world_size": self._group.size}
+        self.state.events.publish(states.EVENT_STARTED, **facts)
 
     @property
     def job_id(self) -> str | None:
@@ -226,8 +225,9 @@ class Controller:
 
     def abandon(self) -> None:
         """In a forked child: control nothing; locks may be held by threads that do not exist here."""
-        self._closed = True
-        self._queue = CommandQueue(lambda record: None)
+        self._closed, self._server = True, None
+        self._tracker.queue = self._queue = CommandQueue(lambda record: None)
+        self.state.events = EventLog()
         self._group = SingleProcess(self)
 
     # As RankGroupDelegate, beside what ``__init__`` takes from the tracker and the reporter...
@@ -262,7 +262,7 @@ class Controller:
         if self.is_main:
             log.warning(failures.CONTROL_OFF, why)
             self.state.events.publish(states.EVENT_RANK, state="lost", reason=why)
-        self._queue.refuse(JobEnding(failures.REFUSED % why))
+        self._queue.close(JobEnding(failures.REFUSED % why), pending_only=True)
 
     # On any thread...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..errors import ControlError, JobIdTaken, StartError
 from ..jobs import directory
@@ -22,29 +23,18 @@ from .options import ControlOptions
 log = logging.getLogger("forgather_control")
 
 
+@dataclass(eq=False)
 class JobServer:
-    """Serves one job over its socket, a TCP port and request files, and keeps its directory whole.
+    """Serves one job over its socket, a TCP port and request files, and keeps its directory whole."""
 
-    Args:
-        options: which job id and which TCP port.
-        world_size: for the job's record.
-        queries: answers requests.
-        is_controlled: called on the server thread before each tick; returns whether the job is still controlled.
-        on_restored: called on the server thread with the path of the directory after it was repaired.
-    """
+    options: ControlOptions  #: Which job id and which TCP port.
+    queries: JobQueries
+    is_controlled: Callable[[], bool]  #: Whether the job is still controlled; on the server thread before each tick.
+    on_restored: Callable[[str], None]  #: Called there with the path of the directory after it was repaired.
 
-    def __init__(
-        self,
-        options: ControlOptions,
-        world_size: int,
-        queries: JobQueries,
-        is_controlled: Callable[[], bool],
-        on_restored: Callable[[str], None],
-    ) -> None:
-        self._options, self._world_size, self._queries = options, world_size, queries
-        self._is_controlled, self._on_restored = is_controlled, on_restored
-        self._server = Server(queries.answer, self._tick, self._last_look)
-        queries.check_capacity = self._server.check_room
+    def __post_init__(self) -> None:
+        self._server = Server(self.queries.answer, self._tick, self._last_look)
+        self.queries.check_capacity = self._server.check_room
         self.wake = self._server.wake
         self._lock = threading.Lock()  # guards _directory against unpublish() during a tick
         self._directory: directory.JobDirectory | None = None
@@ -60,7 +50,7 @@ class JobServer:
         """
         self._directory = mine = self._claim()
         self._file_requests = FileRequestServer(
-            mine.path, self._server.dispatch, self._queries.status, self._queries.mark, self._queries.methods
+            mine.path, self._server.dispatch, self.queries.status, self.queries.mark, self.queries.methods
         )
         self._server.start()
         return mine.job_id
@@ -68,7 +58,7 @@ class JobServer:
     def _claim(self) -> directory.JobDirectory:
         bound, candidates = self._open_port(), self._candidates()
         while True:
-            mine = directory.JobDirectory(candidates.pop(0), self._server.listen, self._world_size)
+            mine = directory.JobDirectory(candidates.pop(0), self._server.listen, self.queries.group.size)
             if bound is not None:
                 mine.offer(*bound)
             try:
@@ -79,18 +69,17 @@ class JobServer:
                     raise
 
     def _candidates(self) -> list[str]:
-        if self._options.job_id is not None:
-            return [self._options.job_id]
+        if self.options.job_id is not None:
+            return [self.options.job_id]
         generated = directory.generate_job_id()
         return [generated, *(f"{generated[:124]}-{suffix}" for suffix in range(2, limits.MAX_SUFFIX))]
 
     def _open_port(self) -> BoundPort | None:
-        """Open the port that was asked for; a job without it can still be controlled from this host."""
         try:
-            wanted = self._options.tcp_options()
+            wanted = self.options.tcp_options()
             return None if wanted is None else wanted.open(self._server)
         except StartError as err:
-            log.warning("No control over TCP: %s", err)
+            log.warning("No control over TCP: %s", err)  # the job can still be controlled from this host
             return None
 
     def write(self, write: Callable[[str], None]) -> None:
@@ -102,13 +91,13 @@ class JobServer:
     # On the server thread...
 
     def _tick(self) -> None:
-        if not self._is_controlled() or not self._lock.acquire(blocking=False):
+        if not self.is_controlled() or not self._lock.acquire(blocking=False):
             return
         try:
             if self._directory is not None and self._file_requests is not None:
                 if self._directory.restore():
                     log.warning("Restored the job directory, which was damaged.")
-                    self._on_restored(self._directory.path)
+                    self.on_restored(self._directory.path)
                     self._file_requests.renew()
                 self._file_requests.tick()
         except ControlError as err:

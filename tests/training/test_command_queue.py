@@ -21,7 +21,7 @@ from forgather_control.errors import (
 from forgather_control.states import FINAL_STATES
 from forgather_control.training.command_queue import CommandQueue
 from forgather_control.training.limits import MAX_PENDING, MAX_RECORDS
-from forgather_control.wire.records import CommandRecord
+from forgather_control.wire.records import CommandRecord, ScheduledCommand
 
 from ..support.harness import SOON
 
@@ -260,13 +260,18 @@ def test_close_fails_what_is_left(box, changes):
     assert sorted(changes) == [(name, "failed") for name in ("applied", "drained", "pending")]
 
 
+def scheduled(*command_ids):
+    """Commands as the ranks got them."""
+    return [ScheduledCommand(command_id, "abort", {}) for command_id in command_ids]
+
+
 def test_put_back_stands_before_what_came_meanwhile(box, changes):
     """A round that was off loses nothing, keeps the order, and what is queued again can be cancelled again."""
     for name in "ab":
         box.submit("save_checkpoint", name)
-    taken = [record.command_id for record in box.drain()]
+    box.drain()
     box.submit("abort", "c")
-    box.put_back(taken)
+    box.put_back(scheduled("a", "b"))
     assert box.pending and states(box) == dict.fromkeys("abc", "accepted")
     assert box.cancel("a").state == "cancelled"
     assert [record.command_id for record in box.drain()] == ["b", "c"]
@@ -278,15 +283,15 @@ def test_refused_box_fails_what_is_queued_and_leaves_what_is_on_its_way(box, cha
         box.submit("save_checkpoint", name)
         box.drain()
     box.submit("abort", "c")
-    box.refuse(ENDED)
+    box.close(ENDED, pending_only=True)
     assert states(box) == {"a": "accepted", "b": "accepted", "c": "failed"} and not box.pending
     with pytest.raises(JobEnding, match="training ended"):
         box.submit("abort", "d")
-    box.put_back(["a"])
+    box.put_back(scheduled("a"))
     assert states(box) == {"a": "failed", "b": "accepted", "c": "failed"} and not box.pending
     box.applied("b", 3)
     box.finished("b", None)
-    box.refuse(JobEnding("again"))
+    box.close(JobEnding("again"), pending_only=True)
     assert box.get("b").state == "finished" and box.get("c").error["message"] == "training ended"
 
 
@@ -295,7 +300,7 @@ def test_put_back_of_what_failed_meanwhile(box, changes):
     box.submit("abort", "a")
     box.drain()
     box.close(ENDED)
-    box.put_back(["a"])
+    box.put_back(scheduled("a"))
     assert box.get("a").state == "failed" and not box.pending
 
 

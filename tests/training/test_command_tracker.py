@@ -289,7 +289,7 @@ def test_commands_that_are_put_back_are_taken_again():
     rank = Rank()
     rank.queue.submit("abort", "abort")
     commands = rank.tracker.take()
-    rank.tracker.put_back(commands)
+    rank.queue.put_back(commands)
     assert rank.tracker.take() == commands == [ScheduledCommand("abort", "abort", {})]
 
 

@@ -231,6 +231,26 @@ def test_a_forked_child_is_no_part_of_it(jobs_dir):
             os.kill(child, 9)
 
 
+def test_a_forked_child_needs_no_lock_that_another_thread_held():
+    """Such a lock stays locked in the child for ever: its steps, phases and signals do without."""
+    source = """
+    import os
+    from forgather_control import TrainingJob
+    with TrainingJob("job") as job:
+        controller = job._controller
+        with controller._queue._lock, controller.state.events._lock:
+            child = os.fork()
+            if child == 0:
+                controller.request("abort")
+                controller.phase = "saving"
+                job.step(1)
+                os._exit(0)
+        print(os.waitpid(child, 0)[1], flush=True)
+    """
+    with Process(source) as parent:
+        assert parent.line() == "0"
+
+
 @needs_torch
 def test_a_dataloader_with_workers_trains_beside_it():
     """Workers come and go by fork; the job stays live, and stays theirs not."""
