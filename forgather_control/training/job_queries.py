@@ -113,10 +113,9 @@ class JobQueries:
             return record.to_json()
         return Deferred(poll, deadline.at) if (answer := poll()) is PENDING else answer
 
-    # Read-only answers...
+    # Queries, as the method table describes them...
 
     def ping(self) -> dict[str, Any]:
-        """Return which job this is."""
         known = {"job_id": self.state.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
         return {**known, "time": time.time()}
 
@@ -143,27 +142,21 @@ class JobQueries:
         return {**self.state.report(), "world_size": self.group.size, "commands": commands}
 
     def authenticate(self, token: Any) -> dict[str, Any]:
-        """Return which job this is; over TCP the token was checked before."""
-        return self.ping()
+        return self.ping()  # over TCP the token was checked before
 
     def get_command(self, command_id: str) -> dict[str, Any]:
-        """Return the record of one command."""
         return self.queue.get(command_id).to_json()
 
     def cancel_command(self, command_id: str) -> dict[str, Any]:
-        """Cancel a command that is not applied yet."""
         return self.queue.cancel(command_id).to_json()
 
     def list_commands(self) -> list[dict[str, Any]]:
-        """Return all records kept."""
         return [record.to_json() for record in self.queue.records()]
 
     def ranks(self, timeout: float) -> Any:
-        """Return where each rank is."""
         return self.reporter.ask(self.group, "ranks", timeout)
 
     def stacks(self, timeout: float) -> Any:
-        """Return which code each rank's threads are in."""
         return self.reporter.ask(self.group, "stacks", timeout)
 
     def list_jobs(self) -> list[dict[str, Any]]:
@@ -182,14 +175,12 @@ class JobQueries:
     # Events...
 
     def subscribe(self, since: int | None, kinds: list[str] | None) -> Subscription:
-        """Send events on the connection of this request."""
         subscriber = self.state.events.subscribe(since, kinds)
         return Subscription({"next": self.state.events.next_seq}, subscriber.pull, subscriber.next_at)
 
     def unsubscribe(self) -> dict[str, Any]:
-        """Stop sending events on the connection of this request."""
-        if self._sink is not None:
-            self._sink.end_subscription()
+        assert self._sink is not None
+        self._sink.end_subscription()
         return {"subscribed": False}
 
 

@@ -57,12 +57,11 @@ def _light_object(value: Any) -> Any:
         return value.detach().clone() if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         return value.item() if type(value).__module__ == "numpy" else value
-    if not isinstance(value, (list, tuple, dict)) or len(value) > 16:
-        return type(value).__name__
-    items = [*value, *value.values()] if isinstance(value, dict) else value
-    if not all(map(_is_small, items)):  # their repr might read a device, or take long
-        return type(value).__name__
-    return repr(value)[:MAX_TEXT]
+    if isinstance(value, (list, tuple, dict)) and len(value) <= 16:
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        if all(map(_is_small, items)):  # the repr of others might read a device, or take long
+            return repr(value)[:MAX_TEXT]
+    return type(value).__name__
 
 
 def _is_small(value: Any) -> bool:

@@ -14,7 +14,7 @@ from .. import states
 from ..deadline import Deadline
 from ..jobs import rank_processes
 from ..processes import stacks, usage
-from ..processes.liveness import Identity, current_process
+from ..processes.liveness import current_process
 from ..processes.stack_dump import StackDumper
 from ..ranks.group import RankGroup
 from ..server.dispatcher import PENDING, Deferred
@@ -67,7 +67,11 @@ class RankReporter:
 
     def all_joined(self, descriptions: dict[int, dict[str, Any]]) -> bool:
         """Note the processes of all ranks; return whether they were not known before."""
-        known, self._ranks = self._ranks, [_record(rank, descriptions[rank]) for rank in sorted(descriptions)]
+        known, fields = self._ranks, rank_processes.RankRecord._fields[1:]
+        self._ranks = [
+            rank_processes.RankRecord(rank, *map(description.get, fields))  # type: ignore[arg-type]
+            for rank, description in sorted(descriptions.items())
+        ]
         return known != self._ranks
 
     def write(self, directory: str) -> None:
@@ -90,15 +94,10 @@ class RankReporter:
         return Deferred(poll, deadline.at) if (answers := poll()) is PENDING else answers
 
 
-def _record(rank: int, description: dict[str, Any]) -> rank_processes.RankRecord:
-    identity = Identity(**{name: description.get(name) for name in Identity._fields})  # type: ignore[arg-type]
-    return rank_processes.RankRecord.of(rank, identity, description.get("stack_fd"))
-
-
 def _row(group: RankGroup, rank: int, what: str, answer: dict[str, Any] | None) -> dict[str, Any]:
     known = {name: group.description(rank).get(name) for name in ("host", "pid")}
     state = group.state(rank) if answer is None else states.RANK_ANSWERING
     row = {"rank": rank, **known, "state": state, **_UNKNOWN[what], **(answer or {})}
-    if row.get("stacks") is not None:
+    if row.get("stacks"):
         row["stacks"] = row["stacks"][: limits.MAX_STACKS // group.size]
     return row
