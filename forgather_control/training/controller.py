@@ -162,21 +162,15 @@ class Controller:
             self.methods.frozen = True
             if added := self.methods.added():  # rank 0 compares what each rank added
                 self._group.describe({"methods": added})
-        if self._group.due(step):
-            commands = self._group.receive(step)
-            if commands:
-                self._tracker.apply(commands, step)
+        if self._group.due(step) and (commands := self._group.receive(step)):
+            self._tracker.apply(commands, step)
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
         self.state.log(logs)
 
     def saved(self, step: int, path: str, evaluated: bool = False) -> None:
-        """Note that a checkpoint is complete on disk, or this rank's part of it, whatever caused it.
-
-        Args:
-            evaluated: whether the save evaluated the model first.
-        """
+        """Note that a checkpoint, or this rank's part of it, is complete on disk, and if the save evaluated first."""
         self._tracker.saved(step, path, evaluated)
         if self.is_main:
             self.state.events.publish(states.EVENT_CHECKPOINT, step=step, path=path)
@@ -190,8 +184,8 @@ class Controller:
     def close(self, reason: str | None = None, fault: str | None = None) -> None:
         """End the control of this job: every command gets its last state, every waiting client its answer.
 
-        On the training thread, or at the interpreter's exit. The directory goes first: a client that reads
-        that a stop is finished must not find the job still listed. May be called twice.
+        On the training thread, or at the interpreter's exit. The directory goes first: a client that reads that a stop
+        is finished must not find the job still listed. May be called twice.
 
         Args:
             reason: why training did not end as it should; ``None`` if it did.
@@ -213,14 +207,10 @@ class Controller:
             self._server.close()
 
     def orphan(self, reason: str) -> None:
-        """End control because its integration is gone. For finalizers, so on any thread.
-
-        The garbage collector may run on the server thread while that holds the queue's lock;
-        there, only a note is left for the next tick.
-        """
+        """End control because its integration is gone. For finalizers, so on any thread."""
         if threading.current_thread() in (self._thread, threading.main_thread()):
             self.close(reason)
-        else:
+        else:  # the garbage collector may run on the server thread while that holds the queue's lock: at the next tick
             self._orphaned = reason
 
     def abandon(self) -> None:

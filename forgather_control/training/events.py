@@ -121,7 +121,7 @@ class Subscriber:
     def __init__(self, log: EventLog, kinds: frozenset[str], positions: list[int]) -> None:
         self._log, self._kinds, self._positions = log, kinds, positions
         self._wanted = bool(kinds - SAMPLED), bool(kinds & SAMPLED)  # of each ring: whether it counts what was lost
-        self._lost = 0  # not told yet
+        self._lost = 0  # not reported yet
 
     def pull(self, size: int) -> bytes:
         """Return the next events as lines: at most about ``size`` bytes, nothing where there is none."""

@@ -29,7 +29,7 @@ from .command_queue import CommandQueue
 from .rank_report import RankReporter
 from .run_state import RunState
 
-#: What ``list_jobs`` tells of a job's record.
+#: The members of a job's record that ``list_jobs`` answers.
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
 
 
@@ -127,7 +127,7 @@ class JobQueries:
                 self._stats = {name: value for name, value in usage.process_stats().items() if value is not None}
                 self._stats_at = now
             # A change after the mark was read changes the next mark.
-            self._status = jsonrpc.encoded({**self._tell(), **self._stats})
+            self._status = jsonrpc.encoded({**self._build_status(), **self._stats})
             self._status_mark, self._status_at = mark, now
         return self._status
 
@@ -135,7 +135,7 @@ class JobQueries:
         """Return a value that differs when ``status`` has something new."""
         return self.state.mark(), self.queue.changes
 
-    def _tell(self) -> dict[str, Any]:
+    def _build_status(self) -> dict[str, Any]:
         records = self.queue.records()
         recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
         commands = [record.to_json() for record in records if not record.is_final or record in recent]

@@ -45,7 +45,7 @@ class RankReporter:
         self._ranks: list[rank_processes.RankRecord] = []
 
     def describe(self) -> dict[str, Any]:
-        """Return what rank 0 is told of this process; from here on its stacks can be read from outside, too."""
+        """Return what rank 0 keeps of this process, whose stacks can be read from outside from here on."""
         self._stack_dumper.start()
         return {**current_process()._asdict(), "stack_fd": self._stack_dumper.fd}
 

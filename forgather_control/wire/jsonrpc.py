@@ -123,7 +123,7 @@ def parse_json(line: bytes) -> Json:
     """Return the value of one JSON text, read as strictly as I-JSON (RFC 7493) wants it.
 
     Raises:
-        ParseError: it is not UTF-8 or not JSON; says where, if the parser knows.
+        ParseError: it is not UTF-8 or not JSON.
         InvalidRequest: it is nested deeper than ``MAX_DEPTH``, or JSON that programs read differently.
     """
     try:

@@ -7,8 +7,7 @@ from ..errors import InternalError
 from ..schema import INTEGER, NULL, OBJECT, TEXT, TIME, Field
 from .jsonrpc import Json
 
-#: What one command did on one rank: ``{"value": ...}`` or ``{"error": {"code", "message"}}``; empty where there is
-#: nothing to tell.
+#: What one command did on one rank: ``{"value": ...}`` or ``{"error": {"code", "message"}}``; empty without a value.
 Outcome = dict[str, Json]
 
 

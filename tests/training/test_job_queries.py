@@ -182,7 +182,7 @@ class Facts:
         monkeypatch.setattr(job_queries, "time", SimpleNamespace(monotonic=lambda: self.at))
         self.queries = job_queries.JobQueries(*[None] * 6)
         monkeypatch.setattr(job_queries.usage, "process_stats", self.figures)
-        monkeypatch.setattr(self.queries, "_tell", self.tell)
+        monkeypatch.setattr(self.queries, "_build_status", self.tell)
         monkeypatch.setattr(self.queries, "mark", lambda: self.step)
 
     def tell(self):
@@ -239,7 +239,7 @@ def test_a_change_while_it_is_written_is_told_next(facts):
         facts.step = 7
         return found
 
-    facts.queries._tell = told
+    facts.queries._build_status = told
     assert facts.read()["step"] == 0
     assert facts.read()["step"] == 7
 
