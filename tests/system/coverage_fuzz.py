@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 
 def _instrumented() -> Any:
@@ -159,14 +160,12 @@ def _is_error(value: Any) -> bool:
     return type(value["code"]) is int and isinstance(value["message"], str) and value["message"].isprintable()
 
 
-class Sink:
+class Sink(dispatcher.ReplySink):
     """Stands where a connection would."""
 
-    broken = False
-    peer = dispatcher.Peer()
-
     def __init__(self) -> None:
-        self.open, self.data, self.listens = 0, b"", True
+        super().__init__(dispatcher.Peer())
+        self.data, self.listens = b"", True
 
     def send(self, data: bytes) -> None:
         self.data += data
@@ -261,13 +260,19 @@ def _framed(pieces: list[bytes]) -> list[bytes]:
 def target_gate(data: bytes) -> None:
     """A stranger's first line: in with the token alone, an answer for a wrong one, silence for all else."""
     line = data.partition(b"\n")[0]
-    verdict, reply = auth.TokenAuthenticator(TOKEN).check(line)
-    assert verdict == _verdict(line), verdict
-    assert (reply != b"") == (verdict == "wrong token")
-    if reply:
-        agrees(reply, expected(line, lambda method: True))
-    if verdict == "accepted":
-        assert not any(auth.TokenAuthenticator(TOKEN).is_hopeless(line[:end][:LIMIT]) for end in range(len(line) + 1))
+    judge, (ours, theirs) = auth.TokenAuthenticator(TOKEN), socket.socketpair()
+    with ours, theirs, patch.object(limits, "AUTH_FAILURE_DELAY", 0.0):
+        stranger = connection.Connection(ours, limits.MAX_FIRST_LINE, dispatcher.Peer("tcp"))
+        accepted = judge.admit(stranger, line)
+        verdict = "accepted" if accepted else "not authenticate" if stranger.broken else "wrong token"
+        assert verdict == _verdict(line), verdict
+        assert (stranger.subscription is not None) == (verdict == "wrong token")
+        if stranger.subscription is not None:
+            agrees(stranger.subscription.pull(1), expected(line, lambda method: True))
+        for end in range(len(line) + 1) if accepted else ():
+            stranger._received[:] = line[:end]
+            judge.check_start(stranger)
+        assert judge.refused == (not accepted)
 
 
 def _verdict(line: bytes) -> str:
@@ -408,7 +413,7 @@ def target_letters(data: bytes) -> None:
         assert {path.name for path in (home / "replies").iterdir()} <= written
     finally:
         asked.clear()
-        desk._replies.forget()
+        desk._replies._replies.clear()
         for path in [*(home / "requests").iterdir(), *(home / "replies").iterdir()]:
             path.unlink()
 

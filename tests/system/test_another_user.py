@@ -35,8 +35,9 @@ OWNER, STRANGER = 64123, 64124
 
 #: What an ordinary user's process must have imported before: this Python may lie where only root can read.
 DROP = """
-import contextlib, ctypes, difflib, encodings.idna, fcntl, getpass, hashlib, importlib, io, json, logging, os, pkgutil
-import pwd, resource, shutil, signal, socket, ssl, stat, struct, subprocess, sys, tempfile, threading, time, traceback
+import contextlib, ctypes, difflib, encodings.ascii, encodings.idna, fcntl, getpass, hashlib, importlib, io, json
+import logging, os, pkgutil, pwd, resource, shutil, signal, socket, ssl, stat, struct, subprocess, sys, tempfile
+import threading, time, traceback
 import psutil
 import forgather_control
 from forgather_control import deadline
