@@ -19,7 +19,7 @@ KILL_ENDED: Final = "ended"  #: It ended after SIGTERM.
 KILL_KILLED: Final = "killed"  #: It ended after SIGKILL only.
 KILL_GONE: Final = "gone"  #: It had ended before a signal was sent.
 KILL_ELSEWHERE: Final = "elsewhere"  #: It is on another host or in another PID namespace; nothing was sent.
-KILL_REFUSED: Final = "refused"  #: It belongs to another user, or is this very process; nothing was sent.
+KILL_REFUSED: Final = "refused"  #: It is another user's, hidden, or this very process; nothing was sent.
 KILL_STUCK: Final = "stuck"  #: It still exists after SIGKILL: it hangs in the kernel.
 KillOutcome = Literal["ended", "killed", "gone", "elsewhere", "refused", "stuck"]
 

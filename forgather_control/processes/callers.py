@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from . import proc
+
 
 def user_name(uid: int | None) -> str | None:
     """Return the name of a user id; ``None`` if the system has none for it."""
@@ -15,9 +17,10 @@ def user_name(uid: int | None) -> str | None:
 
 def program_name(pid: int | None) -> str | None:
     """Return the name of the program that a process runs; ``None`` if it is gone or may not be read."""
-    import psutil
-
+    psutil = proc.psutil()
+    if pid is None or psutil is None:
+        return None
     try:
-        return None if pid is None else str(psutil.Process(pid).name())[:100]
+        return str(psutil.Process(pid).name())[:100]
     except (psutil.Error, OSError, ValueError):
         return None

@@ -8,10 +8,12 @@ times move, but not their distance to the boot.
 
 import os
 import socket
+from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
 from .. import states
+from . import proc
 
 
 class Identity(NamedTuple):
@@ -28,9 +30,12 @@ class Identity(NamedTuple):
 
 def current_process() -> Identity:
     """Return the identity of this process."""
-    import psutil
-
-    started_at, booted_at = psutil.Process().create_time(), psutil.boot_time()
+    started_at = booted_at = None
+    if psutil := proc.psutil():
+        with suppress(
+            Exception
+        ):  # boundary: what psutil raises where files of /proc are hidden differs from one to the other
+            started_at, booted_at = psutil.Process().create_time(), psutil.boot_time()
     return Identity(socket.gethostname(), os.getpid(), started_at, booted_at, _boot_id(), _machine(), _pid_namespace())
 
 
@@ -79,21 +84,28 @@ def _differ(one: object, two: object) -> bool:
 
 
 def _runs(other: Identity) -> bool:
-    import psutil
-
+    """Return whether the process with this pid may be the one that is meant: False only on proof."""
+    psutil = proc.psutil()
+    if psutil is None:
+        return True
     try:
         process = psutil.Process(other.pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         started_at = process.create_time()
-    except psutil.NoSuchProcess:
+    except psutil.ZombieProcess:
         return False
-    except psutil.AccessDenied:
+    except psutil.NoSuchProcess:
+        # /proc hides it (hidepid, proc(5)), if not even its directory can be seen; that of a thread can.
+        return _exists(other.pid) and not os.path.exists(f"/proc/{other.pid}")
+    except (psutil.AccessDenied, OSError):
         return True
     if other.started_at is None:
         return True
     clock_was_set_by = 0.0 if other.booted_at is None else psutil.boot_time() - other.booted_at
-    return abs(started_at - clock_was_set_by - other.started_at) <= 2.0  # s: boot times are rounded to whole seconds
+    return bool(
+        abs(started_at - clock_was_set_by - other.started_at) <= 2.0
+    )  # s: boot times are rounded to whole seconds
 
 
 @cache

@@ -1,11 +1,13 @@
-"""Threads and their signals, as /proc shows them (proc(5)), and signals to one thread."""
+"""Whether /proc and psutil can be trusted; threads and their signals (proc(5)), and signals to one thread."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from contextlib import suppress
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 #: The first real-time signal that may be free: glibc keeps the first two, and other libraries begin at the next.
 FIRST_SIGNAL: Final = 42
@@ -16,6 +18,31 @@ _STATES: Final = {
     "R": "its main thread runs",
     "S": "its main thread sleeps",
 }
+
+
+def psutil() -> Any:
+    """Return the module psutil; ``None`` where it is missing, or would take other processes for those of these pids."""
+    if not _shows_own_pids(os.getpid()):
+        return None
+    try:
+        import psutil
+    except Exception:  # boundary: not installed, or it cannot be loaded on this system
+        return None
+    return psutil
+
+
+@cache
+def _shows_own_pids(pid: int) -> bool:
+    """Return whether /proc has the pids of this PID namespace; True where psutil does not read it."""
+    if sys.platform != "linux":
+        return True
+    try:
+        pids = field("/proc/self/status", "NSpid").split()  # in the namespace of /proc, and in those below it
+    except ValueError:  # Linux before 4.1
+        pids = [os.readlink("/proc/self")]
+    except OSError:
+        return False
+    return pids == [str(pid)]
 
 
 def field(path: str, name: str) -> str:

@@ -146,6 +146,8 @@ def dump_stacks(identity: Identity, fd: int, deadline: Deadline) -> str:
         FindError: it is on another host, belongs to another user, or has no stack dumper.
     """
     try:
+        if proc.psutil() is None:
+            raise ValueError("the files of its process cannot be seen from here")
         _check_running(identity)
         with _open(identity, fd) as file:
             if not lock_file(file, deadline):

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import states
 from ..deadline import Deadline
+from . import proc
 from .liveness import Identity, judge
 
 #: The ``psutil.Process`` of each process that still runs, and what became of each other one.
@@ -45,19 +46,18 @@ def terminate(
 
 def _acquire(identity: Identity, owner: int | None, outcomes: Outcomes) -> Any:
     """Return the ``psutil.Process`` if it may be ended; else record its outcome and return ``None``."""
-    import psutil
-
     process = uid = None
-    with contextlib.suppress(psutil.Error):  # it is gone, or its owner is hidden
-        # Before it is judged, so that the process that was judged is the one that is signalled.
-        process = psutil.Process(identity.pid)
-        uid = process.uids().real
+    if psutil := proc.psutil():
+        with contextlib.suppress(psutil.Error):  # it is gone, or hidden
+            # Before it is judged, so that the process that was judged is the one that is signalled.
+            process = psutil.Process(identity.pid)
+            uid = process.uids().real
     state = judge(identity)
     if state == states.PROCESS_ELSEWHERE:
         outcomes[identity] = states.KILL_ELSEWHERE
-    elif state == states.PROCESS_GONE or process is None:
+    elif state == states.PROCESS_GONE:
         outcomes[identity] = states.KILL_GONE
-    elif identity.pid == os.getpid() or owner not in (None, uid):
+    elif process is None or identity.pid == os.getpid() or owner not in (None, uid):
         outcomes[identity] = states.KILL_REFUSED
     else:
         return process
@@ -66,7 +66,7 @@ def _acquire(identity: Identity, owner: int | None, outcomes: Outcomes) -> Any:
 
 def _send(processes: Processes, signum: int, if_ended: states.KillOutcome, outcomes: Outcomes) -> Processes:
     """Send a signal; return the processes that it reached."""
-    import psutil
+    psutil = proc.psutil()
 
     for identity, process in processes.items():
         try:
@@ -94,7 +94,7 @@ def _wait(processes: Processes, seconds: float, if_ended: states.KillOutcome, ou
 
 def _has_ended(process: Any) -> bool:
     """Return whether a process has ended, reaped or not."""
-    import psutil
+    psutil = proc.psutil()
 
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from . import proc
+
 
 def process_stats() -> dict[str, Any]:
     """Return ``host pid rss_bytes cpu_percent device device_memory_bytes device_memory_reserved_bytes``.
@@ -52,12 +54,10 @@ def _of_torch(torch: Any) -> tuple[str, int | None, int | None]:
 
 
 def _rss_bytes(pid: int) -> int | None:
-    import psutil
-
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except (psutil.Error, OSError):  # /proc is not mounted or not readable, or no descriptors are left
-        return None
+    if psutil := proc.psutil():
+        with contextlib.suppress(psutil.Error, OSError):  # its file is not readable, or no descriptors are left
+            return int(psutil.Process(pid).memory_info().rss)
+    return None
 
 
 #: The clocks at the last call, by pid; replaced as a whole, because callers may be on several threads.

@@ -15,13 +15,14 @@ import sys
 import psutil
 import pytest
 
+from forgather_control import get_job_status
 from forgather_control.jobs import cleanup, job_lock, registry
 from forgather_control.jobs.directory import JobDirectory
 from forgather_control.jobs.job_lock import JobLock, is_held
 from forgather_control.jobs.record import read_record
 from forgather_control.processes import liveness
 
-from ..support.harness import SOON, Process, descriptors, job_process, needs, needs_root, running_loop, until
+from ..support.harness import JOB, SOON, Process, descriptors, job_process, needs, needs_root, running_loop, until
 from .test_registry import publish, states, stop
 
 #: Takes a lock in the directory of its first argument, does what its second one says, and prints "done".
@@ -291,3 +292,28 @@ def test_a_renamed_host(jobs_dir, monkeypatch):
         os.kill(job.pid, signal.SIGKILL)
         job.popen.wait(SOON)
         assert states(jobs_dir) == {"job": "dead"}
+
+
+@needs_root
+@needs("unshare")
+@pytest.mark.parametrize(
+    "options",
+    [["--mount", "sh", "-c", 'mount -t tmpfs none /proc; exec "$@"', "sh"], ["--pid", "--fork", "--kill-child"]],
+    ids=["none", "another namespace's"],
+)
+def test_a_job_without_a_proc_of_its_own(jobs_dir, options):
+    """It is controlled, its unknown figures are left out, one line says so, and its lock is its life."""
+    inside = ["unshare", *options, sys.executable, "-c", JOB, "job"]
+    with subprocess.Popen(inside, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            assert job.stdout.readline() == "ready\n"
+            record = read_record(str(jobs_dir), "job")
+            assert (record.process_started_at, record.booted_at) == (None, None)
+            status = get_job_status("job")
+            assert (status["pid"], status.get("rss_bytes")) == (record.pid, None)
+            assert registry.judge(record) == "silent"
+        finally:
+            job.kill()
+        said = job.stderr.read()
+    assert said.count("WARNING") == 1 and "The system does not tell when this process started" in said
+    until(lambda: registry.judge(record) == "dead")

@@ -18,10 +18,12 @@ def test_the_user_has_its_name():
     )
 
 
-def test_the_program_of_a_process():
+def test_the_program_of_a_process(monkeypatch):
     """The name of what it runs; none for a process that has gone, or that cannot be."""
     with Process("import sys; print('ready', flush=True); sys.stdin.readline()") as process:
         process.line()
         assert callers.program_name(process.pid).startswith("python")
     for gone in (process.pid, None, -1, 2**40):
         assert callers.program_name(gone) is None
+    monkeypatch.setattr("forgather_control.processes.proc.psutil", lambda: None)
+    assert callers.program_name(os.getpid()) is None

@@ -157,6 +157,42 @@ def test_a_real_other_host_name_is_elsewhere():
     assert judge(inside._replace(host=socket.gethostname())) == "gone", "control: it did run on this machine"
 
 
+NO_PROC = ["--mount", "sh", "-c", 'mount -t tmpfs none /proc; exec "$@"', "sh"]
+
+
+@needs_root
+@needs("unshare")
+@pytest.mark.parametrize("options", [NO_PROC, ["--pid", "--fork"]], ids=["none", "another namespace's"])
+def test_without_a_proc_of_its_own_an_identity_has_no_start(options):
+    """Where /proc is missing, or shows other processes under these pids, the start is unknown, never another's."""
+    inside = _in_namespace(*options)
+    assert (inside.started_at, inside.booted_at, inside.host) == (None, None, socket.gethostname())
+    assert judge(inside._replace(pid=os.getpid(), pid_namespace=None)) == "running"
+
+
+def test_without_psutil_only_a_free_pid_is_a_proof(child, monkeypatch):
+    """A process that exists may be the one: its start cannot be compared."""
+    other, identity = child
+    monkeypatch.setattr(liveness.proc, "psutil", lambda: None)
+    assert judge(identity) == judge(identity._replace(started_at=1.0)) == "running"
+    assert current_process().started_at is None
+    other.kill()
+    other.popen.wait(SOON)
+    assert judge(identity) == "gone"
+
+
+@pytest.mark.parametrize("directory", [False, True], ids=["hidden", "a thread's"])
+def test_a_process_that_proc_hides_is_not_gone(child, monkeypatch, directory):
+    """With hidepid psutil finds no process, but kill(2) does; where /proc has its directory it is a thread."""
+
+    def process(pid):
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(psutil, "Process", process)
+    monkeypatch.setattr(os.path, "exists", lambda path: directory)
+    assert judge(child[1]) == ("gone" if directory else "running")
+
+
 def test_an_identity_survives_json():
     """What is read is what was written, to the last digit: no rounding makes a job look dead."""
     me = current_process()

@@ -17,6 +17,46 @@ from ..support.harness import SOON, Process, until
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this /proc")
 
 
+@pytest.fixture
+def fresh():
+    """Nothing is known yet of /proc, and nothing of this test afterwards."""
+    proc._shows_own_pids.cache_clear()
+    yield
+    proc._shows_own_pids.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("pids", "link", "own"),
+    [("{me}", None, True), ("77\t{me}", None, False), ("77", None, False), (ValueError, "{me}", True)]
+    + [(ValueError, "77", False), (OSError, None, False), (PermissionError, None, False)],
+)
+def test_psutil_is_used_only_where_pids_mean_the_same(fresh, monkeypatch, pids, link, own):
+    """NSpid or, on an old kernel, the link /proc/self tells whose pids /proc shows."""
+
+    def field(path, name):
+        if isinstance(pids, str):
+            return pids.format(me=os.getpid())
+        raise pids
+
+    monkeypatch.setattr(proc, "field", field)
+    monkeypatch.setattr(os, "readlink", lambda path: str(link).format(me=os.getpid()))
+    assert (proc.psutil() is not None) == own
+
+
+def test_psutil_need_not_be_installed(monkeypatch):
+    """Without it there is none, and no error."""
+    assert proc.psutil() is not None
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert proc.psutil() is None
+
+
+def test_where_psutil_asks_the_kernel_no_proc_is_needed(fresh, monkeypatch):
+    """Not on Linux: there is no /proc to look at."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(proc, "field", lambda *_: pytest.fail("it looked"))
+    assert proc.psutil() is not None
+
+
 def test_fields_of_this_process():
     """A field is returned without its name; one that is not there is an error."""
     assert proc.field("/proc/self/status", "Pid") == str(os.getpid())

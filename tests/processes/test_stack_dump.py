@@ -435,3 +435,10 @@ def test_without_room_nothing_is_left_behind():
     """
     with Process(source) as other:
         assert [other.line() for _ in range(4)] == ["False None"] * 3 + ["False 1 0"], other.errors
+
+
+def test_where_pids_mean_other_processes_nothing_is_read(monkeypatch):
+    """Without a /proc of this PID namespace, the files of a pid would be another process's."""
+    monkeypatch.setattr("forgather_control.processes.proc.psutil", lambda: None)
+    with pytest.raises(FindError, match="cannot be seen from here"):
+        dump_stacks(current_process(), 3, Deadline(1.0))

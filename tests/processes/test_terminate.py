@@ -118,3 +118,12 @@ def _of_pid(pid):
         child.kill()
         child.wait(SOON)
     raise AssertionError(f"pid {pid} was not assigned again")
+
+
+def test_what_cannot_be_identified_is_spared(child, monkeypatch):
+    """Without psutil, or where /proc hides the process, no start can be compared, and no signal is sent."""
+    _, identity = child
+    with monkeypatch.context() as patch:
+        patch.setattr("forgather_control.processes.proc.psutil", lambda: None)
+        assert terminate([identity], 0.0) == [(identity, "refused")]
+    assert judge(identity) == "running" and terminate([identity], SOON) == [(identity, "ended")]

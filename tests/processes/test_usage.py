@@ -41,6 +41,13 @@ def test_the_figures_are_the_systems():
     assert found["rss_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
 
 
+def test_what_the_system_does_not_tell_is_none(monkeypatch):
+    """Without psutil, or a /proc of this PID namespace, memory is unknown, and the rest is there."""
+    monkeypatch.setattr("forgather_control.processes.proc.psutil", lambda: None)
+    found = process_stats()
+    assert (found["rss_bytes"], found["pid"]) == (None, os.getpid()) and found["cpu_percent"] >= 0
+
+
 def test_processor_time_is_that_since_the_last_call():
     """A second reading has what was used in between, on any thread."""
     process_stats()
