@@ -24,7 +24,7 @@ from ..wire import discovery, jsonrpc
 from ..wire.builtin import TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
-from . import limits
+from . import limits, metrics
 from .command_queue import CommandQueue
 from .rank_report import RankReporter
 from .run_state import RunState
@@ -47,6 +47,9 @@ class JobQueries:
     def __post_init__(self) -> None:
         #: Raises TooManyCommands where an answer that has to wait could not be kept; set by the server.
         self.check_capacity: Callable[[], None] = lambda: None
+        #: Has deferred answers polled again; set by the server.
+        self.wake: Callable[[], None] = lambda: None
+        self._devices = metrics.DeviceReader(lambda: self.wake())
         self._sink: ReplySink | None = None  # of the request that is being answered
         self._unavailable: dict[str, str] = {}  # why a method that ranks do not share is refused, by name
         self._status = jsonrpc.Encoded()
@@ -119,9 +122,22 @@ class JobQueries:
         known = {"job_id": self.state.job_id, "pid": os.getpid(), "protocol": PROTOCOL, "version": VERSION}
         return {**known, "time": time.time()}
 
-    def status(self) -> jsonrpc.Encoded:
-        """Return how far the job is: as text that is written once for each change, not once for each request."""
-        now, mark = time.monotonic(), self.mark()
+    def status(self) -> Any:
+        """Return how far the job is; deferred for a moment while metrics are read from a device."""
+        if not self._devices.known(self.state.metrics)[1]:
+            return self.host_status()
+        self._devices.read(self.state.metrics)
+        deadline = self._devices.began_at + limits.DEVICE_READ_TIMEOUT
+
+        def poll() -> Any:
+            missing = self._devices.known(self.state.metrics)[1]
+            return PENDING if missing and time.monotonic() < deadline else self.host_status()
+
+        return Deferred(poll, deadline) if (answer := poll()) is PENDING else answer
+
+    def host_status(self) -> jsonrpc.Encoded:
+        """Return how far the job is, from what is known without a device; written once for each change."""
+        now, mark = time.monotonic(), (self.mark(), self._devices.began_at)
         if mark != self._status_mark or now - self._status_at >= limits.STATUS_AGE:
             if now - self._stats_at >= limits.PROCESS_STATS_AGE:
                 self._stats = {name: value for name, value in usage.process_stats().items() if value is not None}
@@ -139,7 +155,10 @@ class JobQueries:
         records = self.queue.records()
         recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
         commands = [record.to_json() for record in records if not record.is_final or record in recent]
-        return {**self.state.report(), "world_size": self.group.size, "commands": commands}
+        values, missing = self._devices.known(self.state.metrics)
+        pending = {"pending_metrics": missing} if missing else {}
+        known = {"metrics": values, **pending, "world_size": self.group.size, "commands": commands}
+        return {**self.state.report(), **known}
 
     def authenticate(self, token: Any) -> dict[str, Any]:
         return self.ping()  # over TCP the token was checked before

@@ -35,7 +35,7 @@ class JobServer:
     def __post_init__(self) -> None:
         self._server = Server(self.queries.answer, self._tick, self._last_look)
         self.queries.check_capacity = self._server.check_room
-        self.wake = self._server.wake
+        self.wake = self.queries.wake = self._server.wake
         self._lock = threading.Lock()  # guards _directory against unpublish() during a tick
         self._directory: directory.JobDirectory | None = None
         self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
@@ -50,7 +50,7 @@ class JobServer:
         """
         self._directory = mine = self._claim()
         self._file_requests = FileRequestServer(
-            mine.path, self._server.dispatch, self.queries.status, self.queries.mark, self.queries.methods
+            mine.path, self._server.dispatch, self.queries.host_status, self.queries.mark, self.queries.methods
         )
         self._server.start()
         return mine.job_id

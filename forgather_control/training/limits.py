@@ -31,6 +31,9 @@ SPEED_SAMPLES: Final = 60
 #: Most characters of stacks in one reply, all ranks together; a thousand ranks then have two pages each.
 MAX_STACKS: Final = 4 << 20
 
+#: Seconds that an answer of ``status`` waits for values on a device.
+DEVICE_READ_TIMEOUT: Final = 0.5
+
 # Events...
 
 #: Events kept for subscribers that are slow or come late: of the rare kinds, and of progress and metrics.

@@ -2,15 +2,19 @@
 
 A logged value may be anything: a tensor on a device, a NumPy scalar, a list of a million numbers.
 ``hold`` runs on the training thread and must cost next to nothing, above all no synchronisation
-with a device; ``plain`` runs on the server thread, when a client has asked.
+with a device. Values on a device are read by a ``DeviceReader``, when a client has asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from .limits import MAX_NAMES, MAX_TEXT
+
+_MISSING: Final = object()
 
 
 def hold(logs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -27,6 +31,42 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def plain(held: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values as JSON values: numbers where they are numbers, else short texts."""
     return {name: _plain(value) for name, value in held.items()}
+
+
+class DeviceReader:
+    """Reads values from devices on a thread of its own, so that a device that hangs blocks no other thread.
+
+    Used on the server thread. There is at most one reading thread; what it has read is assigned whole.
+
+    Args:
+        on_read: called on the reading thread after it has read; must not block.
+    """
+
+    def __init__(self, on_read: Callable[[], None]) -> None:
+        self._on_read = on_read
+        self._read: dict[str, tuple[Any, Any]] = {}  # by name: the held value, and its JSON value
+        self._thread: threading.Thread | None = None
+        #: When the last reading began, in ``time.monotonic()`` seconds.
+        self.began_at = float("-inf")
+
+    def known(self, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the JSON values that are known, and the names of those that only a device knows."""
+        read = {name: (value, value if _is_small(value) else _MISSING) for name, value in held.items()}
+        read |= {name: pair for name, pair in self._read.items() if name in held and pair[0] is held[name]}
+        values = {name: _plain(value) for name, (_, value) in read.items() if value is not _MISSING}
+        return values, [name for name in read if name not in values]
+
+    def read(self, held: Mapping[str, Any]) -> None:
+        """Begin to read the values on devices, unless a reading is under way."""
+        if self._thread is None or not self._thread.is_alive():
+            self.began_at = time.monotonic()
+            self._thread = threading.Thread(target=self._run, args=(held,), name="forgather-devices", daemon=True)
+            self._thread.start()
+
+    def _run(self, held: Mapping[str, Any]) -> None:
+        self._read = {name: (value, _plain(value)) for name, value in held.items() if not _is_small(value)}
+        self._thread = None  # the next reading may begin before this thread has ended
+        self._on_read()
 
 
 def on_host(held: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +94,9 @@ def _light_object(value: Any) -> Any:
     if hasattr(value, "to_local"):  # a DTensor: its number may cost a collective
         return f"distributed tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
     if hasattr(value, "detach"):  # a tensor: not its graph, nothing larger than a number, and not what it is a view of
-        return value.detach().clone() if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
+        if value.numel() != 1:
+            return f"tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
+        return value.item() if value.device.type == "cpu" else value.detach().clone()
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         return value.item() if type(value).__module__ == "numpy" else value
     if isinstance(value, (list, tuple, dict)) and len(value) <= 16:

@@ -33,7 +33,7 @@ class RunState:
         #: What training is doing: starting, training, evaluating or saving.
         self.phase: states.TrainingStatus = states.STATUS_STARTING
         self._published: states.TrainingStatus = states.STATUS_STARTING
-        self._metrics: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self._logged = 0
 
     def note(self, phase: states.TrainingStatus | None = None, ending: bool = False) -> None:
@@ -52,7 +52,7 @@ class RunState:
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Never a collective, never a synchronisation with a device."""
-        self._metrics = metrics.merge(self._metrics, metrics.hold(logs))
+        self.metrics = metrics.merge(self.metrics, metrics.hold(logs))
         self._logged += 1
 
     def mark(self) -> object:
@@ -60,12 +60,11 @@ class RunState:
         return self.progress.step, self.status, self._logged
 
     def report(self) -> dict[str, Any]:
-        """Return the part of ``status`` that is about training. Logged names are in ``metrics``, apart from ours."""
+        """Return the part of ``status`` that is about training, without the metrics."""
         return {
             "job_id": self.job_id,
             "status": self.status,
             **self.progress.report(),
-            "metrics": metrics.plain(self._metrics),
             "started_at": self.started_at,
         }
 
@@ -74,7 +73,7 @@ class RunState:
         step = progress["global_step"]
         names = ("epoch", "max_steps", "progress", "steps_per_second", "eta_seconds")
         facts = {"step": step, **{name: progress[name] for name in names}}
-        values = metrics.on_host(self._metrics)
+        values = metrics.on_host(self.metrics)
         return {
             states.EVENT_PROGRESS: (step, facts),
             states.EVENT_METRICS: (self._logged, {"step": step, "metrics": values}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method
 
-from ..support.harness import Wire, running_loop, until
+from ..support.harness import SOON, Wire, running_loop, until
 
 
 class Loop(RequestedActions):
@@ -194,7 +195,7 @@ class Facts:
         return {"rss": self.asked, "device": None}
 
     def read(self):
-        return json.loads(self.queries.status())
+        return json.loads(self.queries.host_status())
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def facts(monkeypatch):
 
 def test_it_is_written_once_a_change(facts):
     """A thousand requests between two steps cost one writing; the next step shows at once."""
-    texts = {facts.queries.status() for _ in range(1000)}
+    texts = {facts.queries.host_status() for _ in range(1000)}
     assert len(texts) == 1 and facts.told == facts.asked == 1
     facts.step = 1
     assert facts.read()["step"] == 1
@@ -251,3 +252,49 @@ def test_what_is_logged_shows_at_once(jobs_dir):
         for value in range(50):
             run.job.log(mine=value)
             assert job.call("status")["metrics"]["mine"] == value
+
+
+class Device:
+    """A logged value on a device, which answers when the test lets it."""
+
+    def __init__(self):
+        self.answers, self.threads = threading.Event(), []
+
+    def item(self):
+        """As a tensor's: reads from the device."""
+        self.threads.append(threading.current_thread().name)
+        self.answers.wait(SOON)
+        return 2.5
+
+
+def test_a_device_is_read_only_when_a_client_asks_and_never_on_the_server_thread(jobs_dir):
+    """Ticks and events do not touch it; status reads it on a thread of its own."""
+    value = Device()
+    value.answers.set()
+    with running_loop() as run:
+        run.job.log(mine=value, other=1)
+        run.job._controller._server._file_requests.tick()
+        until((jobs_dir / "job" / "status.json").exists)
+        assert value.threads == []
+        with connect("job") as job:
+            assert job.call("status")["metrics"].items() >= {"mine": 2.5, "other": 1}.items()
+            assert job.call("status")["metrics"]["mine"] == 2.5
+    assert value.threads == ["forgather-devices"]
+
+
+def test_a_hanging_device_silences_nobody(jobs_dir):
+    """While it hangs, status answers with what is known and names the rest; other requests are answered at once."""
+    value = Device()
+    with running_loop() as run, connect("job") as job, connect("job") as other:
+        run.job.log(mine=value, other=1)
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(job.call("status")))
+        thread.start()
+        until(lambda: value.threads)
+        assert other.call("ping")["pid"] == os.getpid() and other.call("ranks")[0]["state"] == "answering"
+        thread.join(SOON)
+        assert answers[0]["metrics"]["other"] == 1 and answers[0]["pending_metrics"] == ["mine"]
+        assert other.call("status")["pending_metrics"] == ["mine"], "it is not read twice while it hangs"
+        value.answers.set()
+        until(lambda: other.call("status")["metrics"].get("mine") == 2.5)
+    assert value.threads == ["forgather-devices"]
