@@ -13,27 +13,24 @@ from . import signals
 
 @dataclass(frozen=True)
 class ControlOptions:
-    """How a training run can be controlled, as given to a callback or a ``TrainingJob``.
+    """How a training run can be controlled, the same on every rank.
 
     Args:
-        job_id: the name of the job for clients: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a dot or dash.
-            ``None`` generates one.
-        port: a TCP port to open beside the Unix socket, for clients on other hosts: a number, 0 for any free port,
-            ``"auto"`` for the first free one from 8900, ``None`` for no port. Clients must send the token that is in
-            ``endpoint.json``.
+        job_id: the name of the job: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a dot or dash; ``None``
+            generates one.
+        port: a TCP port beside the Unix socket, for clients on other hosts, which must send the token in
+            ``endpoint.json``: a number, 0 for any free one, ``"auto"`` for the first free one from 8900.
         host: the address to bind the port to; with ``"0.0.0.0"`` other hosts can connect.
         enabled: ``False`` switches control off.
         poll_steps: with several ranks, check for commands in a small collective every so many steps. ``None`` checks
             without collectives where the store of ``torch.distributed`` can carry commands, else at every logging
             step (``logging_steps``, ``log_every_n_steps``, or 50 in a plain loop).
-        signals: the command to run for each signal, such as ``{"SIGTERM": "save_and_stop", "SIGUSR1":
-            "save_checkpoint"}``. A signal to one rank runs its command on all ranks. Handlers that the script
-            installed before are still called; Lightning's own for SIGTERM is not, as it ends training with an error.
+        signals: the command for each signal, such as ``{"SIGTERM": "save_and_stop"}``. A signal to one rank runs its
+            command on all. Handlers that the script installed before are still called; Lightning's own for SIGTERM
+            is not, as it ends training with an error.
         fresh_seconds: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old.
         certfile: a PEM file with a certificate, to use TLS on the port.
         keyfile: a PEM file with its private key, unless ``certfile`` contains it.
-
-    With several ranks every rank passes the same options.
 
     Raises:
         BadJobId: the job id has the wrong form.

@@ -3,10 +3,9 @@
 ``install`` and the handlers run on the main thread, the only one in which Python runs signal handlers; ``restore`` may
 run on any.
 
-torchrun ends its workers with SIGTERM, and 30 s later with SIGKILL
-(``torch/distributed/elastic/multiprocessing/api.py``, ``_close``). SLURM sends SIGTERM to all steps at the time limit
-or on ``scancel``, and SIGKILL after KillWait, 30 s by default; with ``sbatch --signal=USR1@60`` it sends SIGUSR1 a
-minute before the limit (sbatch(1)).
+torchrun ends its workers with SIGTERM, and 30 s later with SIGKILL (torch/distributed/elastic/multiprocessing/api.py,
+``_close``). SLURM sends SIGTERM to all steps at the time limit or on ``scancel``, and SIGKILL after KillWait, 30 s by
+default; with ``sbatch --signal=USR1@60`` it sends SIGUSR1 a minute before the limit (sbatch(1)).
 
 A Python handler runs between any two bytecodes of the main thread, whatever locks that holds. So the handlers here
 take no lock: they do not log, and call only what is documented to be reentrant, such as ``queue.SimpleQueue.put``.
@@ -22,6 +21,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Final
 
@@ -59,23 +60,20 @@ class Signals:
         if self.commands and threading.current_thread() is not threading.main_thread():
             name = ascii(threading.current_thread().name)[:80]
             raise Unsupported(f"Signals run no commands: training runs in thread {name}, not in the main thread")
-        try:
-            for number, command in self.commands.items():
-                self._install(number, command, call)
-        except (OSError, ValueError) as err:  # a subinterpreter has no signals either
-            self.restore()
-            raise Unsupported(f"Signals run no commands: {err}") from err
-
-    def _install(self, number: signal.Signals, command: str, call: Callable[[str], object]) -> None:
-        earlier = signal.getsignal(number)
-        if earlier is None or (not callable(earlier) and _has_handler(number)):
-            # It could be neither called nor restored: signal.signal knows only Python handlers.
-            log.warning("%s does not run %s: a handler that is not Python's is installed", number.name, command)
-            return
-        handler = _Handler(number, command, call, earlier)
-        self._handlers.append(handler)
-        _active.add(handler)
-        signal.signal(number, handler)
+        for number, command in self.commands.items():
+            earlier = signal.getsignal(number)
+            if earlier is None or (not callable(earlier) and _has_handler(number)):
+                # It could be neither called nor restored: signal.signal knows only Python handlers.
+                log.warning("%s does not run %s: a handler that is not Python's is installed", number.name, command)
+                continue
+            handler = _Handler(number, command, call, earlier)
+            self._handlers.append(handler)
+            _active.add(handler)
+            try:
+                signal.signal(number, handler)
+            except (OSError, ValueError) as err:  # a subinterpreter has no signals either
+                self.restore()
+                raise Unsupported(f"Signals run no commands: {err}") from err
 
     def restore(self) -> None:
         """Restore the earlier handlers and stop calling ``call``.
@@ -90,88 +88,70 @@ class Signals:
                 log.warning("%s now has a handler that is not Python's; the earlier one was not restored", name)
 
 
+@dataclass(eq=False)
 class _Handler:
-    """Handler of one signal, from one ``install`` to the end of the process.
+    """Handler of one signal, from one ``install`` to the end of the process."""
 
-    Args:
-        earlier: the signal's handler before.
-    """
-
-    def __init__(self, number: signal.Signals, command: str, call: Callable[[str], object], earlier: Any) -> None:
-        self.number = number
-        self._command, self._earlier = command, earlier
-        self._call: Callable[[str], object] | None = call
+    number: signal.Signals
+    command: str
+    call: Callable[[str], object] | None  #: ``None`` once it is retired
+    earlier: Any  #: the signal's handler before
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        call = self._call
-        if call is None:
-            self._pass_on(number, frame)
+        call = self.call
+        if call is not None:
+            try:
+                call(self.command)
+            except Exception:  # boundary: logging might wait for a lock that the interrupted training holds
+                pass
+            # Python's own handler of SIGINT counts as the default action.
+            if callable(self.earlier) and self.earlier is not signal.default_int_handler:
+                self.earlier(number, frame)
             return
-        try:
-            call(self._command)
-        except Exception:  # boundary: logging might wait for a lock that the interrupted training holds
-            pass
-        # Python's own handler of SIGINT counts as the default action.
-        if callable(self._earlier) and self._earlier is not signal.default_int_handler:
-            self._earlier(number, frame)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Handle the signal as if this handler had not been installed."""
+        # Handle the signal as if this handler had not been installed.
         was_current = signal.getsignal(number) is self
         self.retire()
-        if callable(self._earlier):
-            self._earlier(number, frame)
-        elif was_current and self._earlier == signal.SIG_DFL:
+        if callable(self.earlier):
+            self.earlier(number, frame)
+        elif was_current and self.earlier == signal.SIG_DFL:
             signal.raise_signal(number)
 
     def retire(self) -> bool:
         """Stop running commands; restore the earlier handler if possible, else (a C handler came) return False."""
-        self._call = None
+        self.call = None
         _active.discard(self)
         current: object = signal.getsignal(self.number)
         if current is self:
-            try:
-                signal.signal(self.number, self._earlier)
-            except ValueError:
-                pass  # not on the main thread: the next call restores it
+            with suppress(ValueError):  # not on the main thread: the next call restores it
+                signal.signal(self.number, self.earlier)
         return current is not None
 
 
-def parse(wanted: Mapping[str | signal.Signals, str]) -> dict[signal.Signals, str]:
-    """Return the commands by signal.
+def parse(wanted: Any) -> dict[signal.Signals, str]:
+    """Return the commands by signal; raise InvalidParams if a signal or a command cannot be used.
 
     Args:
         wanted: commands by signal, the signal by its name or as a member of ``signal.Signals``.
-
-    Raises:
-        InvalidParams: a signal or a command does not exist or cannot be used here.
     """
-    if not isinstance(wanted, Mapping):
-        raise _invalid(f"signals must map signals to commands, not {ascii(wanted)[:80]}")
+
+    def demand(fits: bool, problem: str) -> None:
+        if not fits:
+            raise InvalidParams(problem, parameter="signals")
+
+    demand(isinstance(wanted, Mapping), f"signals must map signals to commands, not {ascii(wanted)[:80]}")
     known = [method.name for method in builtin.BUILTIN.values() if method.is_command]
     commands: dict[signal.Signals, str] = {}
-    for name, command in wanted.items():
-        number = _signal(name)
-        if number in commands:
-            raise _invalid(f"signals names {number.name} twice")
-        if command not in known:
-            what = f"{ascii(command)[:80]} is not a command that a signal can run"
-            raise _invalid(f"{what}; use one of {', '.join(known)}")
+    for given, command in wanted.items():
+        number: Any = given if isinstance(given, signal.Signals) else signal.Signals.__members__.get(given)
+        hint = "use a name such as SIGTERM or SIGUSR1"
+        demand(number is not None, f"{ascii(given)[:80]} is not a signal of this system; {hint}")
+        name = number.name
+        demand(name not in _NEVER, f"{name} cannot run a command: no process survives it; use SIGTERM or SIGUSR1")
+        demand(number not in commands, f"signals names {name} twice")
+        hint = f"use one of {', '.join(known)}"
+        demand(command in known, f"{ascii(command)[:80]} is not a command that a signal can run; {hint}")
         commands[number] = command
     return commands
-
-
-def _signal(name: Any) -> signal.Signals:
-    found = name if isinstance(name, signal.Signals) else signal.Signals.__members__.get(name)
-    if found is None:
-        raise _invalid(f"{ascii(name)[:80]} is not a signal of this system; use a name such as SIGTERM or SIGUSR1")
-    if found.name in _NEVER:
-        raise _invalid(f"{found.name} cannot run a command: no process survives it; use SIGTERM or SIGUSR1")
-    return found
-
-
-def _invalid(text: str) -> InvalidParams:
-    return InvalidParams(text, parameter="signals")
 
 
 def _has_handler(number: int) -> bool:
