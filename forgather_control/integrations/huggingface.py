@@ -43,9 +43,7 @@ class TrainerControlCallback(Adapter):
     name = "TrainerControlCallback"
 
     def _reset(self) -> None:
-        self._stopping = False
-        self._asked_to_save = False
-        self._owed_evaluation = False
+        self._stopping = self._asked_to_save = self._owed_evaluation = False
         self._late = False  # commands of this step are applied after its scheduled save
         self._period: int | None = None  # steps after which the trainer saves, whatever the flags
         # The steps of the last evaluation, of the last save, and of the last save on request.
@@ -54,9 +52,8 @@ class TrainerControlCallback(Adapter):
         self._forced_at: int | None = None
         self._evaluation = facts.ExtraEvaluation()
         self._best: str | None = None  # of the state of an aborted run, which must load and delete nothing
-        # In an aborted run: the trainer's control object, and the one that it gets instead.
-        self._own_control: Any = None
-        self._locked_control: Any = None
+        self._own_control: Any = None  # of the trainer, in an aborted run
+        self._locked_control: Any = None  # which it gets instead
 
     # Hooks.
 
@@ -67,7 +64,8 @@ class TrainerControlCallback(Adapter):
             control = self._own_control
         if self._stopping or self._requested.abort:  # Forgather never clears these flags
             control.should_training_stop = False
-            facts.set_abort(control, False)
+            if facts.is_forgather(control):
+                control.should_abort_without_save = False
         trainer = facts.find_trainer(self)
         self._open(
             state.global_step,
@@ -92,17 +90,14 @@ class TrainerControlCallback(Adapter):
     @controlled
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Apply the pending commands and set the flags that they need."""
-        run = self._run
-        if state.global_step == run.last_step:
+        if state.global_step == self._run.last_step:
             return None
         self._late = self._period is not None and state.global_step - self._saved_at >= self._period
-        if self._late:
-            run.beat(state.global_step, state.epoch)
-        else:
-            self._apply(state)
+        finish = self._run.beat if self._late else self._run.step
+        finish(state.global_step, state.epoch)
         self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
-            run.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
+            self._run.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
         return self._locked_control
 
     @controlled
@@ -233,8 +228,7 @@ class TrainerControlCallback(Adapter):
     def _not_twice(self, args: Any, state: Any, control: Any) -> None:
         """Do not repeat at the end of an epoch what its last step has just done on request.
 
-        A second evaluation without a step between would count against early stopping; a second save
-        would be one too many at the step where training was stopped.
+        A second evaluation would count against early stopping; a second save would be one too many after a stop.
         """
         saved = self._saved_at == state.global_step
         ends = self._stopping and saved
@@ -249,10 +243,10 @@ class TrainerControlCallback(Adapter):
     def _abort(self, state: Any, control: Any) -> None:
         control.should_training_stop = control.should_epoch_stop = True
         control.should_save = control.should_evaluate = control.should_log = False
-        facts.set_abort(control, True)
+        if facts.is_forgather(control):
+            control.should_abort_without_save = True
         if self._locked_control is None:
             self._own_control, self._locked_control = control, facts.locked(control)
         # Without a best checkpoint none is loaded at the end, nor any other deleted in its favour.
-        best = getattr(state, "best_model_checkpoint", None)
-        if best is not None:
-            self._best, state.best_model_checkpoint = best, None
+        if getattr(state, "best_model_checkpoint", None) is not None:
+            self._best, state.best_model_checkpoint = state.best_model_checkpoint, None

@@ -9,19 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 from . import random_state
 
-#: What the trainer's state holds about its best evaluation.
-_BEST: Final = ("best_metric", "best_global_step", "best_model_checkpoint")
-
 
 def find_trainer(callback: Any) -> Any:
-    """Return the trainer that is calling a hook of ``callback``; ``None`` if there is none.
+    """Return the trainer that is calling a hook of ``callback``, from the calling frames; ``None`` if there is none.
 
-    Hooks are not passed their trainer, which alone tells whether there are data for an evaluation (the
-    ``eval_dataloader`` that they are passed exists only after one): so it is looked for in the calling frames.
+    Only the trainer tells whether there are data for an evaluation: the ``eval_dataloader`` that Hugging Face passes to
+    hooks exists only after one.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -34,12 +31,7 @@ def find_trainer(callback: Any) -> Any:
 
 
 def no_evaluation(args: Any, trainer: Any, eval_dataloader: Any) -> str | None:
-    """Return why this trainer cannot evaluate on request; ``None`` if it can.
-
-    Args:
-        trainer: Hugging Face's, if known.
-        eval_dataloader: what Forgather's trainers pass to their hooks.
-    """
+    """Return why this trainer cannot evaluate on request; ``None`` if it can (Forgather passes its data)."""
     can = word(getattr(args, "eval_strategy", "no")) != "no" or eval_dataloader is not None
     if can or getattr(trainer, "eval_dataset", None) is not None:
         return None
@@ -49,8 +41,7 @@ def no_evaluation(args: Any, trainer: Any, eval_dataloader: Any) -> str | None:
 def evaluation_counter(state: Any, trainer: Any, lr_scheduler: Any) -> str | None:
     """Return the name of what counts evaluations, so that an extra one would change training; ``None`` if nothing does.
 
-    That is a scheduler that steps by metrics, and every callback whose state is saved with the checkpoints, such as
-    EarlyStoppingCallback.
+    That is a scheduler that steps by metrics, or a callback whose state checkpoints hold (EarlyStoppingCallback).
     """
     scheduler = type(lr_scheduler).__name__
     if scheduler in ("ReduceLROnPlateau", "GreedyLR"):
@@ -63,10 +54,7 @@ def evaluation_counter(state: Any, trainer: Any, lr_scheduler: Any) -> str | Non
 
 
 def checkpoint_path(output_dir: str, state: Any, control: Any) -> str | None:
-    """Return the absolute path of the checkpoint directory of this step; ``None`` if there is none.
-
-    If it is not where this trainer saves, the newest directory of that name counts.
-    """
+    """Return the absolute path of this step's checkpoint: where this trainer saves, else the newest of that name."""
     place = "checkpoints" if is_forgather(control) else ""
     if getattr(state, "is_hyper_param_search", False):  # the name of a trial may hold slashes
         place = glob.escape(getattr(state, "trial_name", None) or "") or "*"
@@ -100,12 +88,6 @@ def is_forgather(control: Any) -> bool:
     return hasattr(control, "should_abort_without_save")
 
 
-def set_abort(control: Any, value: bool) -> None:
-    """Set the flag for an abort, which Forgather has."""
-    if is_forgather(control):
-        control.should_abort_without_save = value
-
-
 def word(strategy: Any) -> str:
     """Return a strategy, which may be an enum of strings, as a string."""
     return str(getattr(strategy, "value", strategy)).lower()
@@ -131,17 +113,14 @@ def locked(control: Any) -> Any:
 
 
 class ExtraEvaluation:
-    """Has the trainer evaluate, at a step at which none is scheduled, without a trace in training.
-
-    Attributes:
-        metrics: of the evaluations since ``settle``, scheduled ones, too.
-    """
+    """Evaluation without a trace in training, at a step at which none is scheduled."""
 
     def __init__(self) -> None:
         # Set the random states of before the evaluation, and of after it.
         self._restore_random: Callable[[], None] | None = None
         self._evaluated_random: Callable[[], None] | None = None
         self._best: dict[str, Any] = {}
+        #: Of the evaluations since ``settle``, scheduled ones, too.
         self.metrics: dict[str, Any] = {}
 
     def request(self, control: Any) -> None:
@@ -153,8 +132,7 @@ class ExtraEvaluation:
     def evaluated(self, args: Any, state: Any, metrics: Mapping[str, Any], hide_best: bool) -> None:
         """Restore the random states, after each of the data sets that the trainer evaluates on.
 
-        Args:
-            hide_best: this evaluation must not become the best one, as no checkpoint is saved for it.
+        ``hide_best``: this evaluation must not become the best one, as no checkpoint is saved for it.
         """
         self.metrics.update(metrics)
         if self._restore_random is None:
@@ -162,7 +140,8 @@ class ExtraEvaluation:
         self._evaluated_random = random_state.capture()
         self._restore_random()
         if hide_best and not self._best:
-            self._best = {name: getattr(state, name) for name in _BEST if hasattr(state, name)}
+            names = ("best_metric", "best_global_step", "best_model_checkpoint")
+            self._best = {name: getattr(state, name) for name in names if hasattr(state, name)}
             if word(args.save_strategy) == "best":  # a new best metric would be saved
                 state.best_metric = math.inf if args.greater_is_better else -math.inf
 

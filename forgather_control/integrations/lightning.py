@@ -26,7 +26,6 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +49,12 @@ def _callback_class() -> Any:
         except ImportError as err:
             problems.append(str(err))
 
-    def missing(cls: type, *args: Any, **kwargs: Any) -> Any:
-        why = "; ".join(problems)
-        raise ImportError(f"{cls.__name__} needs Lightning ({why}). Install lightning or pytorch-lightning.")
+    class Missing:
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            why = "; ".join(problems)
+            raise ImportError(f"{cls.__name__} needs Lightning ({why}). Install lightning or pytorch-lightning.")
 
-    return type("Missing", (), {"__new__": missing})
+    return Missing
 
 
 def __getattr__(name: str) -> Any:
@@ -144,6 +144,9 @@ class LightningHooks(Adapter):
         self._run.phase = states.STATUS_TRAINING
         self._show(trainer)
 
+    #: Log the last metrics. The job stays until ModelCheckpoint has saved its last checkpoint.
+    on_train_end = on_validation_end
+
     @guarded
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Note that the metrics of the epoch will follow."""
@@ -153,11 +156,6 @@ class LightningHooks(Adapter):
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
         """Note that the trainer saves."""
         self._run.phase = states.STATUS_SAVING
-
-    @controlled
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Log the last metrics. The job stays until ModelCheckpoint has saved its last checkpoint."""
-        self._show(trainer)
 
     @guarded
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
@@ -185,7 +183,8 @@ class LightningHooks(Adapter):
             self._silence(trainer, module)
             return
         # "auto" does not evaluate before a save: Lightning has no load_best_model_at_end.
-        evaluated = (requested.evaluate or requested.evaluate_first is True) and self._evaluate(trainer)
+        first = requested.evaluate_first is True and requested.no_evaluation is None
+        evaluated = (requested.evaluate or first) and self._evaluate(trainer)
         if requested.save:
             self._save(trainer, evaluated)
 
@@ -215,14 +214,11 @@ class LightningHooks(Adapter):
 
     def _evaluate(self, trainer: Any) -> bool:
         """Validate now, and report it if a command asked for it; return whether that worked."""
-        requested = self._requested
-        if requested.no_evaluation is not None:
-            return False
         try:
-            found = lightning_trainer.validate(trainer, requested.counted)
+            found = lightning_trainer.validate(trainer, self._requested.counted)
         except Exception as err:  # boundary: the user's validation_step
             log.warning("A requested validation failed: %s", err, exc_info=True)
-            requested.evaluated()
+            self._requested.evaluated()
             self._run.evaluation_failed(f"the validation failed: {type(err).__name__}: {err}")
             return False
         finally:
@@ -260,8 +256,10 @@ class LightningHooks(Adapter):
         self._run.save_failed(reason)
 
     def _show(self, trainer: Any) -> None:
+        """Log the metrics; ``callback_metrics`` would compute them again, and may read the device."""
         self._fresh = False
-        self._run.log(_metrics(trainer))
+        held = getattr(trainer._logger_connector, "_callback_metrics", None)
+        self._run.log(trainer.callback_metrics if held is None else held)
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
@@ -284,12 +282,6 @@ def _max_steps(trainer: Any, module: Any) -> int | None:
         return int(steps) if 0 < steps < math.inf else None
     except Exception:  # boundary: some schedules cannot be estimated, and raise
         return None
-
-
-def _metrics(trainer: Any) -> Mapping[str, Any]:
-    """Return what was logged last. ``callback_metrics`` would compute it again, and may read the device."""
-    held = getattr(getattr(trainer, "_logger_connector", None), "_callback_metrics", None)
-    return held if isinstance(held, dict) else trainer.callback_metrics
 
 
 if TYPE_CHECKING:

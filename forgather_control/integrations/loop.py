@@ -34,18 +34,15 @@ class TrainingJob(Adapter):
         if not job.aborted:
             save_final_model()
 
-    No method raises into the loop, and all of them run on the training thread.
+    No method raises into the loop, and all of them run on the training thread. With several ranks every rank creates
+    its own ``TrainingJob`` after ``init_process_group``, and calls ``step`` for every step. If only rank 0 saves, only
+    rank 0 calls ``saved``; if every rank writes a shard, every rank calls it, and the checkpoint counts once all have.
 
     Args:
         max_steps: the step at which the loop will end, if known, for progress and time left.
         start_step: the steps that are done already, in a loop that was resumed.
 
-    All other arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks
-    them.
-
-    With several ranks every rank creates its own ``TrainingJob`` with the same arguments after
-    ``init_process_group``, and calls ``step`` for every step. If only rank 0 saves, only rank 0 calls ``saved``;
-    if every rank writes a shard, every rank calls it, and the checkpoint counts once all have.
+    All others are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
     """
 
     def __init__(
@@ -88,11 +85,9 @@ class TrainingJob(Adapter):
 
     @guarded
     def step(self, step: int, epoch: float | None = None) -> None:
-        """Report a finished step, and apply commands. Every rank calls it after every optimizer step.
+        """Report a finished step, by its number from 1, and apply commands. Every rank, after every optimizer step.
 
-        Args:
-            step: its number, counted from 1.
-            epoch: how many passes over the data are finished, if known.
+        ``epoch``: how many passes over the data are finished, if known.
         """
         self._steps += 1
         run, requested = self._controller, self._requested
@@ -156,10 +151,9 @@ class TrainingJob(Adapter):
 
     @controlled
     def saved(self, path: str | os.PathLike[str]) -> None:
-        """Report a complete checkpoint, requested or not.
+        """Report a complete checkpoint, requested or not, by its file or directory.
 
-        Args:
-            path: its file or directory. If it does not exist, the command that requested the checkpoint fails.
+        If that does not exist, the command that requested the checkpoint fails.
         """
         run = self._run
         run.phase = states.STATUS_TRAINING

@@ -32,7 +32,10 @@ def guarded(method: Hook) -> Hook:
             return method(self, *args, **kwargs)
         except Exception:  # boundary: nothing raises into the training loop
             log.exception("Control is off for this run because of an error in it. Training continues.")
-            self._give_up()
+            try:
+                self._close("control failed in the job", "control failed there, and training continues")
+            except Exception:  # boundary: the last one
+                log.exception("The control server could not be closed.")
             return None
 
     return cast(Hook, call)
@@ -70,7 +73,6 @@ class Adapter:
         options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
         self._options, self._signals = options, Signals(signals or {})
         self._controller: Controller | None = None
-        self._finalizer: Any = None
         self._requested = RequestedActions()
         self._reset()
 
@@ -121,7 +123,7 @@ class Adapter:
         except ControlError as err:
             log.warning("%s", err)
         # Also runs at the interpreter's exit, so that clients of a job that died of an exception are answered.
-        self._finalizer = weakref.finalize(self, controller.orphan, "training ended by an exception")
+        self._finalizer: Any = weakref.finalize(self, controller.orphan, "training ended by an exception")
         if controller.is_main:
             log.info("Control this job with: forgather-control status %s", controller.job_id)
 
@@ -145,11 +147,4 @@ class Adapter:
         controller, self._controller = self._controller, None
         if controller is not None:
             self._finalizer.detach()
-            self._finalizer = None
             controller.close(reason, fault)
-
-    def _give_up(self) -> None:
-        try:
-            self._close("control failed in the job", "control failed there, and training continues")
-        except Exception:  # boundary: the last one
-            log.exception("The control server could not be closed.")

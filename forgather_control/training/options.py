@@ -15,37 +15,29 @@ from . import signals
 class ControlOptions:
     """How a training run can be controlled, the same on every rank.
 
-    Args:
-        job_id: the name of the job: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a dot or dash; ``None``
-            generates one.
-        port: a TCP port beside the Unix socket, for clients on other hosts, which must send the token in
-            ``endpoint.json``: a number, 0 for any free one, ``"auto"`` for the first free one from 8900.
-        host: the address to bind the port to; with ``"0.0.0.0"`` other hosts can connect.
-        enabled: ``False`` switches control off.
-        poll_steps: with several ranks, check for commands in a small collective every so many steps. ``None`` checks
-            without collectives where the store of ``torch.distributed`` can carry commands, else at every logging
-            step (``logging_steps``, ``log_every_n_steps``, or 50 in a plain loop).
-        signals: the command for each signal, such as ``{"SIGTERM": "save_and_stop"}``. A signal to one rank runs its
-            command on all. Handlers that the script installed before are still called; Lightning's own for SIGTERM
-            is not, as it ends training with an error.
-        fresh_seconds: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old.
-        certfile: a PEM file with a certificate, to use TLS on the port.
-        keyfile: a PEM file with its private key, unless ``certfile`` contains it.
-
     Raises:
         BadJobId: the job id has the wrong form.
         InvalidParams: another option has an impossible value. Files and ports are not tried before training starts.
     """
 
+    #: The name of the job: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a dot or dash; ``None`` generates one.
     job_id: str | None = None
+    #: A TCP port beside the Unix socket, for clients on other hosts, which must send the token in ``endpoint.json``: a
+    #: number, 0 for any free one, ``"auto"`` for the first free one from 8900.
     port: int | str | None = None
-    host: str = "127.0.0.1"
-    enabled: bool = True
+    host: str = "127.0.0.1"  #: the address to bind the port to; with ``"0.0.0.0"`` other hosts can connect
+    enabled: bool = True  #: ``False`` switches control off
+    #: With several ranks, check for commands in a small collective every so many steps. ``None`` checks without
+    #: collectives where the store of ``torch.distributed`` can carry commands, else at every logging step
+    #: (``logging_steps``, ``log_every_n_steps``, or 50 in a plain loop).
     poll_steps: int | None = None
+    #: The command for each signal, such as ``{"SIGTERM": "save_and_stop"}``. A signal to one rank runs its command on
+    #: all. Handlers that the script installed before are still called; Lightning's own for SIGTERM is not, as it ends
+    #: training with an error.
     signals: Mapping[Any, str] | None = None
-    fresh_seconds: float = 0.0
-    certfile: str | None = None
-    keyfile: str | None = None
+    fresh_seconds: float = 0.0  #: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old
+    certfile: str | None = None  #: a PEM file with a certificate, to use TLS on the port
+    keyfile: str | None = None  #: a PEM file with its private key, unless ``certfile`` contains it
 
     def __post_init__(self) -> None:
         if self.job_id is not None:
