@@ -23,7 +23,7 @@ from ..wire.builtin import TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import Outcome, ScheduledCommand
 from .command_queue import CommandQueue
-from .run_state import RunState
+from .progress import RunState
 
 log = logging.getLogger("forgather_control")
 

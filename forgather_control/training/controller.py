@@ -41,8 +41,8 @@ from .events import EventLog
 from .job_queries import JobQueries
 from .job_server import JobServer
 from .options import ControlOptions
+from .progress import RunState
 from .rank_report import RankReporter
-from .run_state import RunState
 
 log = logging.getLogger("forgather_control")
 

@@ -26,8 +26,8 @@ from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
 from . import limits, metrics
 from .command_queue import CommandQueue
+from .progress import RunState
 from .rank_report import RankReporter
-from .run_state import RunState
 
 #: The members of a job's record that ``list_jobs`` answers.
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")

@@ -8,7 +8,7 @@ from forgather_control.errors import CommandRefused, JobEnding
 from forgather_control.training.command_queue import CommandQueue
 from forgather_control.training.command_tracker import CommandTracker
 from forgather_control.training.loop_actions import RequestedActions
-from forgather_control.training.run_state import RunState
+from forgather_control.training.progress import RunState
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method, MethodTable
 from forgather_control.wire.records import ScheduledCommand
