@@ -107,12 +107,9 @@ class RunState:
         return {**known, **self.progress.report()}
 
     def _sample(self) -> dict[str, tuple[object, dict[str, Any]]]:
-        progress = self.progress.report()
-        step = progress["global_step"]
-        names = ("epoch", "max_steps", "progress", "steps_per_second", "eta_seconds")
-        facts = {"step": step, **{name: progress[name] for name in names}}
-        values = metrics.on_host(self.metrics)
+        figures = self.progress.report()
+        step, _ = figures.pop("global_step"), figures.pop("seconds_since_step")
         return {
-            states.EVENT_PROGRESS: (step, facts),
-            states.EVENT_METRICS: (self._logged, {"step": step, "metrics": values}),
+            states.EVENT_PROGRESS: (step, {"step": step, **figures}),
+            states.EVENT_METRICS: (self._logged, {"step": step, "metrics": metrics.on_host(self._metrics)}),
         }
