@@ -103,13 +103,12 @@ class RunState:
 
     def report(self) -> dict[str, Any]:
         """Return the part of ``status`` that is about training, without the metrics."""
-        known = {"job_id": self.job_id, "status": self.status, "started_at": self.started_at}
-        return {**known, **self.progress.report()}
+        return {"job_id": self.job_id, "status": self.status, **self.progress.report(), "started_at": self.started_at}
 
     def _sample(self) -> dict[str, tuple[object, dict[str, Any]]]:
         figures = self.progress.report()
         step, _ = figures.pop("global_step"), figures.pop("seconds_since_step")
         return {
             states.EVENT_PROGRESS: (step, {"step": step, **figures}),
-            states.EVENT_METRICS: (self._logged, {"step": step, "metrics": metrics.on_host(self._metrics)}),
+            states.EVENT_METRICS: (self._logged, {"step": step, "metrics": metrics.on_host(self.metrics)}),
         }

@@ -94,14 +94,14 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "the oldest events are lost, and counted in `lost`",
     ): (
         "server.test_connection.test_a_slow_reader_is_given_no_more_than_it_reads",
-        "training.test_events.test_a_slow_subscriber_is_told_how_many_it_lost",
+        "training.test_events.test_a_slow_subscriber_learns_how_many_it_lost",
     ),
     (
         "events kept for replay; `progress` and `metrics`",
         f"{training_limits.MAX_EVENTS:,}; {training_limits.MAX_SAMPLE_EVENTS}",
         "the oldest are dropped",
     ): (
-        "training.test_events.test_a_late_subscriber_is_told_how_many_it_lost",
+        "training.test_events.test_a_late_subscriber_learns_how_many_it_lost",
         "training.test_events.test_samples_do_not_push_rare_events_out",
     ),
     (

@@ -1,4 +1,4 @@
-"""Applied commands: each ends as its row of the table says, once all ranks did their part."""
+"""Applied commands: each ends as its row of the table declares, once all ranks have done their part."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_command_may_be_finished_when_it_is_applied():
 
 
 def test_a_command_may_combine_the_values_of_all_ranks():
-    """The declaration says how the result is made."""
+    """The declaration has the function that makes the result."""
     rank = Rank(0, 0.0, method("user.all", "applied", run=lambda loop: 1, combine=lambda values: {"values": values}))
     rank.apply("user.all", outcomes={1: {"user.all": {"value": 2}}})
     assert rank.record("user.all").result == {"values": {0: 1, 1: 2}}
@@ -207,7 +207,7 @@ def test_training_that_raised_fails_what_waited_for_it(command):
     rank = Rank()
     rank.apply(command)
     rank.tracker.close_reports("training ended by ValueError")
-    assert rank.record(command).state == "applied", "that all ranks applied it is told first"
+    assert rank.record(command).state == "applied", "that all ranks applied it is recorded first"
     rank.group.all_report()
     rank.tracker.end(1, "training ended by ValueError")
     record = rank.record(command)

@@ -148,7 +148,7 @@ def test_requests_in_the_last_moment_are_answered(job, jobs_dir):
 
 
 def test_an_idle_client_does_not_delay_the_end(job, jobs_dir):
-    """200 connections that say nothing, one that reads nothing: the end of training takes no longer."""
+    """200 connections that send nothing, and one that reads nothing, do not delay the end of training."""
     clients = [Wire(jobs_dir / "job" / "control.sock") for _ in range(200)]
     clients[0].send(b'{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n' * 200)
     begin = time.monotonic()
@@ -177,7 +177,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
 
 @pytest.mark.once
 def test_an_id_that_was_taken_over_is_left_to_the_other(jobs_dir, caplog):
-    """Deleted here, claimed there: the first job says so once, and takes nothing away at its end."""
+    """The first job logs once that its id is taken, and removes nothing when it ends."""
     with running_loop():
         shutil.rmtree(jobs_dir / "job")
         source = """

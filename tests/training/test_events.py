@@ -72,7 +72,7 @@ def test_only_the_kinds_that_were_asked_for():
     assert [event["step"] for event in found] == [0, 1, 2] and not any("lost" in event for event in found)
 
 
-def test_a_slow_subscriber_is_told_how_many_it_lost():
+def test_a_slow_subscriber_learns_how_many_it_lost():
     """The oldest events go; the next one that is sent has their number, once."""
     log = EventLog()
     subscriber = log.subscribe(0, None)
@@ -83,7 +83,7 @@ def test_a_slow_subscriber_is_told_how_many_it_lost():
     assert len(found) == limits.MAX_EVENTS and not any("lost" in event for event in found[1:])
 
 
-def test_a_late_subscriber_is_told_how_many_it_lost():
+def test_a_late_subscriber_learns_how_many_it_lost():
     """So is a client that comes back with the number of its last event."""
     log = EventLog()
     for number in range(limits.MAX_EVENTS + 7):

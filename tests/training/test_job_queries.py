@@ -144,7 +144,7 @@ def test_every_answer_validates(job, wire, method):
 
 
 def test_list_jobs_on_the_wire_needs_no_other_job_to_answer(job, wire, jobs_dir):
-    """It judges by processes, says "live" of itself alone, and shows no secrets."""
+    """It judges by processes, calls itself alone live, and shows no secrets."""
     (jobs_dir / "far").mkdir()
     record = {"job_id": "far", "host": "elsewhere", "port": 1, "pid": 1, "started_at": 1.0, "token": "secret"}
     (jobs_dir / "far" / "endpoint.json").write_text(json.dumps(record))
@@ -166,7 +166,7 @@ def test_no_word_of_a_fault_goes_over_the_wire(job, wire, monkeypatch, caplog):
 
 
 def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_dir):
-    """The record under our id says another pid: only its process is judged."""
+    """The record under our id has another pid: only its process is judged."""
     record = json.loads((jobs_dir / "job" / "endpoint.json").read_text())
     (jobs_dir / "job" / "endpoint.json").write_text(json.dumps({**record, "pid": 1, "process_started_at": None}))
     assert [found["state"] for found in wire.call("list_jobs")["result"]] == ["running"]
@@ -176,10 +176,10 @@ def test_a_name_that_is_another_process_now_is_not_called_live(job, wire, jobs_d
 
 
 class Facts:
-    """What is told, counted."""
+    """Counts how often the answer is built and the figures are read."""
 
     def __init__(self, monkeypatch):
-        self.at, self.step, self.told, self.asked = 1000.0, 0, 0, 0
+        self.at, self.step, self.built, self.asked = 1000.0, 0, 0, 0
         monkeypatch.setattr(job_queries, "time", SimpleNamespace(monotonic=lambda: self.at))
         self.queries = job_queries.JobQueries(*[None] * 6)
         monkeypatch.setattr(job_queries.usage, "process_stats", self.figures)
@@ -187,7 +187,7 @@ class Facts:
         monkeypatch.setattr(self.queries, "mark", lambda: self.step)
 
     def tell(self):
-        self.told += 1
+        self.built += 1
         return {"step": self.step, "at": self.at}
 
     def figures(self):
@@ -206,10 +206,10 @@ def facts(monkeypatch):
 def test_it_is_written_once_a_change(facts):
     """A thousand requests between two steps cost one writing; the next step shows at once."""
     texts = {facts.queries.host_status() for _ in range(1000)}
-    assert len(texts) == 1 and facts.told == facts.asked == 1
+    assert len(texts) == 1 and facts.built == facts.asked == 1
     facts.step = 1
     assert facts.read()["step"] == 1
-    assert facts.told == 2
+    assert facts.built == 2
 
 
 def test_time_is_a_change(facts):
@@ -231,16 +231,16 @@ def test_figures_are_asked_for_seldom(facts):
     assert facts.read()["rss"] == 2
 
 
-def test_a_change_while_it_is_written_is_told_next(facts):
-    """The mark is read before the facts: what changes in between is told again, not missed."""
+def test_a_change_while_it_is_written_shows_next(facts):
+    """The mark is read before the facts, so that a change in between is built again, not missed."""
     tell = facts.tell
 
-    def told():
+    def changing():
         found = tell()
         facts.step = 7
         return found
 
-    facts.queries._build_status = told
+    facts.queries._build_status = changing
     assert facts.read()["step"] == 0
     assert facts.read()["step"] == 7
 

@@ -79,7 +79,7 @@ def test_value_that_fails(value):
 
 
 def test_reading_is_left_to_the_asker():
-    """On the training thread nothing is read from a device: ``item`` and ``repr`` wait until somebody asks."""
+    """On the training thread nothing is read from a device: ``item`` and ``repr`` are called when a client asks."""
     asked = []
 
     class OnDevice:

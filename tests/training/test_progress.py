@@ -182,7 +182,7 @@ def phases(state):
 
 
 def test_each_change_of_the_word_is_one_event(state):
-    """The same phase again is none; stopping and the end are told, too."""
+    """The same phase again is none; stopping is one, too."""
     for phase in ("training", "training", "saving", "training", "training"):
         state.note(phase)
     state.note(ending=True)

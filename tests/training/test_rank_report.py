@@ -1,4 +1,4 @@
-"""The reporter: what ranks say of themselves, in one row each, whoever does not answer."""
+"""The reporter: one row for each rank, also for those that do not answer."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def reporter():
 
 
 def test_one_rank_answers_at_once(reporter):
-    """Nobody else has to be waited for."""
+    """There is no other rank to wait for."""
     (row,) = reporter.ask(Ranks(reporter, "silent"), "ranks", 5.0)
     assert row.keys() == ROW and (row["rank"], row["state"], row["step"]) == (0, "answering", 5)
     assert row["pid"] == os.getpid() and row["rss_bytes"] > 1 << 20 and row["seconds_since_step"] < SOON
 
 
 def test_the_answer_waits_for_the_others_and_no_longer(reporter):
-    """For those that can answer: who has ended, or was never there, is not waited for."""
+    """It does not wait for ranks that have ended or never joined."""
     group = Ranks(reporter, "silent", "silent", "ended", "absent")
     later = reporter.ask(group, "ranks", SOON)
     assert isinstance(later, Deferred) and later.poll() is PENDING
@@ -74,7 +74,7 @@ def test_the_answer_waits_for_the_others_and_no_longer(reporter):
 
 
 def test_who_is_late_is_silent(reporter):
-    """The deadline names him, with what is known of him, and holds up nobody else."""
+    """At the deadline its row has what is known of it, and the other ranks' rows are complete."""
     group = Ranks(reporter, "silent", "silent")
     later = reporter.ask(group, "stacks", 20 * MS)
     rows = until(lambda: (answer := later.poll()) is not PENDING and answer)
@@ -105,7 +105,7 @@ def test_a_rank_that_cannot_tell_says_nothing(reporter, monkeypatch, caplog):
     assert reporter.answer("ranks") == {} and "ZeroDivisionError" in caplog.text
 
 
-def test_the_roster_names_all_who_are_there(reporter, tmp_path):
+def test_the_file_has_the_process_of_each_rank(reporter, tmp_path):
     """Each rank's process as it said it, in order."""
     me = {**current_process()._asdict(), "stack_fd": 7}
     reporter.all_joined({1: {**me, "pid": 4711}, 0: me})
@@ -117,7 +117,7 @@ def test_the_roster_names_all_who_are_there(reporter, tmp_path):
     assert ranks[0].identity == current_process()
 
 
-def test_a_roster_that_cannot_be_written_is_one_warning(reporter, tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_one_warning(reporter, tmp_path, caplog):
     """Training has no use for it."""
     reporter.all_joined({0: current_process()._asdict()})
     reporter.write(str(tmp_path / "nowhere"))
@@ -125,7 +125,7 @@ def test_a_roster_that_cannot_be_written_is_one_warning(reporter, tmp_path, capl
     assert rank_processes.RANKS_FILE in warning.getMessage()
 
 
-def test_a_running_job_leaves_its_roster_and_takes_it_away(jobs_dir):
+def test_a_running_job_has_the_file_until_it_ends(jobs_dir):
     """As soon as it can be found, and whenever its directory is restored."""
     with running_loop("job"):
         path = jobs_dir / "job" / rank_processes.RANKS_FILE

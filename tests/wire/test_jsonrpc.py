@@ -45,7 +45,7 @@ def answer(request, sink):
     if request.method == "get_data":
         return ["hello", 5]
     if request.method in ("update", "foobar_notification", "notify_hello", "notify_sum"):
-        raise InvalidParams("whatever a notification does, nobody hears of it")
+        raise InvalidParams("a notification gets no answer, whatever it does")
     if request.method == "fail":
         raise ZeroDivisionError("secret")
     raise MethodNotFound("no such method")
@@ -473,7 +473,7 @@ def test_error_object():
     ids=lambda line: ascii(line[:24]),
 )  # fmt: skip
 def test_line_that_is_no_reply(line):
-    """Whoever answers like this is no job of ours; the client says so in one error."""
+    """A peer that answers like this is no job of ours, and the client raises one error."""
     with pytest.raises(InternalError):
         jsonrpc.parse_reply(line)
 
@@ -488,7 +488,7 @@ def test_deepest_reply():
 
 
 def test_notification_between_replies():
-    """An event is told from a response by its method and its missing id; it is no reply to anything."""
+    """An event differs from a response by its method and its missing id; it is no reply."""
     line = b'{"jsonrpc":"2.0","method":"event","params":{"seq":1}}\n'
     assert jsonrpc.parse_incoming(line) == jsonrpc.Notification("event", {"seq": 1})
     assert jsonrpc.parse_incoming(encode(success(1, 7))) == jsonrpc.Reply(7, 1, None)
@@ -500,7 +500,7 @@ def test_notification_between_replies():
 
 @pytest.mark.parametrize("result", [None, False, 0, "", [], {}, {"error": 1}])
 def test_empty_results_are_results(result):
-    """A success is told by its member, not by its value."""
+    """A success is recognised by its member, not by its value."""
     reply = jsonrpc.parse_reply(encode(success(result, 1)))
     assert (reply.result, reply.error) == (result, None)
 

@@ -84,7 +84,7 @@ def test_unknown_name(name):
 
 @every_method
 def test_unknown_parameter_is_refused(name):
-    """A misspelt parameter is an error that says what there is, before any effect."""
+    """A misspelt parameter is an error that lists the parameters, before any effect."""
     error = refusal(name, {"tiemout\x1b": 3})
     assert error.data == {"expected": [param.name for param in BUILTIN[name].params]}
     assert "'tiemout\\x1b'" in error.message
@@ -148,7 +148,7 @@ def test_wrong_value(name, param, value):
 @pytest.mark.parametrize("name", ["ranks", "stacks"])
 @pytest.mark.parametrize("value", [None, *WRONG["timeout"], 600.1], ids=ascii)
 def test_wrong_patience(name, value):
-    """A query that asks all ranks cannot be told to wait for ever: a slot of the server waits with it."""
+    """A query to all ranks cannot wait for ever: it keeps a slot of the server busy."""
     error = refusal(name, {"timeout": value})
     assert error.data == {"parameter": "timeout"} and error.message.startswith("timeout must be a number of seconds")
 

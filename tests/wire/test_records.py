@@ -58,18 +58,18 @@ def test_record_crosses_the_wire():
      {**RECORD.to_json(), "params": None}, {**RECORD.to_json(), "requested_by": "me"}],
 )  # fmt: skip
 def test_what_is_no_record(value):
-    """A peer that answers like this is no job of ours; the client says so in one error."""
+    """A peer that answers like this is no job of ours, and the client raises one error."""
     with pytest.raises(InternalError, match="no command record"):
         CommandRecord.from_json(value)
 
 
-def test_an_error_without_a_message_is_told():
-    """What became of a command is said, though the other side does not say why."""
+def test_an_error_without_a_message_is_shown():
+    """A failed command without a reason is still shown as failed."""
     assert CommandRecord.from_json({**RECORD.to_json(), "state": "failed", "error": {"code": 1}}).trouble
 
 
 def test_what_became_of_a_command_in_one_sentence():
-    """A failed command says why, a cancelled one that it had no effect; the others are no trouble."""
+    """A failed command names its reason, a cancelled one that it was not applied; the others are no trouble."""
     failed = RECORD._replace(state="failed", error={"code": -32002, "message": "no space left"})
     assert failed.trouble == "abort failed: no space left"
     assert RECORD._replace(state="cancelled").trouble == "abort was cancelled before it was applied"

@@ -58,7 +58,7 @@ def test_text_that_does_not_print_is_refused(value):
     ],
 )
 def test_the_expectation_in_words(schema, words):
-    """A refusal says what was expected."""
+    """A refusal names what was expected."""
     assert schemas.expected(schema) == words
 
 
