@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> int:
     """Run one verb and return its exit code (``forgather-control VERB ...``)."""
-    terminal.open_streams()
+    if sys.stdout is None:  # closed (``>&-``), which asks to print nowhere
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     args = parser.parse(sys.argv[1:] if argv is None else argv, prog)
     try:
         return _VERBS.get(args.verb, _call)(args)
@@ -53,12 +55,11 @@ def forgather(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["control"]:
         return main(words[1:], prog="forgather control")
-    from importlib.util import find_spec
+    from importlib import import_module, util
 
-    if find_spec("forgather") is None:
-        return complain("only 'forgather control' is installed here, not Forgather itself", USAGE)
-    from importlib import import_module
-
+    if util.find_spec("forgather") is None:
+        text = "Forgather itself is not installed here, only its control. Usage: forgather control [OPTIONS] VERB ..."
+        return complain(text, USAGE)
     return int(import_module("forgather.cli").main() or 0)
 
 
@@ -100,32 +101,26 @@ def _command(args: argparse.Namespace) -> int:
         raise Refusal("--kill-after ends processes of this host, so it cannot be combined with --connect", USAGE)
     where = _target(args)
     if args.method == "abort" and not args.force:
-        where = _confirmed_abort(args, where, kill_after)
+        if where.record is None:  # ask about the one job that is meant, and abort no other one
+            with Client(where) as job:
+                args.job = job.job_id
+            where = _target(args)
+        by_force = "" if kill_after is None else f" Its processes on this host are killed after {kill_after:g} s."
+        terminal.confirm("abort", f"abort {where.name}? Progress since its last checkpoint is lost.{by_force}")
     if kill_after is not None and where.record is not None:
         return _abort_or_kill(args, where.record, kill_after)
     with Client(where) as job:
         return _report(args, job.name, job.give(args.method, **args.params))
 
 
-def _confirmed_abort(args: argparse.Namespace, where: Target, kill_after: float | None) -> Target:
-    """Ask about the one job that is meant, and return a target that means no other one."""
-    if where.record is None:
-        with Client(where) as job:
-            args.job = job.job_id
-        where = _target(args)
-    by_force = "" if kill_after is None else f" Its processes on this host are killed after {kill_after:g} s."
-    terminal.confirm("abort", f"abort {where.name}? Progress since its last checkpoint is lost.{by_force}")
-    return where
-
-
 def _report(args: argparse.Namespace, job: str, record: Any) -> int:
     trouble = CommandRecord.from_json(record).trouble
-    if trouble is not None:
-        if args.json:
-            print_json(record)
-        return complain(f"{job}: {trouble}", REFUSED)
-    print_answer(args.json, record, output.outcome, job, record)
-    return DONE
+    if trouble is None:
+        print_answer(args.json, record, output.outcome, job, record)
+        return DONE
+    if args.json:
+        print_json(record)
+    return complain(f"{job}: {trouble}", REFUSED)
 
 
 def _abort_or_kill(args: argparse.Namespace, record: JobRecord, kill_after: float) -> int:
@@ -133,12 +128,10 @@ def _abort_or_kill(args: argparse.Namespace, record: JobRecord, kill_after: floa
 
     end = recovery.abort(record, kill_after)
     if end.problem is None:
-        return _report(args, record.job_id, end.record or {})
+        return _report(args, record.job_id, end.record)
     complain(str(end.problem))
-    if args.json:
-        print_json({"error": jsonrpc.error_object(end.problem), "processes": end.outcomes})
-    else:
-        print_text(output.process_outcomes(end.outcomes))
+    told = {"error": jsonrpc.error_object(end.problem), "processes": end.outcomes}
+    print_answer(args.json, told, output.process_outcomes, end.outcomes)
     if end.missing:
         complain(f"{end.missing} more of its processes are not recorded, and were left alone")
     outcomes = {process["outcome"] for process in end.outcomes}
@@ -202,45 +195,37 @@ def _dial(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    if args.ssh is not None or args.remote is not None:
-        return _list_elsewhere(args)
-    found, left_out = registry.discover(jobs_dir(), LIST_TIMEOUT)
-    if args.json:
-        print_json([job.to_json() for job in found])
-    else:
-        _print_jobs(found, f"in {jobs_dir()}")
-    for name, why in left_out.items():
-        complain(f"left out {name}: {why}")
-    return DONE
-
-
-def _list_elsewhere(args: argparse.Namespace) -> int:
-    """List the jobs of another host, over ssh or as a job there lists them."""
+    """List the jobs of this host, or of another one: over ssh, or as a job there lists them."""
     complaints: list[str] = []
     if args.ssh is not None:
         from ..client import ssh
 
         rows, complaints = ssh.list_jobs(args.ssh, CALL_TIMEOUT)
-    else:
+        found, place = _jobs(rows), f"on {args.ssh}"
+    elif args.remote is not None:
         with Client(target.resolve(at=args.remote, token=args.token)) as job:
             rows = job.call("list_jobs")
-    if not isinstance(rows, list):
-        raise InternalError("the other side sent no list of jobs")
-    found = [registry.Job.from_json(row) for row in rows]
+        found, place = _jobs(rows), ""
+    else:
+        root = jobs_dir()
+        (found, left_out), place = registry.discover(root, LIST_TIMEOUT), f"in {root}"
+        rows = [job.to_json() for job in found] if args.json else []
+        complaints = [f"left out {name}: {why}" for name, why in left_out.items()]
     if args.json:
         print_json(rows)
+    elif place and not found:
+        print_text(f"no jobs {output.safe(place)}")
     else:
-        _print_jobs(found, args.ssh and f"on {args.ssh}")
+        print_text(output.job_table(found, terminal.has_colour()))
     for line in complaints:
         complain(line)
     return DONE
 
 
-def _print_jobs(found: list[registry.Job], place: str | None) -> None:
-    if found or place is None:
-        print_text(output.job_table(found, terminal.has_colour()))
-    else:
-        print_text(f"no jobs {output.safe(place)}")
+def _jobs(rows: Any) -> list[registry.Job]:
+    if not isinstance(rows, list):
+        raise InternalError("the other side sent no list of jobs")
+    return [registry.Job.from_json(row) for row in rows]
 
 
 def _cleanup(args: argparse.Namespace) -> int:
@@ -253,10 +238,8 @@ def _cleanup(args: argparse.Namespace) -> int:
         what = f"{len(dead)} dead jobs" if len(dead) > 1 else "this dead job"
         terminal.confirm("cleanup", f"remove what {what} left?")
     removed = api.cleanup(dead)
-    if args.json:
-        print_json({"removed": removed})
-    else:
-        print_text(f"removed {len(removed)} of {len(dead)}" if dead else "nothing to clean up")
+    text = f"removed {len(removed)} of {len(dead)}" if dead else "nothing to clean up"
+    print_answer(args.json, {"removed": removed}, str, text)
     return DONE
 
 

@@ -1,10 +1,7 @@
 """The options of the command line: what each one reads, and how a method's parameter becomes an option."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Final
 
 from ..errors import ControlError
@@ -24,23 +21,23 @@ _MAX_TOKEN: Final = 4096
 def _host(text: str) -> str:
     from ..client.ssh import check_host
 
-    return str(_valid(check_host, text))
+    return _valid(check_host, text)
 
 
 def _address(text: str) -> str:
-    _valid(addresses.parse, text)
-    return text
+    return _valid(addresses.parse, text)
 
 
 def _port(text: str) -> str:
     return _address(text if "://" in text else f"tcp://{text}")
 
 
-def _valid(check: Callable[[str], Any], text: str) -> Any:
+def _valid(check: Callable[[str], Any], text: str) -> str:
     try:
-        return check(text)
+        check(text)
     except ControlError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
+    return text
 
 
 def _first_line(path: str) -> str:
@@ -56,22 +53,18 @@ def _first_line(path: str) -> str:
 
 def _reader(param: methods.Param) -> Callable[[str], Any]:
     """Return the function that turns a word into a parameter's value."""
-    is_number = bool({"number", "integer"} & _kinds(param))
+    kinds = param.schema.get("type", ())
     words = {_word(choice): choice for choice in param.schema.get("enum", ())}
     expected = " or ".join(words) or schemas.expected(param.schema).removesuffix(", or null")
 
     def value(text: str) -> Any:
         try:
+            is_number = "number" in kinds or "integer" in kinds
             return schemas.check(param.schema, float(text) if is_number else words.get(text, text))
         except ValueError as err:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from err
 
     return value
-
-
-def _kinds(param: methods.Param) -> set[str]:
-    kinds = param.schema.get("type", [])
-    return {*kinds} if isinstance(kinds, list) else {kinds}
 
 
 def _word(choice: Any) -> str:
@@ -113,12 +106,11 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@cache
-def value_options() -> frozenset[str]:
+def with_values() -> set[str]:
     """Return the options that are followed by a value."""
-    verbs = [method for method in BUILTIN.values() if method.verb is not None]
-    derived = {_option(param) for method in verbs for param in own_params(method) if not _is_flag(param)}
-    return frozenset(derived | {name for name, rules in _OPTIONS.items() if "action" not in rules})
+    params = [param for method in BUILTIN.values() if method.verb is not None for param in own_params(method)]
+    derived = {_option(param) for param in params if not _is_flag(param)}
+    return derived | {name for name, rules in _OPTIONS.items() if "action" not in rules}
 
 
 def _option(param: methods.Param) -> str:
@@ -126,7 +118,7 @@ def _option(param: methods.Param) -> str:
 
 
 def _is_flag(param: methods.Param) -> bool:
-    return _kinds(param) == {"boolean"}
+    return bool(param.schema.get("type") == "boolean")
 
 
 def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from .. import states
@@ -23,9 +24,6 @@ _COLOURS: Final = {
     states.JOB_FOREIGN: "36",
     states.RANK_ENDED: "36",
 }
-_BAR: Final = 32
-#: Ranks that a sentence names one by one.
-_NAMED: Final = 8
 _KILL_OUTCOMES: Final = {
     states.KILL_ENDED: "ended after SIGTERM",
     states.KILL_KILLED: "killed (SIGKILL)",
@@ -33,6 +31,40 @@ _KILL_OUTCOMES: Final = {
     states.KILL_ELSEWHERE: "not reached: it runs on another host",
     states.KILL_REFUSED: "not ended: it belongs to another user",
     states.KILL_STUCK: "killed, and still there: it waits in the kernel",
+}
+
+_Columns = dict[str, Callable[[Any], Any]]
+#: The columns of ``list``: what each shows of a job; ``None`` is a dash.
+_JOB_COLUMNS: Final[_Columns] = {
+    "STATE": lambda job: job.state,
+    "JOB": lambda job: job.job_id,
+    "HOST": lambda job: job.host,
+    "PORT": lambda job: job.port,
+    "PID": lambda job: job.pid,
+    "STARTED": lambda job: moment(job.started_at),
+    "STEP": lambda job: _step(job.status or {}),
+}
+#: The columns of ``commands``, from a command's record.
+_COMMAND_COLUMNS: Final[_Columns] = {
+    "ID": lambda record: record["command_id"],
+    "COMMAND": lambda record: record["command"],
+    "STATE": lambda record: record["state"],
+    "STEP": lambda record: record.get("applied_at_step"),
+    "REQUESTED": lambda record: moment(record.get("requested_at")),
+    "BY": lambda record: _requester(record.get("requested_by") or {}),
+    "NOTE": lambda record: _note(record) or record.get("reason") or "",
+}
+#: The columns of ``ranks``, from an object of the job's answer.
+_RANK_COLUMNS: Final[_Columns] = {
+    "RANK": lambda row: row["rank"],
+    "HOST": lambda row: row.get("host"),
+    "PID": lambda row: row.get("pid"),
+    "STATE": lambda row: row.get("state"),
+    "STEP": lambda row: row.get("step"),
+    "BEHIND": lambda row: row["behind"] or None,
+    "LAST STEP": lambda row: _since(row.get("seconds_since_step")),
+    "MEMORY": lambda row: mebibytes(row.get("rss_bytes")),
+    "DEVICE": lambda row: _device(row.get("device"), row.get("device_memory_bytes")),
 }
 
 
@@ -47,51 +79,46 @@ def safe_lines(value: object) -> str:
     return "\n".join(safe(line) for line in str(value).split("\n"))
 
 
-def _columns(head: tuple[str, ...], rows: list[tuple[str, ...]], coloured: int | None) -> str:
-    """Align cells in columns; the words in the column ``coloured`` get the colours of states."""
-    widths = [max(map(len, cells)) for cells in zip(head, *rows)]
-    lines = []
-    for row in [head, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        if coloured is not None and row[coloured] in _COLOURS:
-            cells[coloured] = f"\x1b[{_COLOURS[row[coloured]]}m{cells[coloured]}\x1b[0m"
-        lines.append("  ".join(cells).rstrip())
+def _cell(value: Any) -> str:
+    return "-" if value is None else safe(value)
+
+
+def _table(columns: _Columns, rows: Sequence[Any], colour: bool) -> str:
+    """Align cells in columns; ``colour``: those in the column STATE get their colours."""
+    cells = [list(columns), *([_cell(show(row)) for show in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    state, lines = [*columns].index("STATE"), []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        if colour and row[state] in _COLOURS:
+            padded[state] = f"\x1b[{_COLOURS[row[state]]}m{padded[state]}\x1b[0m"
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 
-# A table of jobs...
+# Jobs...
 
 
 def job_table(found: list[Job], colour: bool) -> str:
-    """Show jobs in aligned columns: state, id, host, port, pid, start, step."""
-    head = ("STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP")
-    return _columns(head, [_row(job) for job in found], 0 if colour else None)
+    """Show jobs in aligned columns."""
+    return _table(_JOB_COLUMNS, found, colour)
 
 
-def _row(job: Job) -> tuple[str, ...]:
-    status = job.status or {}
+def _step(status: dict[str, Any]) -> Any:
     step, end = status.get("global_step"), status.get("max_steps")
-    return (
-        job.state,
-        safe(job.job_id),
-        safe(job.host),
-        "-" if job.port is None else str(job.port),
-        str(job.pid),
-        moment(job.started_at),
-        "-" if step is None else safe(step if end is None else f"{step}/{end}"),
-    )
-
-
-# One job's status...
+    return step if step is None or end is None else f"{step}/{end}"
 
 
 def status_screen(status: dict[str, Any], unicode: bool) -> str:
     """Show how far the job is, on a few lines."""
-    head = f"{safe(status['job_id'])}  {safe(status['status'])}"
-    lines = [head, _progress_line(status, unicode), _speed_line(status)]
-    lines.append(_pairs(status.get("metrics") or {}))
-    lines += [_command_line(record) for record in status.get("commands") or []]
-    lines.append(_process_line(status))
+    lines = [
+        f"{safe(status['job_id'])}  {safe(status['status'])}",
+        _progress_line(status, unicode),
+        _speed_line(status),
+        _pairs(status.get("metrics") or {}),
+        *(_command_line(record) for record in status.get("commands") or []),
+        _process_line(status),
+    ]
     return "\n".join(line for line in lines if line)
 
 
@@ -100,25 +127,38 @@ def _progress_line(status: dict[str, Any], unicode: bool) -> str:
     if end is None or progress is None:
         return f"step {safe(step)}"
     full, empty = ("█", "░") if unicode else ("#", ".")
-    done = max(0, min(_BAR, int(progress * _BAR)))
-    return f"[{full * done}{empty * (_BAR - done)}] {100 * progress:5.1f} %  step {safe(step)} of {safe(end)}"
+    done = max(0, min(32, int(progress * 32)))
+    return f"[{full * done}{empty * (32 - done)}] {100 * progress:5.1f} %  step {safe(step)} of {safe(end)}"
 
 
 def _speed_line(status: dict[str, Any]) -> str:
-    speed, left, since = (status.get(name) for name in ("steps_per_second", "eta_seconds", "seconds_since_step"))
-    parts = [
-        f"epoch {number(status['epoch'])}" if status.get("epoch") is not None else "",
-        _speed(speed) if speed else "",
-        f"{duration(left)} left" if left is not None else "",
-        f"last step {duration(since)} ago" if since is not None else "no step yet",
-    ]
-    return "   ".join(part for part in parts if part)
+    epoch, speed, left, since = map(status.get, ("epoch", "steps_per_second", "eta_seconds", "seconds_since_step"))
+    parts = []
+    if epoch is not None:
+        parts.append(f"epoch {number(epoch)}")
+    if speed:
+        parts.append(f"{speed:.3g} steps/s" if speed >= 1 else f"{1 / speed:.3g} s/step")
+    if left is not None:
+        parts.append(f"{duration(left)} left")
+    parts.append("no step yet" if since is None else f"last step {_since(since)}")
+    return "   ".join(parts)
 
 
-def _speed(steps_per_second: float) -> str:
-    if steps_per_second >= 1:
-        return f"{steps_per_second:.3g} steps/s"
-    return f"{1 / steps_per_second:.3g} s/step"
+def _process_line(status: dict[str, Any]) -> str:
+    ranks, memory, cpu, device = map(status.get, ("world_size", "rss_bytes", "cpu_percent", "device_memory_bytes"))
+    parts = [f"pid {status['pid']} on {status['host']}"]
+    if ranks not in (None, 1):
+        parts.append(f"{ranks} ranks")
+    if memory is not None:
+        parts.append(mebibytes(memory))
+    if cpu is not None:
+        parts.append(f"{cpu:.0f} % cpu")
+    if device is not None:
+        parts.append(f"{mebibytes(device)} on devices")
+    return safe(", ".join([*parts, f"started {moment(status['started_at'])}"]))
+
+
+# Commands...
 
 
 def _command_line(record: dict[str, Any]) -> str:
@@ -131,21 +171,11 @@ def _applied(record: dict[str, Any]) -> str:
     return "" if step is None else f" at step {step}"
 
 
-def _process_line(status: dict[str, Any]) -> str:
-    parts = [f"pid {status['pid']} on {status['host']}"]
-    if status.get("world_size", 1) != 1:
-        parts.append(f"{status['world_size']} ranks")
-    if status.get("rss_bytes") is not None:
-        parts.append(f"{status['rss_bytes'] / 2**20:.0f} MiB")
-    if status.get("cpu_percent") is not None:
-        parts.append(f"{status['cpu_percent']:.0f} % cpu")
-    if status.get("device_memory_bytes") is not None:
-        parts.append(f"{status['device_memory_bytes'] / 2**20:.0f} MiB on devices")
-    parts.append(f"started {moment(status['started_at'])}")
-    return safe(", ".join(parts))
-
-
-# A command's record...
+def _note(record: dict[str, Any]) -> str:
+    """Return what a command's record adds to its state: why it failed, or where its checkpoint is."""
+    if record.get("error"):
+        return str(record["error"]["message"])
+    return (record.get("result") or {}).get("path") or ""
 
 
 def outcome(job: str, record: dict[str, Any]) -> str:
@@ -171,40 +201,61 @@ def outcome(job: str, record: dict[str, Any]) -> str:
 
 def command_table(records: list[dict[str, Any]]) -> str:
     """Show command records in aligned columns, oldest first."""
-    if not records:
-        return "no commands"
-    head = ("ID", "COMMAND", "STATE", "STEP", "REQUESTED", "BY", "NOTE")
-    return _columns(head, [_command_row(record) for record in records], None)
+    return _table(_COMMAND_COLUMNS, records, colour=False) if records else "no commands"
 
 
-def _command_row(record: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        safe(record["command_id"]),
-        safe(record["command"]),
-        safe(record["state"]),
-        _cell(record.get("applied_at_step")),
-        moment(record.get("requested_at")),
-        safe(_requester(record.get("requested_by") or {})),
-        safe(_note(record) or record.get("reason") or ""),
-    )
-
-
-def _requester(by: dict[str, Any]) -> str:
+def _requester(by: dict[str, Any]) -> str | None:
     """Name the user and the process that gave a command, as far as the job knows them."""
     user = by.get("user") or ("" if by.get("uid") is None else f"uid {by['uid']}")
     process = "" if by.get("pid") is None else f"{by.get('program') or 'pid'} {by['pid']}"
-    return ", ".join(part for part in (user, process, by.get("via")) if part) or "-"
+    return ", ".join(part for part in (user, process, by.get("via")) if part) or None
 
 
-def _note(record: dict[str, Any]) -> str:
-    """Return what a command's record adds to its state: why it failed, or where its checkpoint is."""
-    if record.get("error"):
-        return str(record["error"]["message"])
-    return (record.get("result") or {}).get("path") or ""
+# Ranks...
 
 
-def _pairs(values: dict[str, Any]) -> str:
-    return "   ".join(f"{safe(name)} {number(value)}" for name, value in values.items())
+def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
+    """Show ranks in aligned columns, and below them which are behind, silent or gone."""
+    first = max((row["step"] for row in rows if type(row.get("step")) is int), default=0)
+    rows = [{**row, "behind": first - row["step"] if type(row.get("step")) is int else 0} for row in rows]
+    most = max((row["behind"] for row in rows), default=0)
+    remarks = {
+        f"behind, by {most} at most": [row["rank"] for row in rows if row["behind"]],
+        "no answer in time": [row["rank"] for row in rows if row.get("state") == states.RANK_SILENT],
+        "gone": [row["rank"] for row in rows if row.get("state") == states.RANK_ABSENT],
+    }
+    lines = [f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks]
+    return "\n".join([_table(_RANK_COLUMNS, rows, colour), *lines])
+
+
+def _ranks(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def _device(name: Any, memory: Any) -> Any:
+    return name if memory is None else f"{_cell(name)}, {mebibytes(memory)}"
+
+
+def stacks_text(rows: list[dict[str, Any]]) -> str:
+    """Show stacks rank by rank, each under a line that names the rank."""
+    blocks = []
+    for row in rows:
+        stacks = "  no stacks" if row.get("stacks") is None else safe_lines(row["stacks"]).rstrip("\n")
+        blocks.append(f"{_process(row)}, {_cell(row.get('state'))}\n{stacks}")
+    return "\n\n".join(blocks)
+
+
+def process_outcomes(rows: list[dict[str, Any]]) -> str:
+    """Say what became of processes that were to end, a line for each."""
+    return "\n".join(f"{_process(row)}: {_KILL_OUTCOMES[row['outcome']]}" for row in rows)
+
+
+def _process(row: dict[str, Any]) -> str:
+    return f"rank {row['rank']}, pid {_cell(row.get('pid'))} on {_cell(row.get('host'))}"
+
+
+# Values...
 
 
 def values(answer: Any) -> str:
@@ -214,79 +265,8 @@ def values(answer: Any) -> str:
     return "\n".join(_pairs(item) if isinstance(item, dict) else safe(item) for item in answer)
 
 
-# The ranks of one job...
-
-
-def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
-    """Show ranks in aligned columns, and below them which are behind, silent or gone."""
-    head = ("RANK", "HOST", "PID", "STATE", "STEP", "BEHIND", "LAST STEP", "MEMORY", "DEVICE")
-    behind = _behind(rows)
-    table = _columns(head, [_rank(row, behind.get(row["rank"])) for row in rows], 3 if colour else None)
-    return "\n".join([table, *_remarks(rows, behind)])
-
-
-def _behind(rows: list[dict[str, Any]]) -> dict[int, int]:
-    """Return by how many steps each rank is behind the foremost one."""
-    steps = {row["rank"]: row["step"] for row in rows if type(row.get("step")) is int}
-    return {rank: max(steps.values()) - step for rank, step in steps.items()}
-
-
-def _rank(row: dict[str, Any], behind: int | None) -> tuple[str, ...]:
-    since = row.get("seconds_since_step")
-    device = "-" if row.get("device") is None else safe(row["device"])
-    return (
-        str(row["rank"]),
-        _cell(row.get("host")),
-        _cell(row.get("pid")),
-        _cell(row.get("state")),
-        _cell(row.get("step")),
-        str(behind) if behind else "-",
-        "-" if since is None else f"{duration(since)} ago",
-        mebibytes(row.get("rss_bytes")),
-        device if row.get("device_memory_bytes") is None else f"{device}, {mebibytes(row['device_memory_bytes'])}",
-    )
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else safe(value)
-
-
-def _remarks(rows: list[dict[str, Any]], behind: dict[int, int]) -> list[str]:
-    late = [rank for rank, steps in behind.items() if steps]
-    silent, absent = (
-        [row["rank"] for row in rows if row.get("state") == state] for state in (states.RANK_SILENT, states.RANK_ABSENT)
-    )
-    return [
-        *([f"behind, by {max(behind.values())} at most: {_ranks(late)}"] if late else []),
-        *([f"no answer in time: {_ranks(silent)}"] if silent else []),
-        *([f"gone: {_ranks(absent)}"] if absent else []),
-    ]
-
-
-def _ranks(ranks: list[int]) -> str:
-    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
-    return f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks[:_NAMED]))}{more}"
-
-
-def stacks_text(rows: list[dict[str, Any]]) -> str:
-    """Show stacks rank by rank, each under a line that names the rank."""
-    return "\n\n".join(f"{_who(row)}, {_cell(row.get('state'))}\n{_stacks(row.get('stacks'))}" for row in rows)
-
-
-def _stacks(stacks: Any) -> str:
-    return "  no stacks" if stacks is None else safe_lines(stacks).rstrip("\n")
-
-
-def process_outcomes(rows: list[dict[str, Any]]) -> str:
-    """Say what became of processes that were to end, a line for each."""
-    return "\n".join(f"{_who(row)}: {_KILL_OUTCOMES[row['outcome']]}" for row in rows)
-
-
-def _who(row: dict[str, Any]) -> str:
-    return f"rank {row['rank']}, pid {_cell(row.get('pid'))} on {_cell(row.get('host'))}"
-
-
-# Pieces...
+def _pairs(members: dict[str, Any]) -> str:
+    return "   ".join(f"{safe(name)} {number(value)}" for name, value in members.items())
 
 
 def number(value: Any) -> str:
@@ -299,16 +279,17 @@ def mebibytes(size: Any) -> str:
     return f"{size / 2**20:.0f} MiB" if isinstance(size, (int, float)) and math.isfinite(size) else "-"
 
 
-def duration(seconds: float | None) -> str:
+def _since(seconds: Any) -> str | None:
+    return None if seconds is None else f"{duration(seconds)} ago"
+
+
+def duration(seconds: Any) -> str:
     """Show seconds in the units that a reader expects."""
     if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):  # a job may send anything
         return "?"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, whole = divmod(whole, 60)
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{int(seconds)} s"
+    minutes, whole = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
@@ -316,11 +297,9 @@ def duration(seconds: float | None) -> str:
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {whole:02d}s"
 
 
-def moment(epoch: float | None) -> str:
+def moment(epoch: Any) -> str:
     """Show a time in this host's time zone."""
-    if epoch is None:
-        return "?"
     try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch))
+        return "?" if epoch is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch))
     except (TypeError, ValueError, OverflowError, OSError):  # a file may hold any number
         return "?"

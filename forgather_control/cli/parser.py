@@ -3,15 +3,12 @@
 Options may stand before or after the verb and the JOB: the words are sorted first, then argparse sees one verb.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, Final, NoReturn
 
-from ..wire import methods
 from ..wire.builtin import BUILTIN
 from . import exit_codes, options
 
@@ -20,13 +17,23 @@ JOB is the exact id of a job, or what SLURM or torchrun call it; leave it out wh
 Options may stand before or after the verb.
 {exit_codes.HELP}"""
 
-_DIAL_HELP: Final = """\
+#: The help of the verbs that stand for no method.
+_OTHER_VERBS: Final = {
+    "cleanup": "Remove what dead jobs of this host left; list it and ask first.",
+    "rpc": "Call any method of the job and print its result.",
+    "dial-stdio": """\
 Copy between standard input and output and a job's socket. This is what --ssh runs on the other side.
 
 The first line says that the job is reached: "forgather-control dial-stdio 1 JOB". Everything after it comes from
 the job, until it closes the connection or the reader of the output goes. The end of the input is passed on to
-the job, and its replies still come."""
-
+the job, and its replies still come.""",
+}
+#: The options of the verbs that do not reach one job.
+_OWN_OPTIONS: Final = {
+    "list": ("--remote", "--token-file", "--ssh"),
+    "cleanup": ("--force",),
+    "dial-stdio": ("--until-input-ends",),
+}
 #: What cannot be combined with --ssh, and why.
 _NOT_OVER_SSH: Final = {
     "connect": "--connect: both say where the job is",
@@ -48,11 +55,12 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
         SystemExit: the words are wrong (2), or asked for help or the version (0).
     """
     given, others = _sorted(words)
-    if not others or others[0] not in _verbs():
+    verbs = _verbs()
+    if not others or others[0] not in verbs:
         _without_verb(prog, given, others[0] if others else None)
     verb = others.pop(0)
-    parser = _parser(f"{prog} {verb}", options.plain(_verbs()[verb].doc))
-    _verbs()[verb].add(parser)
+    parser = _parser(f"{prog} {verb}", options.plain(verbs[verb]))
+    _add_words(parser, verb)
     if any(word.startswith("--wait=") for word in given):
         parser.error("--wait takes no value; --timeout SECONDS gives up waiting")
     is_odd = any(word.startswith("-") for word in others)
@@ -65,6 +73,7 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
 
 def _sorted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the options, each with its value behind it, and the other words."""
+    with_values = options.with_values()
     given: list[str] = []
     others: list[str] = []
     rest = iter(words)
@@ -75,7 +84,7 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str]]:
             others.append(word)
         else:
             given.append(word)
-            if word in options.value_options():
+            if word in with_values:
                 given += (value for value in [next(rest, None)] if value is not None)
     return given, others
 
@@ -84,10 +93,10 @@ def _without_verb(prog: str, given: list[str], word: str | None) -> NoReturn:
     """Print what was asked for, or say what is wrong with the verb."""
     parser = _parser(prog, "Find, watch, save, stop and abort running training jobs.")
     parser.usage = f"{prog} [OPTIONS] VERB ..."
-    listed = {name: verb.doc.partition("\n\n")[0] for name, verb in _verbs().items() if verb.is_listed}
+    listed = {verb: doc.partition("\n\n")[0] for verb, doc in _verbs().items() if verb != "dial-stdio"}
     group = parser.add_subparsers(title="verbs", metavar="VERB")
-    for name, doc in listed.items():
-        group.add_parser(name, help=options.plain(doc), add_help=False)
+    for verb, doc in listed.items():
+        group.add_parser(verb, help=options.plain(doc), add_help=False)
     asks = [option for option in given if option in ("-h", "--help", "--version")]
     if asks or word is None:
         parser.parse_args(asks)
@@ -118,9 +127,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def _params(args: argparse.Namespace) -> dict[str, Any]:
     """Return the parameters of the call."""
     given = vars(args)
-    params = {
-        name.removeprefix(options.PARAM): value for name, value in given.items() if name.startswith(options.PARAM)
-    }
+    params = {name.removeprefix(options.PARAM): given[name] for name in given if name.startswith(options.PARAM)}
     if given.get("wait") or given.get("timeout") is not None:
         params |= {"wait": "finished", "timeout": given["timeout"]}
     return {name: value for name, value in params.items() if value is not None}
@@ -129,59 +136,31 @@ def _params(args: argparse.Namespace) -> dict[str, Any]:
 # Verbs...
 
 
-class _Verb:
-    """A verb: its help, and the function that adds its words to a parser."""
-
-    def __init__(self, doc: str, add: Callable[[argparse.ArgumentParser], None], is_listed: bool = True) -> None:
-        self.doc, self.add, self.is_listed = doc, add, is_listed
+def _verbs() -> dict[str, str]:
+    """Return the help of each verb: first those of the method table, then the others."""
+    return {method.verb: method.doc for method in BUILTIN.values() if method.verb is not None} | _OTHER_VERBS
 
 
-def _add_method(parser: argparse.ArgumentParser, method: methods.Method) -> None:
-    parser.set_defaults(method=method.name)
-    if method.name == "list_jobs":
-        return options.add(parser, "--remote", "--token-file", "--ssh")
-    parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
-    for param in options.own_params(method):
-        options.add_param(parser, param)
-    options.add(parser, "--connect", "--token-file", "--ssh")
-    if method.is_command:
+def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add what may follow a verb: JOB, the parameters of its method, options."""
+    if verb == "rpc":
+        parser.add_argument("job", metavar="JOB")
+        parser.add_argument("method", metavar="METHOD")
+        parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
+    elif verb not in ("list", "cleanup"):
+        parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
+    method = next((method for method in BUILTIN.values() if method.verb == verb), None)
+    if method is not None:
+        parser.set_defaults(method=method.name)
+        for param in options.own_params(method):
+            options.add_param(parser, param)
+    options.add(parser, *_OWN_OPTIONS.get(verb, ("--connect", "--token-file", "--ssh")))
+    if verb in ("cleanup", "dial-stdio"):  # only to say why it cannot be
+        options.add(parser, "--ssh", help=argparse.SUPPRESS)
+    if method is not None and method.is_command:
         options.add(parser, "--wait", "--timeout", "--reason")
-    if method.name == "abort":
+    if verb == "abort":
         options.add(parser, "--kill-after", "--force")
-    return None
-
-
-def _add_cleanup(parser: argparse.ArgumentParser) -> None:
-    options.add(parser, "--force")
-    options.add(parser, "--ssh", help=argparse.SUPPRESS)
-
-
-def _add_rpc(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB")
-    parser.add_argument("method", metavar="METHOD")
-    parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
-    options.add(parser, "--connect", "--token-file", "--ssh")
-
-
-def _add_dial(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", nargs="?")
-    options.add(parser, "--until-input-ends")
-    options.add(parser, "--ssh", help=argparse.SUPPRESS)
-
-
-@cache
-def _verbs() -> dict[str, _Verb]:
-    """Return all verbs by name: first those of the table, then those that stand for no method."""
-    verbs = {
-        method.verb: _Verb(method.doc, partial(_add_method, method=method))
-        for method in BUILTIN.values()
-        if method.verb is not None
-    }
-    return verbs | {
-        "cleanup": _Verb("Remove what dead jobs of this host left; list it and ask first.", _add_cleanup),
-        "rpc": _Verb("Call any method of the job and print its result.", _add_rpc),
-        "dial-stdio": _Verb(_DIAL_HELP, _add_dial, is_listed=False),
-    }
 
 
 # Help...
@@ -203,7 +182,6 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 def _width() -> int:
     """Return the columns for help. argparse would ask shutil, which imports compressors, for each argument."""
     try:
-        width = os.get_terminal_size().columns
+        return max(40, os.get_terminal_size().columns - 2)
     except OSError:
-        width = 80
-    return max(40, width - 2)
+        return 78

@@ -1,7 +1,5 @@
 """Printing for users and scripts, and asking the user: nothing from outside reaches a terminal raw."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -15,12 +13,6 @@ from .exit_codes import REFUSED, USAGE
 
 class Refusal(Exception):
     """The verb ends here; ``args`` are the sentence for stderr and the exit code."""
-
-
-def open_streams() -> None:
-    """Send what is printed to nowhere where stdout was closed (``>&-``), as that asks for."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
 
 
 def discard_output() -> None:
@@ -49,8 +41,7 @@ def print_text(text: str) -> None:
         raise
     except OSError as err:
         discard_output()
-        why = f"the output is lost ({err.strerror}), but the verb was carried out"
-        raise Refusal(why, REFUSED) from err
+        raise Refusal(f"the output is lost ({err.strerror}), but the verb was carried out", REFUSED) from err
 
 
 def print_json(value: Any) -> None:
@@ -59,11 +50,7 @@ def print_json(value: Any) -> None:
 
 
 def print_answer(as_json: bool, answer: Any, show: Callable[..., str], *args: Any) -> None:
-    """Print an answer: as JSON, or as ``show(*args)`` makes it readable.
-
-    Raises:
-        InternalError: it is none that this version can show.
-    """
+    """Print an answer as JSON, or as ``show(*args)`` makes it readable; InternalError: it cannot be shown."""
     if as_json:
         return print_json(answer)
     try:
@@ -84,11 +71,7 @@ def has_unicode() -> bool:
 
 
 def confirm(what: str, question: str) -> None:
-    """Ask the user on the terminal.
-
-    Raises:
-        Refusal: there is no terminal, or the answer is no.
-    """
+    """Ask the user on the terminal; Refusal: there is none, or the answer is no."""
     if not (sys.stdin is not None and sys.stdin.isatty()):
         text = f"{what} needs confirmation, but stdin is not a terminal. Use --force to skip the question"
         raise Refusal(text, USAGE)

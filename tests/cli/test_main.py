@@ -71,9 +71,11 @@ def test_every_verb_is_the_same_by_module_and_by_script():
 
 
 def test_another_first_word_is_forgathers(capsys, monkeypatch, tmp_path):
-    """``forgather train`` goes to the real Forgather if it is there, and is a usage error if not."""
-    assert command_line.forgather(["train"]) == 2
-    assert "Forgather itself" in capsys.readouterr().err
+    """``forgather train`` goes to the real Forgather where it is installed; else, and without a word, it is the usage."""
+    for words in (["train"], []):
+        assert command_line.forgather(words) == 2
+        said = capsys.readouterr().err
+        assert "Forgather itself" in said and "Usage: forgather control [OPTIONS] VERB" in said
     (tmp_path / "forgather").mkdir()
     (tmp_path / "forgather" / "__init__.py").touch()
     (tmp_path / "forgather" / "cli.py").write_text("def main():\n    print('the real one')\n    return 7\n")

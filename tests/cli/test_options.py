@@ -59,7 +59,7 @@ def test_a_wrong_value_says_what_was_expected(schema, word, said, capsys):
 
 def test_options_with_a_value_are_known():
     """So that the word behind one is not taken for the verb or the job."""
-    known = options.value_options()
+    known = options.with_values()
     assert {"--connect", "--timeout", "--reason", "--evaluate", "--ssh"} <= known
     assert known.isdisjoint({"--json", "--wait", "--force", "--version"})
 

@@ -188,9 +188,8 @@ def test_the_list_of_verbs(capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--help")
     told = capsys.readouterr().out
-    assert ended.value.code == 0 and all(
-        f"\n    {name}" in told for name, verb in parser._verbs().items() if verb.is_listed
-    )
+    listed = parser._verbs().keys() - {"dial-stdio"}
+    assert ended.value.code == 0 and all(f"\n    {verb}" in told for verb in listed)
     with pytest.raises(SystemExit) as ended:
         parse()
     assert ended.value.code == 2 and "a verb is missing" in capsys.readouterr().err
