@@ -1,7 +1,5 @@
 """The exit codes of the command line: what each means, and which error gives which."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from ..errors import AmbiguousJob, ControlError, DeadlinePassed, JobDead, JobNotAnswering, NoSuchJob

@@ -4,8 +4,6 @@ Text from a job or a file never reaches a terminal raw: characters that could mo
 text are shown as escapes.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The Python interface: list jobs, connect to one, give it one command. Each function makes one connection."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from .. import states
@@ -26,9 +24,6 @@ def list_jobs(timeout: float = LIST_TIMEOUT) -> list[Job]:
 
     Args:
         timeout: seconds to wait for all their answers together.
-
-    Raises:
-        JobsDirUnusable: the directory cannot be read.
     """
     return registry.discover(jobs_dir(), timeout)[0]
 
@@ -50,10 +45,8 @@ def connect(
         ssh: ``[USER@]HOST``, on which the job is found and reached, as ssh reaches that host.
 
     Raises:
-        NoSuchJob: there is none of this name, or another job answers at ``at``.
-        AmbiguousJob: there are several.
-        JobDead: its process is gone.
-        JobNotAnswering: it lives (or is on another host) and cannot be reached.
+        NoSuchJob, AmbiguousJob: no job has this name, several have; or another job answers at ``at``.
+        JobDead, JobNotAnswering: its process is gone; or it lives (or is on another host) and cannot be reached.
         NotAuthenticated: the token or the certificate is not the job's.
         InvalidParams: ``at`` is no address, ``ssh`` is no host, or both are given.
     """
@@ -138,15 +131,10 @@ def abort(
 
 
 def cleanup(found: list[Job] | None = None) -> list[str]:
-    """Remove what dead jobs of this host left, and return their ids.
-
-    Live and silent jobs and those of other hosts are never touched: each job is judged again before it is removed.
+    """Remove what dead jobs of this host left, and return their ids; each is judged again before it is removed.
 
     Args:
         found: what :func:`dead_jobs` returned and the user confirmed; ``None`` removes all dead jobs.
-
-    Raises:
-        JobsDirUnusable: the directory cannot be written.
     """
     from ..jobs.cleanup import remove_dead  # only this verb needs it
 

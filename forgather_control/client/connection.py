@@ -1,7 +1,5 @@
 """One connection to a job: call its methods, wait for replies, follow its events, and explain a missing answer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,44 +14,18 @@ from .events import EventQueue
 from .peer import Peer
 from .target import Target
 
-
-class _Call:
-    """One call that is under way. No ``NamedTuple``: making that class costs every start of the command line 0.1 ms.
-
-    Args:
-        seconds: to wait for the reply; ``None`` waits as long as the job shows that it lives.
-        expires: whether the job refuses the request if it reads it after these seconds.
-    """
-
-    def __init__(
-        self, method: str, params: Any, seconds: float | None, is_command: bool = False, expires: bool = False
-    ) -> None:
-        self.method, self.params, self.seconds = method, params, seconds
-        self.is_command, self.expires = is_command, expires
-        #: What a lost connection means for it, to append to a sentence.
-        self.unknown = f"; whether its {method} was carried out is not known" if is_command else ""
+_Params = dict[str, Any] | list[Any]
 
 
 class Client:
-    """One connection to one job; belongs to one thread at a time.
-
-    Args:
-        timeout: seconds for connecting, and for each call that waits for nothing.
-
-    Raises:
-        JobDead, JobNotAnswering: nothing listens, or the connection is not accepted.
-        NotAuthenticated: the token or the certificate is not the job's.
-        NoSuchJob: another job answers there.
-    """
+    """One connection to one job; belongs to one thread at a time. Arguments and errors: see :func:`api.connect`."""
 
     def __init__(self, target: Target, timeout: float = limits.CALL_TIMEOUT) -> None:
         self._target, self._timeout = target, timeout
         self._transport, token = target.open(Deadline(timeout))
         #: What messages call the job: its id, where that is known, else its address.
         self.name = self._transport.job_id or target.name
-        self._last_id = 0
-        self._is_closed = False
-        self._events = EventQueue()
+        self._last_id, self._is_closed, self._events = 0, False, EventQueue()
         record = target.record
         self._peer = Peer(self.call, record and record.protocol, self._transport.is_same_host)
         try:
@@ -62,7 +34,7 @@ class Client:
             self.close()
             raise
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,14 +86,14 @@ class Client:
         """
         return self.call_raw(method, params)
 
-    def call_raw(self, method: str, params: dict[str, Any] | list[Any]) -> Any:
+    def call_raw(self, method: str, params: _Params) -> Any:
         """As :meth:`call`, with parameters by name or by position as they stand on the wire."""
-        call = self._prepared(method, params)
+        params, seconds, lost, late = self._prepared(method, params)
         self._last_id += 1
-        with self._explained(call.unknown):
+        with self._explained(lost):
             try:
-                self._transport.send(jsonrpc.request(method, call.params, self._last_id), self._timeout)
-                reply = self._reply(self._last_id, call)
+                self._transport.send(jsonrpc.request(method, params, self._last_id), self._timeout)
+                reply = self._reply(self._last_id, seconds, late)
             except BaseException:  # Ctrl-C, too: nothing will read the reply
                 self._transport.withdraw()
                 raise
@@ -151,66 +123,67 @@ class Client:
             del given["reason"]
         return self.call(name, **given)
 
-    def _prepared(self, method: str, params: dict[str, Any] | list[Any]) -> _Call:
-        """Decide how long to wait, and add an expiry to a command, so that it is not carried out after that."""
+    def _prepared(self, method: str, params: _Params) -> tuple[_Params, float | None, str, str]:
+        """Decide how long to wait, and add an expiry to a command, so that it is not carried out after that.
+
+        Returns the parameters, the seconds (``None``: as long as the job shows that it lives), and what a lost
+        connection and a missing reply mean for the request, to append to a sentence.
+        """
         names = self._peer.parameters(method)
         named = dict(zip(names, params)) if isinstance(params, list) else params
         seconds = self._patience(named)
-        is_command = "wait" in names and "command_id" in names
+        if not ("wait" in names and "command_id" in names):
+            return params, seconds, "", ""
+        lost = f"; whether its {method} was carried out is not known"
+        late = f"{lost}, and it may still be carried out"
         has_own = self._transport.can_withdraw or "expires_at" in named or len(named) < len(params)
-        now = self._peer.time() if is_command and not has_own and self._peer.takes(method, "expires_at") else None
-        if now is None:
-            return _Call(method, params, seconds, is_command)
-        limit = self._transport.silence if seconds is None else seconds
-        limit -= min(limits.EXPIRY_MARGIN, limit / 10)
-        return _Call(method, {**named, "expires_at": now + limit}, seconds, is_command, expires=True)
+        now = self._peer.time() if not has_own and self._peer.takes(method, "expires_at") else None
+        if now is not None:
+            limit = self._transport.silence if seconds is None else seconds
+            params = {**named, "expires_at": now + limit - min(limits.EXPIRY_MARGIN, limit / 10)}
+            late = (
+                f". The {method} expired: the job refuses it if it reads it now. "
+                f"See whether it had accepted it before: forgather-control commands {self.name}"
+            )
+        return params, seconds, lost, late
 
     def _patience(self, named: dict[str, Any]) -> float | None:
         """Return the seconds to wait for a reply; ``None`` for as long as the job lives."""
         if named.get("wait", states.COMMAND_ACCEPTED) == states.COMMAND_ACCEPTED:
             return self._timeout
         asked = named.get("timeout")
-        is_bounded = isinstance(asked, (int, float)) and 0 <= asked <= 1e9
-        return asked + limits.REPLY_GRACE if is_bounded else None  # type: ignore[operator]  # checked above
+        return asked + limits.REPLY_GRACE if isinstance(asked, (int, float)) and 0 <= asked <= 1e9 else None
 
     # Receiving...
 
-    def _reply(self, id_: int, call: _Call) -> jsonrpc.Reply:
+    def _reply(self, id_: int, seconds: float | None, late: str) -> jsonrpc.Reply:
         """Return the reply to ``id_``; others, for example to our own pings, are skipped."""
-        deadline = Deadline(call.seconds)
-        while True:
-            message = self._next(deadline, call)
+        deadline = Deadline(seconds)
+        while (message := self._next(deadline)) is not None:
             if isinstance(message, jsonrpc.Reply):
                 if message.id == id_ or (message.id is None and message.error is not None):
                     return message
+        raise self._unanswered(seconds, late)
 
-    def _next(self, deadline: Deadline, call: _Call) -> jsonrpc.Reply | jsonrpc.Notification:
-        """Return the next message; raise after the deadline or, without one, after too long a silence."""
+    def _next(self, deadline: Deadline) -> jsonrpc.Reply | jsonrpc.Notification | None:
+        """Return the next message; ``None`` after the deadline or, without one, after too long a silence."""
         is_patient = deadline.at is None
         while True:
             line = self._transport.receive(Deadline(self._transport.probe_interval) if is_patient else deadline)
             if line is not None:
                 break
             if not is_patient or not self._transport.probe():
-                raise self._unanswered(call)
+                return None
         message = jsonrpc.parse_incoming(line)
         if isinstance(message, jsonrpc.Notification):
             self._events.put(message)
         return message
 
-    def _unanswered(self, call: _Call) -> ControlError:
-        waited = self._transport.silence if call.seconds is None else call.seconds
-        text = f"Job {self.name} did not answer within {waited:g} s"
+    def _unanswered(self, seconds: float | None, late: str) -> ControlError:
         if self._transport.withdraw():
-            text += ": the request was not read. It was taken back, and nothing was done"
-        elif call.expires:
-            text += (
-                f". The {call.method} expired: the job refuses it if it reads it now. "
-                f"See whether it had accepted it before: forgather-control commands {self.name}"
-            )
-        elif call.is_command:
-            text += f"{call.unknown}, and it may still be carried out"
-        return JobNotAnswering(text, job=self.name)
+            late = ": the request was not read. It was taken back, and nothing was done"
+        waited = self._transport.silence if seconds is None else seconds
+        return JobNotAnswering(f"Job {self.name} did not answer within {waited:g} s{late}", job=self.name)
 
     @contextmanager
     def _explained(self, note: str = "") -> Iterator[None]:
@@ -224,17 +197,15 @@ class Client:
         except TimeoutError as err:
             raise JobNotAnswering(f"Job {self.name} does not read", job=self.name) from err
         except OSError as err:
-            raise self._lost(note) from err
-
-    def _lost(self, note: str) -> ControlError:
-        why, record = self._transport.why_lost(), self._target.record
-        if why is not None:
-            return JobNotAnswering(f"{why} before job {self.name} answered{note}", job=self.name)
-        if record is not None:
+            why, record = self._transport.why_lost(), self._target.record
+            if why is not None:
+                raise JobNotAnswering(f"{why} before job {self.name} answered{note}", job=self.name) from err
+            if record is None:
+                text = f"Job {self.name} closed the connection before it answered{note}"
+                raise JobDead(text, job=self.name) from err
             from .diagnosis import connection_lost
 
-            return connection_lost(record, note)
-        return JobDead(f"Job {self.name} closed the connection before it answered{note}", job=self.name)
+            raise connection_lost(record, note) from err
 
     # Events...
 
@@ -266,7 +237,8 @@ class Client:
                 event = self._events.take()
                 if event is None:
                     with self._explained():
-                        self._next(Deadline(None), _Call("subscribe", {}, None))
+                        if self._next(Deadline(None)) is None:
+                            raise self._unanswered(None, "")
                     continue
                 is_over = event["kind"] == states.EVENT_ENDED
                 if wanted is None or event["kind"] in wanted:

@@ -3,8 +3,6 @@
 psutil is imported only where a process has to be judged.
 """
 
-from __future__ import annotations
-
 import time
 
 from .. import states

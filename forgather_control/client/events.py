@@ -1,7 +1,5 @@
 """Events that a client received and that its iterator has not taken yet."""
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Any
 

@@ -4,8 +4,6 @@ A request is written whole under a new name, and the client looks for its reply 
 has taken the request it can be taken back, so an unanswered one is known not to be carried out, or to be unknown.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import time

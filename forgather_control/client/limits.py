@@ -1,7 +1,5 @@
 """Time-outs, periods and bounds of the client; all times are seconds."""
 
-from __future__ import annotations
-
 from typing import Final
 
 #: For connecting, and for a call that waits for nothing but the answer.

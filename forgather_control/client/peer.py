@@ -1,7 +1,5 @@
 """What a client knows of the job that answers: its id, its protocol, its clock, and the parameters of its methods."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import suppress

@@ -4,8 +4,6 @@ Runs on the caller's thread; loaded only by the verbs that need it. It covers th
 recorded them. The launcher (torchrun, srun) is not among them, and is left alone.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any, Final, NamedTuple
@@ -175,16 +173,17 @@ def abort(record: JobRecord, kill_after: float) -> AbortResult:
 
 
 def _ends(record: JobRecord, processes: JobProcesses, deadline: Deadline) -> bool:
-    """Wait for processes to end; whether the job ended in an orderly way: its process may have other work to do."""
-    while not (ended := _is_withdrawn(record)) and processes.left() and not deadline.passed():
+    """Wait for processes to end; whether the job ended in an orderly way: its process may have other work to do.
+
+    It then removed its record, or another process has taken its id.
+    """
+    while True:
+        try:
+            now = read_record(jobs_dir(), record.job_id)
+        except ValueError:  # no proof of anything
+            now = record
+        if now is None or not now.is_same_run(record):
+            return True
+        if not processes.left() or deadline.passed():
+            return False
         time.sleep(min(0.1, deadline.left() or 0.0))
-    return ended
-
-
-def _is_withdrawn(record: JobRecord) -> bool:
-    """Whether the job removed its record, as it does when training ends, or another process has taken its id."""
-    try:
-        now = read_record(jobs_dir(), record.job_id)
-    except ValueError:
-        return False
-    return now is None or not now.is_same_run(record)

@@ -6,8 +6,6 @@ of ours. Host and job are checked before they become arguments: a host that begi
 option of ssh.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -52,8 +50,7 @@ _RESULT: Final = "forgather-control result"
 def check_host(host: str) -> str:
     """Return ``host``: ``[USER@]HOST``, an alias of ssh's configuration, or ``ssh://[USER@]HOST[:PORT]``.
 
-    Raises:
-        InvalidParams: it is none, or could be read as an option.
+    InvalidParams: it is none, or could be read as an option.
     """
     if len(host) > 255 or _HOST.fullmatch(host) is None:
         raise InvalidParams(f"{ascii(host)[:140]} is no [USER@]HOST")
@@ -76,10 +73,8 @@ def _command(host: str, remote: str, seconds: float | None) -> list[str]:
 
 def _remote(*words: str) -> str:
     """Return the line for the other side's login shell."""
-    chosen = os.environ.get(REMOTE)
-    if chosen:
-        return f"{chosen} {shlex.join(words)}"
-    return shlex.join(["/bin/sh", "-c", _FIND, "forgather-control", *words])
+    chosen = os.environ.get(REMOTE) or shlex.join(["/bin/sh", "-c", _FIND, "forgather-control"])
+    return f"{chosen} {shlex.join(words)}"
 
 
 def _can_ask() -> bool:
@@ -102,10 +97,6 @@ class SshTransport(SocketTransport):
     Args:
         remote: the line that is run there.
         seconds: for connecting; the login and typing a passphrase have their own time on top.
-
-    Raises:
-        InvalidParams: ``host`` is none.
-        FindError: ssh cannot be run here.
     """
 
     def __init__(self, host: str, remote: str, seconds: float | None) -> None:
@@ -143,11 +134,7 @@ class SshTransport(SocketTransport):
         self._error_reader.join(limits.SSH_EXIT)
 
     def skip_to(self, mark: bytes) -> re.Match[bytes]:
-        """Read up to the end of what matches ``mark``.
-
-        Raises:
-            ControlError: why it does not come.
-        """
+        """Read up to the end of what matches ``mark``, or raise why it does not come."""
         while (found := re.search(mark, bytes(self._received))) is None:
             if not self._read_more(limits.SSH_NOISE, "prints without end, and the line of forgather-control misses"):
                 raise self._failure()
@@ -155,11 +142,7 @@ class SshTransport(SocketTransport):
         return found
 
     def read_all(self) -> bytes:
-        """Read everything up to the end.
-
-        Raises:
-            ControlError: the verb failed on the other side, or does not end.
-        """
+        """Read everything up to the end, or raise why the verb failed on the other side."""
         while self._read_more(limits.SSH_LIST, f"answers more than {limits.SSH_LIST} bytes"):
             pass
         if self._exit_code() != 0:
@@ -180,7 +163,6 @@ class SshTransport(SocketTransport):
         return bool(data)
 
     def why_lost(self) -> str | None:
-        """Return why the connection ended, if ssh or the proxy there broke off; ``None`` if the job closed it."""
         return None if self._exit_code() == 0 else f"The ssh connection to {self._host} broke off{self._last_words()}"
 
     def _read_errors(self, pipe: IO[bytes]) -> None:
@@ -241,12 +223,9 @@ def _sent_error(output: bytes) -> ControlError | None:
 
 
 def connect(host: str, job: str | None, deadline: Deadline) -> SshTransport:
-    """Return a connection to a job, which is found on that host as :func:`target.find` does.
+    """Return a connection to a job, which that host finds as :func:`target.find` does; its errors come from there.
 
-    Raises:
-        NoSuchJob, AmbiguousJob, JobDead, JobNotAnswering: as there; the last one also where it cannot be reached.
-        NotAuthenticated: ssh cannot log in.
-        FindError: no ssh here, no forgather-control there.
+    NotAuthenticated: ssh cannot log in. FindError: no ssh here, no forgather-control there.
     """
     if job is not None and not is_job_id(job):
         raise NoSuchJob(f"No job can be named {ascii(job)[:140]} over ssh: A-Z a-z 0-9 . _ - only")
@@ -261,11 +240,7 @@ def connect(host: str, job: str | None, deadline: Deadline) -> SshTransport:
 
 
 def list_jobs(host: str, timeout: float) -> tuple[Any, list[str]]:
-    """Return what ``list --json`` prints on that host, parsed (``None`` if it is no JSON), and its complaints.
-
-    Raises:
-        ControlError: why it prints nothing.
-    """
+    """Return what ``list --json`` prints on that host, parsed (``None`` if it is no JSON), and its complaints."""
     # echo and the semicolon mean the same to every shell.
     with closing(SshTransport(host, f"echo {_RESULT}; {_remote('list', '--json')}", timeout)) as ssh:
         _, _, text = ssh.read_all().partition(f"{_RESULT}\n".encode())

@@ -3,8 +3,6 @@
 Runs in a process of its own, ``forgather-control dial-stdio JOB``.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import socket

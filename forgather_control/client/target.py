@@ -24,11 +24,10 @@ _ANY: Final = ("0.0.0.0", "::")
 
 
 def find(job: str | int | None = None) -> JobRecord:
-    """Return the record of one job.
+    """Return the record of one job: of the only live one, or of the one that has this name.
 
     Args:
-        job: its exact id, or what SLURM or torchrun call it (``123``, ``123_4``, the run id); ``None`` where
-            exactly one job is live.
+        job: its exact id, or what SLURM or torchrun call it (``123``, ``123_4``, the run id).
 
     Raises:
         NoSuchJob: there is none; the message suggests an id that is similar.
@@ -85,11 +84,7 @@ class Target(NamedTuple):
     ssh: str | None = None  #: The host on which the job is found and reached.
 
     def open(self, deadline: Deadline) -> tuple[Transport, str | None]:
-        """Connect; return the transport, and the token that must be shown first, if any.
-
-        Raises:
-            JobDead, JobNotAnswering, NotAuthenticated, FindError: why the job cannot be reached.
-        """
+        """Connect, or raise why not; return the transport, and the token that must be shown first, if any."""
         if self.ssh is not None:
             from . import ssh  # what is seldom needed is not imported at every start
 
@@ -113,13 +108,7 @@ class Target(NamedTuple):
 def resolve(
     job: str | int | None = None, at: str | None = None, token: str | None = None, ssh: str | None = None
 ) -> Target:
-    """Return the target that these arguments of :func:`api.connect` mean.
-
-    Raises:
-        NoSuchJob, AmbiguousJob: as :func:`find`.
-        NotAuthenticated: the address needs a token, and there is none.
-        InvalidParams: ``at`` is no address, or ``ssh`` is combined with ``at`` or ``token``.
-    """
+    """Return the target that these arguments of :func:`api.connect` mean; errors as there."""
     name = None if job is None else str(job)
     if ssh is not None:
         if at is not None or token is not None:
@@ -141,10 +130,10 @@ def resolve(
 def _at_port(where: addresses.TcpEndpoint, job: str | None, token: str | None) -> Target:
     record = _record_behind(where, job)
     if record is not None:
+        host = _port_host(record) if job is None else where.host
         # The stricter of both: a port that speaks TLS gets no token in plain text.
-        where = where._replace(is_tls=where.is_tls or record.tls_sha256 is not None, sha256=record.tls_sha256)
-        if job is None:
-            where = where._replace(host=_port_host(record))
+        is_tls = where.is_tls or record.tls_sha256 is not None
+        where = where._replace(host=host, is_tls=is_tls, sha256=record.tls_sha256)
     secret = token or os.environ.get(TOKEN) or (record.token if record is not None else None)
     if not secret:
         raise NotAuthenticated(

@@ -3,8 +3,6 @@
 A transport belongs to the thread of its client.
 """
 
-from __future__ import annotations
-
 import socket
 
 from ..deadline import Deadline

@@ -71,7 +71,7 @@ def test_every_verb_is_the_same_by_module_and_by_script():
 
 
 def test_another_first_word_is_forgathers(capsys, monkeypatch, tmp_path):
-    """``forgather train`` goes to the real Forgather where it is installed; else, and without a word, it is the usage."""
+    """``forgather train`` goes to the real Forgather where it is installed; else the usage is shown."""
     for words in (["train"], []):
         assert command_line.forgather(words) == 2
         said = capsys.readouterr().err
