@@ -21,14 +21,11 @@ The file names the run that holds it, so that the lock of a later job of the sam
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import stat
 from typing import Final
 
 from . import private_files
-
-log = logging.getLogger("forgather_control")
 
 LOCK: Final = "lock"
 _OPEN: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # it may be a FIFO
@@ -150,6 +147,9 @@ def _warn(path: str, why: str | None) -> None:
     global _warned
     if not _warned:
         _warned = True
+        import logging  # not needed at the start of the command line
+
+        log = logging.getLogger("forgather_control")
         log.warning("%s cannot be locked (%s): whether this job lives is judged by its host and pid.", path, why)
 
 
