@@ -210,11 +210,7 @@ class TlsConnection(Connection):
         return self._ready().send(data[:_RECORD])
 
     def _ready(self) -> ssl.SSLSocket:
-        """Return the socket, once the handshake is done.
-
-        Raises:
-            OSError: it is not done yet, or failed; then the descriptor may be closed.
-        """
+        """Return the socket; raise OSError while the handshake is not done, or if it failed and may have closed it."""
         import ssl
 
         if self._tls is None:
@@ -311,6 +307,6 @@ def _eviction_order(connection: Connection) -> tuple[bool, bool, float]:
 
 def _most_connections() -> int:
     """Return how many connections leave enough descriptors to training, however low its limit is (getrlimit(2))."""
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     room = limits.MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - limits.RESERVED_FILES
     return max(8, min(limits.MAX_CONNECTIONS, room))

@@ -174,8 +174,6 @@ class Server:
             else:
                 self._serve(key.data, events)
 
-    # ... connections
-
     def _adopt(self, sock: socket.socket, peer: Peer, tls: ssl.SSLContext | None = None) -> None:
         max_line = MAX_LINE if peer.via == "socket" else limits.MAX_FIRST_LINE
         connection = TlsConnection(sock, max_line, tls) if tls else Connection(sock, max_line, peer)
@@ -231,8 +229,6 @@ class Server:
             self._dispatcher.dispatch(connection, line)
         if connection.subscription is not None:
             self._connections.subscribed.add(connection)
-
-    # ... the end
 
     def _last_round(self) -> None:
         self._listeners.close()
