@@ -634,7 +634,8 @@ for _ in range(30):
         outcomes = owner.does(claim, root=shared)
         stranger.does("going = False; flipper.join()")
         assert len(outcomes) == 30 and list(trap.iterdir()) == []
-        assert all(found in (None, [OWNER, 0o700, ["control.sock", "endpoint.json", "lock"]]) for found in outcomes), outcomes
+        whole = [OWNER, 0o700, ["control.sock", "endpoint.json", "lock"]]
+        assert all(found in (None, whole) for found in outcomes), outcomes
 
 
 @pytest.mark.parametrize(
