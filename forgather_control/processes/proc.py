@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from contextlib import suppress
 from functools import cache
@@ -67,6 +66,8 @@ def state(pid: int) -> str:
 
 def free_signal() -> int | None:
     """Return a real-time signal that this process neither catches, ignores, blocks nor waits for."""
+    import signal  # not needed at the start of the command line
+
     with suppress(OSError, AttributeError):  # this system has no /proc, or no real-time signals
         blocked_here = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         for signum in range(max(FIRST_SIGNAL, signal.SIGRTMIN), signal.SIGRTMAX + 1):

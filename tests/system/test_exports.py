@@ -135,7 +135,7 @@ def test_client_of_a_live_job_is_light():
     with job_process("light", 10 * MS):
         doing = "import forgather_control; assert forgather_control.get_job_status('light')['pid']"
         loaded = ends_well(LOADED.format(doing=doing))
-    assert {*HEAVY, "ssl", "hashlib", "subprocess", "dataclasses", "logging", "threading", "shutil"}.isdisjoint(loaded)
+    assert {*HEAVY, "ssl", "hashlib", "subprocess", "dataclasses", "logging", "threading", "signal"}.isdisjoint(loaded)
 
 
 def test_version():
