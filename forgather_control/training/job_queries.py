@@ -124,20 +124,21 @@ class JobQueries:
 
     def status(self) -> Any:
         """Return how far the job is; deferred for a moment while metrics are read from a device."""
-        if not self._devices.known(self.state.metrics)[1]:
+        if self._devices.is_read(self.state.metrics):
             return self.host_status()
         self._devices.read(self.state.metrics)
-        deadline = self._devices.began_at + limits.DEVICE_READ_TIMEOUT
+        began_at = self._devices.began_at
+        deadline = began_at + limits.DEVICE_READ_TIMEOUT
 
         def poll() -> Any:
-            missing = self._devices.known(self.state.metrics)[1]
-            return PENDING if missing and time.monotonic() < deadline else self.host_status()
+            is_read = self._devices.read_at >= began_at
+            return self.host_status() if is_read or time.monotonic() >= deadline else PENDING
 
         return Deferred(poll, deadline) if (answer := poll()) is PENDING else answer
 
     def host_status(self) -> jsonrpc.Encoded:
         """Return how far the job is, from what is known without a device; written once for each change."""
-        now, mark = time.monotonic(), (self.mark(), self._devices.began_at)
+        now, mark = time.monotonic(), (self.mark(), self._devices.read_at)
         if mark != self._status_mark or now - self._status_at >= limits.STATUS_AGE:
             if now - self._stats_at >= limits.PROCESS_STATS_AGE:
                 self._stats = {name: value for name, value in usage.process_stats().items() if value is not None}

@@ -31,8 +31,9 @@ SPEED_SAMPLES: Final = 60
 #: Most characters of stacks in one reply, all ranks together; a thousand ranks then have two pages each.
 MAX_STACKS: Final = 4 << 20
 
-#: Seconds that an answer of ``status`` waits for values on a device.
+#: Seconds that an answer of ``status`` waits for values on a device, and age up to which one stands for later ones.
 DEVICE_READ_TIMEOUT: Final = 0.5
+DEVICE_VALUE_AGE: Final = 1.0
 
 # Events...
 

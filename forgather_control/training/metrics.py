@@ -10,11 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
-from .limits import MAX_NAMES, MAX_TEXT
-
-_MISSING: Final = object()
+from .limits import DEVICE_VALUE_AGE, MAX_NAMES, MAX_TEXT
 
 
 def hold(logs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -46,15 +44,26 @@ class DeviceReader:
         self._on_read = on_read
         self._read: dict[str, tuple[Any, Any]] = {}  # by name: the held value, and its JSON value
         self._thread: threading.Thread | None = None
-        #: When the last reading began, in ``time.monotonic()`` seconds.
-        self.began_at = float("-inf")
+        #: When the last reading began, and when the last finished one did, in ``time.monotonic()`` seconds.
+        self.began_at = self.read_at = float("-inf")
+
+    def is_read(self, held: Mapping[str, Any]) -> bool:
+        """Return whether no value is left to read from a device."""
+        return all(_is_small(value) or self._read.get(name, (None,))[0] is value for name, value in held.items())
 
     def known(self, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return the JSON values that are known, and the names of those that only a device knows."""
-        read = {name: (value, value if _is_small(value) else _MISSING) for name, value in held.items()}
-        read |= {name: pair for name, pair in self._read.items() if name in held and pair[0] is held[name]}
-        values = {name: _plain(value) for name, (_, value) in read.items() if value is not _MISSING}
-        return values, [name for name in read if name not in values]
+        """Return the JSON values that are known, and the names of those that only a device knows.
+
+        A value that was read just now stands for a later one of its name: a loop may log faster than a device answers.
+        """
+        is_recent = time.monotonic() - self.read_at < DEVICE_VALUE_AGE
+        values = {}
+        for name, value in held.items():
+            if _is_small(value):
+                values[name] = _plain(value)
+            elif name in self._read and (is_recent or self._read[name][0] is value):
+                values[name] = self._read[name][1]
+        return values, [name for name in held if name not in values]
 
     def read(self, held: Mapping[str, Any]) -> None:
         """Begin to read the values on devices, unless a reading is under way."""
@@ -65,6 +74,7 @@ class DeviceReader:
 
     def _run(self, held: Mapping[str, Any]) -> None:
         self._read = {name: (value, _plain(value)) for name, value in held.items() if not _is_small(value)}
+        self.read_at = self.began_at
         self._thread = None  # the next reading may begin before this thread has ended
         self._on_read()
 

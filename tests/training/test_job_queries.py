@@ -282,6 +282,23 @@ def test_a_device_is_read_only_when_a_client_asks_and_never_on_the_server_thread
     assert value.threads == ["forgather-devices"]
 
 
+def test_a_device_that_answers_more_slowly_than_the_loop_logs_is_shown(job, wire):
+    """Each answer has the value that its reading found, though a later one was logged meanwhile."""
+
+    class Slow:
+        def __init__(self, value):
+            self.value = value
+
+        def item(self):
+            job.log({"mine": Slow(self.value + 1)})  # the next step is faster than the device
+            return self.value
+
+    job.log({"mine": Slow(1)})
+    for value in (1, 2, 3):
+        status = give(wire, "status")
+        assert status["metrics"]["mine"] == value and "pending_metrics" not in status
+
+
 def test_a_hanging_device_silences_nobody(jobs_dir):
     """While it hangs, status answers with what is known and names the rest; other requests are answered at once."""
     value = Device()
