@@ -12,8 +12,8 @@ import linecache
 import sys
 import threading
 import traceback
-from types import FrameType
-from typing import Final
+from types import CodeType, FrameType
+from typing import Final, NamedTuple
 
 #: Longest text in characters, and most frames of one thread: outermost and innermost.
 MAX_TEXT: Final = 64 * 1024
@@ -22,6 +22,44 @@ _OUTER, _INNER = 20, 80
 _MAX_WORD: Final = 160
 
 _Frame = tuple[str, int | None, str]
+
+#: The calls in which a trainer trains: module and function. When such a call has returned or raised, training is over.
+TRAINING_CALLS: Final = {
+    "transformers.trainer": "train",
+    "lightning.pytorch.trainer.trainer": "fit",
+    "pytorch_lightning.trainer.trainer": "fit",
+}
+#: Generators and coroutines (inspect.CO_GENERATOR ...), which leave the stack and come back.
+_COME_BACK: Final = 0x20 | 0x80 | 0x200
+
+
+class Call(NamedTuple):
+    """A call that is executed: the number of its frame, as the frame itself would keep its locals, and its code."""
+
+    frame: int
+    code: CodeType
+
+
+def training_call() -> Call | None:
+    """Return the innermost call of a trainer on this thread; ``None`` if there is none, or it may leave the stack."""
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        if frame.f_code.co_flags & _COME_BACK:
+            return None
+        if TRAINING_CALLS.get(frame.f_globals.get("__name__", "")) == frame.f_code.co_name:
+            return Call(id(frame), frame.f_code)
+    return None
+
+
+def is_executed(call: Call) -> bool:
+    """Return whether a call is on the stack of any thread; True where greenlets have stacks that cannot be seen."""
+    if "greenlet" in sys.modules:
+        return True
+    frames = sys._current_frames()
+    try:
+        walks = [traceback.walk_stack(frame) for frame in frames.values()]
+        return any((id(frame), frame.f_code) == call for walk in walks for frame, _ in walk)
+    finally:
+        frames.clear()  # as in ``_snapshot``
 
 
 def python_stacks(first: int | None = None) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 
 from .. import states
 from ..errors import JobEnding
+from ..processes import stacks
 from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
 from ..wire.builtin import BUILTIN, TrainingLoop
@@ -81,6 +82,8 @@ class Controller:
         self._queries: JobQueries | None = None  # of rank 0
         self._closed = False  # or abandoned in a forked child
         self._orphaned: str | None = None
+        self._call: stacks.Call | None = None  # of the trainer, in which the run began
+        self._ended = threading.Event()
         # What integrations note on the training thread of any rank; see the methods that are behind it.
         self.beat = self.state.progress.beat
         self.evaluated = self._tracker.evaluated
@@ -101,6 +104,8 @@ class Controller:
         Raises:
             StartError: why this job cannot be controlled; nothing is left behind.
         """
+        _end_earlier(self._options.job_id)
+        self._call = stacks.training_call()
         try:
             step, poll_steps = self.last_step, self._options.poll_steps
             self._group = select.select_group(self, self._options.job_id or "", step, poll_steps, self._log_steps)
@@ -122,7 +127,7 @@ class Controller:
 
     def _publish(self) -> None:
         self._queries = JobQueries(self.state, self._queue, self._group, self._reporter, self.methods, self._loop)
-        self._server = JobServer(self._options, self._queries, self._is_controlled, self._reporter.write)
+        self._server = JobServer(self._options, self._queries, self._look, self._is_controlled, self._reporter.write)
         self.state.job_id = self._server.publish()
         facts = {"job_id": self.job_id, "pid": os.getpid(), "step": self.last_step, "world_size": self._group.size}
         self.state.events.publish(states.EVENT_STARTED, **facts)
@@ -205,6 +210,15 @@ class Controller:
         self.state.events.publish(states.EVENT_ENDED, step=self.last_step, reason=reason)
         if self._server is not None:
             self._server.close()
+        self._ended.set()
+
+    def end_if_over(self, reason: str) -> None:
+        """End this run if its training is over: its thread is dead, or now begins another run outside its call."""
+        nested = self._call is not None and stacks.is_executed(self._call)
+        over = self._thread is threading.current_thread() and not nested
+        if over or not self._thread.is_alive() or self._orphaned is not None:
+            self.close(reason)
+            self._ended.wait(limits.CLOSE_TIMEOUT)  # the server thread may be closing it
 
     def orphan(self, reason: str) -> None:
         """End control because its integration is gone. For finalizers, so on any thread."""
@@ -266,8 +280,16 @@ class Controller:
 
     # On the server thread...
 
+    def _look(self) -> None:
+        """Before each request and tick: note that the trainer's call has gone, and refuse what would not be done."""
+        if self._call is not None and not stacks.is_executed(self._call):
+            self._call, self.state.ended = None, True
+            self._orphaned = self._orphaned or "training ended by an exception"
+            self._queue.close(JobEnding(self._orphaned), pending_only=True)
+
     def _is_controlled(self) -> bool:
-        """Return whether the training thread and its integration still exist; end control if not."""
+        """Return whether the training thread, its integration and the trainer's call exist; end control if not."""
+        self._look()
         if self._orphaned is None and self._thread.is_alive():
             return True
         reason = self._orphaned or "the training thread has ended"
@@ -278,6 +300,13 @@ class Controller:
 
 # As in ``server``: one handler for all, since a fork handler cannot be removed.
 _controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+def _end_earlier(job_id: str | None) -> None:
+    """End the runs of this id that are over in this process: a cell of a notebook was interrupted and run again."""
+    for controller in list(_controllers):
+        if job_id is not None and controller.job_id == job_id:
+            controller.end_if_over("training was started again under this job id")
 
 
 def _after_fork() -> None:

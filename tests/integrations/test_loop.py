@@ -364,7 +364,7 @@ def test_a_bad_job_id_is_refused_when_it_is_given(job_id):
 
 def test_the_id_that_is_taken_is_named_in_one_warning(caplog):
     """The second job trains on, uncontrolled; its one warning names the pid that has the id."""
-    with TrainingJob("job"), caplog.at_level(logging.WARNING), TrainingJob("job") as second:
+    with running_loop("job"), caplog.at_level(logging.WARNING), TrainingJob("job") as second:
         second.step(1)
         assert not second.should_stop
     (warning,) = caplog.records

@@ -201,3 +201,34 @@ def test_threads_that_python_did_not_start_come_last():
 def test_the_calling_thread_is_included():
     """No thread is left out, not even the calling one."""
     assert stacks.python_stacks.__name__ in python_stacks() and sys._getframe().f_code.co_name in python_stacks()
+
+
+def _as_trainer(source):
+    """Functions in a module that counts as a trainer's."""
+    space = {"__name__": "transformers.trainer", "call": stacks.training_call}
+    exec(source, space)
+    return space
+
+
+def test_a_trainers_call_is_executed_until_it_returns():
+    """The innermost call counts; afterwards it is on no stack, though its frame is kept, as tracebacks do."""
+    space = _as_trainer("def train(inner=None):\n    return inner() if inner else (call(), executed(call()), error())")
+    space["executed"] = stacks.is_executed
+    space["error"] = lambda: sys._getframe(1)
+    call, executed, frame = space["train"](space["train"])
+    assert executed and not stacks.is_executed(call) and call.frame == id(frame)
+    assert stacks.training_call() is None, "no trainer calls this test"
+
+
+def test_what_may_leave_the_stack_is_no_such_call():
+    """A generator that calls the hook is suspended and goes on; so nothing is concluded from its absence."""
+    space = _as_trainer("def loop():\n    yield call()\ndef train():\n    return next(loop())")
+    assert space["train"]() is None
+
+
+def test_greenlets_have_stacks_that_cannot_be_seen(monkeypatch):
+    """With gevent a call may be executed though no thread's stack has it."""
+    gone = stacks.Call(1, _as_trainer.__code__)
+    assert not stacks.is_executed(gone)
+    monkeypatch.setitem(sys.modules, "greenlet", object())
+    assert stacks.is_executed(gone)

@@ -20,7 +20,7 @@ from forgather_control.errors import JobsDirUnusable, NoSuchJob
 from forgather_control.server import limits
 from forgather_control.training.adapter import Adapter, controlled, guarded
 
-from ..support.harness import MS, ROOT, Process, Wire, running_loop, until
+from ..support.harness import MS, ROOT, SOON, Process, Wire, running_loop, until
 
 JOB = "job"
 
@@ -176,10 +176,16 @@ def test_a_run_that_was_left_open_is_closed_by_the_next(adapter, waiting):
 
 def test_a_taken_id_is_one_warning(adapter, caplog):
     """The second run with an id in use is not controllable, says so once, and trains."""
-    second = Hooks(JOB)
-    second.begin()
-    second.step(1)
-    second.end()
+
+    def run():
+        second = Hooks(JOB)
+        second.begin()
+        second.step(1)
+        second.end()
+
+    thread = threading.Thread(target=run)  # on the first one's thread it would end that one
+    thread.start()
+    thread.join(SOON)
     assert len(warnings(caplog)) == 1 and "Control is off" in warnings(caplog)[0]
     assert get_job_status(JOB)["global_step"] == 0
 

@@ -314,3 +314,83 @@ def test_methods_are_fixed_at_the_first_step(job):
     job.step(1)
     with pytest.raises(ValueError, match="fixed at the first step"):
         job.methods.add(Method("user.two", "Two.", COMMON, "CommandRecord", lambda loop: None, frozenset({"applied"})))
+
+
+def _start(job_id="job"):
+    controller = Controller(ControlOptions(job_id), RequestedActions(), step=0, max_steps=100)
+    controller.start()
+    return controller
+
+
+def test_a_run_begun_again_on_its_thread_ends_the_earlier_one(job, jobs_dir):
+    """A cell of a notebook was interrupted and is run again: what waits for the old run fails with that reason."""
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        wire.send(b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint","params":{"wait":"applied"}}\n')
+        until(lambda: job.pending)
+        again = _start()
+        assert "training was started again under this job id" in wire.reply()["result"]["error"]["message"]
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        assert give(wire, "save_checkpoint")["state"] == "accepted" and again.pending
+    job.close()
+    assert (jobs_dir / "job" / "endpoint.json").exists(), "the earlier run removes nothing of the later one"
+    again.close()
+    assert not (jobs_dir / "job").exists()
+
+
+def test_a_run_whose_thread_is_dead_gives_its_id_away(jobs_dir):
+    """Also before the tick that notices it; a run of another id, or of a thread that lives, is left alone."""
+    started = []
+    thread = threading.Thread(target=lambda: started.append(_start()))
+    thread.start()
+    thread.join(SOON)
+    other, again = _start("other"), _start()
+    assert not other._closed and started[0]._closed
+    leave, taken = threading.Event(), threading.Event()
+
+    def hold():
+        mine = _start("held")
+        taken.set()
+        leave.wait(SOON)
+        mine.close()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(SOON)
+    with pytest.raises(errors.JobIdTaken):
+        _start("held")
+    leave.set()
+    holder.join(SOON)
+    for one in (other, again):
+        one.close()
+
+
+def test_when_the_trainers_call_has_gone_the_run_has_ended(jobs_dir):
+    """Whatever still refers to the trainer: status says it at once, commands are refused, and the id is free soon."""
+    space = {"__name__": "transformers.trainer", "start": _start}
+    exec("def train(then):\n    job = start()\n    then(job)\n    return job", space)
+    during = []
+
+    def ask(job):
+        with Wire(jobs_dir / "job" / "control.sock") as wire:
+            during.append(give(wire, "status")["status"])
+
+    job = space["train"](ask)
+    assert during == ["starting"]
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        assert give(wire, "status")["status"] == "ended"
+        assert "training ended by an exception" in wire.call("save_checkpoint")["error"]["message"]
+    until(lambda: job._closed and not (jobs_dir / "job").exists())
+
+
+def test_a_training_inside_another_does_not_end_it(jobs_dir):
+    """The outer trainer's call is executed: the inner run of the same id is refused, on the same thread, too."""
+    space = {"__name__": "transformers.trainer", "start": _start}
+    exec("def train(then):\n    job = start()\n    then()\n    return job", space)
+
+    def inner():
+        with pytest.raises(errors.JobIdTaken):
+            _start()
+
+    job = space["train"](inner)
+    assert not job._closed
+    job.close()
