@@ -38,11 +38,15 @@ class Field(NamedTuple):
 
     def accepts(self, value: Any) -> bool:
         """Return whether a value follows the rules."""
-        if type(value) not in self.types or (self.choices is not None and value not in self.choices):
+        # Unpacked, because ``list`` checks 19 members of each of perhaps 10,000 jobs.
+        types, minimum, maximum, longest, printable, choices, _ = self
+        kind = type(value)
+        if kind not in types or (choices is not None and value not in choices):
             return False
-        if isinstance(value, str) and self.longest is not None:
-            return len(value) <= self.longest and (not self.printable or (value != "" and value.isprintable()))
-        return not isinstance(value, (int, float)) or self.minimum <= value <= self.maximum
+        if kind is str:
+            fits = longest is None or len(value) <= longest
+            return fits and (not printable or (value != "" and value.isprintable()))
+        return kind not in NUMBER or minimum <= value <= maximum
 
     @property
     def expected(self) -> str:

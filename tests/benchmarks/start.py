@@ -1,7 +1,7 @@
 """How soon the command line is there, and how ``list`` grows with the jobs directory.
 
 Beside ``python -c pass``, the import of what any such program needs, and the bare reading of the same files. The jobs
-are a live one; dead ones, as ``kill -9`` leaves them, each with its record and a socket at which nobody listens; and
+are a live one; dead ones, as ``kill -9`` leaves them, each with its record, an unlocked lock and a socket without a listener; and
 live ones, for which a single process answers at as many sockets. Bytecode is there, as an installation leaves it.
 """
 
@@ -92,6 +92,7 @@ def fill(root: Path, count: int, like: dict[str, Any], **changes: Any) -> list[s
         path = str(root / name / "control.sock")
         facts = {**like, "job_id": name, "socket": path, "pid": NOBODY + number, "started_at": 1.8e9 + number}
         (root / name / "endpoint.json").write_text(json.dumps({**facts, **changes}))
+        (root / name / "lock").write_text(f"{facts['started_at']!r}\n")
         missing.append(path)
     return missing
 
