@@ -1,4 +1,4 @@
-"""Fixtures of every test: a jobs directory of its own; and under CI no skip, and no run without torch, passes."""
+"""Fixtures of every test, such as a private jobs directory; under CI, skips and runs without torch fail."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from forgather_control.training.job_queries import JobQueries
 from .support import answers
 
 CI = os.environ.get("CI") == "true"
-#: The torch-free half, on a Python without torch: there, and only there, its tests may be skipped.
+#: Whether this is the torch-free half, on a Python without torch: only there may tests that need torch be skipped.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
 
-#: On which Python the full half has run, in tox's own directory: there the light one has nothing to add.
+#: The file in tox's directory that names the Python on which the full half has run: the light half skips that Python.
 _FULL = Path(os.environ.get("TOX_WORK_DIR", os.devnull)) / "full-half-ran-on"
 _PYTHON = "{}.{}".format(*sys.version_info)
 
@@ -29,7 +29,7 @@ _torch_tests_passed = 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The light half ends at once on the Python on which the full one has just passed."""
+    """End the light half at once on the Python on which the full one has passed."""
     if os.environ.get("TOX_ENV_NAME") == "full":
         _FULL.unlink(missing_ok=True)
     elif LIGHT and config.args_source.name != "ARGS" and _FULL.is_file() and _FULL.read_text() == _PYTHON:
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long, and not because of Python's version, runs in the full half only."""
+    """Leave out of the light half what is slow and independent of Python's version."""
     if LIGHT:
         slow = [item for item in items if item.get_closest_marker("once")]
         config.hook.pytest_deselected(items=slow)
@@ -56,7 +56,7 @@ def jobs_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def answers_fit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the jobs of this process answer fits the schemas of ``rpc.discover``."""
+    """Check the answers of this process's jobs against the schemas of ``rpc.discover``."""
     kept = answers.Kept()
     monkeypatch.setattr(JobQueries, "answer", kept.wrap(JobQueries.answer))
     yield
@@ -77,7 +77,7 @@ class Certificates(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Two certificates with their keys. Tests that want them are marked ``needs("openssl")``."""
+    """Two certificates with their keys; tests that use them are marked ``needs("openssl")``."""
     folder = tmp_path_factory.mktemp("pem")
 
     def openssl(*words: str) -> str:
@@ -98,7 +98,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Under CI nothing is missing, because ``.ci/run`` installs it first: so a skip is a failure."""
+    """Under CI a skip is a failure, because ``.ci/run`` installs everything first."""
     outcome = yield
     report = outcome.get_result()
     wants_torch = any("torch" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif"))
@@ -111,7 +111,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Under CI a full run in which no torch test ran has not tested what it says."""
+    """Under CI a full run fails in which no torch test has run."""
     if os.environ.get("TOX_ENV_NAME") == "full" and exitstatus == pytest.ExitCode.OK:
         _FULL.write_text(_PYTHON)
     if CI and not LIGHT and exitstatus == pytest.ExitCode.OK and not _torch_tests_passed:

@@ -1,7 +1,7 @@
-"""The check that jobs answer what ``rpc.discover`` promises: every successful answer fits the schema of its result.
+"""Check that jobs answer what ``rpc.discover`` promises: every successful answer fits the schema of its result.
 
-``Promised`` checks what a raw client reads, ``checked`` what the package's own client does; ``Kept`` collects what jobs
-in this process answer to any client.
+``Promised`` checks what a raw client receives, ``checked`` what the package's client receives; ``Kept`` collects what
+jobs in this process answer to any client.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from forgather_control.training.job_queries import JobQueries
 from forgather_control.wire import jsonrpc, schemas
 from forgather_control.wire.builtin import BUILTIN
 
-#: Addresses of servers whose answers a test makes up: they keep no promise.
+#: Addresses of servers whose answers a test makes up; they are not checked.
 MADE_UP: set[Any] = set()
 #: So many answers to one method are kept for a check at the end of a test.
 _KEPT = 100
@@ -45,7 +45,7 @@ def _validator(schema: str) -> Any:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema that allows no member that it does not name: a job of the same version has no others."""
+    """Return the schema without room for other members: a job of this version has none."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -57,7 +57,7 @@ def _closed(schema: Any) -> Any:
 
 
 class Promised:
-    """The requests of one connection, to check their replies by; nothing is checked where a test made them up."""
+    """The requests of one connection, whose replies are checked; of a made-up server none are."""
 
     def __init__(self, sock: socket.socket, made_up: bool) -> None:
         self._checks = not made_up and sock.getpeername() not in MADE_UP
@@ -65,7 +65,7 @@ class Promised:
         self._methods: dict[str, list[str]] = {}  # by id, in the order of the requests
 
     def sent(self, data: bytes) -> None:
-        """Note the requests in ``data``; what is none is skipped."""
+        """Note the requests in ``data``; lines that are none are skipped."""
         if not self._checks:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -79,7 +79,7 @@ class Promised:
                     self._methods.setdefault(repr(item["id"]), []).append(item["method"])
 
     def check(self, message: Any) -> None:
-        """Assert that the successful replies in a message fit; an event is none."""
+        """Assert that the successful replies in a message fit; events are skipped."""
         for reply in message[:_SAMPLE] if isinstance(message, list) else [message]:
             if self._checks and isinstance(reply, dict) and "result" in reply:
                 asked = self._methods.get(repr(reply["id"]), [])
@@ -91,7 +91,7 @@ class Promised:
 
 
 def checked(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``Client.call_raw``, asserting that the result fits."""
+    """Return ``Client.call_raw`` with a check of the result."""
 
     def checking(client: Any, method: str, params: Any) -> Any:
         result = call(client, method, params)
@@ -103,13 +103,13 @@ def checked(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Kept:
-    """The answers that the jobs of this process gave during one test, whoever the client was."""
+    """The answers of this process's jobs during one test, to any client."""
 
     def __init__(self) -> None:
         self._answers: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
 
     def wrap(self, answer: Callable[..., Any]) -> Callable[..., Any]:
-        """``JobQueries.answer``, noting what it answers."""
+        """Return ``JobQueries.answer``, changed to keep its answers."""
 
         def noting(queries: JobQueries, request: Any, sink: Any) -> Any:
             result = answer(queries, request, sink)
@@ -128,7 +128,7 @@ class Kept:
         return result
 
     def check(self) -> None:
-        """Assert that they all fit."""
+        """Assert that all of them fit."""
         for method, answers in self._answers.items():
             for result, schema in answers:
                 text = result if isinstance(result, jsonrpc.Encoded) else jsonrpc.encoded(result)

@@ -1,9 +1,9 @@
-"""The trainings that test_chaos disturbs: they go on until somebody stops them, and tell their weights.
+"""The training runs of test_chaos: they last until a command stops them, and report their weights.
 
-``python -m tests.support.chaos_training FOLDER JOB_ID [PORT]``, alone or under torchrun, is one that can be controlled.
-What became of it stands in ``FOLDER/JOB_ID-RANK.json``. SIGUSR1 has it fork at whatever line it is, as a loader of
-data does. ``... FOLDER undisturbed STEPS`` trains as one rank and as two would, controlled by nobody, and leaves the
-weights after each step in ``FOLDER/undisturbed-SIZE.json``.
+``python -m tests.support.chaos_training FOLDER JOB_ID [PORT]``, alone or under torchrun, is a run that can be controlled.
+Its report is ``FOLDER/JOB_ID-RANK.json``. SIGUSR1 makes it fork at whatever line it is, as a data loader does.
+``... FOLDER undisturbed STEPS`` trains like one rank and like two, without control, and writes the weights after each
+step to ``FOLDER/undisturbed-SIZE.json``.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-#: Seconds that a step takes at least: so the training lasts as long as the chaos, without a million steps.
+#: The least duration of a step in seconds, so that a run lasts as long as the faults without a million steps.
 PACE = 0.01
-#: Seconds that a child lives: longer than it takes to delete what it inherits.
-CHILDHOOD = 0.3
+#: Seconds that a child lives, longer than it takes to delete what it inherits.
+CHILD_LIFETIME = 0.3
 
 
 class Training:
     """A small model and its data.
 
     Args:
-        ranks: those whose data is trained on in this process; the gradients of all are added.
-        size: how many there are in all.
+        ranks: the ranks whose data this process trains on; the gradients of all are added.
+        size: the number of ranks in all.
     """
 
     def __init__(self, ranks: Iterable[int], size: int) -> None:
@@ -57,20 +57,20 @@ class Training:
         return float(loss.detach())
 
     def digest(self) -> str:
-        """Of all weights."""
+        """Return a digest of all weights."""
         values = [value.view(self.torch.uint8).flatten().tolist() for value in self.model.state_dict().values()]
         return hashlib.sha256(b"".join(map(bytes, values))).hexdigest()
 
 
 def write(path: Path, value: Any) -> None:
-    """Leave a file, whole from its first moment."""
+    """Write a file that others see whole or not at all."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value))
     part.rename(path)
 
 
 class Victim:
-    """One rank of a training that can be controlled."""
+    """One rank of a run that can be controlled."""
 
     def __init__(self, folder: Path, job_id: str, port: int | None) -> None:
         self.folder, self.job_id, self.port = folder, job_id, port
@@ -84,24 +84,24 @@ class Victim:
         self.forks, self.forking = 0, False
 
     def fork(self, *_: Any) -> None:
-        """In a signal handler: have a child that does nothing, and ends without a word to Python."""
-        if self.forking:  # Python itself hangs where one fork begins in the midst of another
+        """In a signal handler: fork a child that sleeps and exits."""
+        if self.forking:  # Python hangs where a fork interrupts another one
             return
         self.forking = True
         pid = os.fork()
         if pid == 0:
-            time.sleep(CHILDHOOD)
+            time.sleep(CHILD_LIFETIME)
             os._exit(0)
         self.children.append(pid)
         self.forks += 1
         self.forking = False
 
     def reap(self) -> None:
-        """Take the children that have ended."""
+        """Wait for the children that have ended."""
         self.children = [pid for pid in self.children if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
     def save(self, step: int) -> Path:
-        """This rank's part of a checkpoint, there when it is whole."""
+        """Write this rank's part of a checkpoint; it appears when it is complete."""
         path = self.folder / "checkpoints" / self.job_id / f"checkpoint-{step}"
         path.mkdir(parents=True, exist_ok=True)
         part = path / f"rank-{self.rank}.part"
@@ -111,7 +111,7 @@ class Victim:
         return path
 
     def train(self, job: Any) -> int:
-        """Until a command stops it; the last step."""
+        """Train until a command stops it; return the last step."""
         step = 0
         while not job.should_stop:
             step += 1
@@ -124,13 +124,13 @@ class Victim:
         return step
 
     def run(self) -> None:
-        """Train, and tell what became of it."""
+        """Train, and write the report."""
         from forgather_control import TrainingJob
 
         signal.signal(signal.SIGUSR1, self.fork)
         with TrainingJob(self.job_id, port=self.port) as job:
             controller = job._controller
-            assert controller is not None, "it cannot be controlled"
+            assert controller is not None, "the job cannot be controlled"
             write(self.folder / f"{self.job_id}-{self.rank}.pid", os.getpid())
             steps = self.train(job)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -142,7 +142,7 @@ class Victim:
 
 
 def undisturbed(folder: Path, steps: int) -> None:
-    """The weights after each step, of trainings that nobody can control."""
+    """Write the weights after each step of runs that are not controlled."""
     for size in (1, 2):
         training = Training(range(size), size)
         found = [training.digest()]

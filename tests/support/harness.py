@@ -1,4 +1,4 @@
-"""A small real world for the tests: real sockets, real processes, one unit of time, and a strict parser."""
+"""What the tests share: real sockets, real processes, one unit of time, and a strict parser."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ import pytest
 from . import answers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: All time-outs are multiples of one unit, so that a slow machine needs one change.
+#: All time-outs are multiples of one unit, so that a slow machine needs one setting.
 MS = float(os.environ.get("FORGATHER_TEST_MS", "0.001"))
-#: A deadline for what should happen at once, in seconds; long, as nothing waits for it to pass.
+#: A deadline, in seconds, for what should happen at once; long, because no test waits for it to pass.
 SOON = 20_000 * MS
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -35,26 +35,26 @@ needs_lightning = pytest.mark.skipif(importlib.util.find_spec("lightning") is No
 
 
 def needs(program: str) -> pytest.MarkDecorator:
-    """Skip where a program is not installed."""
+    """Return the mark that skips a test where a program is not installed."""
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
 
 
 def needs_success(reason: str, command: str) -> pytest.MarkDecorator:
-    """Skip where a shell command, harmless in itself, cannot be carried out; for rights that come with no name."""
+    """Return the mark that skips a test where a harmless shell command fails, for want of rights."""
     done = subprocess.run(["sh", "-c", command], capture_output=True)
     return pytest.mark.skipif(done.returncode != 0, reason=reason)
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and be another user")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, and run as another user")
 
 
 def descriptors() -> int:
-    """Open file descriptors of this process."""
+    """Return how many file descriptors this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def until(condition: Callable[[], Any], seconds: float = SOON) -> Any:
-    """The first true value of ``condition``; fails the test at the deadline."""
+    """Return the first true value of ``condition``; fail the test at the deadline."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"still waiting for {condition} after {seconds} s"
@@ -63,7 +63,7 @@ def until(condition: Callable[[], Any], seconds: float = SOON) -> Any:
 
 
 def strict(line: bytes) -> Any:
-    """One line as a parser in another language reads it: no NaN, ASCII, exactly one newline."""
+    """Parse one line as a parser in another language does: ASCII, no NaN, exactly one newline."""
 
     def refuse(name: str) -> Any:
         raise AssertionError(f"{name} on the wire")
@@ -117,17 +117,17 @@ class Wire:
         self.sock.sendall(data)
 
     def line(self) -> bytes:
-        """The next line; empty at the end of the stream."""
+        """Return the next line; empty at the end of the stream."""
         return self.file.readline()
 
     def reply(self) -> Any:
-        """The next line, parsed strictly."""
+        """Return the next line, parsed strictly."""
         message = strict(self.line())
         self._promised.check(message)
         return message
 
     def call(self, method: str, params: Any = None, id: Any = 1) -> Any:
-        """One request and its response object."""
+        """Send one request and return its response object."""
         message = {"jsonrpc": "2.0", "id": id, "method": method}
         if params is not None:
             message["params"] = params
@@ -135,25 +135,25 @@ class Wire:
         return self.reply()
 
     def authenticate(self, token: str = TOKEN) -> Any:
-        """Show the token; the response object."""
+        """Send the token and return the response object."""
         return self.call("authenticate", {"token": token}, id="auth")
 
     def is_closed(self) -> bool:
-        """Whether nothing comes any more: the other side closed, with or without a word to TCP."""
+        """Return whether the other side closed the connection, or reset it."""
         try:
             return self.line() == b""
         except ConnectionResetError:
             return True
 
     def still_answers(self) -> None:
-        """Assert that the connection serves a valid request, whatever replies came before it."""
+        """Assert that the connection answers a valid request; earlier replies and events are skipped."""
         mark = f"mark-{time.monotonic_ns()}"
         self.send(json.dumps({"jsonrpc": "2.0", "id": mark, "method": "ping"}).encode() + b"\n")
         while True:
             line = self.line()
             assert line, "the connection was closed"
             reply = strict(line)
-            if isinstance(reply, dict) and reply["id"] == mark:
+            if isinstance(reply, dict) and reply.get("id") == mark:
                 assert "result" in reply, reply
                 return
 
@@ -162,7 +162,7 @@ class Wire:
 def running_loop(
     job_id: str = "job", *, step_seconds: float = 5 * MS, max_steps: int = 10**9, **options: Any
 ) -> Iterator[Any]:
-    """A real ``TrainingJob`` whose loop runs in a thread of this process, saving to real files; ended on exit.
+    """Run a real ``TrainingJob`` in a thread of this process, saving to real files; it ends on exit.
 
     Yields an object with ``job``, ``steps`` (those done), ``saves`` (paths) and ``thread``.
     """
@@ -190,7 +190,7 @@ def running_loop(
                 if job.should_save:
                     path = folder / f"checkpoint-{step}"
                     path.mkdir(parents=True, exist_ok=True)
-                    run.saves.append(str(path))  # first: who waits for the checkpoint may look at once
+                    run.saves.append(str(path))  # first: a test that waits for the checkpoint reads it at once
                     job.saved(path)
                 if job.should_stop or stop.is_set():
                     break
@@ -210,7 +210,7 @@ def running_loop(
 def serving(
     path: str | os.PathLike[str], answer: Callable[[Any], Any], tick: Callable[[], None] = lambda: None
 ) -> Iterator[Any]:
-    """A real ``Server`` at ``path``, closed on exit."""
+    """Run a real ``Server`` at ``path``; it is closed on exit."""
     from forgather_control.server.server import Server
 
     server = Server(answer, tick)
@@ -228,7 +228,7 @@ def serving(
 def serving_tcp(
     answer: Callable[[Any], Any], tls: Any = None, path: str | os.PathLike[str] | None = None
 ) -> Iterator[Any]:
-    """A real ``Server`` at a port of this host, its address in ``at``, its secret ``TOKEN``; at ``path``, too."""
+    """Run a real ``Server`` at a port of this host (see ``at``), with the token ``TOKEN``; also at ``path``."""
     from forgather_control.server.server import Server
 
     server = Server(answer, lambda: None)
@@ -246,7 +246,7 @@ def serving_tcp(
 
 
 class Process:
-    """A Python program in a process of its own, whose standard output is read line by line."""
+    """A Python program in a separate process, whose standard output is read line by line."""
 
     def __init__(self, source: str, *args: str, env: dict[str, str] | None = None, **options: Any) -> None:
         self.popen = subprocess.Popen(
@@ -271,7 +271,7 @@ class Process:
         return self.popen.pid
 
     def line(self) -> str:
-        """The next line of its output; blocks until there is one (the test's own time-out guards it)."""
+        """Return the next line of its output; blocks until there is one, or until the test times out."""
         assert self.popen.stdout is not None
         return self.popen.stdout.readline().rstrip("\n")
 
@@ -282,7 +282,7 @@ class Process:
         self.popen.stdin.flush()
 
     def end(self, seconds: float = SOON) -> int:
-        """Its exit code, once it ends by itself."""
+        """Wait until it ends by itself; return its exit code."""
         code = self.popen.wait(seconds)
         self._drain.join(SOON)
         return code
@@ -305,7 +305,7 @@ class Process:
                 stream.close()
 
 
-#: A job in a process of its own: python -c JOB ID [STEP_SECONDS]; prints "ready", then "ended STEP ABORTED".
+#: A job as a program: python -c JOB ID [STEP_SECONDS]; prints "ready", then "ended STEP ABORTED".
 JOB = """
 import logging, os, sys, time
 from pathlib import Path
@@ -332,14 +332,14 @@ print("ended", step, job.aborted, flush=True)
 
 @contextmanager
 def job_process(job_id: str = "job", step_seconds: float = 10 * MS, **options: Any) -> Iterator[Process]:
-    """A job in a process of its own, published; killed on exit if it still runs."""
+    """Run a job in a separate process; yields once it is published, and kills it on exit if it still runs."""
     with Process(JOB, job_id, str(step_seconds), **options) as process:
         assert process.line() == "ready", "".join(process.errors)
         yield process
 
 
 def cli(*args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """``python -m forgather_control ARGS`` without a terminal."""
+    """Run ``python -m forgather_control ARGS`` without a terminal."""
     return subprocess.run(
         [sys.executable, "-m", "forgather_control", *args],
         input=stdin,

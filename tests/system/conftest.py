@@ -1,4 +1,4 @@
-"""Checks of every test of the whole."""
+"""Fixtures of the tests of the whole system."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from ..support import answers
 
 @pytest.fixture(autouse=True)
 def answers_fit_over_connect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What jobs in other processes answer to this one fits the schemas of ``rpc.discover``, too."""
+    """Check the answers of jobs in other processes, too, against the schemas of ``rpc.discover``."""
     monkeypatch.setattr(Client, "call_raw", answers.checked(Client.call_raw))

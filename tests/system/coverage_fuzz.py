@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing (atheris) of all that reads what others wrote, each target in a process of its own.
+"""Coverage-guided fuzzing (atheris) of everything that parses foreign input, each target in a separate process.
 
 ``python tests/system/coverage_fuzz.py`` runs every target for FUZZ_SECONDS (60), as many at once as there are cores;
-``python tests/system/coverage_fuzz.py TARGET [libFuzzer's arguments]`` runs one without an end, or on a given file.
-It ends with 1 where a target found something, and prints the input. A target takes bytes and asserts what must hold
-of any; ``test_fuzz`` runs the same targets on seeded random bytes, without atheris.
+``python tests/system/coverage_fuzz.py TARGET [libFuzzer's arguments]`` runs one until it is interrupted, or on given
+files. The exit code is 1 if a target failed, and its input is printed. A target takes bytes and asserts what must hold
+for any input; ``test_fuzz`` runs the same targets on seeded random bytes, without atheris.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 
 def _instrumented() -> Any:
-    """What the package is imported in: so that its branches are counted, where this file is the program."""
+    """Return the context to import the package in: it counts branches where this file is the program."""
     if __name__ != "__main__" or len(sys.argv) == 1:
         return contextlib.nullcontext()
     import atheris
@@ -53,14 +53,14 @@ TOKEN = "0123456789abcdef" * 2
 
 
 class _Pairs(tuple):
-    """The members of an object as they stand there."""
+    """The members of an object, in order, duplicates included."""
 
 
 def reference(line: bytes) -> Any:
-    """The JSON value of a line, as Python's own parser and one walk have it.
+    """Return the JSON value of a line, from Python's own parser and one walk.
 
     Raises:
-        ValueError: not every parser reads it as this one does, or it is too deep.
+        ValueError: parsers disagree about it, or it is nested too deeply.
     """
     try:
         return _walk(json.loads(line.decode("utf-8"), object_pairs_hook=_Pairs), 0)
@@ -94,14 +94,14 @@ def _double(value: float) -> float:
 
 
 class Expected(NamedTuple):
-    """What a line must be answered: ``None`` where nobody waits; an id and whether it is an error for each reply."""
+    """The expected answer to a line: an id and whether it is an error for each reply; ``None`` for notifications."""
 
     replies: list[tuple[Any, bool]] | None
     is_batch: bool = False
 
 
 def expected(line: bytes, refuses: Callable[[str], bool]) -> Expected:
-    """What the specification says of a line.
+    """Return what the specification says about a line.
 
     Args:
         refuses: whether a request of this method is answered by an error.
@@ -136,13 +136,13 @@ def _expected_of(value: Any, refuses: Callable[[str], bool]) -> tuple[Any, bool]
 
 
 def strict(line: bytes) -> Any:
-    """One line as a parser in another language reads it."""
+    """Parse one line as a parser in another language does."""
     assert line.endswith(b"\n") and line.count(b"\n") == 1, line
     return reference(line.decode("ascii").encode()) if len(line) < 1 << 16 else json.loads(line)
 
 
 def agrees(answer: bytes, want: Expected) -> None:
-    """Assert that a reply line is what was expected."""
+    """Assert that a reply line is the expected one."""
     if want.replies is None:
         assert answer == b"", answer
         return
@@ -161,7 +161,7 @@ def _is_error(value: Any) -> bool:
 
 
 class Sink(dispatcher.ReplySink):
-    """Stands where a connection would."""
+    """A reply sink in place of a connection."""
 
     def __init__(self) -> None:
         super().__init__(dispatcher.Peer())
@@ -175,7 +175,7 @@ class Sink(dispatcher.ReplySink):
 
 
 def echo(request: jsonrpc.Request, sink: dispatcher.ReplySink) -> Any:
-    """A method of every name; some refuse, and one is broken."""
+    """Answer any method; "refuse" answers an error, "break" raises."""
     if request.method == "refuse":
         raise InvalidParams("no", given=request.params)
     if request.method == "break":
@@ -189,18 +189,18 @@ def echo_refuses(method: str) -> bool:
 
 
 def answered(line: bytes) -> bytes:
-    """What a line is answered by ``echo``."""
+    """Return the reply to a line, with ``echo`` as the handler."""
     sink = Sink()
     dispatcher.Dispatcher(echo).dispatch(sink, line)
     assert sink.open == 0 and sink.listens == (len(line) <= jsonrpc.MAX_LINE)
     return sink.data
 
 
-# The targets: bytes in, and an AssertionError or any other that gets out is a finding...
+# The targets: they take bytes; any exception is a finding...
 
 
 def target_line(data: bytes) -> None:
-    """A line: answered as the specification says, always alike, and what is written is read as the same."""
+    """A line: answered as the specification says, twice alike, and encoded requests are parsed as the same."""
     line = data.replace(b"\n", b" ")
     answer = answered(line)
     agrees(answer, expected(line, echo_refuses))
@@ -218,12 +218,12 @@ def target_line(data: bytes) -> None:
     assert jsonrpc.parse_json(jsonrpc.encode(jsonrpc.parse_json(line))) == reference(line)
 
 
-#: Short, so that inputs grow beyond it.
+#: The longest line here; short, so that inputs grow beyond it.
 LIMIT = 64
 
 
 def target_framing(data: bytes) -> None:
-    """A stream, cut where its first eight bytes say: the same lines as at once, and as ``split`` finds."""
+    """A stream, cut at the places in its first eight bytes: the same lines as uncut, and as ``split`` finds."""
     cuts, stream = data[:8], data[8:]
     pieces, at = [], 0
     for cut in cuts:
@@ -257,8 +257,8 @@ def _framed(pieces: list[bytes]) -> list[bytes]:
     return found
 
 
-def target_gate(data: bytes) -> None:
-    """A stranger's first line: in with the token alone, an answer for a wrong one, silence for all else."""
+def target_token(data: bytes) -> None:
+    """The first line over TCP: accepted with the token alone, a reply for a wrong one, none for anything else."""
     line = data.partition(b"\n")[0]
     judge, (ours, theirs) = auth.TokenAuthenticator(TOKEN), socket.socketpair()
     with ours, theirs, patch.object(limits, "AUTH_FAILURE_DELAY", 0.0):
@@ -288,14 +288,14 @@ def _verdict(line: bytes) -> str:
 
 
 def target_record(data: bytes) -> None:
-    """An endpoint.json: a ValueError in one short line, or a record that all who use it can use."""
+    """An endpoint.json: a ValueError in one short line, or a record that all its users accept."""
     try:
         found = record.parse_record(data, "job")
     except ValueError as err:
         _is_short(err)
         return
     assert record.parse_record(json.dumps(found.to_json()).encode(), "job") == found
-    if len(data) % 16 == 0:  # asking the system takes longer than all the rest
+    if len(data) % 16 == 0:  # system calls take longer than everything else
         assert registry.judge(found) in ("silent", "dead", "foreign")
     if (port := target._port(found)) is not None:
         assert 0 < port.port < 65536 and isinstance(str(port), str)
@@ -304,7 +304,7 @@ def target_record(data: bytes) -> None:
     strict(jsonrpc.encode(job.to_json()))
 
 
-def target_roster(data: bytes) -> None:
+def target_ranks(data: bytes) -> None:
     """A ranks.json: a ValueError in one short line, or ranks in order that can be judged."""
     try:
         ranks = rank_processes.parse_ranks(data)
@@ -322,7 +322,7 @@ def _is_short(err: ValueError) -> None:
 
 
 def target_reply(data: bytes) -> None:
-    """A reply: ours, or an InternalError; and so is what the client makes of it."""
+    """A reply: parsed, or an InternalError; the same holds for what the client builds from it."""
     try:
         reply = jsonrpc.parse_reply(data)
     except InternalError:
@@ -345,12 +345,12 @@ def target_reply(data: bytes) -> None:
 
 
 def strict_enough(line: bytes) -> None:
-    """Assert that what we print of others is JSON, whatever they said."""
+    """Assert that what is printed of a reply is JSON, whatever the reply was."""
     json.loads(line.decode("ascii"), parse_constant=lambda name: 1 // 0)
 
 
 def target_address(data: bytes) -> None:
-    """An address: what is printed is read as the same; else InvalidParams."""
+    """An address: its text is parsed as the same address; otherwise InvalidParams."""
     text = data.decode("utf-8", "surrogateescape")
     try:
         found = addresses.parse(text)
@@ -364,7 +364,7 @@ def target_address(data: bytes) -> None:
 
 
 def target_words(data: bytes) -> None:
-    """A command line, its words apart by NUL: arguments, or a usage error, or help; never a traceback."""
+    """A command line, its words separated by NUL: arguments, a usage error or help; never a traceback."""
     words = [os.fsdecode(word) for word in data.split(b"\0")]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -376,49 +376,49 @@ def target_words(data: bytes) -> None:
     assert args.verb in ("cleanup", "rpc", "dial-stdio") or args.method in builtin.BUILTIN
 
 
-_boxes: list[tuple[Path, file_requests.FileRequestServer, list[bytes]]] = []
+_servers: list[tuple[Path, file_requests.FileRequestServer, list[bytes]]] = []
 
 
-def _desk() -> tuple[Path, file_requests.FileRequestServer, list[bytes]]:
-    """A job's directory, made once a process; what was asked is noted."""
-    if not _boxes:
+def _file_server() -> tuple[Path, file_requests.FileRequestServer, list[bytes]]:
+    """Return a job's directory, made once in a process, its server, and the lines that were dispatched."""
+    if not _servers:
         home = Path(tempfile.mkdtemp(prefix="fuzz"))
-        asked: list[bytes] = []
+        dispatched: list[bytes] = []
         dispatch = dispatcher.Dispatcher(echo).dispatch
 
-        def ask(sink: dispatcher.ReplySink, line: bytes) -> None:
-            asked.append(line)
+        def note(sink: dispatcher.ReplySink, line: bytes) -> None:
+            dispatched.append(line)
             dispatch(sink, line)
 
-        desk = file_requests.FileRequestServer(str(home), ask, dict, lambda: 0, builtin.BUILTIN)
-        _boxes.append((home, desk, asked))
-    return _boxes[0]
+        server = file_requests.FileRequestServer(str(home), note, dict, lambda: 0, builtin.BUILTIN)
+        _servers.append((home, server, dispatched))
+    return _servers[0]
 
 
-def target_letters(data: bytes) -> None:
-    """Requests by file, ``NAME\\0CONTENT``, apart by two NUL: each asked once and answered as its line would be."""
-    home, desk, asked = _desk()
+def target_requests(data: bytes) -> None:
+    """Request files, ``NAME\\0CONTENT``, separated by two NUL: each dispatched once and answered as its line is."""
+    home, server, dispatched = _file_server()
     try:
-        put = dict(_letters(home, data))
-        desk.tick()
+        put = dict(_put_files(home, data))
+        server.tick()
         wanted = {name: content for name, content in put.items() if _is_wanted(name)}
         assert {path.name for path in (home / "requests").iterdir()} == put.keys() - wanted.keys()
         lines = [content.removesuffix(b"\n") for name, content in wanted.items() if _is_line(name, content)]
         lines += [jsonrpc.request(name, {}, name) for name, content in wanted.items() if _is_touch(name, content)]
-        assert sorted(asked) == sorted(lines), (asked, lines)
+        assert sorted(dispatched) == sorted(lines), (dispatched, lines)
         for name, content in wanted.items():
             if f"{name}.json" not in wanted and name.removesuffix(".json") not in wanted.keys() - {name}:
                 _answered_by_file(home, name, content)
         written = {name.removesuffix(".json") + ".json" for name in wanted}
         assert {path.name for path in (home / "replies").iterdir()} <= written
     finally:
-        asked.clear()
-        desk._replies._replies.clear()
+        dispatched.clear()
+        server._replies._replies.clear()
         for path in [*(home / "requests").iterdir(), *(home / "replies").iterdir()]:
             path.unlink()
 
 
-def _letters(home: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
+def _put_files(home: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
     for chunk in data.split(b"\0\0")[:4]:
         name, _, content = chunk.partition(b"\0")
         name = name.replace(b"/", b"_")[:200]
@@ -434,7 +434,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _is_line(name: str, content: bytes) -> bool:
-    """Whether it can be a request; else it is refused before it is read as JSON."""
+    """Whether it can be a request; otherwise it is refused before it is parsed."""
     return name.endswith(".json") and (content.rstrip().endswith((b"}", b"]")) or len(content) > jsonrpc.MAX_LINE)
 
 
@@ -454,7 +454,7 @@ def _answered_by_file(home: Path, name: str, content: bytes) -> None:
     agrees(answer, want)
 
 
-# What they begin with...
+# Seeds...
 
 
 def _line(**members: Any) -> bytes:
@@ -487,7 +487,7 @@ _LINES = [
 
 
 class Fuzzed(NamedTuple):
-    """A target, what it begins with, and words that its inputs are made of."""
+    """A target, the inputs to start from, and words to build inputs with."""
 
     run: Callable[[bytes], None]
     seeds: list[bytes]
@@ -499,8 +499,8 @@ _WIRE_WORDS = (*_JSON_WORDS, '"jsonrpc":"2.0"', '"method":', '"params":', '"id":
 TARGETS = {
     "line": Fuzzed(target_line, _LINES, _WIRE_WORDS),
     "framing": Fuzzed(target_framing, [b"\1\2\3\4\5\6\7\x40" + b"\n".join(_LINES), b"\0" * 8 + b"x" * 65 + b"\n\n"]),
-    "gate": Fuzzed(
-        target_gate,
+    "token": Fuzzed(
+        target_token,
         [
             _line(method="authenticate", params={"token": TOKEN}),
             _line(method="authenticate", params=["wrong"]),
@@ -513,8 +513,8 @@ TARGETS = {
     "record": Fuzzed(
         target_record, [json.dumps(_RECORD).encode(), b'{"job_id": "job"}'], (*_JSON_WORDS, *map(json.dumps, _RECORD))
     ),
-    "roster": Fuzzed(
-        target_roster,
+    "ranks": Fuzzed(
+        target_ranks,
         [json.dumps([_RANK, {**_RANK, "rank": 1}]).encode(), json.dumps([_RANK, _RANK]).encode()],
         (*_JSON_WORDS, *map(json.dumps, rank_processes.RankRecord._fields)),
     ),
@@ -528,8 +528,8 @@ TARGETS = {
         ],
         (*_JSON_WORDS, *map(json.dumps, [*_RECORD, *_COMMAND, *_RANK, "result", "error", "message", "2.0"])),
     ),
-    "letters": Fuzzed(
-        target_letters,
+    "requests": Fuzzed(
+        target_requests,
         [b"\0\0".join(b"%d.json\0%b" % pair for pair in enumerate(_LINES[:4])), b"ping\0\0\0status.json\0[", b"-\0x"],
         (*_WIRE_WORDS, ".json", *builtin.BUILTIN),
     ),
@@ -554,11 +554,11 @@ TARGETS = {
 }
 
 
-# Running them...
+# Running the targets...
 
 
 def fuzz(name: str, options: list[str]) -> None:
-    """One target in this process, which ends with it; its seeds and words are given to libFuzzer as files."""
+    """Run one target; the process ends with it. libFuzzer gets seeds and words as files."""
     import atheris
 
     logging.disable()
@@ -578,7 +578,7 @@ def fuzz(name: str, options: list[str]) -> None:
 
 
 class Figures(NamedTuple):
-    """What became of one target: inputs tried, edges and features reached, and what it said if it found something."""
+    """The result of one target: inputs tried, edges and features reached, and the report if it failed."""
 
     name: str
     runs: int
@@ -588,10 +588,10 @@ class Figures(NamedTuple):
 
 
 def campaign(name: str) -> Figures:
-    """One target in a process of its own, for ``SECONDS``."""
+    """Run one target in a separate process for ``SECONDS``."""
     options = [f"-max_total_time={math.ceil(SECONDS)}", "-print_final_stats=1"]
     fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="fuzz", dir=fast) as folder:  # for all that it leaves, however it ends
+    with tempfile.TemporaryDirectory(prefix="fuzz", dir=fast) as folder:  # for whatever it leaves behind
         try:
             done = subprocess.run(
                 [sys.executable, __file__, name, *options, f"-artifact_prefix={folder}/"],
@@ -613,13 +613,13 @@ def campaign(name: str) -> Figures:
 
 
 def _essence(text: str, inputs: list[bytes]) -> str:
-    """The traceback, and the inputs that led to it, as ``base64 -d`` makes a file of them."""
+    """Return the traceback, and the inputs that led to it in base64."""
     lines = [line for line in text.splitlines() if not re.match(r"#\d|INFO|WARNING|stat::|0x", line)]
     return "\n".join([*lines, *(base64.b64encode(data).decode() for data in inputs)])[-9000:]
 
 
 def main(names: list[str]) -> int:
-    """All of them; 1 where one found something."""
+    """Run the targets; return 1 if one failed."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = []
         for each in pool.map(campaign, names):

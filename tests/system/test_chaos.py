@@ -1,12 +1,12 @@
-"""Everything at once, at random, against live trainings: the weights are those of undisturbed ones, nothing is lost.
+"""Random faults of all kinds at once against live training runs: same weights as without faults, nothing is lost.
 
-Three jobs train (a plain loop; one with a TCP port; two ranks under torchrun) while their files are deleted, spoiled
-and replaced by links, their disk fills up, the clock jumps, clients are killed, floods come in, the trainings fork
-and are stopped for moments, other jobs die by ``kill -9``, and the real ``cleanup --force`` runs without a pause.
-Beside all that saves are asked for in every way there is, and each that was accepted is followed to its end.
+Three jobs train (a plain loop; one with a TCP port; two ranks under torchrun) while their files are deleted, damaged
+and replaced by links, their disk fills up, the clock jumps, clients are killed, floods arrive, subscribers come and go,
+the jobs fork and are suspended, other jobs die by ``kill -9``, and ``cleanup --force`` runs without a pause. Meanwhile
+saves are requested in every way, and each accepted one is followed to its end.
 
-FORGATHER_CHAOS_SECONDS and FORGATHER_CHAOS_SEED choose more of it, and another; ``tox -e chaos`` takes two minutes.
-The seed decides what each thread does, and in which order; the machine decides what coincides.
+FORGATHER_CHAOS_SECONDS and FORGATHER_CHAOS_SEED set the duration and the seed; ``tox -e chaos`` takes two minutes. The
+seed determines what each thread does, and in which order; what coincides depends on the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import pytest
 from forgather_control import ControlError, connect
 from forgather_control.errors import DeadlinePassed
 from forgather_control.jobs import private_files, spool
-from forgather_control.states import COMMAND_STATES, FINAL_STATES
+from forgather_control.states import COMMAND_STATES, EVENT_KINDS, FINAL_STATES
 from forgather_control.wire.records import CommandRecord
 
 from ..support.harness import JOB, ROOT, SOON, Process, Wire, cli, needs_torch, until
@@ -47,11 +47,11 @@ from .test_fuzz import mutated, request
 
 SECONDS = float(os.environ.get("FORGATHER_CHAOS_SECONDS", "10"))
 SEED = int(os.environ.get("FORGATHER_CHAOS_SEED", "20261125"))
-#: Threads that do harm, beside the one that cleans up.
-IMPS = 3
+#: Threads that make faults, beside the one that cleans up.
+FAULT_THREADS = 3
 
-#: The clock of all processes here but this one: it is the machine's, and as far off as CHAOS_CLOCK says at that moment.
-#: The machine's own must not jump: others work on it. What the kernel says of the boot jumps with it.
+#: The clock of all processes here but this one: the machine's, shifted by the number in the file CHAOS_CLOCK. The
+#: machine's clock must not jump, because others use it. The kernel's boot time is shifted, too.
 CLOCK = """
 import mmap, os, time
 from psutil import _pslinux
@@ -64,26 +64,27 @@ time.time_ns = lambda: real_ns() + int(shift[0] * 1e9)
 _pslinux.boot_time = lambda: booted() + shift[0]
 """
 JUMPS = (0.0, 1.0, -1.0, 3600.0, -3600.0, 86400.0, -86400.0, 3e8, -3e8)
-#: A pid that no process has: it is beyond Linux's last (proc(5), pid_max).
-NOBODY = 1 << 22
+#: A pid that no process has, beyond Linux's highest (proc(5), pid_max).
+FREE_PID = 1 << 22
 
 SAVE = b'{"jsonrpc":"2.0","id":1,"method":"save_checkpoint"}'
+SUBSCRIBE = b'{"jsonrpc":"2.0","id":1,"method":"subscribe","params":{"since":0}}\n'
 
 
-# Those who are disturbed...
+# The jobs under test...
 
 
 class Ledger:
-    """What is known of the commands of one job, from whoever was told something."""
+    """What clients were told about the commands of one job."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.records: dict[str, dict[str, Any]] = {}
-        self.refused: set[str] = set()  # requests that must not be carried out
+        self.refused: set[str] = set()  # requests that must never be carried out
         self._lock = threading.Lock()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Somebody was told this, at this moment or earlier. What is over stays as it was told."""
+        """Note a record that a client received, now or earlier. A final one must never change."""
         with self._lock:
             known = self.records.get(record["command_id"])
             if known is not None and known["state"] in FINAL_STATES:
@@ -94,7 +95,7 @@ class Ledger:
                     self.is_on_disk(record)
 
     def is_on_disk(self, record: dict[str, Any]) -> list[str]:
-        """Assert that each rank's part is there, of the right step; the weights they hold."""
+        """Assert that each rank's part is there, of the right step; return the digests of their weights."""
         path, step = Path(record["result"]["path"]), record["result"]["step"]
         parts = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(self.size)]
         assert all((path / f"rank-{rank}.pt").is_file() for rank in range(self.size)), record
@@ -102,18 +103,18 @@ class Ledger:
         return [part["digest"] for part in parts]
 
     def open(self) -> list[str]:
-        """The commands that are not over, as far as is known."""
+        """Return the commands that are not final, as far as is known."""
         with self._lock:
             return [name for name, record in self.records.items() if record["state"] not in FINAL_STATES]
 
 
 class Victim:
-    """One training, and the one connection to it that is open from before the chaos until after it."""
+    """One training run, and the one connection to it that stays open from before the faults until after them."""
 
     def __init__(self, folder: Path, jobs: Path, name: str, size: int, running: Process | Torchrun) -> None:
         self.folder, self.name, self.size, self.running = folder, name, size, running
         self.path = jobs / name
-        self.hands = threading.Lock()  # of those who spoil its files: one of them at a time
+        self.files_lock = threading.Lock()  # held by the thread that damages its files
         self.ledger = Ledger(size)
         files = [folder / f"{name}-{rank}.pid" for rank in range(size)]
         until(lambda: all(file.exists() for file in files), START)
@@ -122,47 +123,49 @@ class Victim:
         record = json.loads((self.path / "endpoint.json").read_text())
         self.port, self.token = record["port"], record["token"]
         self.step = 0
-        #: Where floods go.
-        self.doors: list[Path | tuple[str, int]] = [self.path / "control.sock"]
+        #: Where floods go to.
+        self.addresses: list[Path | tuple[str, int]] = [self.path / "control.sock"]
         if self.port:
-            self.doors.append(("127.0.0.1", self.port))
+            self.addresses.append(("127.0.0.1", self.port))
 
     def end(self) -> None:
-        """Hang up, and print what it had to say, as Torchrun does by itself."""
+        """Close the connection, and print the job's output, as Torchrun does by itself."""
         self.client.close()
         if isinstance(self.running, Process):
             print(self.name, self.errors, sep="\n")
 
     @property
     def errors(self) -> str:
-        """What it had to say."""
+        """The output of the job."""
         return self.running.output if isinstance(self.running, Torchrun) else "".join(self.running.errors)
 
     def watch(self, over: threading.Event) -> None:
-        """Follow every command, over a connection that must outlive everything, and see that it trains on."""
+        """Follow every command over the connection that must outlive all faults, and check that training continues."""
         turn = 0
         while not over.wait(0.2):
             turn += 1
             step = self.client.call("status")["global_step"]
-            assert step >= self.step, "it went back"
+            assert step >= self.step, "the step went back"
             self.step = step
             self.look(everything=turn % 10 == 0)
 
     def look(self, everything: bool = True) -> list[str]:
-        """Ask for those that are not over, and for those that nobody has told us of; which are not over still."""
+        """Update the records that are not final, and find new ones; return the commands that are still not final."""
         for record in self.client.call("list_commands") if everything else ():
             self.ledger.note(record)
         for name in self.ledger.open():
-            self.ledger.note(self.client.call("get_command", command_id=name))  # it is never unknown: nothing was lost
+            self.ledger.note(
+                self.client.call("get_command", command_id=name)
+            )  # it is never unknown, because nothing is lost
         return self.ledger.open()
 
     def uses(self) -> list[tuple[int, int]]:
-        """Threads and descriptors of each rank."""
+        """Return the number of threads and descriptors of each rank."""
         return [(len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))) for pid in self.pids]
 
     def is_whole(self) -> bool:
-        """Whether it can be found, answers at its socket, and has all its files."""
-        names = {"endpoint.json", "control.sock", "requests", "replies", "status.json"}
+        """Return whether it can be found, answers at its socket, and has all its files."""
+        names = {"endpoint.json", "control.sock", "lock", "requests", "replies", "status.json"}
         try:
             with connect(self.name) as client:
                 answers = client.call("ping")["pid"] == self.pids[0]
@@ -172,39 +175,39 @@ class Victim:
             return False
 
 
-# Those who ask...
+# Clients...
 
 
 class Commander:
-    """Asks one job for saves, again and again, in every way; whatever it is told goes into the ledger."""
+    """Requests saves of one job in every way, and notes all answers in the ledger."""
 
     def __init__(self, victim: Victim) -> None:
         self.victim, self.ledger = victim, victim.ledger
         self.dice = random.Random(f"{SEED} {victim.name}")
         self.ids: list[str] = []
-        self.letters: list[tuple[str, str]] = []  # names of requests by file, and what they are called as commands
+        self.files: list[tuple[str, str]] = []  # request files: their names and command ids
         self.asked: Counter[str] = Counter()
 
     def run(self, over: threading.Event) -> None:
-        """Until it is over."""
-        ways = [self.by_client, self.by_client, self.by_client, self.and_take_it_back, self.by_file, self.by_touch]
+        """Send requests until the faults are over."""
+        ways = [self.by_client, self.by_client, self.by_client, self.and_cancel, self.by_file, self.by_touch]
         while not over.wait(self.dice.random() * 0.2):
             way = self.dice.choice(ways)
             self.asked[way.__name__] += 1
-            # It may be impossible to find, to connect to or to write to at the moment.
+            # At the moment the job may be impossible to find, to connect to or to write to.
             with contextlib.suppress(ControlError, OSError):
                 way()
             self.read_replies()
 
     def new_id(self) -> str:
-        """One that is new, now and then one that is not."""
+        """Return a new command id, or sometimes a recent one again."""
         if not self.ids or self.dice.random() < 0.9:
             self.ids.append(f"{self.victim.name}-{len(self.ids)}")
             return self.ids[-1]
         return self.dice.choice(self.ids[-5:])
 
     def by_client(self) -> None:
-        """As a Python program does, over the socket or the port."""
+        """Request a save as a Python program does, over the socket or the port."""
         params: dict[str, Any] = {"command_id": self.new_id(), "wait": self.dice.choice(COMMAND_STATES[:3])}
         if self.dice.random() < 0.5:
             params["timeout"] = self.dice.choice([0, 0.01, 0.1, 5])
@@ -220,8 +223,8 @@ class Commander:
             if cancels:
                 self.ledger.note(client.call("cancel_command", command_id=params["command_id"]))
 
-    def and_take_it_back(self) -> None:
-        """Two requests at once, the second of which cancels the first if it is quick enough."""
+    def and_cancel(self) -> None:
+        """Send two requests at once, the second of which cancels the first if it is early enough."""
         params = {"command_id": self.new_id()}
         lines = [
             {"jsonrpc": "2.0", "id": method, "method": method, "params": params}
@@ -235,7 +238,7 @@ class Commander:
                     self.ledger.note(reply["result"])
 
     def by_file(self) -> None:
-        """A file in ``requests/``; after a jump of the clock it comes from the past or the future."""
+        """Put a file into ``requests/``, sometimes one from yesterday or tomorrow."""
         name, command_id = f"{self.dice.getrandbits(64):x}", f"{self.victim.name}-file-{self.dice.getrandbits(64):x}"
         age = self.dice.choice([0, 0, 0, 86400, -86400])
         line = {"jsonrpc": "2.0", "id": 1, "method": "save_checkpoint", "params": {"command_id": command_id}}
@@ -244,48 +247,48 @@ class Commander:
             if age:
                 os.utime(f".{name}", (time.time() - age,) * 2, dir_fd=box)
             os.rename(f".{name}", f"{name}.json", src_dir_fd=box, dst_dir_fd=box)
-        self.letters.append((f"{name}.json", command_id))
+        self.files.append((f"{name}.json", command_id))
         if age > 0:
             self.ledger.refused.add(command_id)
 
     def by_touch(self) -> None:
-        """As a person with nothing but a shell does."""
+        """Make an empty request file, as a user in a shell does."""
         with spool.opened(str(self.victim.path), spool.REQUESTS, spool.directory_id(str(self.victim.path))) as box:
             os.close(os.open("save_checkpoint", os.O_CREAT | os.O_NOFOLLOW | os.O_WRONLY, 0o600, dir_fd=box))
 
     def read_replies(self) -> None:
-        """Take those that have come; others went with their directory, or never will come."""
+        """Take the replies that have come; others were lost with their directory, or will never come."""
         with contextlib.suppress(OSError):
             path = str(self.victim.path)
             with spool.opened(path, spool.REPLIES, spool.directory_id(path)) as box:
-                for name, command_id in self.letters[-20:]:
+                for name, command_id in self.files[-20:]:
                     with contextlib.suppress(FileNotFoundError):
                         found = spool.read(box, name, 1 << 20)
                         if found is not None:
                             spool.remove(box, name)
-                            self.is_told(command_id, json.loads(found[0]))
+                            self.note_reply(command_id, json.loads(found[0]))
 
-    def is_told(self, command_id: str, reply: dict[str, Any]) -> None:
-        """What a reply by file says of a request."""
+    def note_reply(self, command_id: str, reply: dict[str, Any]) -> None:
+        """Note what a reply file says about a request."""
         if "result" in reply:
             assert reply["result"]["command_id"] == command_id
             self.ledger.note(reply["result"])
 
     def requests_left(self) -> list[str]:
-        """What the job has not taken yet."""
+        """Return the request files that the job has not taken yet."""
         return [name for name in os.listdir(self.victim.path / "requests") if not name.startswith(".")]
 
 
-# Those who do harm...
+# Faults...
 
 
 class Chaos:
-    """The faults, each a method that undoes what would not pass by itself.
+    """The faults, each a method that undoes what would not go away by itself.
 
     Args:
         disk: a small file system is mounted at ``jobs``, to be filled.
-        sentinel: what lies outside of the jobs directory, and is pointed to by links.
-        clock: how far all clocks are off, in seconds.
+        sentinel: a folder outside of the jobs directory, the target of links.
+        clock: by how much all clocks are shifted, in seconds.
     """
 
     #: How often each is chosen.
@@ -304,6 +307,7 @@ class Chaos:
         "floods_with_requests": 2,
         "floods_with_connections": 2,
         "never_reads": 2,
+        "subscribes": 3,
         "fills_the_disk": 2,
         "jumps_in_time": 6,
         "holds_the_lock": 1,
@@ -315,14 +319,14 @@ class Chaos:
         self.done: Counter[str] = Counter()
         self.faults = {name: often for name, often in self.FAULTS.items() if disk or name != "fills_the_disk"}
         self.sacrifice: Process | None = None
-        self.altar = threading.Lock()
+        self.sacrifice_lock = threading.Lock()
         self.disk = threading.Lock()
         self.cleaned: Counter[str] = Counter()
 
     def run(self, number: int) -> None:
-        """One thread's harm, until it is over."""
+        """Make faults in one thread until the time is over."""
         dice = random.Random(f"{SEED} {number}")
-        first = list(self.faults)[number::IMPS]  # each has its turn, whatever the time
+        first = list(self.faults)[number::FAULT_THREADS]  # each at least once, however short the time
         dice.shuffle(first)
         while first or not self.over.wait(dice.random() * 0.1):
             fault = first.pop() if first else dice.choices(list(self.faults), list(self.faults.values()))[0]
@@ -330,7 +334,7 @@ class Chaos:
             self.done[fault] += 1
 
     def cleans_up(self) -> None:
-        """The real program, again and again. It says whom it removed."""
+        """Run the real program again and again; note the jobs that it removed."""
         while not self.over.is_set():
             done = cli("cleanup", "--force", "--json")
             assert "Traceback" not in done.stderr, done.stderr
@@ -340,7 +344,7 @@ class Chaos:
     # ... by signals
 
     def kills_a_client(self, dice: random.Random, victim: Victim) -> None:
-        """In the middle of its request, or before it."""
+        """Kill a client in the middle of its request, or before it."""
         words = [sys.executable, "-m", "forgather_control", "save", victim.name, "--wait"]
         client = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.over.wait(dice.random() * 0.6)
@@ -348,8 +352,8 @@ class Chaos:
         client.wait()
 
     def kills_a_job(self, dice: random.Random, victim: Victim) -> None:
-        """One that nobody is sorry for; the next one has its id, now or after it may have been cleaned up."""
-        with self.altar:
+        """Kill a job that is not under test; the next one has its id, at once or after it may have been cleaned up."""
+        with self.sacrifice_lock:
             if self.sacrifice is not None:
                 self.sacrifice.kill()
                 self.sacrifice.__exit__()
@@ -361,7 +365,7 @@ class Chaos:
             assert self.sacrifice.line() == "ready", self.sacrifice.errors
 
     def stops_a_rank_for_a_moment(self, dice: random.Random, victim: Victim) -> None:
-        """As a debugger does, or a host that swaps."""
+        """Suspend a rank, as a debugger does, or a host that swaps."""
         pid = dice.choice(victim.pids)
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -370,13 +374,13 @@ class Chaos:
             os.kill(pid, signal.SIGCONT)
 
     def forks_in_a_training(self, dice: random.Random, victim: Victim) -> None:
-        """At whatever line it is."""
+        """Make a rank fork, at whatever line it is."""
         os.kill(dice.choice(victim.pids), signal.SIGUSR1)
 
     # ... to files
 
     def deletes_a_file(self, dice: random.Random, victim: Victim) -> None:
-        """One that the job wrote."""
+        """Delete one file that the job wrote."""
         names = [
             "endpoint.json",
             "endpoint.json",
@@ -384,23 +388,24 @@ class Chaos:
             "control.sock",
             "status.json",
             "ranks.json",
+            "lock",
             "../.lock",
         ]
-        with victim.hands, contextlib.suppress(OSError):
+        with victim.files_lock, contextlib.suppress(OSError):
             os.unlink(victim.path / dice.choice(names))
 
     def deletes_a_directory(self, dice: random.Random, victim: Victim) -> None:
-        """The job's, or one in it."""
-        with victim.hands:
+        """Delete the job's directory, or one in it."""
+        with victim.files_lock:
             shutil.rmtree(victim.path / dice.choice(["requests", "replies", "."]), ignore_errors=True)
 
     def puts_a_link_in_its_place(self, dice: random.Random, victim: Victim) -> None:
-        """Out of the jobs directory, for a while: whoever follows it does harm there."""
+        """Replace a file by a link out of the jobs directory for a while; following it would change the sentinel."""
         name = dice.choice(["", "requests", "replies", "endpoint.json", "control.sock", "status.json"])
         place = victim.path / name if name else victim.path
         target = self.sentinel / ("endpoint.json" if name.endswith(("json", "sock")) else "box")
         aside = self.jobs / f".aside-{threading.get_ident()}"
-        with victim.hands:
+        with victim.files_lock:
             with contextlib.suppress(OSError):
                 os.rename(place, aside)
                 os.symlink(target, place)
@@ -412,10 +417,10 @@ class Chaos:
         shutil.rmtree(aside, ignore_errors=True)
 
     def spoils_a_record(self, dice: random.Random, victim: Victim) -> None:
-        """Nothing of it, half of it, another's, or noise, for a while."""
+        """Replace the content of the record for a while: by nothing, half of it, another job's, or noise."""
         noise = dice.choice([b"", b"{", self.record("../../victim"), self.record("sacrifice"), dice.randbytes(99)])
         record = victim.path / "endpoint.json"
-        with victim.hands, contextlib.suppress(OSError):
+        with victim.files_lock, contextlib.suppress(OSError):
             try:
                 record.write_bytes(noise)
                 self.over.wait(dice.random() * 2)
@@ -423,13 +428,13 @@ class Chaos:
                 record.unlink()
 
     def record(self, job_id: str, **members: Any) -> bytes:
-        """What a dead job may have left."""
+        """Return the record of a dead job."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        known = {"job_id": job_id, "host": socket.gethostname(), "port": None, "pid": NOBODY, "started_at": 1.0}
+        known = {"job_id": job_id, "host": socket.gethostname(), "port": None, "pid": FREE_PID, "started_at": 1.0}
         return json.dumps({**known, "boot_id": boot, **members}).encode()
 
     def makes_up_a_job(self, dice: random.Random, victim: Victim) -> None:
-        """A directory that never was a job's, or says that it is a dead one's; what it points to is none of its own."""
+        """Make a directory that never was a job's, or looks like a dead one's; its links lead to other places."""
         path = self.jobs / f"madeup-{dice.randrange(20)}"
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -455,12 +460,12 @@ class Chaos:
                 (path / "endpoint.json").write_bytes(dice.choice(texts))
 
     def writes_garbage_into_a_job(self, dice: random.Random, victim: Victim) -> None:
-        """Among its requests, replies and files."""
+        """Write garbage among its requests, replies and files."""
         box, name = (
             dice.choice([spool.REQUESTS, spool.REQUESTS, spool.REPLIES, "."]),
             f"{dice.randrange(50)}.json",
         )
-        with victim.hands, contextlib.suppress(OSError):
+        with victim.files_lock, contextlib.suppress(OSError):
             with spool.opened(str(victim.path), box, spool.directory_id(str(victim.path))) as place:
                 match dice.randrange(6):
                     case 0:
@@ -477,7 +482,7 @@ class Chaos:
                         os.symlink(self.sentinel, dice.choice(["abort", "save_checkpoint", "x"]), dir_fd=place)
 
     def fills_the_disk(self, dice: random.Random, victim: Victim) -> None:
-        """To the last byte, for a while."""
+        """Fill the disk to the last byte for a while."""
         ballast = self.jobs / ".ballast"
         with self.disk:
             try:
@@ -487,25 +492,25 @@ class Chaos:
                 end = time.monotonic() + dice.random() * 2
                 while time.monotonic() < end and not self.over.wait(0.05):
                     with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as file:
-                        file.write(b"\0" * 65536)  # what others have given back since
+                        file.write(b"\0" * 65536)  # space that became free since
             finally:
                 ballast.unlink(missing_ok=True)
 
     def holds_the_lock(self, dice: random.Random, victim: Victim) -> None:
-        """Of the jobs directory, longer than is polite."""
+        """Hold the lock of the jobs directory for up to a second."""
         with contextlib.suppress(OSError), open(self.jobs / ".lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.over.wait(dice.random())
 
     # ... over the wire
 
-    def knock(self, dice: random.Random, victim: Victim) -> Wire | None:
-        """A connection to one of its doors, if it stands open; over TCP with the token, or else."""
-        door = dice.choice(victim.doors)
+    def connection(self, dice: random.Random, victim: Victim) -> Wire | None:
+        """Return a connection to one of its addresses, if it accepts any; over TCP with the token, or a wrong line."""
+        address = dice.choice(victim.addresses)
         with contextlib.suppress(OSError):
-            wire = Wire(door)
+            wire = Wire(address)
             wire.sock.settimeout(6 * SOON)
-            if isinstance(door, tuple):
+            if isinstance(address, tuple):
                 known = {"jsonrpc": "2.0", "id": 0, "method": "authenticate", "params": {"token": victim.token}}
                 first = [
                     json.dumps(known).encode(),
@@ -519,17 +524,17 @@ class Chaos:
         return None
 
     def floods_with_lines(self, dice: random.Random, victim: Victim) -> None:
-        """Hundreds of random ones, and gone."""
+        """Send hundreds of random lines and disconnect."""
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            if wire := self.knock(dice, victim):
+            if wire := self.connection(dice, victim):
                 stack.enter_context(wire)
                 wire.send(b"".join(mutated(dice, request(dice)) + b"\n" for _ in range(dice.randrange(300))))
 
     def floods_with_requests(self, dice: random.Random, victim: Victim) -> None:
-        """Many at once, all of which are answered in their order."""
+        """Send many requests at once; all are answered in order."""
         with contextlib.ExitStack() as stack:
             try:
-                wire = stack.enter_context(Wire(victim.doors[0]))
+                wire = stack.enter_context(Wire(victim.addresses[0]))
             except OSError:
                 return
             wire.sock.settimeout(6 * SOON)
@@ -539,8 +544,8 @@ class Chaos:
             assert [wire.reply()["id"] for _ in range(number)] == list(range(number))
 
     def floods_with_connections(self, dice: random.Random, victim: Victim) -> None:
-        """Hundreds, with half a line each, closed at once; half of them without a farewell."""
-        wires = [wire for _ in range(dice.randrange(100, 300)) if (wire := self.knock(dice, victim))]
+        """Open hundreds of connections with half a line each, and close them at once, half of them by a reset."""
+        wires = [wire for _ in range(dice.randrange(100, 300)) if (wire := self.connection(dice, victim))]
         for number, wire in enumerate(wires):
             with contextlib.suppress(OSError):
                 wire.send(SAVE[: dice.randrange(len(SAVE))])
@@ -550,27 +555,43 @@ class Chaos:
             wire.close()
 
     def never_reads(self, dice: random.Random, victim: Victim) -> None:
-        """Long answers that nobody takes."""
+        """Request long answers, or all events, and read nothing."""
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            if wire := self.knock(dice, victim):
+            if wire := self.connection(dice, victim):
                 stack.enter_context(wire)
                 wire.sock.settimeout(0.5)
-                wire.send(b'{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n' * 300)
+                wire.send(dice.choice([SUBSCRIBE, b'{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}\n' * 300]))
                 self.over.wait(dice.random() * 2)
+
+    def subscribes(self, dice: random.Random, victim: Victim) -> None:
+        """Read events for a while: from the first that is kept, numbered in order, none twice."""
+        with contextlib.ExitStack() as stack:
+            try:
+                wire = stack.enter_context(Wire(victim.addresses[0]))
+            except OSError:
+                return
+            wire.sock.settimeout(6 * SOON)
+            wire.send(SUBSCRIBE)
+            assert wire.reply()["result"]["next"] > 1
+            seq, end = 0, time.monotonic() + dice.random() * 2
+            while seq == 0 or (time.monotonic() < end and not self.over.is_set()):
+                event = wire.reply()["params"]
+                assert event["seq"] > seq and event["kind"] in EVENT_KINDS, (seq, event)
+                seq = event["seq"]
 
     # ... and to the clock
 
     def jumps_in_time(self, dice: random.Random, victim: Victim) -> None:
-        """All clocks but those that count seconds."""
+        """Set all clocks, except for the monotonic ones."""
         self.clock[:8] = struct.pack("d", dice.choice(JUMPS))
 
 
-# The world...
+# The environment...
 
 
 @contextlib.contextmanager
 def small_disk(place: Path) -> Iterator[bool]:
-    """A file system that is soon full; whether it could be had."""
+    """Mount a file system that is soon full; yields whether that was possible."""
     place.mkdir(parents=True, mode=0o700)
     words = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", str(place)]
     try:
@@ -586,7 +607,7 @@ def small_disk(place: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def jumping_clock(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[mmap.mmap]:
-    """For every Python that is started from here on."""
+    """Shift the clock of every Python that is started from here on."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(CLOCK)
     (folder / "shift").write_bytes(bytes(8))
@@ -597,7 +618,7 @@ def jumping_clock(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[mmap.mmap
 
 
 def sentinel_at(path: Path) -> Path:
-    """What a link, once followed, would have touched: a job's directory, more or less."""
+    """Make what a followed link would change: a folder much like a job's."""
     (path / "box").mkdir(parents=True)
     (path / "endpoint.json").write_bytes(b"{}")
     (path / "box" / "save.json").write_bytes(SAVE)
@@ -607,7 +628,7 @@ def sentinel_at(path: Path) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Of all that is there: names, kinds, times of change and bytes."""
+    """Return a digest of a folder: names, kinds, times of change and contents."""
     found = hashlib.sha256()
     for each in sorted([path, *path.rglob("*")]):
         facts = each.lstat()
@@ -619,7 +640,7 @@ def fingerprint(path: Path) -> str:
 
 @contextlib.contextmanager
 def trainings(folder: Path, jobs: Path) -> Iterator[list[Victim]]:
-    """All three, training."""
+    """Run the three jobs."""
     source = "import sys; from tests.support.chaos_training import main; main(*sys.argv[1:])"
     with contextlib.ExitStack() as stack:
         running = [
@@ -634,9 +655,9 @@ def trainings(folder: Path, jobs: Path) -> Iterator[list[Victim]]:
         yield found
 
 
-def rage(chaos: Chaos, commanders: list[Commander]) -> None:
-    """All at once, for as long as it was asked for; what a thread found to be wrong is raised."""
-    work: list[Callable[[], None]] = [lambda number=n: chaos.run(number) for n in range(IMPS)]  # type: ignore[misc]
+def make_faults(chaos: Chaos, commanders: list[Commander]) -> None:
+    """Run everything at once for SECONDS; raise what failed in a thread."""
+    work: list[Callable[[], None]] = [lambda number=n: chaos.run(number) for n in range(FAULT_THREADS)]  # type: ignore[misc]
     work.append(chaos.cleans_up)
     work += [lambda one=one: one.run(chaos.over) for one in commanders]  # type: ignore[misc]
     work += [lambda one=one: one.watch(chaos.over) for one in chaos.victims]  # type: ignore[misc]
@@ -652,14 +673,14 @@ def rage(chaos: Chaos, commanders: list[Commander]) -> None:
         each.result()
 
 
-# What must hold...
+# Checks...
 
 
-def everything_is_there_again(chaos: Chaos, commanders: list[Commander]) -> None:
-    """Each job has its files and answers; each command is over; nothing that was opened is left open."""
+def check_jobs(chaos: Chaos, commanders: list[Commander]) -> None:
+    """Each job has its files and answers, and each command ends in a final state."""
     for victim, commander in zip(chaos.victims, commanders):
         until(victim.is_whole)
-        until(lambda one=commander: not {name for name, _ in one.letters} & {*one.requests_left()})
+        until(lambda one=commander: not {name for name, _ in one.files} & {*one.requests_left()})
         commander.read_replies()
         until(lambda one=victim: one.look() == [])
         done = cli("save", victim.name, "--timeout=60", "--json")
@@ -669,8 +690,8 @@ def everything_is_there_again(chaos: Chaos, commanders: list[Commander]) -> None
     assert not {victim.name for victim in chaos.victims} & chaos.cleaned.keys()
 
 
-def the_dead_are_cleaned_up(chaos: Chaos) -> None:
-    """What was killed leaves nothing behind, and the living stay."""
+def check_cleanup(chaos: Chaos) -> None:
+    """The killed job leaves nothing behind, and the live ones stay."""
     if chaos.sacrifice is not None:
         chaos.sacrifice.kill()
         chaos.sacrifice.__exit__()
@@ -680,8 +701,8 @@ def the_dead_are_cleaned_up(chaos: Chaos) -> None:
     assert {job["job_id"] for job in listed if job["state"] == "live"} == {victim.name for victim in chaos.victims}
 
 
-def all_are_stopped(victims: list[Victim]) -> dict[str, list[dict[str, Any]]]:
-    """From outside, in good order; what each rank tells of itself."""
+def stop_all(victims: list[Victim]) -> dict[str, list[dict[str, Any]]]:
+    """Stop the jobs with the command line; return each rank's report."""
     found = {}
     for victim in victims:
         done = cli("stop", victim.name, "--timeout=60")
@@ -694,14 +715,14 @@ def all_are_stopped(victims: list[Victim]) -> dict[str, list[dict[str, Any]]]:
 
 
 def weights(folder: Path, steps: int) -> dict[int, list[str]]:
-    """Of trainings of one rank and of two that nobody disturbs, after each step."""
+    """Return the weights after each step of undisturbed runs with one and two ranks."""
     words = [sys.executable, "-m", "tests.support.chaos_training", str(folder), "undisturbed", str(steps)]
     subprocess.run(words, cwd=ROOT, check=True)
     return {size: json.loads((folder / f"undisturbed-{size}.json").read_text()) for size in (1, 2)}
 
 
-def the_weights_are_the_same(victim: Victim, reports: list[dict[str, Any]], undisturbed: list[str]) -> None:
-    """In the end, and in every checkpoint that a client was told of; and no record is left open."""
+def check_weights(victim: Victim, reports: list[dict[str, Any]], undisturbed: list[str]) -> None:
+    """Compare the weights at the end and in every checkpoint that a client was told of; all records are final."""
     for report in reports:
         assert report["steps"] == reports[0]["steps"] and report["digest"] == undisturbed[report["steps"]]
     for record in reports[0]["records"]:
@@ -718,7 +739,7 @@ def the_weights_are_the_same(victim: Victim, reports: list[dict[str, Any]], undi
 @needs_torch
 @pytest.mark.timeout(SECONDS + 300)
 def test_nothing_is_lost_in_chaos(tmp_path, jobs_dir, monkeypatch):
-    """The same weights, every command in one final state, every live job there, nothing touched outside."""
+    """The weights are the same, every command is final, every live job can be found, nothing outside has changed."""
     print(f"FORGATHER_CHAOS_SEED={SEED} FORGATHER_CHAOS_SECONDS={SECONDS:g}")
     sentinel, temporary = sentinel_at(jobs_dir.parent / "sentinel"), tmp_path / "tmp"
     temporary.mkdir()
@@ -731,15 +752,15 @@ def test_nothing_is_lost_in_chaos(tmp_path, jobs_dir, monkeypatch):
         victims = stack.enter_context(trainings(tmp_path, jobs_dir))
         chaos, commanders = Chaos(jobs_dir, victims, sentinel, clock, disk), [Commander(victim) for victim in victims]
         warm = [victim.uses() for victim in victims]
-        rage(chaos, commanders)
-        everything_is_there_again(chaos, commanders)
-        the_dead_are_cleaned_up(chaos)
+        make_faults(chaos, commanders)
+        check_jobs(chaos, commanders)
+        check_cleanup(chaos)
         for victim, uses in zip(victims, warm):
             until(lambda one=victim, was=uses: all(map(is_no_more_than, one.uses(), was)))
-        reports = all_are_stopped(victims)
+        reports = stop_all(victims)
         undisturbed = weights(tmp_path, max(report[0]["steps"] for report in reports.values()))
         for victim in victims:
-            the_weights_are_the_same(victim, reports[victim.name], undisturbed[victim.size])
+            check_weights(victim, reports[victim.name], undisturbed[victim.size])
             assert victim.running.end(2 * SOON) == 0, victim.errors
             assert "Traceback" not in victim.errors and "Exception" not in victim.errors, victim.errors
         assert fingerprint(sentinel) == before
@@ -751,12 +772,12 @@ def test_nothing_is_lost_in_chaos(tmp_path, jobs_dir, monkeypatch):
 
 
 def is_no_more_than(now: tuple[int, int], before: tuple[int, int]) -> bool:
-    """Threads and descriptors, but for a few that a library may open once."""
+    """Return whether the threads and descriptors are as before, except for a few that a library may open once."""
     return now[0] <= before[0] + 1 and now[1] <= before[1] + 3
 
 
 def summary(chaos: Chaos, commanders: list[Commander], told: Counter[str], reports: dict[str, Any]) -> str:
-    """All figures, in one line."""
+    """Return all figures in one line."""
     asked = sum((commander.asked for commander in commanders), Counter())
     return (
         f"{SECONDS:g} s of chaos, seed {SEED}: {sum(chaos.done.values())} faults {dict(chaos.done)}; "

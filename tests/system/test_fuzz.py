@@ -1,8 +1,8 @@
-"""Seeded random input against all that reads what others wrote: it answers, refuses or skips, and the job trains on.
+"""Seeded random input for everything that parses foreign input: it answers, refuses or skips, and training continues.
 
 Lines, batches, cuts, ``endpoint.json``, ``requests/`` and the replies that a client reads. FUZZ_LINES and FUZZ_SEED
-choose more, and others; ``tox -e fuzz`` sends a million. What must hold of any input stands in ``coverage_fuzz``,
-which ``tox -e atheris`` lets libFuzzer choose.
+set how many and which; ``tox -e fuzz`` sends a million. ``coverage_fuzz`` defines what must hold for any input;
+``tox -e atheris`` lets libFuzzer choose the inputs.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from ..support.harness import MS, SOON, Wire, descriptors, running_loop, serving
 from . import coverage_fuzz
 from .coverage_fuzz import TARGETS, agrees, echo, expected
 
-#: A tenth of them on each further Python.
+#: How many random lines; a tenth in the torch-free half.
 LINES = int(os.environ.get("FUZZ_LINES", "10000" if os.environ.get("FORGATHER_TEST_LIGHT") == "1" else "100000"))
 SEED = int(os.environ.get("FUZZ_SEED", "20261122"))
 
 
 def some(number: int) -> int:
-    """So many, of everything that is no line, in the full half; and more or fewer as there are lines."""
+    """Return how many of something that is not a line to try: ``number`` in the full half, in proportion to LINES."""
     return max(1, number * LINES // 100_000)
 
 
 @pytest.fixture
 def answers_fit_over_connect():
-    """Not checked: some of the jobs here answer oddly on purpose."""
+    """Answers are not checked: some of the jobs here answer oddly on purpose."""
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The budget would make this last for hours, the ticks for minutes; both are tested by themselves."""
+    """Lift the budget and shorten the ticks, which would make this take hours; both have their own tests."""
     from forgather_control.server import limits
 
     monkeypatch.setattr(limits, "CPU_SHARE", 1.0)
@@ -73,6 +73,8 @@ METHODS = [
     "cancel_command",
     "list_commands",
     "rpc.discover",
+    "subscribe",
+    "unsubscribe",
     "nosuch",
     "__class__",
     "",
@@ -81,10 +83,10 @@ VALUES = [None, True, 0, -1, 1e308, "", "x" * 200, "\ud800", "\x00", [], {}, [[]
 
 
 def request(dice: random.Random) -> bytes:
-    """Something like a request: right, nearly right, or far from it."""
+    """Return something like a request: right, nearly right, or far from it."""
     message: dict = {"jsonrpc": "2.0", "method": dice.choice(METHODS), "id": dice.choice(VALUES)}
     if dice.random() < 0.5:
-        message["params"] = {dice.choice(["command_id", "wait", "timeout", "x"]): dice.choice(VALUES)}
+        message["params"] = {dice.choice(["command_id", "wait", "timeout", "since", "kinds", "x"]): dice.choice(VALUES)}
     if dice.random() < 0.2:
         message[dice.choice(["jsonrpc", "method", "params", "id", "more"])] = dice.choice(VALUES)
     text = json.dumps([message] * dice.randrange(3) if dice.random() < 0.1 else message)
@@ -92,7 +94,7 @@ def request(dice: random.Random) -> bytes:
 
 
 def mutated(dice: random.Random, line: bytes) -> bytes:
-    """The same with bytes changed, cut, doubled or from another world."""
+    """Return the line with bytes changed, cut, doubled or inserted."""
     data = bytearray(line)
     for _ in range(dice.randrange(4)):
         place = dice.randrange(len(data) + 1)
@@ -111,7 +113,7 @@ def mutated(dice: random.Random, line: bytes) -> bytes:
 
 
 def attack(path: os.PathLike, seed: int, lines: int) -> int:
-    """Send ``lines`` of them on one connection after the other, in pieces of any size; how many were sent."""
+    """Send ``lines`` random lines, in pieces of any size, 200 on each connection; return how many were sent."""
     dice = random.Random(seed)
     sent = 0
     while sent < lines:
@@ -128,7 +130,7 @@ def attack(path: os.PathLike, seed: int, lines: int) -> int:
 
 
 def test_random_lines_do_nothing_but_get_answers(jobs_dir, caplog, quick):
-    """After every two hundred of them the connection still answers a valid request; the loop never felt any."""
+    """After every two hundred the connection still answers a valid request; the training loop is not affected."""
     with running_loop() as run, caplog.at_level(logging.WARNING):
         path = jobs_dir / "job" / "control.sock"
         with ThreadPoolExecutor(2) as pool:
@@ -137,19 +139,19 @@ def test_random_lines_do_nothing_but_get_answers(jobs_dir, caplog, quick):
     assert [record for record in caplog.records if record.exc_info] == []
 
 
-# Any bytes, to all that parses...
+# Random bytes to every parser...
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets_hold_for_random_bytes(name, tmp_path, monkeypatch, caplog):
-    """What ``tox -e atheris`` looks for with the help of coverage, a little, on every Python."""
+    """The targets of ``tox -e atheris``, for a short time, on every Python."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(coverage_fuzz, "_boxes", [])
+    monkeypatch.setattr(coverage_fuzz, "_servers", [])
     caplog.set_level(logging.CRITICAL + 1, "forgather_control")
     dice, target = random.Random(f"{SEED} {name}"), TARGETS[name]
     for seed in target.seeds:
         target.run(seed)
-    for _ in range(some(100 if name in ("letters", "words") else 1000)):
+    for _ in range(some(100 if name in ("requests", "words") else 1000)):
         seed = dice.choice(target.seeds)
         try:
             data = odd_text(dice, json.loads(seed))
@@ -174,7 +176,7 @@ ITEMS: list[Callable[[random.Random], Any]] = [
 
 
 def batches(dice: random.Random, number: int) -> Iterator[bytes]:
-    """Of every size at the limits, all of one kind or mixed, and now and then one in another."""
+    """Yield batches of every size at the limits, of one kind or mixed; some are nested in another list."""
     most = jsonrpc.MAX_BATCH
     for size in itertools.islice(itertools.cycle([0, 1, 2, most - 1, most, most + 1, 13]), number):
         kinds = dice.choice([ITEMS, ITEMS[:5], [dice.choice(ITEMS)]])
@@ -183,7 +185,7 @@ def batches(dice: random.Random, number: int) -> Iterator[bytes]:
 
 
 def test_batches_are_answered_as_the_specification_says(jobs_dir, quick):
-    """One reply line for each batch, with one reply for each request that is no notification, of its id, in order."""
+    """Each batch gets one reply line, with one reply for each request that is no notification, in order."""
     with running_loop() as run, Wire(jobs_dir / "job" / "control.sock") as wire:
         for line in batches(random.Random(SEED), some(140)):
             want = expected(line, lambda method: method != "ping")
@@ -206,7 +208,7 @@ LINES_TO_CUT = [
 
 
 def served(pieces: list[bytes]) -> bytes:
-    """What is answered to a stream that comes in these pieces, each read before the next is sent."""
+    """Return the replies to a stream that arrives in these pieces, each read before the next is sent."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
@@ -224,13 +226,13 @@ def served(pieces: list[bytes]) -> bytes:
 
 
 def cut(dice: random.Random, data: bytes, number: int) -> list[bytes]:
-    """The same in so many pieces, and one more."""
+    """Cut the data at ``number`` random places."""
     places = [0, *sorted(dice.randrange(len(data)) for _ in range(number)), len(data)]
     return [piece for piece in map(lambda a, b: data[a:b], places, places[1:]) if piece]
 
 
 def test_where_a_stream_is_cut_changes_nothing():
-    """At every byte, in random pieces, and byte by byte: the same replies as to the whole, to the byte."""
+    """Cut at every byte, in random pieces, and byte by byte: the same bytes are replied as to the whole."""
     dice, data = random.Random(SEED), b"\n".join(LINES_TO_CUT)
     whole = served([data])
     assert whole.count(b"\n") == len(LINES_TO_CUT) - 1, "all but the notification"
@@ -243,7 +245,7 @@ def test_where_a_stream_is_cut_changes_nothing():
 
 @pytest.mark.parametrize("more", [-1, 0, 1, 2, 1000])
 def test_where_a_longest_line_is_cut_changes_nothing(more):
-    """At the limit it is answered and what follows, too; beyond it, once, and nothing of the rest."""
+    """At the limit the line and the next one are answered; beyond it one error is, and nothing after it."""
     dice = random.Random(SEED + more)
     line = jsonrpc.request("x", ["y" * (jsonrpc.MAX_LINE - 52 + more)], 1)
     line = line.replace(b"y", b"y" * (jsonrpc.MAX_LINE + more - len(line) + 2), 1)
@@ -257,8 +259,8 @@ def test_where_a_longest_line_is_cut_changes_nothing(more):
         assert served([data[:place], data[place:]]) == whole
 
 
-def test_a_stranger_may_send_in_pieces():
-    """Over TCP, the token in the first line, each piece read before the next one comes: the same replies."""
+def test_an_unauthenticated_client_may_send_in_pieces():
+    """Over TCP, with the token in the first line, each piece read before the next is sent: the same replies."""
     dice = random.Random(SEED)
     data = jsonrpc.request("authenticate", {"token": coverage_fuzz.TOKEN}, "auth") + b"\n".join(LINES_TO_CUT[:6])
 
@@ -266,7 +268,7 @@ def test_a_stranger_may_send_in_pieces():
         with Wire(server.at) as wire:
             for piece in pieces:
                 wire.send(piece)
-                other.call("x")  # when this is answered, the piece was there to be read, too
+                other.call("x")  # once this is answered, the piece has been read
             wire.sock.shutdown(socket.SHUT_WR)
             return wire.file.read()
 
@@ -287,7 +289,7 @@ ODD: list[Any] = [
 
 
 def oddly(dice: random.Random, value: Any) -> Any:
-    """The same JSON value with something odd somewhere in it, or missing, or added."""
+    """Return the JSON value with something odd in it, something missing, or something added."""
     if not isinstance(value, (dict, list)) or not value or dice.random() < 0.05:
         return dice.choice(ODD)
     found = dict(value) if isinstance(value, dict) else list(value)
@@ -303,7 +305,7 @@ def oddly(dice: random.Random, value: Any) -> Any:
 
 
 def odd_text(dice: random.Random, value: Any) -> bytes:
-    """Such a value as text; or the text itself changed, or nested without an end."""
+    """Return such a value as text, perhaps with the text itself changed, or nested very deeply."""
     for _ in range(dice.randrange(3)):
         value = oddly(dice, value)
     data = json.dumps(value).encode()
@@ -314,7 +316,7 @@ def odd_text(dice: random.Random, value: Any) -> bytes:
 
 
 def put_odd(dice: random.Random, path: Path, outside: Path, data: bytes) -> None:
-    """Something in the place of a file: mostly a file, which may be a huge one."""
+    """Put something in the place of a file: mostly a file, which may be huge."""
     kind = dice.randrange(16)
     if kind == 0:
         os.mkfifo(path)
@@ -339,16 +341,16 @@ def put_odd(dice: random.Random, path: Path, outside: Path, data: bytes) -> None
 
 
 def clear(folder: Path, *but: str) -> None:
-    """Remove all that lies there, and nothing behind its links."""
+    """Remove everything in a folder, and nothing behind its links."""
     for path in [path for path in folder.iterdir() if path.name not in but]:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)  # the job may just have taken it
+            shutil.rmtree(path, ignore_errors=True)  # the job may have taken it meanwhile
         else:
             path.unlink(missing_ok=True)
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """All that lies there: kinds, modes, times of change and contents."""
+    """Return everything in a folder: kinds, modes, times of change and contents."""
     found: dict[str, object] = {}
     for path in [folder, *folder.rglob("*")]:
         facts = path.lstat()
@@ -359,8 +361,10 @@ def snapshot(folder: Path) -> dict[str, object]:
 
 @pytest.fixture
 def outside(tmp_path):
-    """What nobody may touch: checked when the test is over."""
-    (tmp_path / "victim").write_bytes(jsonrpc.request("graceful_stop", {}, 1))  # what would be seen, if it was read
+    """Files outside the jobs directory; they must be unchanged at the end of the test."""
+    (tmp_path / "victim").write_bytes(
+        jsonrpc.request("graceful_stop", {}, 1)
+    )  # its effect would be seen if it was read
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "endpoint.json").write_text("{}")
     before = snapshot(tmp_path)
@@ -369,13 +373,13 @@ def outside(tmp_path):
 
 
 def dead_pid() -> int:
-    """Of a process that has ended."""
+    """Return the pid of a process that has ended."""
     with subprocess.Popen(["true"]) as process:
         return process.pid
 
 
 def a_record(job_id: str, pid: int) -> dict[str, Any]:
-    """A record as a job of this host publishes it."""
+    """Return a record as a job of this host publishes it."""
     return {
         "job_id": job_id, "host": socket.gethostname(), "port": None, "pid": pid, "started_at": 1.7e9,
         "process_started_at": 1.7e9, "boot_id": None, "socket": "/nowhere/s", "world_size": 2, "protocol": 1,
@@ -385,21 +389,21 @@ def a_record(job_id: str, pid: int) -> dict[str, Any]:
 
 
 def odd_record(dice: random.Random, job_id: str, pid: int, sockets: list[str]) -> bytes:
-    """Nearly always of the right name: what is not is refused at once."""
+    """Return a spoiled record; mostly with the right job id, because others are refused at once."""
     value = a_record(job_id, pid)
     kind = dice.randrange(4)
     if kind == 0:
         value["socket"] = dice.choice(
             [*sockets, "", "\0abstract", "/etc/passwd", "/dev/null", "x" * 200, "\ud800", "\udc80"]
         )
-    elif kind == 1:  # no name that would be looked up in a network
+    elif kind == 1:  # no name that a resolver would look up
         value |= {"socket": None, "address": dice.choice(["127.0.0.1", "", "::1", "\ud800", "\0", "x" * 300])}
         value["port"] = dice.choice([0, 1, -1, 65535, 65536, 70_000, 2**31, 2**64, 10**400])
     return odd_text(dice, value)
 
 
 def strew(dice: random.Random, root: Path, number: int, outside: Path, sockets: list[str]) -> list[str]:
-    """So many directories of jobs that are none, or hardly; their names."""
+    """Make ``number`` job directories that are broken in some way; return their names."""
     names, pid = [], dead_pid()
     for place in range(number):
         name = f"bad-{place}"
@@ -416,13 +420,13 @@ def strew(dice: random.Random, root: Path, number: int, outside: Path, sockets: 
 
 
 def ours_only(ask: Callable[[], Any]) -> Any:
-    """What is answered; ``None`` where it is refused by an error of ours."""
+    """Return the answer; ``None`` where it is a ControlError."""
     with suppress(ControlError):
         return ask()
 
 
 def test_no_record_hides_a_good_one_or_reaches_outside(jobs_dir, outside, capsys):
-    """Listed, asked and cleaned up among hundreds of broken ones: errors of ours, at once, and the good job stays."""
+    """List, ask and clean up among hundreds of broken jobs: only ControlErrors, promptly, and the good job stays."""
     dice = random.Random(SEED)
     with running_loop("good") as run:
         mine, before = set(os.listdir(jobs_dir / "good")), descriptors()
@@ -445,7 +449,7 @@ def test_no_record_hides_a_good_one_or_reaches_outside(jobs_dir, outside, capsys
 
 
 def test_a_record_may_change_while_it_is_read(jobs_dir, outside):
-    """Rewritten in place, replaced by what is no file, removed, all the time: the good job is there at each look."""
+    """A record is rewritten in place, replaced and removed all the time: the good job is listed each time."""
     dice, over = random.Random(SEED), threading.Event()
     path = jobs_dir / "changing" / "endpoint.json"
 
@@ -483,7 +487,7 @@ def test_a_record_may_change_while_it_is_read(jobs_dir, outside):
 
 
 def odd_name(dice: random.Random) -> bytes:
-    """Of a file in ``requests/``: what is a request by its name, and what is not."""
+    """Return the name of a file in ``requests/``: of a request, or nearly so."""
     names = [
         b"%d.json",
         b"a%d",
@@ -500,9 +504,9 @@ def odd_name(dice: random.Random) -> bytes:
 
 
 def drop(dice: random.Random, box: Path, outside: Path) -> Path | None:
-    """One odd thing into ``requests/``; its path, if it is no letter at all."""
+    """Put one odd thing into ``requests/``; return its path if it is no request file."""
     path = Path(os.fsdecode(os.path.join(os.fsencode(box), odd_name(dice))))
-    with suppress(FileExistsError, FileNotFoundError):  # the job may just have taken it
+    with suppress(FileExistsError, FileNotFoundError):  # the job may have taken it meanwhile
         put_odd(dice, path, outside, mutated(dice, request(dice)))
         facts = path.lstat()
         return None if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1 else path
@@ -510,7 +514,7 @@ def drop(dice: random.Random, box: Path, outside: Path) -> Path | None:
 
 
 def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, caplog):
-    """FIFOs, links, directories, huge files, odd names and contents: what is well-formed is done once."""
+    """Among FIFOs, links, directories, huge files, odd names and contents, each valid request is carried out once."""
     dice, number = random.Random(SEED), itertools.count()
     home = jobs_dir / "job"
     with running_loop() as run, caplog.at_level(logging.WARNING):
@@ -527,7 +531,9 @@ def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, capl
                 assert reply["id"] == name and reply["result"]["command_id"] == name
             records = run.job._controller._queries.list_commands()
             assert sorted(record["command_id"] for record in records if record["command_id"] in good) == sorted(good)
-            assert all(path is None or os.path.lexists(path) for path in others), "what is no letter was taken"
+            assert all(path is None or os.path.lexists(path) for path in others), (
+                "something that is no request file was taken"
+            )
             before = run.steps
             until(lambda before=before: run.steps > before + 2)
             clear(home / "requests")
@@ -538,14 +544,14 @@ def test_requests_among_rubbish_are_answered_once(jobs_dir, outside, quick, capl
 
 @pytest.mark.parametrize("name", ["status.json", "requests", "replies"])
 def test_what_stands_in_the_way_of_its_files_ends_no_job(name, jobs_dir, outside, quick):
-    """A FIFO, a link, a directory, a socket where the job's own files belong: it trains, and its socket answers."""
+    """A FIFO, a link, a directory or a socket in the place of the job's files: it trains, and its socket answers."""
     dice = random.Random(SEED)
     home = jobs_dir / "job"
     with running_loop() as run, Wire(home / "control.sock") as wire:
         for _ in range(some(20)):
             (home / "new").mkdir()
             put_odd(dice, home / "new" / name, outside, b"{}")
-            with suppress(OSError):  # the job has just made it anew
+            with suppress(OSError):  # the job has made it again
                 (home / name).rename(home / "new" / "old")
                 (home / "new" / name).rename(home / name)
             clear(home / "new")
@@ -570,7 +576,7 @@ RESULTS: list[Any] = [STATUS, RECORD, {**RECORD, "state": "failed", "error": {"c
 
 
 def odd_reply(dice: random.Random, id_: Any) -> bytes:
-    """A reply that is right, nearly right, or far from it; one line."""
+    """Return one line: a reply that is right, nearly right, or far from it."""
     value: dict[str, Any] = {"jsonrpc": "2.0", "id": id_, "result": dice.choice(RESULTS)}
     if dice.random() < 0.3:
         del value["result"]
@@ -580,7 +586,7 @@ def odd_reply(dice: random.Random, id_: Any) -> bytes:
 
 @contextmanager
 def odd_job(jobs_dir: Path, dice: random.Random) -> Iterator[None]:
-    """A job of a process that has ended, at whose socket somebody answers oddly, once a connection."""
+    """A job of a process that has ended, whose socket answers each connection once, oddly."""
     (jobs_dir / "bad").mkdir(parents=True)
     value = {**a_record("bad", dead_pid()), "socket": str(jobs_dir / "bad" / "s")}
     (jobs_dir / "bad" / "endpoint.json").write_text(json.dumps(value))
@@ -607,7 +613,7 @@ def odd_job(jobs_dir: Path, dice: random.Random) -> Iterator[None]:
 
 
 def ask_oddly(dice: random.Random, job: api.Client) -> None:
-    """One of the calls that look into what they are answered."""
+    """Make one of the calls that parse their answer."""
     method = dice.choice(["status", "list_jobs", "ranks", "stacks", "get_command", "save_checkpoint"])
     if method == "get_command":
         api.CommandRecord.from_json(job.call(method, command_id="c"))
@@ -617,8 +623,8 @@ def ask_oddly(dice: random.Random, job: api.Client) -> None:
         job.call(method)
 
 
-def test_no_reply_gets_out_as_anything_but_our_errors(jobs_dir, capsys):
-    """From a socket: a value, or an error of ours that says what was wrong; never a traceback, never a wait."""
+def test_a_broken_reply_is_a_control_error(jobs_dir, capsys):
+    """A reply over a socket gives a value or a ControlError; never a traceback, never a wait."""
     dice = random.Random(SEED)
     with odd_job(jobs_dir, random.Random(SEED + 1)):
         for _ in range(some(500)):
@@ -633,8 +639,8 @@ def test_no_reply_gets_out_as_anything_but_our_errors(jobs_dir, capsys):
     assert capsys.readouterr().out.replace("\n", "").isprintable()
 
 
-def test_no_reply_by_file_gets_out_as_anything_but_our_errors(jobs_dir, outside, monkeypatch):
-    """From ``replies/``, with a status.json that is none: the same; and what is no file is no reply."""
+def test_a_broken_reply_file_is_a_control_error(jobs_dir, outside, monkeypatch):
+    """The same for replies in ``replies/``, beside a status.json that is a directory; what is no file is no reply."""
     monkeypatch.setattr("forgather_control.client.file_transport._PAUSES", (MS, 10 * MS))
     dice, theirs, over = random.Random(SEED), random.Random(SEED + 1), threading.Event()
     home = jobs_dir / "bad"
@@ -646,7 +652,7 @@ def test_no_reply_by_file_gets_out_as_anything_but_our_errors(jobs_dir, outside,
     def answer() -> None:
         while not over.wait(MS):
             for path in (home / "requests").glob("*.json"):
-                with suppress(FileNotFoundError):  # it was taken back
+                with suppress(FileNotFoundError):  # it was withdrawn
                     id_ = json.loads(path.read_bytes())["id"]
                     path.unlink()
                     put_odd(theirs, home / "new", outside, odd_reply(theirs, id_))
