@@ -1,8 +1,8 @@
 """How soon the command line is there, and how ``list`` grows with the jobs directory.
 
 Beside ``python -c pass``, the import of what any such program needs, and the bare reading of the same files. The jobs
-are a live one; dead ones, as ``kill -9`` leaves them, each with its record, a free lock and a dead socket; and live ones,
-for which a single process answers at as many sockets. Bytecode is there, as an installation leaves it.
+are a live one; dead ones, as ``kill -9`` leaves them, each with its record, a free lock and a dead socket; and live
+ones, for which a single process answers at as many sockets. Bytecode is there, as an installation leaves it.
 """
 
 from __future__ import annotations

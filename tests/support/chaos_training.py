@@ -1,7 +1,7 @@
 """The training runs of test_chaos: they last until a command stops them, and report their weights.
 
-``python -m tests.support.chaos_training FOLDER JOB_ID [PORT]``, alone or under torchrun, is a run that can be controlled.
-Its report is ``FOLDER/JOB_ID-RANK.json``. SIGUSR1 makes it fork at whatever line it is, as a data loader does.
+``python -m tests.support.chaos_training FOLDER JOB_ID [PORT]``, alone or under torchrun, is a controlled run. Its
+report is ``FOLDER/JOB_ID-RANK.json``. SIGUSR1 makes it fork at whatever line it is, as a data loader does.
 ``... FOLDER undisturbed STEPS`` trains like one rank and like two, without control, and writes the weights after each
 step to ``FOLDER/undisturbed-SIZE.json``.
 """

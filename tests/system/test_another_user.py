@@ -1,7 +1,7 @@
-"""Another user of the same machine tries everything against a job, and nothing comes of it: no step, no byte, no file.
+"""Another user of the same machine attacks a job in every way, without effect on its steps, its data and its files.
 
-Three users: the owner of the job, a stranger, and root, who runs these tests and may do what the owner may. Owner and
-stranger are processes that dropped root's rights for good; each carries out, one after another, the lines it is told.
+Three users: the owner of the job, an attacker, and root, who runs these tests and may do what the owner may. Owner and
+attacker are processes that have dropped root's rights for good; each runs the lines of code that it receives.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ..support.harness import Process, Wire, needs_root, until
 
 pytestmark = [pytest.mark.once, needs_root]
 
-OWNER, STRANGER = 64123, 64124
+OWNER, ATTACKER = 64123, 64124
 
-#: What an ordinary user's process must have imported before: this Python may lie where only root can read.
+#: What the processes of ordinary users import before they drop root's rights; perhaps only root can read this Python.
 DROP = """
 import contextlib, ctypes, difflib, encodings.ascii, encodings.idna, fcntl, getpass, hashlib, importlib, io, json
 import logging, os, pkgutil, pwd, resource, shutil, signal, socket, ssl, stat, struct, subprocess, sys, tempfile
@@ -50,7 +50,7 @@ from forgather_control.client import api as client
 from forgather_control.jobs import directory
 from forgather_control.processes import stack_dump as dump
 from forgather_control.wire import addresses as endpoint
-from forgather_control.server import auth as gate
+from forgather_control.server import auth
 from forgather_control.jobs import cleanup, limits, private_files
 from forgather_control.jobs import registry as jobs
 from forgather_control.jobs import spool
@@ -67,7 +67,7 @@ os.umask(0o022)
 os.environ["HOME"] = "/nonexistent"
 """
 
-#: Carries out what it is told, a JSON object a line: the code, and the values that it names; prints ``it``.
+#: Runs the code in each line, a JSON array of the code and the values that it names; prints ``it``.
 AGENT = (
     DROP
     + """
@@ -79,7 +79,7 @@ def control(*words):
     return code, out.getvalue(), err.getvalue()
 
 def talk(where, data, family=socket.AF_UNIX):
-    "All that is answered until the other side hangs up, or has had its time."
+    "Return all that is answered until the other side closes the connection, or for 3 s."
     with socket.socket(family) as sock:
         sock.settimeout(3)
         sock.connect(where)
@@ -91,7 +91,7 @@ def talk(where, data, family=socket.AF_UNIX):
         return got.decode()
 
 def answering(path, job_id):
-    "A job that is none: its socket is open to everybody, and it says yes to all."
+    "Serve as a false job: its socket is open to all users, and it answers every request."
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     os.chmod(path, 0o777)
@@ -100,19 +100,19 @@ def answering(path, job_id):
         while True:
             sock, _ = listener.accept()
             with sock, sock.makefile("rb") as lines, contextlib.suppress(OSError):
-                heard.append(lines.readline().decode())
+                received.append(lines.readline().decode())
                 sock.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "result": {"job_id": job_id}}).encode() + b"\\n")
     threading.Thread(target=serve, daemon=True).start()
 
 def plant(root, name, **members):
-    "A job's directory, as this user would like others to see it."
+    "Make a false job directory."
     os.makedirs(os.path.join(root, name))
     me = process.current_process()
     mine = record.JobRecord(name, me.host, None, me.pid, time.time(), os.path.join(root, name, "control.sock"))
     with open(os.path.join(root, name, "endpoint.json"), "w") as file:
         json.dump({**mine.to_json(), "process_started_at": me.started_at, **members}, file)
 
-heard = []
+received = []
 names = globals()
 print("ready", flush=True)
 for line in sys.stdin:
@@ -126,7 +126,7 @@ for line in sys.stdin:
 """
 )
 
-#: The owner's job. Its weights are a chain of hashes, so that a step more, less or twice would show.
+#: The owner's job. Its weights are a chain of hashes, which an extra, missing or repeated step would change.
 JOB = (
     DROP
     + """
@@ -149,20 +149,20 @@ print(step, weights.hex(), job.aborted, flush=True)
 
 
 class Agent(Process):
-    """One user, who does what he is told."""
+    """A process of one user that runs the code that it receives."""
 
     def __init__(self, uid: int) -> None:
         super().__init__(AGENT, str(uid), env={"FORGATHER_JOBS_DIR": "/nonexistent", "XDG_RUNTIME_DIR": ""})
         assert self.line() == "ready", self.errors
 
     def tries(self, code: str, **values: Any) -> tuple[str | None, Any]:
-        """What became of it: the error's class and text, or ``None`` and what it left in ``it``."""
+        """Run code; return its error's class and text, or ``None`` and the value of ``it``."""
         self.say(json.dumps([code, {name: _plain(value) for name, value in values.items()}]))
         error, it = json.loads(self.line())
         return error, it
 
     def does(self, code: str, **values: Any) -> Any:
-        """The same, for what must work."""
+        """Run code that must work; return the value of ``it``."""
         error, it = self.tries(code, **values)
         assert error is None, (error, it)
         return it
@@ -178,20 +178,20 @@ def _users(uid: int) -> Iterator[Agent]:
 
 
 @pytest.fixture(scope="module")
-def stranger() -> Iterator[Agent]:
-    """Somebody else."""
-    yield from _users(STRANGER)
+def attacker() -> Iterator[Agent]:
+    """The other user."""
+    yield from _users(ATTACKER)
 
 
 @pytest.fixture(scope="module")
 def owner() -> Iterator[Agent]:
-    """The user whose jobs are attacked, at his shell."""
+    """The user whose jobs are attacked."""
     yield from _users(OWNER)
 
 
 @contextmanager
 def folder(uid: int, mode: int) -> Iterator[Path]:
-    """A directory that everybody can reach, of this user and mode."""
+    """Make a directory of this user and mode that all users can reach."""
     place = Path(tempfile.mkdtemp(prefix="fg"))
     os.chown(place, uid, uid)
     place.chmod(mode)
@@ -210,19 +210,19 @@ class Victim(NamedTuple):
     known: dict[str, Any]
 
     def ask(self, method: str) -> Any:
-        """What it answers to root."""
+        """Return its answer to root."""
         with Wire(self.known["socket"]) as wire:
             return wire.call(method)["result"]
 
     def values(self) -> dict[str, Any]:
-        """What its attackers know: everything but the token."""
+        """Return what attackers know: everything but the token."""
         known = self.known
         return {"home": self.home, "root": self.jobs, "job": self.home.name, "pid": known["pid"], "port": known["port"]}
 
 
 @contextmanager
 def running(root: Path, job_id: str, port: str = "yes", **env: str) -> Iterator[Victim]:
-    """A job of the owner's; at the end it is stopped, and must have trained as if nothing had been."""
+    """Run a job of the owner; at the end it is stopped, and must have trained as if undisturbed."""
     with Process(JOB, str(OWNER), job_id, port, env={"FORGATHER_JOBS_DIR": str(root), **env}) as job:
         assert job.line() == "ready", job.errors
         home = root / job_id
@@ -245,7 +245,7 @@ def _trained(steps: int) -> str:
 
 @pytest.fixture(scope="module")
 def victim() -> Iterator[Victim]:
-    """A job whose jobs directory, and all above it, is open to everybody's eyes."""
+    """A job in a jobs directory that all users can read."""
     with folder(OWNER, 0o755) as place:
         (place / "jobs").mkdir()
         os.chown(place / "jobs", OWNER, OWNER)
@@ -256,7 +256,7 @@ def victim() -> Iterator[Victim]:
 
 @pytest.fixture
 def unmoved(victim: Victim) -> Iterator[Victim]:
-    """It has the same files before and after, no command, and goes on."""
+    """The job, which must have the same files before and after, no command, and continue to train."""
 
     def files() -> list[tuple[str, int, int]]:
         found = [victim.jobs, *victim.jobs.rglob("*")]
@@ -269,7 +269,7 @@ def unmoved(victim: Victim) -> Iterator[Victim]:
     until(lambda: victim.ask("status")["global_step"] > step)
 
 
-# What the kernel refuses, because of the modes that the job gave...
+# What the kernel refuses because of the modes that the job set...
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,7 @@ def unmoved(victim: Victim) -> Iterator[Victim]:
         "os.mkdir(root + '/planted')",
         "os.symlink('/tmp', root + '/planted')",
         "open(root + '/.lock', 'r')",
+        "fcntl.flock(os.open(home + '/lock', os.O_RDONLY), fcntl.LOCK_EX)",
         "os.rename(root, root + '.old')",
         *(f"os.kill(pid, {number})" for number in (0, 10, 15, 9, 42)),
         "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
@@ -316,16 +317,16 @@ def unmoved(victim: Victim) -> Iterator[Victim]:
         "os.setuid(OWNER)",
     ],
 )
-def test_no_way_in_past_the_modes(stranger, unmoved, code):
-    """Connect, read, list, write, link, rename, replace, signal, trace: each is EACCES or EPERM, and leaves nothing."""
-    error, text = stranger.tries(f"it = repr({code})" if ";" not in code else code, **unmoved.values(), OWNER=OWNER)
+def test_no_way_in_past_the_modes(attacker, unmoved, code):
+    """Connect, read, list, write, link, rename, replace, signal, trace: each fails with EACCES or EPERM."""
+    error, text = attacker.tries(f"it = repr({code})" if ";" not in code else code, **unmoved.values(), OWNER=OWNER)
     assert error == "PermissionError", (error, text)
     assert not Path("/tmp/fg-stolen").exists()
     Path("/tmp/fg-gift").unlink(missing_ok=True)
 
 
-def test_a_debugger_is_not_let_in(stranger, unmoved):
-    """ptrace(2) and process_vm_readv(2) are the kernel's to refuse, too."""
+def test_a_debugger_is_not_let_in(attacker, unmoved):
+    """The kernel refuses ptrace(2) and process_vm_readv(2), too."""
     code = """
 libc = ctypes.CDLL(None, use_errno=True)
 traced = libc.ptrace(16, pid, None, None), ctypes.get_errno()
@@ -333,12 +334,12 @@ buffer = (ctypes.c_size_t * 2)(id(libc), 8)
 read = libc.process_vm_readv(pid, buffer, 1, buffer, 1, 0), ctypes.get_errno()
 it = traced, read
 """
-    assert stranger.does(code, **unmoved.values()) == [[-1, 1], [-1, 1]]
+    assert attacker.does(code, **unmoved.values()) == [[-1, 1], [-1, 1]]
 
 
-def test_no_secret_is_seen_from_outside(stranger, unmoved):
-    """What everybody may read of a process, its arguments and its sockets, holds no token."""
-    seen = stranger.does(
+def test_no_secret_is_seen_from_outside(attacker, unmoved):
+    """What all users may read of a process, its arguments and its sockets, holds no token."""
+    seen = attacker.does(
         "it = [open(p).read() for p in (f'/proc/{pid}/cmdline', f'/proc/{pid}/stat', f'/proc/{pid}/status',"
         " '/proc/net/unix', '/proc/net/tcp')]",
         **unmoved.values(),
@@ -346,7 +347,7 @@ def test_no_secret_is_seen_from_outside(stranger, unmoved):
     assert not any(unmoved.known["token"] in text for text in seen)
 
 
-# What our own programs do in a stranger's hands...
+# The package's own programs, run by the attacker...
 
 
 @pytest.mark.parametrize(
@@ -371,10 +372,10 @@ def test_no_secret_is_seen_from_outside(stranger, unmoved):
         ("abort --force --connect tcp://127.0.0.1:{port} {job}", 1),
     ],
 )
-def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code):
-    """Each verb fails or finds nothing; the only fact it prints is the name that ls shows, too."""
+def test_the_command_line_tells_another_user_nothing(attacker, unmoved, words, code):
+    """Each verb fails or finds nothing; the only fact it prints is the job id, which ls shows, too."""
     given = words.format(**unmoved.values()).split()
-    done, out, err = stranger.does(
+    done, out, err = attacker.does(
         "os.environ['FORGATHER_JOBS_DIR'] = root; it = control(*given)", **unmoved.values(), given=given
     )
     assert done == code, (done, out, err)
@@ -396,21 +397,21 @@ def test_our_own_programs_tell_a_stranger_nothing(stranger, unmoved, words, code
         ("directory.JobDirectory(job, lambda path: None, 1).claim()", "JobsDirUnusable"),
     ],
 )
-def test_no_part_of_the_package_gets_further(stranger, unmoved, code, error):
-    """Requests by file, stacks, cleaning up, claiming the name: errors of ours, in the stranger's own process."""
-    found, text = stranger.tries(f"os.environ['FORGATHER_JOBS_DIR'] = root; it = repr({code})", **unmoved.values())
+def test_no_part_of_the_package_gets_past_the_modes(attacker, unmoved, code, error):
+    """Request files, stacks, clean-up, claiming the job id: ControlErrors in the attacker's process."""
+    found, text = attacker.tries(f"os.environ['FORGATHER_JOBS_DIR'] = root; it = repr({code})", **unmoved.values())
     assert found == error, (found, text)
 
 
-def test_processes_are_ended_by_their_owner_alone(stranger, unmoved):
+def test_processes_are_ended_only_by_their_owner(attacker, unmoved):
     """abort --kill-after with a record that names the job's process: the kernel refuses each signal."""
     code = """
 it = [word for _, word in terminate([process.current_process()._replace(pid=pid, started_at=None)], 0.0)]
 """
-    assert stranger.does(code, **unmoved.values()) == ["refused"]
+    assert attacker.does(code, **unmoved.values()) == ["refused"]
 
 
-# Over TCP, where everybody on this host may connect...
+# Over TCP, where all users of this host may connect...
 
 COMMAND = '{"jsonrpc":"2.0","id":1,"method":"abort"}\n'
 
@@ -431,16 +432,16 @@ COMMAND = '{"jsonrpc":"2.0","id":1,"method":"abort"}\n'
         '{"jsonrpc":"2.0","id":1,"method":"status"}\n',
     ],
 )
-def test_a_port_without_the_token_says_nothing(stranger, unmoved, first):
-    """The connection ends there: no answer, not even an error, and no effect."""
-    said = stranger.does(
+def test_without_the_token_the_port_answers_nothing(attacker, unmoved, first):
+    """The server closes the connection: no answer, not even an error, and no effect."""
+    said = attacker.does(
         "it = talk(('127.0.0.1', port), first.encode('latin-1'), socket.AF_INET)", **unmoved.values(), first=first
     )
     assert said == ""
 
 
-def test_tokens_are_not_guessed(stranger, unmoved):
-    """Empty, near, of another type, a list, a name, fifty at once: each is refused, late, and none opens."""
+def test_tokens_are_not_guessed(attacker, unmoved):
+    """Fifty wrong tokens at once, empty, similar or of another type: each is refused after a delay."""
     code = """
 def guess(token, found):
     line = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "authenticate", "params": {"token": token}})
@@ -450,22 +451,22 @@ def guess(token, found):
 
 odd = ["", " ", "A" * 43, job, str(pid), None, True, 0, [], {}, ["A"], {"token": "A"}, "\\u0000", "A" * 900]
 found = []
-threads = [threading.Thread(target=guess, args=(token, found)) for token in odd + [gate.new_token() for _ in range(36)]]
+threads = [threading.Thread(target=guess, args=(token, found)) for token in odd + [auth.new_token() for _ in range(36)]]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 it = found
 """
-    found = stranger.does(code, **unmoved.values(), command=COMMAND)
+    found = attacker.does(code, **unmoved.values(), command=COMMAND)
     assert len(found) == 50
     for said, seconds in found:
         assert json.loads(said)["error"]["code"] == NotAuthenticated.code and said.count("\n") == 1, said
         assert seconds > 0.9
 
 
-def test_the_owners_clients_go_to_the_owners_job(owner, stranger, unmoved):
-    """While a stranger holds a hundred connections to the port, the owner gets in by the socket and by the port."""
+def test_the_owner_connects_while_another_user_fills_the_port(owner, attacker, unmoved):
+    """While the attacker holds a hundred connections to the port, the owner connects to the socket and to the port."""
     code = "socks = [socket.create_connection(('127.0.0.1', port)) for _ in range(100)]"
-    stranger.does(code, **unmoved.values())
+    attacker.does(code, **unmoved.values())
     try:
         for words in (
             ["status", "--json"],
@@ -476,15 +477,15 @@ def test_the_owners_clients_go_to_the_owners_job(owner, stranger, unmoved):
             )
             assert done == 0 and json.loads(out)["job_id"] == "experiment", err
     finally:
-        stranger.does("[sock.close() for sock in socks]")
+        attacker.does("[sock.close() for sock in socks]")
 
 
-# What a stranger puts where the owner looks: a jobs directory in which everybody may make one...
+# False jobs in a jobs directory in which all users may make one...
 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A directory as /tmp is: everybody may add to it, and remove what is his."""
+    """A directory like /tmp: all users may add to it, and remove what they own."""
     with folder(0, 0o1777) as place:
         yield place
 
@@ -500,10 +501,10 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("kind", FORGERIES)
-def test_a_forged_job_is_nobodys(owner, stranger, unmoved, shared, kind):
-    """It is left out, with the reason; no verb reaches it, nothing is sent to it, and it is not cleaned up."""
+def test_a_forged_job_is_left_out(owner, attacker, unmoved, shared, kind):
+    """It is left out with the reason; no verb reaches it, nothing is sent to it, and it is not cleaned up."""
     with running(shared, "experiment-2", port="") as mine:
-        stranger.does("heard.clear(); " + FORGERIES[kind], **{**unmoved.values(), "root": str(shared)})
+        attacker.does("received.clear(); " + FORGERIES[kind], **{**unmoved.values(), "root": str(shared)})
         try:
             owner.does("os.environ['FORGATHER_JOBS_DIR'] = str(root)", root=shared)
             code, out, err = owner.does("it = control('list', '--json')")
@@ -512,24 +513,24 @@ def test_a_forged_job_is_nobodys(owner, stranger, unmoved, shared, kind):
             for words in ("status exp", "stop exp", "abort --force exp", "save --timeout=5 exp", "ranks exp"):
                 code, out, err = owner.does("it = control(*words)", words=words.split())
                 assert (code, out) == (3, ""), (words, out, err)
-            # Without a name the owner's own is meant; there is no other.
+            # Without a job id the owner's job is meant, because there is no other.
             for words in ("status --json", "status --json experiment-2"):
                 code, out, err = owner.does("it = control(*words)", words=words.split())
                 assert code == 0 and json.loads(out)["pid"] == mine.known["pid"], err
             assert owner.does("it = control('cleanup', '--force')")[1] == "nothing to clean up\n"
-            assert not any(stranger.does("it = heard")) and (shared / "exp").exists()
+            assert not any(attacker.does("it = received")) and (shared / "exp").exists()
         finally:
             Path("/tmp/fg-forged").unlink(missing_ok=True)
 
 
-def test_no_token_goes_to_a_forged_port(owner, stranger, unmoved, shared):
-    """A stranger's record names the host's port, an address and a fingerprint of his own: they are not looked at."""
+def test_no_token_goes_to_a_forged_port(owner, attacker, unmoved, shared):
+    """The attacker's record names a port, an address and a fingerprint: they are ignored."""
     code = """
 listener = socket.create_server(("127.0.0.2", 0))
 plant(root, "exp", port=listener.getsockname()[1], address="127.0.0.2", token="mine", tls_sha256="0" * 64)
 it = listener.getsockname()[1]
 """
-    port = stranger.does(code, root=shared)
+    port = attacker.does(code, root=shared)
     words = ["status", "--connect", f"tls://127.0.0.1:{port}"]
     code = "os.environ.update(FORGATHER_JOBS_DIR=root, FORGATHER_CONTROL_TOKEN='secret'); it = control(*words)"
     done, _, err = owner.does(code, root=shared, words=words)
@@ -541,12 +542,12 @@ try: it = repr(listener.accept())
 except BlockingIOError: it = None
 listener.close()
 """
-    assert stranger.does(code) is None
+    assert attacker.does(code) is None
 
 
 @pytest.mark.parametrize("mode, name", [(0o770, ""), (0o777, ""), (0o660, "endpoint.json"), (0o602, "endpoint.json")])
-def test_what_others_may_have_written_is_no_record(owner, stranger, mode, name):
-    """The owner opened his job's directory, or its record: what it says now may be anybody's word."""
+def test_a_record_that_others_could_write_is_ignored(owner, attacker, mode, name):
+    """The owner opened the job's directory or its record to others, who could have written it."""
     with folder(OWNER, 0o755) as root, running(root, "job", port="") as mine:
         was = (mine.home / name).stat().st_mode
         (mine.home / name).chmod(mode)
@@ -575,11 +576,11 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("kind", PLANTED)
-def test_a_job_takes_nothing_that_was_planted(owner, stranger, shared, monkeypatch, kind):
-    """What stands where its directory, its lock or its jobs directory should be: one warning, and training goes on."""
+def test_a_job_uses_nothing_that_another_user_made(owner, attacker, shared, monkeypatch, kind):
+    """Another user's file in the place of its directory, its lock or its jobs directory: one warning, and it trains."""
     code, why = PLANTED[kind]
     with folder(OWNER, 0o755) as own:
-        stranger.does(code, root=shared, own=own)
+        attacker.does(code, root=shared, own=own)
         before = sorted(str(path) for path in shared.rglob("*"))
         job = """
 os.environ["FORGATHER_JOBS_DIR"] = root
@@ -596,12 +597,12 @@ it = step, said.getvalue(), job._controller is None
         left = [path for path in sorted(str(path) for path in shared.rglob("*")) if not path.endswith("/.lock")]
         assert left == [path for path in before if not path.endswith("/.lock")] and list(own.iterdir()) == []
         assert not Path("/tmp/fg-dangling").exists()
-        stranger.does("f = None")
+        attacker.does("f = None")
 
 
-def test_a_name_that_changes_all_the_time_is_taken_whole_or_not_at_all(owner, stranger, shared):
-    """A stranger makes and removes a directory and a link of that name, all the time, while the owner claims it."""
-    with folder(STRANGER, 0o777) as trap:
+def test_a_name_that_changes_all_the_time_is_claimed_whole_or_not_at_all(owner, attacker, shared):
+    """The attacker makes and removes a directory and a link of that name all the time, while the owner claims it."""
+    with folder(ATTACKER, 0o777) as trap:
         code = """
 going = True
 def flip():
@@ -615,7 +616,7 @@ def flip():
 flipper = threading.Thread(target=flip)
 flipper.start()
 """
-        stranger.does(code, root=shared, trap=trap)
+        attacker.does(code, root=shared, trap=trap)
         claim = """
 os.environ["FORGATHER_JOBS_DIR"] = root
 it = []
@@ -632,7 +633,7 @@ for _ in range(30):
     server.close(1.0)
 """
         outcomes = owner.does(claim, root=shared)
-        stranger.does("going = False; flipper.join()")
+        attacker.does("going = False; flipper.join()")
         assert len(outcomes) == 30 and list(trap.iterdir()) == []
         whole = [OWNER, 0o700, ["control.sock", "endpoint.json", "lock"]]
         assert all(found in (None, whole) for found in outcomes), outcomes
@@ -645,55 +646,55 @@ for _ in range(30):
         "rank_processes.write(root, [])",
     ],
 )
-def test_no_file_of_a_strangers_is_written_into(owner, stranger, shared, code):
-    """What is written before it is renamed has a name that can be guessed: a file that lies there is not used."""
+def test_no_file_of_another_user_is_written(owner, attacker, shared, code):
+    """The name of a file before it is renamed can be guessed: an existing file is not used."""
     pid = owner.does("it = os.getpid()")
     for name in (f".endpoint.json.{pid}", f".ranks.json.{pid}"):
-        stranger.does(
+        attacker.does(
             "open(root + '/' + name, 'w').close(); os.chmod(root + '/' + name, 0o666)", root=shared, name=name
         )
     assert owner.tries(code, root=shared)[0] == "FileExistsError"
     assert {path.read_text() for path in shared.iterdir()} == {""} and len(list(shared.iterdir())) == 2
 
 
-# The short place of a socket whose path would be too long...
+# The short directory of a socket whose path would be too long...
 
 LONG = "x" * 110
 
 
 @pytest.mark.parametrize(
     "place, chosen",
-    [("own", True), ("shared", True), ("stranger's", False), ("for all", False), ("for a group", False)],
+    [("own", True), ("shared", True), ("another user's", False), ("for all", False), ("for a group", False)],
 )
-def test_the_short_place_is_private_and_never_where_others_may_rename(owner, stranger, place, chosen):
-    """$XDG_RUNTIME_DIR serves where it is safe; else /tmp does, under a name that nobody can know before."""
-    who, mode = {
+def test_the_short_directory_is_private_and_never_where_others_may_rename(owner, attacker, place, chosen):
+    """It is in $XDG_RUNTIME_DIR where that is safe, otherwise in /tmp under a name that cannot be guessed."""
+    uid, mode = {
         "own": (OWNER, 0o755),
         "shared": (0, 0o1777),
-        "stranger's": (STRANGER, 0o777),
+        "another user's": (ATTACKER, 0o777),
         "for all": (OWNER, 0o777),
         "for a group": (OWNER, 0o775),
     }[place]
-    with folder(OWNER, 0o755) as root, folder(who, mode) as runtime:
+    with folder(OWNER, 0o755) as root, folder(uid, mode) as runtime:
         with running(root, LONG, port="", XDG_RUNTIME_DIR=str(runtime)) as mine:
             short = Path(mine.known["socket"]).parent
             assert short.parent == (runtime if chosen else Path("/tmp")) and short.name.startswith("forgather-")
             assert (short.stat().st_uid, short.stat().st_mode & 0o777) == (OWNER, 0o700)
             tries = ("talk(short + '/s', b'x')", "os.listdir(short)", "os.rename(short, short + '.old')")
             for code in (*tries, "os.rmdir(short)", "os.unlink(short + '/s')"):
-                assert stranger.tries(code, short=short)[0] == "PermissionError", code
+                assert attacker.tries(code, short=short)[0] == "PermissionError", code
         assert not short.exists()
 
 
-def test_who_takes_the_place_of_a_socket_is_not_taken_for_the_job(owner, stranger):
-    """A job was killed, /tmp was emptied, and a stranger listens where its socket was: it is dead all the same."""
+def test_another_users_socket_is_not_taken_for_the_job(owner, attacker):
+    """A job was killed, /tmp was emptied, and the attacker listens where its socket was: the job counts as dead."""
     with folder(OWNER, 0o755) as root:
         with running(root, LONG, port="") as mine:
             short = Path(mine.known["socket"]).parent
             mine.process.kill()
         shutil.rmtree(short)
-        code = "heard.clear(); os.mkdir(short); os.chmod(short, 0o755); answering(short + '/s', job)"
-        stranger.does(code, short=short, job=LONG)
+        code = "received.clear(); os.mkdir(short); os.chmod(short, 0o755); answering(short + '/s', job)"
+        attacker.does(code, short=short, job=LONG)
         try:
             owner.does("os.environ['FORGATHER_JOBS_DIR'] = root", root=root)
             code, out, _ = owner.does("it = control('list', '--json')")
@@ -702,28 +703,28 @@ def test_who_takes_the_place_of_a_socket_is_not_taken_for_the_job(owner, strange
                 code, out, err = owner.does("it = control(*words)", words=words.split())
                 assert code and not out, (words, out, err)
             assert "belongs to another user" in err
-            assert not any(stranger.does("it = heard")), "not one byte was sent to it"
+            assert not any(attacker.does("it = received")), "not one byte was sent to it"
             code, out, _ = owner.does("it = control('cleanup', '--force', '--json')")
             assert json.loads(out) == {"removed": [LONG]} and (short / "s").exists()
         finally:
             shutil.rmtree(short)
 
 
-# Root looks after others' jobs, and must not be led astray by them...
+# Root cleans up other users' jobs, which must not mislead it...
 
 
 @pytest.fixture
-def strangers() -> Iterator[Path]:
-    """A jobs directory of the stranger's, beside something that must not be lost."""
-    with folder(STRANGER, 0o755) as place:
+def foreign_jobs() -> Iterator[Path]:
+    """A jobs directory of the attacker."""
+    with folder(ATTACKER, 0o755) as place:
         (place / "jobs").mkdir()
-        os.chown(place / "jobs", STRANGER, STRANGER)
+        os.chown(place / "jobs", ATTACKER, ATTACKER)
         yield place / "jobs"
 
 
 @contextmanager
 def precious(job_id: str) -> Iterator[Path]:
-    """A directory of root's, in it one of that name with a file that must not be lost."""
+    """Make a directory of root with a directory of that name, whose file must not be lost."""
     with folder(0, 0o755) as place:
         (place / job_id).mkdir()
         (place / job_id / "weights").write_text("precious")
@@ -744,11 +745,11 @@ def precious(job_id: str) -> Iterator[Path]:
         "os.mkdir(root + '/exp'); os.symlink(target + '/victim/weights', root + '/exp/endpoint.json')",
     ],
 )
-def test_root_cleans_up_nothing_else(stranger, strangers, monkeypatch, code):
-    """Names that lead elsewhere, links in every place: root removes the stranger's own, or nothing."""
-    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(strangers))
+def test_root_cleans_up_nothing_else(attacker, foreign_jobs, monkeypatch, code):
+    """With job ids and links that lead elsewhere, root removes the attacker's files or nothing."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(foreign_jobs))
     with precious("victim") as place:
-        stranger.does(code, root=strangers, target=place, gone=2**31 - 1)
+        attacker.does(code, root=foreign_jobs, target=place, gone=2**31 - 1)
         assert api.cleanup() in ([], ["exp"])
         assert api.cleanup() == []
 
@@ -762,8 +763,8 @@ def test_root_cleans_up_nothing_else(stranger, strangers, monkeypatch, code):
     ],
     ids=["jobs directory", "link", "directory"],
 )
-def test_what_root_judged_is_what_root_removes(stranger, strangers, swap):
-    """A dead job's socket answers root's last question by putting something else in the place of what is judged."""
+def test_root_removes_what_it_judged(attacker, foreign_jobs, swap):
+    """When root connects to a dead job's socket, something else is put in the place of the job."""
     code = """
 plant(root, "victim", pid=2**31 - 1)
 listener = socket.socket(socket.AF_UNIX)
@@ -778,17 +779,17 @@ swapped = threading.Event()
 threading.Thread(target=serve, daemon=True).start()
 """
     with precious("victim") as place:
-        stranger.does(code, root=strangers, target=place, swap=swap)
+        attacker.does(code, root=foreign_jobs, target=place, swap=swap)
         try:
-            cleanup.remove_dead(str(strangers), "victim")
+            cleanup.remove_dead(str(foreign_jobs), "victim")
         except JobsDirUnusable:
-            pass  # what was judged is empty by now, and its name another's: that stays
-        assert stranger.does("it = swapped.wait(5)")
+            pass  # the judged directory is empty, and its name has another one, which stays
+        assert attacker.does("it = swapped.wait(5)")
 
 
-def test_root_spares_processes_that_a_stranger_names(stranger, strangers, unmoved, monkeypatch):
-    """abort --kill-after of a job whose record and ranks.json name somebody else's process."""
-    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(strangers))
+def test_root_kills_no_process_that_another_user_names(attacker, foreign_jobs, unmoved, monkeypatch):
+    """abort --kill-after of a job whose record and ranks.json name a process of the owner."""
+    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(foreign_jobs))
     named = {name: unmoved.known[name] for name in JobRecord._fields if name not in ("token", "port", "address")}
     named.update(job_id="exp", socket=None, token=None, port=None, address=None)
     rank = {
@@ -798,13 +799,13 @@ def test_root_spares_processes_that_a_stranger_names(stranger, strangers, unmove
         "started_at": named["process_started_at"],
     }
     code = "plant(root, 'exp', **named); open(root + '/exp/ranks.json', 'w').write(json.dumps([rank]))"
-    stranger.does(code, root=strangers, named=named, rank=rank)
+    attacker.does(code, root=foreign_jobs, named=named, rank=rank)
     known = find("exp")
     assert [fate["outcome"] for fate in recovery.abort(known, 0.0).outcomes] == ["refused"]
 
 
-def test_the_very_deep_is_a_sentence(stranger, strangers):
-    """More directories in one another than Python goes down: that is said, and no RecursionError gets out."""
+def test_very_deep_directories_are_an_error_message(attacker, foreign_jobs):
+    """Directories nested deeper than Python's recursion limit: a message says so, without a RecursionError."""
     code = """
 plant(root, "exp", pid=2**31 - 1)
 os.chdir(root + "/exp")
@@ -812,18 +813,18 @@ for _ in range(200):
     os.mkdir("d"); os.chdir("d")
 os.chdir("/")
 """
-    stranger.does(code, root=strangers)
+    attacker.does(code, root=foreign_jobs)
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
         with pytest.raises(JobsDirUnusable, match="cannot be removed"):
-            cleanup.remove_dead(str(strangers), "exp")
+            cleanup.remove_dead(str(foreign_jobs), "exp")
     finally:
         sys.setrecursionlimit(usual)
 
 
-def test_the_last_word_is_the_owners(owner, unmoved):
-    """After all of this the owner has his job as ever: seen, saved, with its weights (compared when it ends)."""
+def test_the_owner_has_the_job_at_the_end(owner, unmoved):
+    """After all attacks the owner controls the job as before; its weights are compared when it ends."""
     owner.does("os.environ['FORGATHER_JOBS_DIR'] = root", root=unmoved.jobs)
     code, out, err = owner.does("it = control('status', '--json')")
     assert code == 0 and json.loads(out)["commands"] == [], err

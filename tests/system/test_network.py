@@ -1,6 +1,6 @@
-"""A job on another host, tried for real: a network namespace of its own at the other end of a cable.
+"""A job on another host: in a network namespace at the other end of a virtual cable.
 
-The client's host has a jobs directory of its own, so all it knows of the job is what it is told: address and token.
+The client's host has its own jobs directory, so that it knows only the address and the token of the job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["hosts"]  # a fixture
 
 pytestmark = [pytest.mark.once, needs_root, needs("ip"), needs("unshare"), needs("openssl"), needs_namespaces]
 
-#: Of the job's host; the certificate is for 127.0.0.1, so it is known by its fingerprint or not at all.
+#: The job; its certificate is for 127.0.0.1, so that a client can trust it only by its fingerprint.
 JOB = """
 import logging, sys, time
 from forgather_control import TrainingJob
@@ -40,7 +40,7 @@ with TrainingJob("far", max_steps=100_000, port="auto", host=sys.argv[1], **file
 print("ended", job.aborted, flush=True)
 """
 
-#: What a web page can have a browser do to the port: a POST of its own text, with no question asked before.
+#: What a web page can make a browser send to the port: a POST with a text of the page, without a preflight request.
 BROWSER = """
 import sys, urllib.request
 body = b'{"jsonrpc":"2.0","id":1,"method":"abort"}\\n' * 100
@@ -67,7 +67,7 @@ def there(host: Host, *words: str, **env: str) -> subprocess.CompletedProcess[st
 
 @contextmanager
 def job(jobs_dir: Path, address: str, *files: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """The job on the first host, and what it published there; killed at the end if it still runs."""
+    """Run the job on the first host; yields it and its record, and kills it on exit if it still runs."""
     words = [*HOSTS[0].words, sys.executable, "-u", "-c", JOB, address, *files]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(words, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -79,8 +79,8 @@ def job(jobs_dir: Path, address: str, *files: str) -> Iterator[tuple[subprocess.
 
 
 @pytest.mark.parametrize("address", [HOSTS[0].address, "0.0.0.0"])
-def test_who_has_the_token_controls_it_and_who_has_not_does_nothing(hosts, jobs_dir, tmp_path, address):
-    """status, list, stop; a wrong token, none, and a browser's POST; and one warning on the job's side."""
+def test_a_client_with_the_token_controls_it_and_others_do_nothing(hosts, jobs_dir, tmp_path, address):
+    """status, list and stop work; a wrong token, none, and a browser's POST do not; the job logs one warning."""
     with job(jobs_dir, address) as (process, known):
         at = f"tcp://{HOSTS[0].address}:{known['port']}"
         mine = {"FORGATHER_JOBS_DIR": str(tmp_path / "mine")}
@@ -109,8 +109,8 @@ def test_who_has_the_token_controls_it_and_who_has_not_does_nothing(hosts, jobs_
         assert "open to the network without TLS" in complained and "did not send the job's token" in complained
 
 
-def test_a_port_of_loopback_is_not_there_for_others(hosts, jobs_dir, tmp_path):
-    """Not even for who has the token."""
+def test_a_port_of_loopback_cannot_be_reached_from_outside(hosts, jobs_dir, tmp_path):
+    """Not even by a client with the token."""
     with job(jobs_dir, "127.0.0.1") as (_process, known):
         at = f"tcp://{HOSTS[0].address}:{known['port']}"
         done = there(HOSTS[1], "-m", "forgather_control", "status", "--connect", at, FORGATHER_CONTROL_TOKEN="any")
@@ -118,7 +118,7 @@ def test_a_port_of_loopback_is_not_there_for_others(hosts, jobs_dir, tmp_path):
 
 
 def test_over_tls_it_is_known_by_its_fingerprint(hosts, jobs_dir, tmp_path, pem):
-    """With a copy of its endpoint.json; a certificate that nobody vouches for, and plain text, get no token."""
+    """By a copy of its endpoint.json; no token is sent to an untrusted certificate, nor over plain TCP."""
     with job(jobs_dir, HOSTS[0].address, pem.cert, pem.key) as (process, known):
         at = f"tls://{HOSTS[0].address}:{known['port']}"
         mine = {"FORGATHER_JOBS_DIR": str(tmp_path / "mine"), "FORGATHER_CONTROL_TOKEN": known["token"]}

@@ -50,14 +50,14 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             "tests/server/test_tcp.py::test_a_job_without_a_port_has_none",
             "tests/server/test_auth.py::test_a_first_line_that_is_no_authenticate_ends_the_connection",
-            "tests/system/test_network.py::test_a_port_of_loopback_is_not_there_for_others",
+            "tests/system/test_network.py::test_a_port_of_loopback_cannot_be_reached_from_outside",
         ),
     ),
     5: (
         "a web page can control it with a POST of text/plain",
         (
             "tests/server/test_auth.py::test_a_first_line_that_is_no_authenticate_ends_the_connection",
-            "tests/system/test_network.py::test_who_has_the_token_controls_it_and_who_has_not_does_nothing",
+            "tests/system/test_network.py::test_a_client_with_the_token_controls_it_and_others_do_nothing",
         ),
     ),
     6: (

@@ -1,4 +1,4 @@
-"""torchrun begins the workers anew: the job keeps its id, and nobody who waited is left without an answer."""
+"""torchrun restarts the workers: the job keeps its id, and waiting clients get an error."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from forgather_control.errors import JobDead
 
 from ..support.harness import SOON, needs_torch, until
 
-#: Rank 0 of the first turn is killed at the step after the file "now" appears; nobody ever saves.
+#: Rank 0 of the first run is killed at the step after the file "now" appears; the loop never saves.
 LOOP = """
 import os, signal, sys, time
 import torch.distributed as dist
 from forgather_control import TrainingJob
 
 turn = os.environ["TORCHELASTIC_RESTART_COUNT"]
-# Without a prefix of its own for each turn gloo may take addresses of the last one from torchrun's store, and hang.
+# Without a prefix for each run gloo may take addresses of the run before from torchrun's store, and hang.
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", store=dist.PrefixStore(turn, store), rank=rank, world_size=size)
@@ -44,8 +44,8 @@ def _pid() -> int | None:
 
 
 @needs_torch
-def test_workers_that_begin_anew_keep_the_job(tmp_path):
-    """A client that waited learns that the process ended; the next one finds the new process under the old id."""
+def test_restarted_workers_keep_the_job(tmp_path):
+    """A waiting client learns that the process ended; the next client finds the new process under the same id."""
     script, now = tmp_path / "train.py", tmp_path / "now"
     script.write_text(LOOP)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,7 +1,7 @@
-"""One job on two hosts, tried for real: two network namespaces joined by a cable, each with a name of its own.
+"""One job on two hosts: two network namespaces joined by a virtual cable, each with its own host name.
 
-Both sides share the file system, as the login and compute nodes of a cluster do; but the kernel, too, so that a
-Unix socket (a file) is reached from either, and the lock that shows that the job lives is seen from either.
+Both share the file system, as the login and compute nodes of a cluster do. They also share the kernel, so that each
+reaches the Unix socket, and sees the lock that proves that the job lives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ needs_namespaces = needs_success(
 )
 pytestmark = [needs_torch, needs_root, needs("ip"), needs("unshare"), needs_namespaces]
 
-#: A port of the namespaces, in which nobody else listens.
+#: A port in the namespaces, where nothing else listens.
 PORT = 29400
 
 TRAINING = """
@@ -65,7 +65,7 @@ dist.destroy_process_group()
 
 
 class Host(NamedTuple):
-    """One of the two."""
+    """One of the two hosts."""
 
     name: str
     namespace: str
@@ -74,18 +74,18 @@ class Host(NamedTuple):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What to put before a command so that it runs there."""
+        """The words before a command that make it run there."""
         inside = 'echo "$0" >/proc/sys/kernel/hostname && exec "$@"'
         return ("ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", inside, self.name)
 
     def torchrun(self, node: int, *words: str) -> Torchrun:
-        """Its half of the job; node 0 is rank 0's."""
+        """Start its half of the job; rank 0 is on node 0."""
         options = ("--nnodes=2", f"--node-rank={node}", f"--master-addr={HOSTS[0].address}", f"--master-port={PORT}")
         interface = ("env", f"GLOO_SOCKET_IFNAME={self.interface}")
         return Torchrun(*words, options=options, before=(*self.words, *interface))
 
     def control(self, *words: str) -> Any:
-        """What a verb of the command line prints there as JSON; the test fails where it does not succeed."""
+        """Return what a verb prints there as JSON; fail the test where the verb fails."""
         done = subprocess.run(
             [*self.words, sys.executable, "-m", "forgather_control", *words, "--json"],
             cwd=ROOT,
@@ -106,13 +106,13 @@ HOSTS = tuple(
 
 
 def ip(*words: str) -> None:
-    """``ip`` with these words."""
+    """Run ``ip`` with these words."""
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=SOON)
 
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, ...]]:
-    """Two of them, and the cable between them; gone at the end."""
+    """Two hosts and the cable between them."""
     one, other = HOSTS
     try:
         for host in HOSTS:
@@ -131,7 +131,7 @@ def hosts() -> Iterator[tuple[Host, ...]]:
 
 @contextmanager
 def training(folder: Path) -> Iterator[tuple[Torchrun, Torchrun]]:
-    """Two jobs, one after the other, a rank on each host."""
+    """Run two jobs, one after the other, with a rank on each host."""
     script = folder / "training.py"
     script.write_text(TRAINING)
     with (
@@ -142,12 +142,12 @@ def training(folder: Path) -> Iterator[tuple[Torchrun, Torchrun]]:
 
 
 def trains(job: str) -> bool:
-    """Whether it can be found, and has made a step."""
+    """Return whether the job can be found, and has made a step."""
     return any(found.job_id == job and found.global_step for found in list_jobs())
 
 
 def stop(host: Host, folder: Path) -> None:
-    """End the job from there; both ranks end at the same step."""
+    """Stop the job from this host; both ranks end at the same step."""
     stopped = host.control("stop", "--timeout=60")
     ends = [folder / f"ended-{rank}" for rank in range(2)]
     until(lambda: all(end.exists() for end in ends))
@@ -155,7 +155,7 @@ def stop(host: Host, folder: Path) -> None:
 
 
 def main_thread(row: dict[str, Any]) -> str:
-    """Its stack, of one rank's."""
+    """Return the main thread's stack out of one rank's stacks."""
     (found,) = (stack for stack in row["stacks"].split("\n\n") if "MainThread" in stack)
     return str(found)
 
@@ -170,7 +170,7 @@ def test_one_job_is_controlled_from_both_of_its_hosts(tmp_path, hosts):
             status = host.control("status")
             assert (status["world_size"], status["host"], status["status"]) == (2, "host-a", "training")
             saved = host.control("save", "--timeout=60")
-            # Also the part that the other host took longer to write.
+            # Including the part that the other host took longer to write.
             parts = {part.name for part in Path(saved["result"]["path"]).iterdir()}
             assert saved["state"] == "finished" and parts == {"host-a-0", "host-b-1"}
             ranks = host.control("ranks")
@@ -186,7 +186,7 @@ def test_one_job_is_controlled_from_both_of_its_hosts(tmp_path, hosts):
         (tmp_path / "hang").unlink()
         stop(hosts[1], tmp_path / "first")
         halves[0].until(lambda: trains("second"))
-        os.kill(found["pid"], signal.SIGSTOP)  # while it does not answer, its lock tells that it lives
+        os.kill(found["pid"], signal.SIGSTOP)  # while it does not answer, its lock proves that it lives
         try:
             assert [host.control("list")[0]["state"] for host in hosts] == ["silent", "silent"]
         finally:
