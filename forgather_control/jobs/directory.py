@@ -41,9 +41,15 @@ _NO_SOCKETS: Final = (
 
 
 def generate_job_id() -> str:
-    """Return ``job_{timestamp}_{hostname}_{pid}``, with dashes for characters that a job id may not have."""
-    name = f"job_{time.strftime('%Y%m%d-%H%M%S')}_{socket.gethostname()}_{os.getpid()}"
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:128]
+    """Return ``job_NAME``, with dashes for characters that a job id may not have.
+
+    NAME stays the same when SLURM or torchrun restart the job; where neither has one it is timestamp, host and pid.
+    """
+    launch = launcher.of_this_process()
+    name = launch.stable_name if launch is not None else None
+    if name is None:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}_{socket.gethostname()}_{os.getpid()}"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"job_{name}")[:128]
 
 
 class JobDirectory:

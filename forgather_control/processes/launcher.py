@@ -59,6 +59,15 @@ class Launch(NamedTuple):
             found.add(f"{self.slurm_array_job_id}_{self.slurm_array_task_id}")
         return frozenset(found if self.run_id is None else {*found, self.run_id})
 
+    @property
+    def stable_name(self) -> str | None:
+        """What stays the same when the launcher restarts it: cluster and SLURM job or task, and torchrun's run."""
+        slurm = None if self.slurm_job_id is None else str(self.slurm_job_id)
+        if self.slurm_array_job_id is not None and self.slurm_array_task_id is not None:
+            slurm = f"{self.slurm_array_job_id}_{self.slurm_array_task_id}"
+        parts = (None if slurm is None else self.slurm_cluster, slurm, self.run_id)
+        return "_".join(part for part in parts if part is not None) or None
+
     def follows(self, earlier: Launch) -> bool:
         """Return whether a launcher ended ``earlier`` and restarted it as this one.
 

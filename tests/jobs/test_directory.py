@@ -411,6 +411,24 @@ def test_generated_ids_are_ids_and_get_suffixes(jobs_dir, monkeypatch):
     assert names(jobs_dir) == [] and all(map(is_job_id, running[0]._server._candidates()))
 
 
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_without_an_id_keeps_its_id_when_it_is_restarted(jobs_dir, monkeypatch, variable):
+    """SLURM or torchrun kill it and restart it: the new process has the id; another run beside it gets a suffix."""
+    if variable.startswith("SLURM"):
+        name = "job_7"
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    else:
+        name = "job_my-run"
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "my run")
+    for count in range(3):
+        with job_process("", env={variable: str(count)}) as job:
+            assert names(jobs_dir) == [name] and published(jobs_dir, name).pid == job.pid
+            if count == 2:
+                with job_process(""):
+                    assert names(jobs_dir) == [name, f"{name}-2"]
+            job.kill()
+
+
 # Restore...
 
 

@@ -236,3 +236,20 @@ def test_torchrun_restarts_a_job(environment, jobs_dir, tmp_path):
         finally:
             torchrun.terminate()  # it ends its worker, which has a session of its own
             torchrun.wait(3 * SOON)
+
+
+@pytest.mark.parametrize(
+    ("launch", "name"),
+    [
+        (Launch(slurm_job_id=7, slurm_restart_count=3), "7"),
+        (Launch(slurm_job_id=7, slurm_cluster="alps"), "alps_7"),
+        (Launch(slurm_job_id=7, slurm_array_job_id=5, slurm_array_task_id=0), "5_0"),
+        (Launch(run_id="my run", restart_count=2), "my run"),
+        (Launch(slurm_job_id=7, run_id="r"), "7_r"),
+        (Launch(restart_count=2), None),
+        (Launch(), None),
+    ],
+)
+def test_the_name_that_a_restart_keeps(launch, name):
+    """No count and no node is in it."""
+    assert launch.stable_name == name
