@@ -126,8 +126,10 @@ class Controller:
         _controllers.add(self)
 
     def _publish(self) -> None:
-        self._queries = JobQueries(self.state, self._queue, self._group, self._reporter, self.methods, self._loop)
-        self._server = JobServer(self._options, self._queries, self._look, self._is_controlled, self._reporter.write)
+        self._queries = JobQueries(
+            self.state, self._queue, self._group, self._reporter, self.methods, self._loop, self._look
+        )
+        self._server = JobServer(self._options, self._queries, self._is_controlled, self._reporter.write)
         self.state.job_id = self._server.publish()
         facts = {"job_id": self.job_id, "pid": os.getpid(), "step": self.last_step, "world_size": self._group.size}
         self.state.events.publish(states.EVENT_STARTED, **facts)

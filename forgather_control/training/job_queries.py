@@ -43,6 +43,7 @@ class JobQueries:
     reporter: RankReporter
     methods: MethodTable
     loop: TrainingLoop
+    on_request: Callable[[], None]  #: Called before each request.
 
     def __post_init__(self) -> None:
         #: Raises TooManyCommands where an answer that has to wait could not be kept; set by the server.
@@ -60,6 +61,7 @@ class JobQueries:
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
         """Answer one request; see ``dispatcher.Handler``."""
+        self.on_request()
         if request.method == "rpc.discover":
             return discovery.document(self.methods)
         method = self.methods[request.method]

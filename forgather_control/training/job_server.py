@@ -9,16 +9,13 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import ControlError, JobIdTaken, StartError
 from ..jobs import directory
 from ..server import limits as server_limits
-from ..server.dispatcher import ReplySink
 from ..server.file_requests import FileRequestServer
 from ..server.server import Server
 from ..server.tcp import BoundPort
-from ..wire import jsonrpc
 from . import limits
 from .job_queries import JobQueries
 from .options import ControlOptions
@@ -32,12 +29,11 @@ class JobServer:
 
     options: ControlOptions  #: Which job id and which TCP port.
     queries: JobQueries
-    on_request: Callable[[], None]  #: Called on the server thread before each request.
     is_controlled: Callable[[], bool]  #: Whether the job is still controlled; on the server thread before each tick.
     on_restored: Callable[[str], None]  #: Called there with the path of the directory after it was repaired.
 
     def __post_init__(self) -> None:
-        self._server = Server(self._answer, self._tick, self._last_look)
+        self._server = Server(self.queries.answer, self._tick, self._last_look)
         self.queries.check_capacity = self._server.check_room
         self.wake = self.queries.wake = self._server.wake
         self._lock = threading.Lock()  # guards _directory against unpublish() during a tick
@@ -93,10 +89,6 @@ class JobServer:
                 write(self._directory.path)
 
     # On the server thread...
-
-    def _answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
-        self.on_request()
-        return self.queries.answer(request, sink)
 
     def _tick(self) -> None:
         if not self.is_controlled() or not self._lock.acquire(blocking=False):
