@@ -55,8 +55,6 @@ class TrainerControlCallback(Adapter):
         self._own_control: Any = None  # of the trainer, in an aborted run
         self._locked_control: Any = None  # which it gets instead
 
-    # Hooks.
-
     @guarded
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Publish the job; return the trainer's own control object if an aborted run ended without giving it back."""

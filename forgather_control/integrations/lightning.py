@@ -1,6 +1,6 @@
 """Callback for Lightning 2's Trainer, created at its first use: only then must Lightning be loaded.
 
-Its hooks run on the training thread and know the trainer's objects by their attributes. For each batch it calls::
+Its hooks run on the training thread of every rank. The trainer, known by its attributes only, calls for each batch::
 
     on_train_batch_start
     on_train_batch_end            commands are applied if the optimizer made a step; a requested checkpoint is saved at
@@ -9,8 +9,6 @@ Its hooks run on the training thread and know the trainer's objects by their att
     on_train_epoch_end            also when training stops; EarlyStopping decides, ModelCheckpoint saves
     on_train_end                  ModelCheckpoint may save its last checkpoint
     on_fit_end, teardown          the strategy has ended; what was saved in the background is on disk
-
-All of them run on every rank.
 
 A stop sets ``trainer.should_stop``: the trainer then validates once more if it has data for it, which other callbacks
 expect. Only ``min_steps`` and ``min_epochs`` are set aside. Abort uses the same exit path, because no other leaves the
@@ -38,10 +36,7 @@ log = logging.getLogger("forgather_control")
 
 
 def _callback_class() -> Any:
-    """Return the Callback of the Lightning that is loaded, else of the first that is installed.
-
-    LightningCLI and Trainer check for it. Without Lightning return a class that can only be named.
-    """
+    """Return the Callback of the Lightning that is loaded, else installed; without one, a class without instances."""
     problems = []
     for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         try:
@@ -60,6 +55,7 @@ def _callback_class() -> Any:
 def __getattr__(name: str) -> Any:
     if name != "LightningControlCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # LightningCLI and Trainer check for the class of their own package.
     cls = globals()[name] = type(name, (LightningHooks, _callback_class()), {})
     return cls
 
@@ -70,8 +66,7 @@ class LightningHooks(Adapter):
     The trainer itself saves the requested checkpoints, also with ``enable_checkpointing=False``, as
     ``control-step=N.ckpt`` in the directory of ``ModelCheckpoint``, or where that would save; if the name is taken,
     ``-v1`` is added. They hold all that ``trainer.fit(ckpt_path=...)`` needs, and are never deleted. A stop saves a
-    last one if the trainer saves any by itself. If a save fails, its command fails and training continues, or stops
-    if that was requested, too.
+    last one if the trainer saves any by itself. If a save fails, training continues, or stops if that was requested.
 
     ``global_step`` counts the steps of all optimizers. A model with manual optimization that does not use Lightning's
     optimizers makes no steps, and no command is applied.
@@ -92,8 +87,6 @@ class LightningHooks(Adapter):
         self._fresh = False  # whether there are new metrics to log
         # The checkpoint being saved in the background: step, path, whether it was evaluated.
         self._awaited: tuple[int, str, bool] | None = None
-
-    # Hooks.
 
     @guarded
     def setup(self, trainer: Any, module: Any, stage: str) -> None:

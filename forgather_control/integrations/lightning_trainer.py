@@ -36,9 +36,6 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-# Checkpoints.
-
-
 def saves_by_itself(trainer: Any) -> bool:
     """Return whether the trainer saves checkpoints without a request, so that a stop should save a last one."""
     if trainer.fast_dev_run:
@@ -100,9 +97,6 @@ def _folder(trainer: Any) -> str:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
             root = os.path.join(logger.save_dir or root, str(logger.name), version)
     return os.path.join(root, "checkpoints")
-
-
-# Validations.
 
 
 def no_evaluation(trainer: Any) -> str | None:

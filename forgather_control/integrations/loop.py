@@ -85,10 +85,7 @@ class TrainingJob(Adapter):
 
     @guarded
     def step(self, step: int, epoch: float | None = None) -> None:
-        """Report a finished step, by its number from 1, and apply commands. Every rank, after every optimizer step.
-
-        ``epoch``: how many passes over the data are finished, if known.
-        """
+        """Report a finished step (from 1) and the passes over the data, and apply commands. Every rank, every step."""
         self._steps += 1
         run, requested = self._controller, self._requested
         if run is None:
