@@ -17,16 +17,13 @@ HELP: Final = """\
 exit codes: 0 done, 1 the job refused or failed it, 2 usage, 3 no such job,
 4 the job is dead or does not answer, 5 the deadline passed, 130 interrupted"""
 
-#: The first class that fits gives the code; an error that fits none was refused.
-_BY_CLASS: Final[tuple[tuple[type[ControlError], int], ...]] = (
-    (AmbiguousJob, USAGE),
-    (NoSuchJob, NO_SUCH_JOB),
-    (JobDead, NO_ANSWER),
-    (JobNotAnswering, NO_ANSWER),
-    (DeadlinePassed, TOO_LATE),
-)
+#: An error of another class was refused.
+_BY_CLASS: Final[dict[type[ControlError], int]] = {
+    AmbiguousJob: USAGE, NoSuchJob: NO_SUCH_JOB, DeadlinePassed: TOO_LATE,
+    JobDead: NO_ANSWER, JobNotAnswering: NO_ANSWER,
+}  # fmt: skip
 
 
 def exit_code(error: ControlError) -> int:
     """Return the exit code of an error."""
-    return next((code for kind, code in _BY_CLASS if isinstance(error, kind)), REFUSED)
+    return _BY_CLASS.get(type(error), REFUSED)

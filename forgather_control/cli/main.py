@@ -71,9 +71,6 @@ def _hint(args: argparse.Namespace, err: ControlError) -> str:
     return f". To give up waiting after {job} s, use --timeout {job}"
 
 
-# Calls of one job...
-
-
 def _target(args: argparse.Namespace) -> Target:
     return target.resolve(args.job, args.connect, args.token, args.ssh)
 
@@ -84,14 +81,12 @@ def _call(args: argparse.Namespace) -> int:
         return _command(args)
     with Client(_target(args)) as job:
         answer, name = job.call(args.method, **args.params), job.name
-    if args.method == "status":
-        print_answer(args.json, answer, output.status_screen, answer, terminal.has_unicode())
-    elif args.method == "list_commands":
-        print_answer(args.json, answer, output.command_table, answer)
-    elif args.method == "cancel_command":
-        print_answer(args.json, answer, output.outcome, name, answer)
-    else:
-        print_answer(args.json, answer, output.values, answer)
+    screens: dict[str, tuple[Any, ...]] = {
+        "status": (output.status_screen, answer, terminal.has_unicode()),
+        "list_commands": (output.command_table, answer),
+        "cancel_command": (output.outcome, name, answer),
+    }
+    print_answer(args.json, answer, *screens.get(args.method, (output.values, answer)))
     return DONE
 
 
@@ -189,9 +184,6 @@ def _dial(args: argparse.Namespace) -> int:
     with sock:
         stdio_proxy.copy(job_id, sock, until_input_ends=args.until_input_ends)
     return DONE
-
-
-# All jobs...
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -15,9 +15,6 @@ PARAM: Final = "param "
 _MAX_TOKEN: Final = 4096
 
 
-# Values...
-
-
 def _host(text: str) -> str:
     from ..client.ssh import check_host
 
@@ -70,9 +67,6 @@ def _reader(param: methods.Param) -> Callable[[str], Any]:
 def _word(choice: Any) -> str:
     """Return how a choice is typed: JSON's true and false are yes and no."""
     return ("yes" if choice else "no") if isinstance(choice, bool) else str(choice)
-
-
-# Options...
 
 
 def _flag(doc: str) -> dict[str, Any]:

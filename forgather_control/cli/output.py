@@ -6,7 +6,6 @@ text are shown as escapes.
 
 import math
 import time
-from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from .. import states
@@ -31,39 +30,26 @@ _KILL_OUTCOMES: Final = {
     states.KILL_STUCK: "killed, and still there: it waits in the kernel",
 }
 
-_Columns = dict[str, Callable[[Any], Any]]
-#: The columns of ``list``: what each shows of a job; ``None`` is a dash.
-_JOB_COLUMNS: Final[_Columns] = {
-    "STATE": lambda job: job.state,
-    "JOB": lambda job: job.job_id,
-    "HOST": lambda job: job.host,
-    "PORT": lambda job: job.port,
-    "PID": lambda job: job.pid,
-    "STARTED": lambda job: moment(job.started_at),
-    "STEP": lambda job: _step(job.status or {}),
-}
+#: What each column of ``list`` shows of a job: a member of it, or what a function makes of it; ``None`` is a dash.
+_JOB_COLUMNS: Final[dict[str, Any]] = {
+    "STATE": "state", "JOB": "job_id", "HOST": "host", "PORT": "port", "PID": "pid",
+    "STARTED": lambda job: moment(job["started_at"]),
+    "STEP": lambda job: _step(job["status"] or {}),
+}  # fmt: skip
 #: The columns of ``commands``, from a command's record.
-_COMMAND_COLUMNS: Final[_Columns] = {
-    "ID": lambda record: record["command_id"],
-    "COMMAND": lambda record: record["command"],
-    "STATE": lambda record: record["state"],
-    "STEP": lambda record: record.get("applied_at_step"),
+_COMMAND_COLUMNS: Final[dict[str, Any]] = {
+    "ID": "command_id", "COMMAND": "command", "STATE": "state", "STEP": "applied_at_step",
     "REQUESTED": lambda record: moment(record.get("requested_at")),
     "BY": lambda record: _requester(record.get("requested_by") or {}),
     "NOTE": lambda record: _note(record) or record.get("reason") or "",
-}
+}  # fmt: skip
 #: The columns of ``ranks``, from an object of the job's answer.
-_RANK_COLUMNS: Final[_Columns] = {
-    "RANK": lambda row: row["rank"],
-    "HOST": lambda row: row.get("host"),
-    "PID": lambda row: row.get("pid"),
-    "STATE": lambda row: row.get("state"),
-    "STEP": lambda row: row.get("step"),
-    "BEHIND": lambda row: row["behind"] or None,
+_RANK_COLUMNS: Final[dict[str, Any]] = {
+    "RANK": "rank", "HOST": "host", "PID": "pid", "STATE": "state", "STEP": "step", "BEHIND": "behind",
     "LAST STEP": lambda row: _since(row.get("seconds_since_step")),
     "MEMORY": lambda row: mebibytes(row.get("rss_bytes")),
     "DEVICE": lambda row: _device(row.get("device"), row.get("device_memory_bytes")),
-}
+}  # fmt: skip
 
 
 def safe(value: object) -> str:
@@ -81,15 +67,17 @@ def _cell(value: Any) -> str:
     return "-" if value is None else safe(value)
 
 
-def _table(columns: _Columns, rows: Sequence[Any], colour: bool) -> str:
-    """Align cells in columns; ``colour``: those in the column STATE get their colours."""
-    cells = [list(columns), *([_cell(show(row)) for show in columns.values()] for row in rows)]
+def _table(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) -> str:
+    """Align cells in columns; with ``colour``, states get theirs."""
+    cells = [list(columns)]
+    for row in rows:
+        cells.append([_cell(row.get(show) if isinstance(show, str) else show(row)) for show in columns.values()])
     widths = [max(map(len, column)) for column in zip(*cells)]
-    state, lines = [*columns].index("STATE"), []
-    for row in cells:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
-        if colour and row[state] in _COLOURS:
-            padded[state] = f"\x1b[{_COLOURS[row[state]]}m{padded[state]}\x1b[0m"
+    state, lines = cells[0].index("STATE"), []
+    for texts in cells:
+        padded = [text.ljust(width) for text, width in zip(texts, widths)]
+        if colour and texts[state] in _COLOURS:
+            padded[state] = f"\x1b[{_COLOURS[texts[state]]}m{padded[state]}\x1b[0m"
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
@@ -99,7 +87,7 @@ def _table(columns: _Columns, rows: Sequence[Any], colour: bool) -> str:
 
 def job_table(found: list[Job], colour: bool) -> str:
     """Show jobs in aligned columns."""
-    return _table(_JOB_COLUMNS, found, colour)
+    return _table(_JOB_COLUMNS, [job._asdict() for job in found], colour)
 
 
 def _step(status: dict[str, Any]) -> Any:
@@ -214,16 +202,16 @@ def _requester(by: dict[str, Any]) -> str | None:
 
 def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
     """Show ranks in aligned columns, and below them which are behind, silent or gone."""
-    first = max((row["step"] for row in rows if type(row.get("step")) is int), default=0)
-    rows = [{**row, "behind": first - row["step"] if type(row.get("step")) is int else 0} for row in rows]
-    most = max((row["behind"] for row in rows), default=0)
+    steps = {row["rank"]: row["step"] for row in rows if type(row.get("step")) is int}
+    foremost = max(steps.values(), default=0)
+    behind = {rank: foremost - step for rank, step in steps.items() if step < foremost}
     remarks = {
-        f"behind, by {most} at most": [row["rank"] for row in rows if row["behind"]],
+        f"behind, by {max(behind.values(), default=0)} at most": list(behind),
         "no answer in time": [row["rank"] for row in rows if row.get("state") == states.RANK_SILENT],
         "gone": [row["rank"] for row in rows if row.get("state") == states.RANK_ABSENT],
     }
-    lines = [f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks]
-    return "\n".join([_table(_RANK_COLUMNS, rows, colour), *lines])
+    table = _table(_RANK_COLUMNS, [{**row, "behind": behind.get(row["rank"])} for row in rows], colour)
+    return "\n".join([table, *(f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks)])
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -43,9 +43,6 @@ _NOT_OVER_SSH: Final = {
 }
 
 
-# Reading the words...
-
-
 def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     """Parse one command line.
 
@@ -133,9 +130,6 @@ def _params(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-# Verbs...
-
-
 def _verbs() -> dict[str, str]:
     """Return the help of each verb: first those of the method table, then the others."""
     return {method.verb: method.doc for method in BUILTIN.values() if method.verb is not None} | _OTHER_VERBS
@@ -161,9 +155,6 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         options.add(parser, "--wait", "--timeout", "--reason")
     if verb == "abort":
         options.add(parser, "--kill-after", "--force")
-
-
-# Help...
 
 
 def _parser(prog: str, doc: str) -> argparse.ArgumentParser:

@@ -33,9 +33,7 @@ _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 class FileTransport(Transport):
     """One request at a time, and its reply, through the files of one job. No file is open between calls.
 
-    Raises:
-        JobDead: the job's directory was removed.
-        FindError: its directory cannot be written.
+    JobDead: the job's directory was removed. FindError: it cannot be written.
     """
 
     can_withdraw = True

@@ -54,9 +54,6 @@ def job_processes(record: JobRecord) -> JobProcesses:
     return JobProcesses(ranks, max(0, record.world_size - len(ranks)), owner)
 
 
-# Ranks...
-
-
 class RankView(NamedTuple):
     """What is known of the ranks of a job."""
 
@@ -66,12 +63,7 @@ class RankView(NamedTuple):
 
 
 def query(record: JobRecord, method: str, timeout: float) -> RankView:
-    """Ask the job for its ranks, by ``ranks`` or ``stacks``.
-
-    Raises:
-        FindError: it does not answer, and none of its processes is left.
-        InternalError: it answers with something else.
-    """
+    """Ask the job for its ranks, by ``ranks`` or ``stacks``; FindError: no answer, and no process is left."""
     known = job_processes(record)
     try:
         with api.connect(record.job_id, timeout + _SLACK) as job:
@@ -91,25 +83,16 @@ def _row(rank: RankRecord) -> dict[str, Any]:
 def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
     """Return the view that a job's answer gives; silent ranks whose process is proven to be gone are absent.
 
-    Args:
-        processes: of the job, unless it is on another host.
-
-    Raises:
-        InternalError: the answer is no list of ranks.
+    InternalError: the answer is no list of ranks.
     """
     if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
         raise InternalError("the job's answer is no list of ranks; is its version another one?")
-    known = processes or JobProcesses([], 0, os.geteuid())
-    identities = {rank.rank: rank.identity for rank in known.ranks}
-
-    def is_gone(row: dict[str, Any]) -> bool:
-        identity = identities.get(row["rank"]) if row.get("state") == states.RANK_SILENT else None
-        return identity is not None and liveness.judge(identity) == states.PROCESS_GONE
-
-    return RankView([{**row, "state": states.RANK_ABSENT} if is_gone(row) else row for row in rows], known)
-
-
-# Stacks...
+    known = processes or JobProcesses([], 0, os.geteuid())  # none, of a job of another host
+    silent = {row["rank"] for row in rows if row.get("state") == states.RANK_SILENT}
+    gone = {
+        one.rank for one in known.ranks if one.rank in silent and liveness.judge(one.identity) == states.PROCESS_GONE
+    }
+    return RankView([{**row, "state": states.RANK_ABSENT} if row["rank"] in gone else row for row in rows], known)
 
 
 def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
@@ -123,11 +106,8 @@ def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
     rows = []
     for row in view.rows:
         stacks = found.get(row["rank"])
-        if isinstance(stacks, str):
-            row = {**row, "stacks": stacks}
-        elif isinstance(stacks, JobDead):
-            row = {**row, "state": states.RANK_ABSENT}
-        rows.append(row)
+        new = {"stacks": stacks} if isinstance(stacks, str) else {}
+        rows.append({**row, **({"state": states.RANK_ABSENT} if isinstance(stacks, JobDead) else new)})
     return rows, {rank: str(stacks) for rank, stacks in found.items() if isinstance(stacks, FindError)}
 
 
@@ -138,9 +118,6 @@ def _stacks_of(rank: RankRecord | None) -> str | FindError:
         return stack_dump.dump_stacks(rank.identity, rank.stack_fd, Deadline(_DUMP_TIMEOUT))
     except FindError as err:
         return err
-
-
-# Ending processes...
 
 
 class AbortResult(NamedTuple):
@@ -156,8 +133,7 @@ class AbortResult(NamedTuple):
 def abort(record: JobRecord, kill_after: float) -> AbortResult:
     """Abort a job; whatever it answers, end its processes on this host unless it ends within ``kill_after`` seconds.
 
-    Raises:
-        ControlError: as for any command, where the job has ended, or had no processes left to begin with.
+    Raises as any command does where the job has ended, or had no processes left to begin with.
     """
     known, deadline = job_processes(record), Deadline(kill_after)
     had_processes = known.left()
@@ -173,14 +149,11 @@ def abort(record: JobRecord, kill_after: float) -> AbortResult:
 
 
 def _ends(record: JobRecord, processes: JobProcesses, deadline: Deadline) -> bool:
-    """Wait for processes to end; whether the job ended in an orderly way: its process may have other work to do.
-
-    It then removed its record, or another process has taken its id.
-    """
+    """Wait for processes to end; whether the job ended in an orderly way: its process may have other work to do."""
     while True:
-        try:
+        try:  # it then removed its record, or another process has taken its id
             now = read_record(jobs_dir(), record.job_id)
-        except ValueError:  # no proof of anything
+        except ValueError:
             now = record
         if now is None or not now.is_same_run(record):
             return True

@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from typing import IO, Any, Final
 
 from ..deadline import Deadline
-from ..errors import ControlError, FindError, InvalidParams, JobNotAnswering, NoSuchJob, NotAuthenticated, from_wire
+from ..errors import ControlError, FindError, InvalidParams, JobNotAnswering, NoSuchJob, NotAuthenticated
 from ..jobs.record import is_job_id
 from ..wire import jsonrpc
 from . import limits
@@ -42,9 +42,6 @@ _OPTIONS: Final = ("-T", "-x", "-a", "-oClearAllForwardings=yes", "-oPermitLocal
 _CONNECTED: Final = re.escape(MARK.encode()) + rb"([A-Za-z0-9_][A-Za-z0-9._-]{0,127})\n"
 #: Printed before a list of jobs.
 _RESULT: Final = "forgather-control result"
-
-
-# The command line of ssh...
 
 
 def check_host(host: str) -> str:
@@ -88,9 +85,6 @@ def _can_ask() -> bool:
     return True
 
 
-# The ssh process...
-
-
 class SshTransport(SocketTransport):
     """The standard input and output of a program that ssh runs on another host.
 
@@ -117,7 +111,6 @@ class SshTransport(SocketTransport):
             raise FindError(text) from err
         finally:
             theirs.close()
-        assert self._ssh.stderr is not None
         self._error_reader = threading.Thread(target=self._read_errors, args=(self._ssh.stderr,), daemon=True)
         self._error_reader.start()
 
@@ -136,7 +129,8 @@ class SshTransport(SocketTransport):
     def skip_to(self, mark: bytes) -> re.Match[bytes]:
         """Read up to the end of what matches ``mark``, or raise why it does not come."""
         while (found := re.search(mark, bytes(self._received))) is None:
-            if not self._read_more(limits.SSH_NOISE, "prints without end, and the line of forgather-control misses"):
+            excess = "prints without end, and the line of forgather-control does not come"
+            if not self._read_more(limits.SSH_NOISE, excess):
                 raise self._failure()
         del self._received[: found.end()]
         return found
@@ -153,9 +147,8 @@ class SshTransport(SocketTransport):
         """Receive some output; whether it has not ended."""
         if len(self._received) >= limit:
             raise FindError(f"{self._host} {excess}")
-        left = self._deadline.left()
         try:
-            self.sock.settimeout(left)
+            self.sock.settimeout(self._deadline.left())
             data = self.sock.recv(65536)
         except (TimeoutError, BlockingIOError) as err:
             raise JobNotAnswering(f"{self._host} does not answer over ssh in time{self._last_words()}") from err
@@ -210,16 +203,9 @@ class SshTransport(SocketTransport):
 def _sent_error(output: bytes) -> ControlError | None:
     """Return the error that the other side printed for ``--json``, as the class that was raised there."""
     start = output.rfind(b'{"error": {"code": ')
-    if start < 0:
-        return None
-    try:
-        fault = jsonrpc.parse_json(output[start:])["error"]
-        return from_wire(fault.get("code"), fault.get("message"), fault.get("data"))
-    except (ControlError, LookupError, TypeError, AttributeError):
-        return None
-
-
-# Jobs of the other side...
+    with suppress(ControlError):
+        return jsonrpc.parse_reply(b'{"jsonrpc":"2.0",' + output[start + 1 :]).error if start >= 0 else None
+    return None
 
 
 def connect(host: str, job: str | None, deadline: Deadline) -> SshTransport:

@@ -20,9 +20,6 @@ TOKEN: Final = "FORGATHER_CONTROL_TOKEN"
 _ANY: Final = ("0.0.0.0", "::")
 
 
-# Finding a record...
-
-
 def find(job: str | int | None = None) -> JobRecord:
     """Return the record of one job: of the only live one, or of the one that has this name.
 
@@ -50,16 +47,12 @@ def find(job: str | int | None = None) -> JobRecord:
     shown = ascii(name)[:140]
     if latest:
         return _only(latest, f"{shown} names several jobs")
-    similar = _similar(name, [record.job_id for record in records])
-    hint = f"did you mean {similar}?" if similar else "forgather-control list shows what is there"
-    raise NoSuchJob(f"No job {shown} in {root}; {hint}", job=name)
-
-
-def _similar(job: str, ids: list[str]) -> str | None:
     from difflib import get_close_matches  # only for a message, so not at every start
 
-    longer = [name for name in ids if job and name.startswith(job)]
-    return next(iter(longer or get_close_matches(job, ids, 1)), None)
+    ids = [record.job_id for record in records]
+    similar = [*(one for one in ids if one.startswith(name)), *get_close_matches(name, ids, 1)]
+    hint = f"did you mean {similar[0]}?" if similar else "forgather-control list shows what is there"
+    raise NoSuchJob(f"No job {shown} in {root}; {hint}", job=name)
 
 
 def _only(records: list[JobRecord], problem: str) -> JobRecord:
@@ -68,9 +61,6 @@ def _only(records: list[JobRecord], problem: str) -> JobRecord:
     names = [record.job_id for record in records]
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     raise AmbiguousJob(f"{problem}; name one of {shown}", candidates=names)
-
-
-# Targets...
 
 
 class Target(NamedTuple):
@@ -168,9 +158,6 @@ def _is_host(host: str, record: JobRecord) -> bool:
         return True
     local = record.address in _ANY or (record.address is not None and addresses.is_loopback(record.address))
     return local and addresses.is_loopback(host) and not liveness.is_elsewhere(record.owner)
-
-
-# Connecting to a record's job...
 
 
 def dial(job: str | None = None) -> tuple[str, socket.socket]:

@@ -20,12 +20,9 @@ class Transport:
     can_withdraw = False  #: Whether a request that was not read can be taken back; then it needs no expiry.
 
     def send(self, line: bytes, seconds: float) -> None:
-        """Send one request line.
+        """Send one request line, or raise a ControlError that says why it cannot be sent this way.
 
-        Raises:
-            TimeoutError: the job did not take it within ``seconds``.
-            OSError: the connection is lost.
-            ControlError: it cannot be sent this way, and why.
+        TimeoutError: the job did not take it within ``seconds``. OSError: the connection is lost.
         """
 
     def receive(self, deadline: Deadline) -> bytes | None:
