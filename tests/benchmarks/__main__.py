@@ -22,7 +22,7 @@ PARTS = ("round_trip", "training", "footprint", "start", "ranks", "files")
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for."""
+    """Parse the command line."""
     default = Path(os.environ.get("TOX_ENV_DIR", ".tox"), "bench.json")
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=str(__doc__).partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named")
@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_one(part: str, to: Path) -> None:
-    """In the part's own process."""
+    """Run one part in this process."""
     found = []
     for table in importlib.import_module(part).measure():
         table.print()
@@ -44,7 +44,7 @@ def run_one(part: str, to: Path) -> None:
 
 
 def run_all(parts: list[str], to: Path) -> int:
-    """One after the other; how many failed."""
+    """Run the parts one after the other; return how many failed."""
     about, found, failed = rows.machine(), [], 0
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     begin = time.monotonic()

@@ -12,13 +12,13 @@ from job import METRICS, allow_files
 
 
 def reply(name: str) -> bytes:
-    """What a job of that name says."""
+    """Return what a job of that name answers."""
     status = {"job_id": name, "status": "training", "global_step": 5, "max_steps": 1000, "metrics": METRICS}
     return json.dumps({"jsonrpc": "2.0", "id": 1, "result": status}).encode() + b"\n"
 
 
 def serve(selector: selectors.BaseSelector) -> None:
-    """Take a connection and its request, answer, hang up; until our own standard input ends."""
+    """Accept a connection, answer its request and close it, until standard input ends."""
     while True:
         for key, _ in selector.select():
             if key.data is None:

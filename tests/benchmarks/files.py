@@ -1,4 +1,4 @@
-"""What control by file costs the server thread: an idle tick beside one without it, and full ones.
+"""What request files cost the server thread: an idle tick with and without them, and ticks with many requests.
 
 The ticks are made here, on a controller that has none of its own; its directory lies where temporary files do. Counted
 is processor time, as a disk may keep a new file waiting. As a share of a core each stands for one tick every
@@ -22,20 +22,20 @@ from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 
 ROUNDS, CALLS = 40, 50
-#: Of one core, in per cent, while nobody asks: all of the housekeeping together.
+#: Per cent of one core for all housekeeping, without clients.
 AIM = Aim(0.01)
 WAITING = (1, 10_000)
 
 
 def parts(controller: Controller) -> tuple[FileRequestServer, JobDirectory]:
-    """What a tick works on."""
+    """Return what a tick works on."""
     server = controller._server
     assert server is not None and server._file_requests is not None and server._directory is not None
     return server._file_requests, server._directory
 
 
 def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
-    """Ticks of several kinds."""
+    """Return ticks of several kinds."""
     files, mine = parts(controller)
 
     def step() -> None:
@@ -51,14 +51,14 @@ def variants(controller: Controller) -> dict[str, Callable[[], Any]]:
 
 
 def fill(boxes: str, count: int) -> None:
-    """Have so many requests lie there."""
+    """Make ``count`` request files."""
     for number in range(count):
         with open(os.path.join(boxes, f"{number}.json"), "w") as out:
             out.write('{"jsonrpc": "2.0", "id": 1, "method": "ping"}')
 
 
 def measure() -> Iterator[Table]:
-    """One table."""
+    """Yield one table."""
     tick, limits.TICK_PERIOD = limits.TICK_PERIOD, 3600.0
     table = Table("files")
     controller = Controller(ControlOptions("job"), RequestedActions(), max_steps=1000)
@@ -76,7 +76,7 @@ def measure() -> Iterator[Table]:
 
 
 def full(table: Table, controller: Controller) -> None:
-    """Ticks that find requests."""
+    """Measure ticks that find requests."""
     files, mine = parts(controller)
     box = os.path.join(mine.path, "requests")
     for count in WAITING:

@@ -17,7 +17,7 @@ class Kind(NamedTuple):
     """How many processes, how many connections each, and requests that each has under way.
 
     Attributes:
-        deep: 1 asks when it is answered; more asks ahead; 0 asks on a new connection and hangs up.
+        deep: 1 waits for each reply; more sends ahead; 0 uses a new connection for each request.
     """
 
     about: str
@@ -34,14 +34,14 @@ KINDS = {
 
 
 def ask_on(path: str) -> None:
-    """One after the other."""
+    """Send requests one after the other."""
     client = Kept(path)
     while True:
         client.status()
 
 
 def ask_anew(path: str) -> None:
-    """Connect, ask, hear, hang up."""
+    """Connect, send a request, receive the reply, disconnect."""
     while True:
         client = Kept(path)
         client.status()
@@ -49,7 +49,7 @@ def ask_anew(path: str) -> None:
 
 
 def ask_ahead(path: str, connections: int, deep: int) -> None:
-    """Each answer is followed by another request."""
+    """Send another request after each answer."""
     with selectors.DefaultSelector() as selector:
         for _ in range(connections):
             sock = connected(path)

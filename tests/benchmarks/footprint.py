@@ -1,4 +1,4 @@
-"""What the control side costs by being there: a step, a log, memory, threads, and connections open and closed.
+"""What control costs while it is idle: a step, a log, memory, threads, and connections open and closed.
 
 Closing 1,000 connections at once, as when a dashboard dies, is where a thread a connection stops training: all of them
 wake, and wait for the interpreter. Steps are counted from the first hang-up until the job has closed its last end.
@@ -43,11 +43,11 @@ MB, KB = 1e6, 1e3
 
 
 def empty(**_: Any) -> None:
-    """What any hook costs by being called."""
+    """An empty hook, to subtract the cost of a call."""
 
 
 def hooks(table: Table) -> None:
-    """Nothing pending; rounds of the variants take turns."""
+    """Measure steps with nothing pending, in turns."""
     callback = TrainerControlCallback("hf")
     state = SimpleNamespace(global_step=5, max_steps=1000, epoch=0.5)
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
@@ -95,7 +95,7 @@ def subscriber(table: Table) -> None:
 
 
 def timed(variants: dict[str, Callable[[], Any]]) -> Rounds:
-    """Microseconds a call, each round's mean."""
+    """Return microseconds per call, the mean of each round."""
     found = Rounds()
     for number in range(ROUNDS + 1):
         for name, call in variants.items():
@@ -106,7 +106,7 @@ def timed(variants: dict[str, Callable[[], Any]]) -> Rounds:
 
 
 def minus(one: Samples, other: Samples) -> Samples:
-    """The difference of each round."""
+    """Return the difference of each round."""
     pairs = zip(one.rounds, other.rounds, strict=True)
     return Samples([statistics.median(mine) - statistics.median(its)] for mine, its in pairs)
 
@@ -115,7 +115,7 @@ def minus(one: Samples, other: Samples) -> Samples:
 
 
 def growth(table: Table) -> None:
-    """What the import and the start of a server add to a process, with torch loaded and without."""
+    """Measure what the import and the start of a server add to a process, with torch loaded and without."""
     for kind, about in (("torch", "a process with torch"), ("bare", "a bare Python")):
         table.group(f"added to {about} by importing and starting")
         for name, server in SERVERS.items():
@@ -139,12 +139,12 @@ def _grown(kind: str, server: str) -> list[int]:
 
 
 def place(host: Host) -> str:
-    """The socket of its only server."""
+    """Return the path of its only server's socket."""
     return host.places.get("minimal", host.socket)
 
 
 def held(table: Table) -> None:
-    """Memory of connections that have asked once and stay, and how soon a new one is answered beside them."""
+    """Measure the memory of open connections, and how soon a new one is answered beside them."""
     table.group("connections that stay open, main thread idle; our budget lifted while they come")
     for name, server in (("ours", "ours"), ("(b) socketserver", "minimal")):
         with Host("idle", server, cpu=SERVER_CPU, share=1.0) as host:
@@ -165,7 +165,7 @@ def held(table: Table) -> None:
 
 
 def closed(table: Table, load: str) -> None:
-    """All at once; two jobs, ours and (b)'s, of which only the one that is looked at trains."""
+    """Close all at once, in two jobs, ours and (b)'s, of which only the measured one trains."""
     names = {"ours": "ours", "(b) socketserver": "minimal"}
     took, gaps, slowed = Rounds(), Rounds(), Rounds()
     hosts = {name: Host(load, server, cpu=SERVER_CPU) for name, server in names.items()}
@@ -191,7 +191,7 @@ def closed(table: Table, load: str) -> None:
 
 
 def hang_up(host: Host) -> tuple[float, float, float]:
-    """Seconds until the job has closed all; the longest time between two steps; steps a second beside those before."""
+    """Return seconds until all are closed, the longest time between two steps, and the speed relative to before."""
     before = host.files()
     crowd = [connected(place(host)) for _ in range(CONNECTIONS[-1])]
     wait_for(lambda: host.files() >= before + len(crowd))  # while the loop stands still: it would take long
@@ -221,14 +221,14 @@ def _rate_over(host: Host, seconds: float) -> float:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """For so long at most."""
+    """Wait until the condition is true, for PATIENCE seconds at most."""
     end = time.perf_counter() + PATIENCE
     while not condition() and time.perf_counter() < end:
         time.sleep(0.005)
 
 
 def measure() -> Iterator[Table]:
-    """One table."""
+    """Yield one table."""
     allow_files()
     table = Table("footprint")
     hooks(table)

@@ -1,4 +1,4 @@
-"""A process that says how much it grows by a server: ``python grow.py torch|bare ours|minimal|http DIRECTORY``.
+"""A process that prints how much it grows by a server: ``python grow.py torch|bare ours|minimal|http DIRECTORY``.
 
 Bytes by the import; bytes, threads and descriptors by import and start together. It imports as little as it can
 before, as what it had imported would not count.
@@ -9,7 +9,7 @@ import sys
 
 
 def size() -> tuple[int, int, int]:
-    """Resident bytes, threads, open descriptors."""
+    """Return resident bytes, threads and open descriptors."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
@@ -34,7 +34,7 @@ def load(server: str) -> None:
 
 
 def start(server: str, directory: str) -> object:
-    """Have it serve, as long as what is returned lives."""
+    """Start it; it serves as long as the returned object lives."""
     if server == "ours":
         from forgather_control import TrainingJob
 

@@ -1,4 +1,4 @@
-"""A job's process as its measurer sees it: started, watched from outside through /proc, ended.
+"""A job's process, started, measured from outside through /proc, and ended.
 
 What a thread used of the processor and how often it woke is the kernel's own count, exact whatever else runs; reading
 it costs the job nothing, as no thread of the job takes part.
@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import job
 
-#: On which processors the job and its client run where both are to be held fast; where there is one only, anywhere.
+#: The processors of the job and its client where both are pinned; with one processor only, neither is.
 SERVER_CPU, CLIENT_CPU = (0, 1) if {0, 1} <= os.sched_getaffinity(0) else (None, None)
 
 
 @contextmanager
 def pinned(cpu: int | None) -> Iterator[None]:
-    """Hold this process on one processor meanwhile. Children inherit it, unless they are told otherwise."""
+    """Pin this process to one processor meanwhile. Children inherit that unless they are pinned themselves."""
     before = os.sched_getaffinity(0)
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
@@ -37,14 +37,14 @@ def pinned(cpu: int | None) -> Iterator[None]:
 
 
 class Use(NamedTuple):
-    """What threads have used since they began: seconds of a processor, and how often they went to sleep and woke."""
+    """What threads have used since they started: processor seconds, and voluntary context switches."""
 
     seconds: float
     wakes: int
     at: float
 
     def since(self, before: Use) -> tuple[float, float]:
-        """Per cent of a core, and wake-ups a second."""
+        """Return per cent of a core, and wake-ups per second."""
         clock = self.at - before.at
         return (self.seconds - before.seconds) / clock * 100, (self.wakes - before.wakes) / clock
 
@@ -98,24 +98,24 @@ class Host:
         return os.path.join(self.jobs_dir, "bench", "control.sock")
 
     def use(self, server: str = "ours") -> Use:
-        """Of the threads that a server began with."""
+        """Return what the threads of a server have used."""
         return use_of(self.pid, self._threads[server])
 
     def cpu_seconds(self) -> float:
-        """Of all its threads, gone ones, too (the process clock of clock_getcpuclockid(3))."""
+        """Return the processor time of all its threads, ended ones included (clock_getcpuclockid(3))."""
         return time.clock_gettime((~self.pid << 3) | 2)
 
     def steps(self) -> tuple[float, float]:
-        """How many it has done, and when that was asked."""
+        """Return how many steps it has done, and the time of the question."""
         return self.board[job.STEPS], time.perf_counter()
 
     def longest_gap(self) -> float:
-        """Seconds between two steps at most, since this was asked last."""
+        """Return the longest time between two steps, in seconds, since the last call."""
         found, self.board[job.GAP] = self.board[job.GAP], 0.0
         return found
 
     def be_present(self, present: bool) -> None:
-        """Have our side in it begun or ended, between two steps, and wait until that is done."""
+        """Start or end control in it, between two steps, and wait until that is done."""
         self.board[job.PRESENT] = present
         time.sleep(0.05)
         done = self.board[job.STEPS] + 2
@@ -123,24 +123,24 @@ class Host:
             time.sleep(0.005)
 
     def pause(self, paused: bool) -> None:
-        """Have the loop stand still, or go on."""
+        """Pause the loop, or let it continue."""
         self.board[job.PAUSE] = paused
 
     def resident(self) -> int:
-        """Bytes of memory (statm of proc(5))."""
+        """Return resident memory in bytes (statm of proc(5))."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def threads(self) -> int:
-        """How many it has."""
+        """Return how many it has."""
         return len(os.listdir(f"/proc/{self.pid}/task"))
 
     def files(self) -> int:
-        """Open descriptors."""
+        """Return how many descriptors it has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
 def use_of(pid: int, threads: list[int]) -> Use:
-    """What these threads of a process have used; one that has gone counts for nothing."""
+    """Return what these threads of a process have used; ended ones are left out."""
     seconds, wakes = 0.0, 0
     for thread in threads:
         task = Path(f"/proc/{pid}/task/{thread}")
@@ -153,5 +153,5 @@ def use_of(pid: int, threads: list[int]) -> Use:
 
 
 def rate(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """Steps a second between two looks."""
+    """Return steps per second between two readings."""
     return (after[0] - before[0]) / (after[1] - before[1])

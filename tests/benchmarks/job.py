@@ -1,4 +1,4 @@
-"""The process that is controlled: one of three loads on its main thread, any of the servers in it.
+"""The controlled process: one of three loads on its main thread, with any of the servers.
 
 Started by ``host``, which says as JSON what it is to be. ``board`` is a file of a few doubles that both map: so steps
 are counted, and the loop is told what to do, without another thread in this process.
@@ -32,7 +32,7 @@ def nothing() -> None:
 
 
 def python_step() -> Callable[[], Any]:
-    """Some 2 ms of bytecode that never gives up the interpreter by itself."""
+    """Return a step of about 2 ms of bytecode that never releases the interpreter lock by itself."""
 
     def step() -> int:
         total = 0
@@ -70,12 +70,12 @@ LOADS: dict[str, Callable[[], Callable[[], Any] | None]] = {
 
 
 def threads() -> set[int]:
-    """Of this process, as the kernel counts them."""
+    """Return the thread ids of this process."""
     return {int(name) for name in os.listdir("/proc/self/task")}
 
 
 class Servers:
-    """Ours and the others, as far as they are wanted, with the threads that each added."""
+    """The servers that are wanted, with the threads that each added."""
 
     def __init__(self, wanted: dict[str, Any]) -> None:
         self.threads: dict[str, list[int]] = {}
@@ -107,21 +107,21 @@ class Servers:
             return client.call("status")
 
     def begin(self) -> None:
-        """Have the job controlled."""
+        """Start to control the job."""
         from forgather_control import TrainingJob
 
         self.job = TrainingJob("bench", max_steps=10**9)
         self.job.__enter__()
 
     def end(self) -> None:
-        """Have it controlled no longer."""
+        """End the control of the job."""
         if self.job is not None:
             self.job.__exit__(None, None, None)
         self.job = None
 
 
 def train(step: Callable[[], Any], servers: Servers, board: memoryview) -> None:
-    """The loop; where ``PRESENT`` is taken away it goes on uncontrolled."""
+    """The loop; without ``PRESENT`` it continues uncontrolled."""
     number, last, present = 1, time.perf_counter(), board[PRESENT]
     while not board[END]:
         step()
@@ -145,7 +145,7 @@ def train(step: Callable[[], Any], servers: Servers, board: memoryview) -> None:
 
 
 def allow_files() -> None:
-    """Raise this process's limit of open files, as far as it may."""
+    """Raise this process's limit of open files as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < enough:

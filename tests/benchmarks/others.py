@@ -1,4 +1,4 @@
-"""What ours is measured against: servers for the job's process, and a client's call for each.
+"""What the control server is compared with: other servers in the job's process, and a client's call for each.
 
 (a) a bare ping-pong of 300 bytes; (b) a minimal threading ``socketserver`` that loads and dumps the same JSON; (c) an
 aiohttp server on a loop of its own in a thread of the job, asked by ``requests``: the way of the original. Each server
@@ -24,7 +24,7 @@ BACKLOG = 1024
 
 
 def serve_ping(directory: str, status: dict[str, Any]) -> str:
-    """(a): what comes goes back. One connection at a time, so the kept and the new ones have a listener each."""
+    """(a): echo. It serves one connection at a time, so kept and new connections have a listener each."""
     for name in ("kept", "new"):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(os.path.join(directory, f"ping-{name}"))
@@ -47,7 +47,7 @@ class _Minimal(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 def serve_minimal(directory: str, status: dict[str, Any]) -> str:
-    """(b): a thread a connection; no check of who asks or what, no limits."""
+    """(b): a thread for each connection; no checks, no limits."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -97,27 +97,27 @@ SERVERS = {"ping": serve_ping, "minimal": serve_minimal, "http": serve_http}
 
 
 def connected(path: str) -> socket.socket:
-    """A blocking connection."""
+    """Return a blocking connection."""
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(path)
     return sock
 
 
 class Kept:
-    """(a), (b), or ours by the plainest client there can be, on one connection."""
+    """A plain client of (a), (b) or ours on one connection."""
 
     def __init__(self, path: str) -> None:
         self.sock = connected(path)
 
     def ping(self) -> None:
-        """There and back."""
+        """Send a ping and receive it."""
         self.sock.sendall(PING)
         left = len(PING)
         while left:
             left -= len(self.sock.recv(left))
 
     def status(self) -> Any:
-        """One request and its reply."""
+        """Send one request and return its reply."""
         self.sock.sendall(json.dumps(REQUEST).encode() + b"\n")
         data = b""
         while not data.endswith(b"\n"):
@@ -125,7 +125,7 @@ class Kept:
         return json.loads(data)["result"]
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.sock.close()
 
 

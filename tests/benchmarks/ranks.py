@@ -1,4 +1,4 @@
-"""What the agreement of ranks costs, and how long a command takes to reach all of them.
+"""What the agreement of ranks costs, and how long a command takes until all ranks have applied it.
 
 Worlds of 1, 2, 4 and 8 ranks under gloo, forked from this process, which is also the client. In each:
 
@@ -45,14 +45,14 @@ Figures = defaultdict[Any, list[float]]
 
 
 def empty(step: int) -> None:
-    """What any method costs by being called."""
+    """An empty method, to subtract the cost of a call."""
 
 
 # In each rank...
 
 
 class Rank:
-    """One of a group; what it measured goes through ``report``."""
+    """One rank of a group; it sends its figures through ``report``."""
 
     def __init__(self, rank: int, size: int, port: int) -> None:
         torch.set_num_threads(1)
@@ -63,24 +63,24 @@ class Rank:
         self.word = torch.zeros(1, dtype=torch.int64)
 
     def broadcast(self, step: int) -> None:
-        """One of 8 bytes."""
+        """Broadcast 8 bytes."""
         dist.broadcast(self.word, src=0)
 
     def ask(self, step: int) -> None:
-        """Two of them, and a look at what came."""
+        """Broadcast 8 bytes twice, and read the values."""
         for _ in range(2):
             dist.broadcast(self.word, src=0)
             self.word.item()
 
     def timed(self, call: Callable[[int], Any], times: int) -> float:
-        """Microseconds a call."""
+        """Return microseconds per call."""
         begin = time.perf_counter()
         for step in range(times):
             call(step)
         return (time.perf_counter() - begin) / times * 1e6
 
     def idle(self) -> None:
-        """The variants in turn: ours on rank 0, which serves, and on the last; collectives on all."""
+        """Measure the variants in turns: ours on rank 0 and on the last rank, collectives on all."""
         with TrainingJob(f"idle-{self.size}") as job:
             for _ in range(ROUNDS):
                 for name, call in (("empty", empty), ("step", job.step)):
@@ -93,7 +93,7 @@ class Rank:
                     self.figures[name].append(self.timed(collective, COLLECTIVES))
 
     def train(self, milliseconds: int, poll_steps: int | None) -> None:
-        """Until the client stops it."""
+        """Train until the client stops it."""
         key = milliseconds, poll_steps
         with TrainingJob(name_of(self.size, *key), max_steps=10**6, poll_steps=poll_steps) as job:
             heard = listen(job)
@@ -114,20 +114,20 @@ class Rank:
 
 
 def listen(job: Any) -> list[int]:
-    """A list that is filled by a step whose end has something to hear, or to ask."""
+    """A list that a step fills if its end had a command, or a question."""
     group, heard = job._controller._group, []
-    hear = group.receive
+    receive = group.receive
 
     def noted(step: int) -> Any:
         heard.append(step)
-        return hear(step)
+        return receive(step)
 
     group.receive = noted
     return heard
 
 
 def name_of(size: int, milliseconds: int, poll_steps: int | None) -> str:
-    """By which the client finds the job."""
+    """Return the job id of one group."""
     return f"of-{size}-{milliseconds}-{poll_steps}"
 
 
@@ -173,7 +173,7 @@ def command(size: int, milliseconds: int, poll_steps: int | None, times: int) ->
 
 
 def published(job: str) -> Any:
-    """A connection, once there is a job."""
+    """Connect, once the job is there."""
     end = time.monotonic() + 60
     while True:
         try:
@@ -185,7 +185,7 @@ def published(job: str) -> Any:
 
 
 def turn(size: int, latencies: Figures, figures: list[Figures]) -> None:
-    """One group, from its first rank to its last."""
+    """Measure one group."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
@@ -206,12 +206,12 @@ def turn(size: int, latencies: Figures, figures: list[Figures]) -> None:
 
 
 def slowest(ranks: list[Figures], key: Any) -> float:
-    """The largest of the ranks' medians, of those ranks that measured it."""
+    """Return the largest of the ranks' medians."""
     return max(statistics.median(rank[key]) for rank in ranks if rank[key])
 
 
 def holding(ranks: list[Figures], key: tuple[int, int | None]) -> list[float]:
-    """Each rank's extra microseconds at the end of a step that has something to hear, or to ask."""
+    """Return each rank's extra microseconds at the end of a step that has a command, or a question."""
     return [
         statistics.median(rank["round", key]) - statistics.median(rank["no round"])
         for rank in ranks
@@ -220,7 +220,7 @@ def holding(ranks: list[Figures], key: tuple[int, int | None]) -> list[float]:
 
 
 def show_idle(table: Table, ranks: list[Figures]) -> None:
-    """What it costs when nobody wants anything; the slower of rank 0 and the last."""
+    """Add what a step costs with nothing pending, on the slower of rank 0 and the last."""
     for name, key in (
         ("nothing pending: empty call", "empty"),
         ("nothing pending: TrainingJob.step", "step"),
@@ -233,7 +233,7 @@ def show_idle(table: Table, ranks: list[Figures]) -> None:
 
 
 def show_commands(table: Table, size: int, ranks: list[Figures], latencies: Figures) -> None:
-    """How soon a command is applied, and what it costs the training."""
+    """Add how soon a command is applied, and what it costs training."""
     for milliseconds, poll_steps, _ in jobs_of(size):
         key = milliseconds, poll_steps
         length = slowest(ranks, ("length", key))
@@ -247,7 +247,7 @@ def show_commands(table: Table, size: int, ranks: list[Figures], latencies: Figu
 
 
 def measure() -> Iterator[Table]:
-    """One table, a group a group."""
+    """Yield one table, with a group of rows for each group of ranks."""
     figures: dict[int, list[Figures]] = {size: [defaultdict(list) for _ in range(size)] for size in SIZES}
     latencies: Figures = defaultdict(list)
     for _ in range(TURNS):

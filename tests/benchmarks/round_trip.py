@@ -40,7 +40,7 @@ PLAIN, FOUND = "ours, kept, asked by (b)'s client", "ours, get_job_status(id)"
 
 @contextmanager
 def variants(host: Host) -> Iterator[dict[str, Callable[[], Any]]]:
-    """One call of each, with what they keep open."""
+    """Return a call of each variant, with the connections that they keep open."""
 
     def ours_anew() -> Any:
         with Client(Target("bench", endpoint=UnixEndpoint(host.socket))) as client:
@@ -67,18 +67,18 @@ def variants(host: Host) -> Iterator[dict[str, Callable[[], Any]]]:
 
 
 def check(calls: dict[str, Callable[[], Any]]) -> None:
-    """All answer the same."""
+    """Assert that all answer the same."""
     members = [set(calls[name]()) for name in (MINIMAL, MINIMAL_NEW, HTTP, HTTP_NEW, OURS, OURS_NEW, PLAIN, FOUND)]
     assert all(each == members[0] for each in members), members
 
 
 def everything(load: str, share: float | None = None) -> Host:
-    """A job with all servers."""
+    """Start a job with all servers."""
     return Host(load, "ours", "ping", "minimal", "http", cpu=SERVER_CPU, share=share)
 
 
 def back_to_back(table: Table, load: str) -> None:
-    """Calls one after the other, within the budget."""
+    """Measure calls one after the other, within the budget."""
     rounds, calls, pause = BACK_TO_BACK[load]
     with pinned(CLIENT_CPU), everything(load) as host, variants(host) as ways:
         check(ways)
@@ -88,7 +88,7 @@ def back_to_back(table: Table, load: str) -> None:
 
 
 def lifted(table: Table) -> None:
-    """The pure cost: our server may take a whole core; and what the job's process spends on a call."""
+    """Measure the pure cost, with the budget lifted, and the processor time of a call in the job's process."""
     with pinned(CLIENT_CPU), everything("idle", share=1.0) as host, variants(host) as ways:
         ways = {name: ways[name] for name in (MINIMAL, MINIMAL_NEW, HTTP, HTTP_NEW, PLAIN, OURS, OURS_NEW)}
         times, work = Rounds(), Rounds()
@@ -106,7 +106,7 @@ def lifted(table: Table) -> None:
 
 
 def paced(table: Table, load: str) -> None:
-    """Twenty calls a second of each variant in turn, nothing pinned."""
+    """Measure twenty calls per second of each variant in turns, nothing pinned."""
     found = Rounds()
     with Host(load, "ours", "ping", "minimal", "http") as host, variants(host) as ways:
         del ways[PLAIN]
@@ -118,7 +118,7 @@ def paced(table: Table, load: str) -> None:
 
 
 def at_pace(call: Callable[[], Any], calls: int) -> Iterator[float]:
-    """Microseconds of each call; what is late is not made up for."""
+    """Return the microseconds of each call; a late call does not hurry the next one."""
     due = time.perf_counter()
     for _ in range(calls):
         time.sleep(max(0.0, due - time.perf_counter()))
@@ -127,7 +127,7 @@ def at_pace(call: Callable[[], Any], calls: int) -> Iterator[float]:
 
 
 def report(table: Table, load: str, found: Rounds) -> None:
-    """The rows of one load."""
+    """Add the rows of one load."""
     for name, samples in found.items():
         table.samples(name, samples, "us")
         for than, aim, faster in comparisons(name, load):
@@ -152,7 +152,7 @@ def comparisons(name: str, load: str) -> list[tuple[str, Aim | None, bool]]:
 
 
 def measure() -> Iterator[Table]:
-    """Two tables: back to back, and paced."""
+    """Yield two tables: back to back, and paced."""
     table = Table("round trip of status")
     for load in LOADS:
         back_to_back(table, load)

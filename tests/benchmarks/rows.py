@@ -1,4 +1,4 @@
-"""What a benchmark prints and keeps: rows with an aim beside each figure, one table a part, one JSON file for all.
+"""The results of a benchmark: rows with an aim beside each figure, one table per part, one JSON file for all.
 
 A figure is a median of many single measurements; variants that are compared take turns within one run, and a ratio is
 the median of the ratios of the turns, so that a machine whose speed drifts slows both sides of it.
@@ -27,26 +27,26 @@ class Samples:
         self.rounds = [list(each) for each in rounds]
 
     def add(self, values: Iterable[float]) -> None:
-        """One more round."""
+        """Add one more round."""
         self.rounds.append(list(values))
 
     @property
     def values(self) -> list[float]:
-        """All of them, in order."""
+        """All values in order."""
         return sorted(value for each in self.rounds for value in each)
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of all values."""
         return statistics.median(self.values)
 
     def quantile(self, share: float) -> float:
-        """The one that this share of them does not exceed."""
+        """Return the value that this share of all does not exceed."""
         values = self.values
         return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
     def over(self, other: Samples) -> float:
-        """How many times the other it is: the median over the rounds that both took part in."""
+        """Return the ratio to another one: the median over the rounds of both."""
         pairs = zip(self.rounds, other.rounds, strict=True)
         return statistics.median(_times(statistics.median(mine), statistics.median(its)) for mine, its in pairs)
 
@@ -77,13 +77,13 @@ class Aim:
         return f"{'>=' if self.at_least else '<='} {self.limit:g}" + (f" (+{self.slack:.2g})" if self.slack else "")
 
     def is_met(self, figure: float) -> bool:
-        """Whether the figure keeps to it."""
+        """Return whether the figure meets the aim."""
         return figure >= self.limit - self.slack if self.at_least else figure <= self.limit + self.slack
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a figure, and what it is beside another one of the same run.
+    """One row: a figure, and its ratio to another one of the same run.
 
     ``ratio`` is this figure over the other one; with ``faster`` the other one over this.
     """
@@ -107,11 +107,11 @@ class Row:
         return None if self.aim is None else self.aim.is_met(self.figure if self.ratio is None else self.ratio)
 
     def to_json(self) -> dict[str, Any]:
-        """The object that stands in the file."""
+        """Return the object for the JSON file."""
         return {**asdict(self), "aim": None if self.aim is None else str(self.aim), "met": self.met}
 
     def cells(self) -> tuple[str, ...]:
-        """What the table shows of it."""
+        """Return the cells of the table."""
         ratio = "" if self.ratio is None else f"{shown(self.ratio)} x{' faster' if self.faster else ''}"
         met = {None: "", True: "yes", False: "NO"}[self.met]
         figures = [shown(number) for number in (self.figure, self.p99, self.least)]
@@ -127,29 +127,29 @@ class Table:
         self._samples: dict[str, Samples] = {}
 
     def group(self, name: str) -> None:
-        """What follows belongs together."""
+        """Begin a group of rows."""
         self._group, self._samples = name, {}
 
     def figure(self, row: str, figure: float, unit: str, aim: Aim | None = None, **more: Any) -> None:
-        """A row of a single number."""
+        """Add a row of a single number."""
         self.rows.append(Row(self.part, self._group, row, figure, unit, aim=aim, **more))
 
     def samples(self, row: str, samples: Samples, unit: str, aim: Aim | None = None) -> None:
-        """A row of many measurements."""
+        """Add a row of many measurements."""
         self._samples[row] = samples
         values = samples.values
         more = {"p99": samples.quantile(0.99), "least": values[0], "count": len(values)}
         self.figure(row, samples.median, unit, aim, **more)
 
     def compare(self, row: str, than: str, aim: Aim | None = None, faster: bool = False) -> None:
-        """A line that says what one row of samples is beside another."""
+        """Add a row with the ratio of one row of samples to another."""
         mine, its = self._samples[row], self._samples[than]
         ratio = its.over(mine) if faster else mine.over(its)
         unit = next(each.unit for each in self.rows if each.row == row and each.group == self._group)
         self.figure(row, mine.median, unit, aim, than=than, ratio=ratio, faster=faster)
 
     def print(self) -> None:
-        """As lines, each aim beside its figure; of a row that is compared again only what is new."""
+        """Print the rows, each aim beside its figure; a row that is compared again shows only what is new."""
         heads = (self.part, "median", "p99", "least", "", "beside", "ratio", "aim", "met")
         cells = [row.cells() for row in self.rows]
         widths = [max(len(line[place]) for line in (heads, *cells)) for place in range(len(heads))]
@@ -172,7 +172,7 @@ def _line(cells: Iterable[str], widths: list[int]) -> str:
 
 
 def shown(number: float | None) -> str:
-    """Three digits that count."""
+    """Return a number with three significant digits."""
     if number is None:
         return ""
     if not math.isfinite(number) or number == 0:
@@ -184,7 +184,7 @@ def shown(number: float | None) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """On which it ran, and with what."""
+    """Return the machine and the versions of the programs."""
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {
@@ -206,7 +206,7 @@ def _version(distribution: str) -> str | None:
 
 
 def write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """All rows of all parts, and the machine."""
+    """Write all rows of all parts, and the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
@@ -217,7 +217,7 @@ def write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None
 def in_turns(
     variants: dict[str, Callable[[], Any]], rounds: int, calls: int, pause: float = 0.0, unit: float = 1e6
 ) -> Rounds:
-    """Each variant called so often in each round, one after the other; the first round warms up.
+    """Call the variants in turns: ``calls`` times in each round; the first round warms up.
 
     Args:
         pause: seconds that a round lasts at least, so that budgets that calls use up fill again.
@@ -235,14 +235,14 @@ def in_turns(
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """How long one call takes."""
+    """Return how long one call takes."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
 def each_of(call: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds a call, where one alone is too short to be timed."""
+    """Return seconds per call, for calls that are too short to be timed alone."""
     begin = clock()
     for _ in range(calls):
         call()

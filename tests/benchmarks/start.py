@@ -1,4 +1,4 @@
-"""How soon the command line is there, and how ``list`` grows with the jobs directory.
+"""How long the command line takes to start, and how ``list`` grows with the jobs directory.
 
 Beside ``python -c pass``, the import of what any such program needs, and the bare reading of the same files. The jobs
 are a live one; dead ones, as ``kill -9`` leaves them, each with its record, a free lock and a dead socket; and live
@@ -40,23 +40,23 @@ for entry in os.scandir(sys.argv[1]):
         with open(os.path.join(entry.path, "endpoint.json")) as file:
             json.load(file)
 """
-#: Above every pid that Linux gives (PID_MAX_LIMIT of 64 bits, 2**22): surely nobody's.
-NOBODY = 1 << 23
+#: Above every pid of Linux (PID_MAX_LIMIT of 64 bits, 2**22).
+FREE_PID = 1 << 23
 
 
 def control(*words: str) -> list[str]:
-    """The installed script; where it is missing, the module."""
+    """Return the installed script or, where it is missing, the module."""
     script = Path(sys.executable).with_name("forgather")
     return [str(script), "control", *words] if script.exists() else [sys.executable, "-m", "forgather_control", *words]
 
 
 def run(command: list[str]) -> None:
-    """Away from the working tree, which ``python -m`` and ``-c`` would look into first."""
+    """Run a program outside of the working tree, where ``python -m`` and ``-c`` would look first."""
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
 
 
 def start_up(table: Table) -> None:
-    """With one live job; runs take turns."""
+    """Measure the start with one live job, in turns."""
     commands = {
         PASS: [sys.executable, "-c", "pass"],
         BASE: [sys.executable, "-c", "import argparse, json, socket"],
@@ -77,20 +77,20 @@ def start_up(table: Table) -> None:
 
 
 def record() -> dict[str, Any]:
-    """What a job of this host publishes."""
+    """Return the record of a job of this host."""
     with Host("idle", "ours") as host:
         found: dict[str, Any] = json.loads(Path(host.jobs_dir, "bench", "endpoint.json").read_text())
     return found
 
 
 def fill(root: Path, count: int, like: dict[str, Any], **changes: Any) -> list[str]:
-    """Have so many job directories there; the paths of the sockets that are missing now."""
+    """Make ``count`` job directories; return the paths of their sockets, which are missing."""
     missing = []
     for number in range(len(os.listdir(root)), count):
         name = f"job_{number:05}"
         (root / name).mkdir(mode=0o700)
         path = str(root / name / "control.sock")
-        facts = {**like, "job_id": name, "socket": path, "pid": NOBODY + number, "started_at": 1.8e9 + number}
+        facts = {**like, "job_id": name, "socket": path, "pid": FREE_PID + number, "started_at": 1.8e9 + number}
         (root / name / "endpoint.json").write_text(json.dumps({**facts, **changes}))
         (root / name / "lock").write_text(f"{facts['started_at']!r}\n")
         missing.append(path)
@@ -98,7 +98,7 @@ def fill(root: Path, count: int, like: dict[str, Any], **changes: Any) -> list[s
 
 
 def bind(paths: list[str]) -> None:
-    """Sockets as the dead leave them."""
+    """Make sockets without a listener, as dead jobs leave them."""
     for path in paths:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(path)
@@ -106,7 +106,7 @@ def bind(paths: list[str]) -> None:
 
 @contextmanager
 def answering(root: Path) -> Iterator[None]:
-    """One process that answers for all the jobs there."""
+    """Run one process that answers for all jobs of a directory."""
     command = [sys.executable, answer.__file__, str(root)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
@@ -116,7 +116,7 @@ def answering(root: Path) -> Iterator[None]:
 
 
 def lists(table: Table, root: Path, count: int, kind: str, runs: int) -> None:
-    """Within a Python program, and as a whole command."""
+    """Measure ``list_jobs`` in a Python program, and ``list`` as a command."""
     assert {job.state for job in list_jobs()} == {kind}
     ways: dict[str, Callable[[], Any]] = {
         "scandir and json.load": lambda: scan(root),
@@ -147,7 +147,7 @@ def scan(root: Path) -> None:
 
 
 def many(table: Table) -> None:
-    """Dead ones, then live ones."""
+    """Measure lists of dead jobs, then of live ones."""
     like = record()
     with tempfile.TemporaryDirectory(prefix="bench") as home:
         root = Path(home)
@@ -158,13 +158,13 @@ def many(table: Table) -> None:
     for count, runs in LIVE.items():
         with tempfile.TemporaryDirectory(prefix="bench") as home:
             os.environ["FORGATHER_JOBS_DIR"] = home
-            fill(Path(home), count, like, pid=os.getpid())  # one that lives: of the dead nobody asks
+            fill(Path(home), count, like, pid=os.getpid())  # a live process: dead ones are not asked
             with answering(Path(home)):
                 lists(table, Path(home), count, "live", runs)
 
 
 def measure() -> Iterator[Table]:
-    """One table."""
+    """Yield one table."""
     table = Table("start")
     start_up(table)
     many(table)

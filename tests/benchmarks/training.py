@@ -1,9 +1,9 @@
-"""What the control side takes from a training loop: present and unasked, polled, flooded.
+"""What control takes from a training loop: without clients, polled, flooded.
 
 Processor time and wake-ups are those of the server's own threads, as the kernel counts them. A wake-up is a voluntary
 context switch; where the main thread runs Python, each wait for the interpreter lock is one, too. Steps a second stand
 beside them, as pairs of a while with and a while without, in random order; "nothing" is the same pair with nothing in
-it, and shows how far such ratios can be trusted. The job is held on one processor, whoever asks it on the other.
+it, and shows how far such ratios can be trusted. The job is pinned to one processor, its clients to the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from forgather_control import connect, get_job_status
 from forgather_control.server import limits
 
 LOADS = ("python", "torch")
-#: Seconds that nobody asks.
+#: Seconds without a client.
 UNASKED = 20.0
 #: Seconds of each way of asking ten times a second.
 BESIDE = 5.0
@@ -50,7 +50,7 @@ CORE, WAKES = "% of a core", "a second"
 
 
 def unasked(table: Table) -> None:
-    """Jobs of all kinds side by side, watched while nobody asks; the others' servers in idle ones."""
+    """Measure jobs of all kinds side by side without clients; the other servers only in idle ones."""
     jobs = [("idle", "ours", None), ("python", "ours", SERVER_CPU), ("torch", "ours", CLIENT_CPU)]
     jobs += [("idle", "minimal", None), ("idle", "http", None)]
     with ExitStack() as stack:
@@ -72,7 +72,7 @@ def unasked(table: Table) -> None:
 
 
 def beside(table: Table) -> None:
-    """At 10 Hz, what the whole of an idle process spends, more than unasked: by ours, and by those that do less."""
+    """Measure what an idle process spends at 10 Hz, more than without clients, with each server."""
     spent = {}
     with pinned(CLIENT_CPU), everything("idle") as host, variants(host) as ways:
         calls = {"nothing": lambda: None, **{name: ways[name] for name in (PING, MINIMAL, HTTP, PLAIN)}}
@@ -86,7 +86,7 @@ def beside(table: Table) -> None:
 
 
 def poll(call: Callable[[], Any], hz: float | None, seconds: float) -> int:
-    """Ask for so long; how often that was."""
+    """Send requests for so long; return how many."""
     end, due, calls = time.perf_counter() + seconds, time.perf_counter(), 0
     while (now := time.perf_counter()) < end:
         if hz == 0 or (hz is not None and now < due):
@@ -99,7 +99,7 @@ def poll(call: Callable[[], Any], hz: float | None, seconds: float) -> int:
 
 
 class Pairs:
-    """What was seen in pairs of a while with and a while without."""
+    """Measurements in pairs: a while with, and a while without."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -108,7 +108,7 @@ class Pairs:
         self.calls: list[float] = []
 
     def one(self, host: Host, with_it: Callable[[], float], seconds: float) -> None:
-        """One pair, in random order."""
+        """Measure one pair, in random order."""
         rates = {}
         for is_on in random.sample((True, False), 2):
             steps, use, begin = host.steps(), host.use(), time.perf_counter()
@@ -125,7 +125,7 @@ class Pairs:
 
 
 def polled(table: Table, host: Host, load: str) -> None:
-    """By one client on one connection, at several paces."""
+    """Measure one client on one connection, at several rates."""
     found: dict[str, Pairs] = {}
     with connect("bench") as client:
         for name, hz, seconds, pairs in (*PACES, FLAT_OUT):
@@ -147,7 +147,7 @@ def _steps(table: Table, name: str, ratios: list[float]) -> None:
 
 
 def absent(table: Table, host: Host, load: str) -> None:
-    """Steps a second of the same process, controlled over not controlled at all."""
+    """Measure the speed of the same process, controlled over uncontrolled."""
     ratios = []
     for _ in range(ABSENT[0]):
         rates = {}
@@ -167,7 +167,7 @@ def absent(table: Table, host: Host, load: str) -> None:
 
 @contextmanager
 def flooding(host: Host, kind: str) -> Iterator[None]:
-    """Processes that ask as fast as they can."""
+    """Run processes that send requests as fast as they can."""
     kinds = flood.KINDS[kind]
     command = [sys.executable, flood.__file__, host.socket, kind]
     processes = [subprocess.Popen(command) for _ in range(kinds.processes)]
@@ -190,14 +190,14 @@ def drain(host: Host) -> None:
 
 
 class Caller:
-    """Somebody who is no part of the flood: asks on a connection of its own that it keeps, and on a new one."""
+    """A client outside of the flood: it sends requests on a kept connection and on new ones."""
 
     def __init__(self) -> None:
         self.kept: list[float] = []
         self.anew: list[float] = []
 
     def ask(self, client: Any, seconds: float) -> None:
-        """Every so often, for so long."""
+        """Send requests at its period for so long."""
         end = time.perf_counter() + seconds
         while (due := time.perf_counter()) < end:
             for times, call in (
@@ -211,7 +211,7 @@ class Caller:
 
 
 def flooded(table: Table, host: Host, load: str, kind: str) -> None:
-    """What a flood takes once the budget has nothing saved up, and how an ordinary caller fares beside it."""
+    """Measure what a flood takes once the budget's savings are used up, and how soon an ordinary client is answered."""
     caller = Caller()
     with connect("bench") as client:
         steps = host.steps()
@@ -233,7 +233,7 @@ def flooded(table: Table, host: Host, load: str, kind: str) -> None:
 
 
 def measure() -> Iterator[Table]:
-    """Two tables: unasked and polled, flooded."""
+    """Yield two tables: without clients and polled, flooded."""
     table, floods = Table("training"), Table("training, flooded")
     with pinned(CLIENT_CPU):
         unasked(table)

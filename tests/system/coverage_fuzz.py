@@ -262,16 +262,16 @@ def target_token(data: bytes) -> None:
     line = data.partition(b"\n")[0]
     judge, (ours, theirs) = auth.TokenAuthenticator(TOKEN), socket.socketpair()
     with ours, theirs, patch.object(limits, "AUTH_FAILURE_DELAY", 0.0):
-        stranger = connection.Connection(ours, limits.MAX_FIRST_LINE, dispatcher.Peer("tcp"))
-        accepted = judge.admit(stranger, line)
-        verdict = "accepted" if accepted else "not authenticate" if stranger.broken else "wrong token"
+        client = connection.Connection(ours, limits.MAX_FIRST_LINE, dispatcher.Peer("tcp"))
+        accepted = judge.admit(client, line)
+        verdict = "accepted" if accepted else "not authenticate" if client.broken else "wrong token"
         assert verdict == _verdict(line), verdict
-        assert (stranger.subscription is not None) == (verdict == "wrong token")
-        if stranger.subscription is not None:
-            agrees(stranger.subscription.pull(1), expected(line, lambda method: True))
+        assert (client.subscription is not None) == (verdict == "wrong token")
+        if client.subscription is not None:
+            agrees(client.subscription.pull(1), expected(line, lambda method: True))
         for end in range(len(line) + 1) if accepted else ():
-            stranger._received[:] = line[:end]
-            judge.check_start(stranger)
+            client._received[:] = line[:end]
+            judge.check_start(client)
         assert judge.refused == (not accepted)
 
 
