@@ -151,7 +151,8 @@ def test_a_thousand_records_cost_little():
 def test_it_imports_only_what_every_client_imports():
     """Loading it adds no module of the standard library to those that the command line needs anyway."""
     code = (
-        "import __future__, sys, argparse, json, socket, typing; before = {*sys.modules}; import forgather_control.schema;"
+        "import __future__, sys, argparse, json, socket, typing; before = {*sys.modules};"
+        "import forgather_control.schema;"
         "print({name for name in {*sys.modules} - before if not name.startswith('forgather_control')})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
