@@ -203,12 +203,7 @@ def _list(args: argparse.Namespace) -> int:
         (found, left_out), place = registry.discover(root, LIST_TIMEOUT), f"in {root}"
         rows = [job.to_json() for job in found] if args.json else []
         complaints = [f"left out {name}: {why}" for name, why in left_out.items()]
-    if args.json:
-        print_json(rows)
-    elif place and not found:
-        print_text(f"no jobs {output.safe(place)}")
-    else:
-        print_text(output.job_table(found, terminal.has_colour()))
+    print_answer(args.json, rows, output.job_table, found, terminal.has_colour(), place)
     for line in complaints:
         complain(line)
     return DONE

@@ -85,8 +85,10 @@ def _table(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) ->
 # Jobs...
 
 
-def job_table(found: list[Job], colour: bool) -> str:
-    """Show jobs in aligned columns."""
+def job_table(found: list[Job], colour: bool, place: str = "") -> str:
+    """Show jobs in aligned columns; or that there are none at a place, if it is given."""
+    if place and not found:
+        return f"no jobs {safe(place)}"
     return _table(_JOB_COLUMNS, [job._asdict() for job in found], colour)
 
 

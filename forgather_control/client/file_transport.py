@@ -49,7 +49,7 @@ class FileTransport(Transport):
             with spool.opened(self._path, REQUESTS, self._home):
                 pass
         except OSError as err:
-            raise (connection_lost(record, "") if err.errno in _GONE else self._refusal(err)) from err
+            raise self._refusal(err) from err
 
     def send(self, line: bytes, seconds: float) -> None:
         self._request = f"{os.getpid()}-{os.urandom(16).hex()}{SUFFIX}"
@@ -58,8 +58,6 @@ class FileTransport(Transport):
             with spool.opened(self._path, REQUESTS, self._home) as requests:
                 private_files.write(requests, self._request, line)
         except OSError as err:
-            if err.errno in _GONE:
-                raise
             raise self._refusal(err) from err
 
     def receive(self, deadline: Deadline) -> bytes | None:
@@ -117,6 +115,8 @@ class FileTransport(Transport):
 
     def _refusal(self, err: OSError) -> ControlError:
         job = self._record.job_id
+        if err.errno in _GONE:
+            return connection_lost(self._record, "")
         if isinstance(err, PermissionError):
             return FindError(f"The directory of job {job} belongs to another user", job=job)
         text = f"No request can be written into the directory of job {job} ({err.strerror or err})"

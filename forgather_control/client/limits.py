@@ -18,10 +18,7 @@ SILENCE: Final = 60.0
 EXIT_TIME: Final = 1.0
 #: Events that are kept for :meth:`Client.events` while other calls are made; then the oldest are dropped.
 MAX_EVENTS: Final = 10_000
-
-# Over ssh.
-
-#: For a login and the start of a Python on the other side, on top of the time-out for connecting.
+#: For a login over ssh and the start of a Python on the other side, on top of the time-out for connecting.
 SSH_START: Final = 20.0
 #: For a user to type a passphrase; sshd waits as long (LoginGraceTime).
 SSH_TYPING: Final = 120.0

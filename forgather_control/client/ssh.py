@@ -31,10 +31,7 @@ REMOTE: Final = "FORGATHER_CONTROL_REMOTE"
 #: No character that a shell could act on, here or in a ProxyCommand (CVE-2023-51385).
 _HOST: Final = re.compile(r"(ssh://)?([A-Za-z0-9_][A-Za-z0-9_.+-]*@)?[A-Za-z0-9_:\[][A-Za-z0-9_.:%\[\]-]*")
 #: An ssh without a terminal gets a short PATH on the other side; /bin/sh, because the login shell may be any.
-_FIND: Final = (
-    'if command -v forgather-control >/dev/null; then exec forgather-control "$@"; '
-    'else exec python3 -m forgather_control "$@"; fi'
-)
+_FIND: Final = 'c=forgather-control; command -v $c >/dev/null && exec $c "$@"; exec python3 -m forgather_control "$@"'
 #: As sftp sets them: no forwarding, command or terminal that the user's configuration has for this host.
 _OPTIONS: Final = ("-T", "-x", "-a", "-oClearAllForwardings=yes", "-oPermitLocalCommand=no", "-oRemoteCommand=none")
 
@@ -76,12 +73,10 @@ def _remote(*words: str) -> str:
 
 def _can_ask() -> bool:
     """Whether ssh could ask for a passphrase: on the terminal, or by the program that it has for this."""
-    if os.environ.get("SSH_ASKPASS"):
-        return True
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:
-        return False
+        return bool(os.environ.get("SSH_ASKPASS"))
     return True
 
 

@@ -23,12 +23,8 @@ _ANY: Final = ("0.0.0.0", "::")
 def find(job: str | int | None = None) -> JobRecord:
     """Return the record of one job: of the only live one, or of the one that has this name.
 
-    Args:
-        job: its exact id, or what SLURM or torchrun call it (``123``, ``123_4``, the run id).
-
-    Raises:
-        NoSuchJob: there is none; the message suggests an id that is similar.
-        AmbiguousJob: there are several.
+    A name is the exact id, or what SLURM or torchrun call the job (``123``, ``123_4``, the run id). NoSuchJob: there
+    is none; the message suggests an id that is similar. AmbiguousJob: there are several.
     """
     root = jobs_dir()
     if job is None:
