@@ -69,34 +69,32 @@ def _word(choice: Any) -> str:
     return ("yes" if choice else "no") if isinstance(choice, bool) else str(choice)
 
 
-def _flag(doc: str) -> dict[str, Any]:
-    return {"action": "store_true", "help": doc}
+def _rules(doc: str, metavar: str = "", read: Callable[[str], Any] = str, **more: str) -> dict[str, Any]:
+    """Return what ``add_argument`` takes: for an option with a value that has a ``metavar``, else for a flag."""
+    kind = {"metavar": metavar, "type": read} if metavar else {"action": "store_true"}
+    return {"help": doc, **kind, **more}
 
 
-def _with(metavar: str, read: Callable[[str], Any], doc: str, **more: str) -> dict[str, Any]:
-    return {"metavar": metavar, "type": read, "help": doc, **more}
-
-
-_read_seconds = _reader(methods.TIMEOUT)
+_seconds = _reader(methods.TIMEOUT)
 
 #: The options that several verbs have, as ``add_argument`` takes them.
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
-    "--json": _flag("print what the wire said, one JSON text"),
+    "--json": _rules("print what the wire said, one JSON text"),
     "--version": {"action": "version", "version": f"forgather-control {VERSION}"},
-    "--force": _flag("do not ask"),
-    "--connect": _with("ADDRESS", _address, "tcp://HOST:PORT, tls://HOST:PORT or unix:PATH"),
+    "--force": _rules("do not ask"),
+    "--connect": _rules("tcp://HOST:PORT, tls://HOST:PORT or unix:PATH", "ADDRESS", _address),
     # Never the token itself: every user of this host sees the arguments of every process.
-    "--token-file": _with(
-        "FILE", _first_line, "holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's "
-        "endpoint.json", dest="token",
+    "--token-file": _rules(
+        "holds the token to be shown there; else $FORGATHER_CONTROL_TOKEN, else the job's endpoint.json",
+        "FILE", _first_line, dest="token",
     ),
-    "--ssh": _with("HOST", _host, "do it on that host, over ssh: an alias, or [USER@]HOST; no port is opened for it"),
-    "--remote": _with("HOST:PORT", _port, "the jobs of another host, listed by the job at this port"),
-    "--wait": _flag("return when it is finished"),
-    "--timeout": _with("SECONDS", _read_seconds, "give up waiting after this time, with exit code 5 (implies --wait)"),
-    "--kill-after": _with("SECONDS", _read_seconds, "wait, then kill its processes on this host that have not ended"),
-    "--reason": _with("TEXT", _reader(methods.REASON), "why; kept in the command's record", dest=PARAM + "reason"),
-    "--until-input-ends": _flag("do not wait for replies after it"),
+    "--ssh": _rules("do it on that host, over ssh: an alias, or [USER@]HOST; no port is opened for it", "HOST", _host),
+    "--remote": _rules("the jobs of another host, listed by the job at this port", "HOST:PORT", _port),
+    "--wait": _rules("return when it is finished"),
+    "--timeout": _rules("give up waiting after this time, with exit code 5 (implies --wait)", "SECONDS", _seconds),
+    "--kill-after": _rules("wait, then kill its processes on this host that have not ended", "SECONDS", _seconds),
+    "--reason": _rules("why; kept in the command's record", "TEXT", _reader(methods.REASON), dest=PARAM + "reason"),
+    "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Options may stand before or after the verb and the JOB: the words are sorted fir
 import argparse
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import partial
 from typing import Any, Final, NoReturn
 
 from ..wire.builtin import BUILTIN
@@ -158,18 +158,14 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def _parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    as_written = partial(argparse.RawDescriptionHelpFormatter, width=_width())
     parser = argparse.ArgumentParser(
-        prog=prog, description=doc, epilog=EPILOG, formatter_class=_formatter, allow_abbrev=False
+        prog=prog, description=doc, epilog=EPILOG, formatter_class=as_written, allow_abbrev=False
     )
     options.add(parser, "--json", "--version")
     return parser
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, width=_width())
-
-
-@cache
 def _width() -> int:
     """Return the columns for help. argparse would ask shutil, which imports compressors, for each argument."""
     try:
