@@ -17,7 +17,6 @@ from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..wire import jsonrpc
 from ..wire.builtin import BUILTIN
-from ..wire.records import CommandRecord
 from . import output, parser, terminal
 from .exit_codes import DONE, INTERRUPTED, NO_ANSWER, REFUSED, USAGE, exit_code
 from .terminal import Refusal, complain, print_answer, print_json, print_text
@@ -109,6 +108,8 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, job: str, record: Any) -> int:
+    from ..wire.records import CommandRecord
+
     trouble = CommandRecord.from_json(record).trouble
     if trouble is None:
         print_answer(args.json, record, output.outcome, job, record)

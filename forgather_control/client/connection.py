@@ -2,18 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import states
 from ..deadline import Deadline
 from ..errors import CommandFailed, ControlError, InternalError, JobDead, JobNotAnswering, NoSuchJob, NotAuthenticated
 from ..wire import jsonrpc
-from ..wire.records import CommandRecord
 from . import limits
 from .events import EventQueue
 from .peer import Peer
 from .target import Target
 
+if TYPE_CHECKING:
+    from ..wire.records import CommandRecord  # only commands need it
 _Params = dict[str, Any] | list[Any]
 
 
@@ -101,13 +102,15 @@ class Client:
             raise reply.error
         return reply.result
 
-    def command(self, name: str, **params: Any) -> CommandRecord:
+    def command(self, name: str, **params: Any) -> "CommandRecord":
         """Give a command and return its record; parameters as on the wire, ``None`` left out.
 
         Raises:
             CommandFailed: it failed, or was cancelled, while this call waited.
             DeadlinePassed: ``timeout`` passed first; the command is still carried out.
         """
+        from ..wire.records import CommandRecord
+
         record = CommandRecord.from_json(self.give(name, **params))
         if record.trouble is not None:
             raise CommandFailed(record.trouble, **record.to_json())

@@ -16,7 +16,7 @@ from . import limits
 def connection_lost(record: JobRecord, note: str) -> ControlError:
     """Explain a connection that ended without an answer; ``note`` says what this means, to append to a sentence."""
     now, state = _after_exit(record)
-    job, process = record.job_id, _process(record)
+    job, process = record.job_id, f"pid {record.pid} on {record.host}"
     if now is not None and not now.is_same_run(record):
         return _restarted(now, note)
     if state == states.JOB_DEAD:
@@ -48,7 +48,7 @@ def _after_exit(record: JobRecord) -> tuple[JobRecord | None, str]:
 def unreachable(record: JobRecord) -> ControlError:
     """Explain a socket that nothing listens at."""
     now = registry.named(jobs_dir(), record.job_id)
-    job, process = record.job_id, _process(record)
+    job, process = record.job_id, f"pid {record.pid} on {record.host}"
     if now is None:
         return NoSuchJob(f"Job {job} has just ended", job=job)
     if not now.is_same_run(record):
@@ -67,9 +67,5 @@ def unreachable(record: JobRecord) -> ControlError:
 def _restarted(now: JobRecord, note: str) -> JobDead:
     count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
     which = f", restart {count}" if count else ""
-    text = f"Job {now.job_id} was restarted as {_process(now)}{which}, before it answered{note}. Repeat the request"
+    text = f"Job {now.job_id} was restarted as pid {now.pid} on {now.host}{which}, before it answered{note}. Repeat the request"
     return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)
-
-
-def _process(record: JobRecord) -> str:
-    return f"pid {record.pid} on {record.host}"
