@@ -67,5 +67,6 @@ def unreachable(record: JobRecord) -> ControlError:
 def _restarted(now: JobRecord, note: str) -> JobDead:
     count = now.launch and (now.launch.restart_count or now.launch.slurm_restart_count)
     which = f", restart {count}" if count else ""
-    text = f"Job {now.job_id} was restarted as pid {now.pid} on {now.host}{which}, before it answered{note}. Repeat the request"
+    where = f"as pid {now.pid} on {now.host}{which}"
+    text = f"Job {now.job_id} was restarted {where}, before it answered{note}. Repeat the request"
     return JobDead(text, job=now.job_id, pid=now.pid, host=now.host)
