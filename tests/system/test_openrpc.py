@@ -14,6 +14,7 @@ from ..support.harness import needs, running_loop
 
 pytestmark = [pytest.mark.openrpc, needs("npm"), pytest.mark.timeout(600)]
 
+INSTALL = ("npm", "install", "--no-audit", "--no-fund", "--fetch-retries=1")
 GENERATOR, TYPESCRIPT = "@open-rpc/generator@1.22.3", "typescript@5.9.3"
 
 VALIDATE = """
@@ -43,17 +44,16 @@ export async function use(job: ForgatherControl): Promise<string | null> {
 
 
 def run(folder, *words):
-    """What a program prints; the test fails with it where the program does."""
+    """Run a program; the test fails with its output where the program fails."""
     done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
     """The generator and the compiler, installed."""
     folder = tmp_path_factory.mktemp("tools")
-    run(folder, "npm", "install", "--prefix", ".", "--no-audit", "--no-fund", GENERATOR, TYPESCRIPT)
+    run(folder, *INSTALL, "--prefix", ".", GENERATOR, TYPESCRIPT)
     return folder / "node_modules" / ".bin"
 
 
@@ -66,7 +66,7 @@ def test_a_generated_client_compiles(tools, tmp_path):
     words = ("-d", "openrpc.json", "-o", ".", "-t", "client", "-l", "typescript", "-n", "forgather")
     run(tmp_path, tools / "open-rpc-generator", "generate", *words)
     client = tmp_path / "client" / "typescript"
-    run(client, "npm", "install", "--omit=dev", "--no-audit", "--no-fund")
+    run(client, *INSTALL, "--omit=dev")
     (client / "openrpc.json").write_text((tmp_path / "openrpc.json").read_text())
     run(client, "node", "-e", VALIDATE)
     (client / "src" / "use.ts").write_text(PROGRAM)
