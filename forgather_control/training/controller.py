@@ -29,7 +29,7 @@ from typing import Any
 
 from .. import states
 from ..errors import JobEnding
-from ..processes import stacks
+from ..processes import stacks, threads
 from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
 from ..wire.builtin import BUILTIN, TrainingLoop
@@ -110,6 +110,7 @@ class Controller:
             step, poll_steps = self.last_step, self._options.poll_steps
             self._group = select.select_group(self, self._options.job_id or "", step, poll_steps, self._log_steps)
             try:
+                threads.check()
                 if self.is_main:
                     self._publish()
             except Exception as err:
