@@ -36,8 +36,10 @@ JOB_STATES: Final[tuple[str, ...]] = get_args(JobState)
 RANK_ANSWERING: Final = "answering"  #: It answered.
 RANK_SILENT: Final = "silent"  #: It did not answer in time.
 RANK_ENDED: Final = "ended"  #: Its training ended.
-RANK_ABSENT: Final = "absent"  #: It never joined, or was lost, or its process is gone.
-RankState = Literal["answering", "silent", "ended", "absent"]
+RANK_NEVER_JOINED: Final = "never joined"  #: It has not joined the agreement of the ranks, or not yet.
+RANK_UNKNOWN: Final = "unknown"  #: It cannot be asked: the ranks only poll, or control failed there.
+RANK_ABSENT: Final = "absent"  #: Its process is proven to have ended.
+RankState = Literal["answering", "silent", "ended", "never joined", "unknown", "absent"]
 RANK_STATES: Final[tuple[str, ...]] = get_args(RankState)
 
 # A command, in the order of its life; the last three states are final.

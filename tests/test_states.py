@@ -26,7 +26,7 @@ def test_a_type_lists_the_constants_of_its_group(group):
     """In the same order, and each constant is named after its word."""
     members = {name: value for name, value in WORDS.items() if name.startswith(f"{group}_")}
     assert tuple(members.values()) == typing.get_args(GROUPS[group])
-    assert all(name == f"{group}_{value.upper()}" for name, value in members.items())
+    assert all(name == f"{group}_{value.upper().replace(' ', '_')}" for name, value in members.items())
 
 
 def test_each_word_belongs_to_a_group():

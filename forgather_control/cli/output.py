@@ -17,9 +17,17 @@ _COLOURS: Final = {
     states.RANK_ANSWERING: "32",
     states.JOB_SILENT: "33",
     states.JOB_DEAD: "31",
+    states.RANK_NEVER_JOINED: "33",
+    states.RANK_UNKNOWN: "33",
     states.RANK_ABSENT: "31",
     states.JOB_FOREIGN: "36",
     states.RANK_ENDED: "36",
+}
+_RANK_REMARKS: Final = {
+    states.RANK_SILENT: "no answer in time",
+    states.RANK_NEVER_JOINED: "never joined, so commands cannot be carried out",
+    states.RANK_UNKNOWN: "cannot be asked",
+    states.RANK_ABSENT: "gone",
 }
 _KILL_OUTCOMES: Final = {
     states.KILL_ENDED: "ended after SIGTERM",
@@ -136,7 +144,8 @@ def _process_line(status: dict[str, Any]) -> str:
     ranks, memory, cpu, device = map(status.get, ("world_size", "rss_bytes", "cpu_percent", "device_memory_bytes"))
     parts = [f"pid {status['pid']} on {status['host']}"]
     if ranks not in (None, 1):
-        parts.append(f"{ranks} ranks")
+        missing = status.get("ranks_not_joined")
+        parts.append(f"{ranks} ranks" + (f" ({_ranks(missing)} never joined)" if missing else ""))
     if memory is not None:
         parts.append(mebibytes(memory))
     if cpu is not None:
@@ -209,8 +218,10 @@ def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
     behind = {rank: foremost - step for rank, step in steps.items() if step < foremost}
     remarks = {
         f"behind, by {max(behind.values(), default=0)} at most": list(behind),
-        "no answer in time": [row["rank"] for row in rows if row.get("state") == states.RANK_SILENT],
-        "gone": [row["rank"] for row in rows if row.get("state") == states.RANK_ABSENT],
+        **{
+            remark: [row["rank"] for row in rows if row.get("state") == state]
+            for state, remark in _RANK_REMARKS.items()
+        },
     }
     table = _table(_RANK_COLUMNS, [{**row, "behind": behind.get(row["rank"])} for row in rows], colour)
     return "\n".join([table, *(f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks)])

@@ -25,6 +25,9 @@ GRACE: Final = 10.0
 #: Seconds for the stacks of one rank: see ``stack_dump.dump_stacks``.
 _DUMP_TIMEOUT: Final = 6.0
 
+#: States of ranks that may run or not.
+_UNPROVEN: Final = (states.RANK_SILENT, states.RANK_UNKNOWN)
+
 
 class JobProcesses(NamedTuple):
     """The processes of a job, as it recorded them."""
@@ -81,14 +84,14 @@ def _row(rank: RankRecord) -> dict[str, Any]:
 
 
 def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
-    """Return the view that a job's answer gives; silent ranks whose process is proven to be gone are absent.
+    """Return the view that a job's answer gives; unknown ranks whose process is proven to be gone are absent.
 
     InternalError: the answer is no list of ranks.
     """
     if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
         raise InternalError("the job's answer is no list of ranks; is its version another one?")
     known = processes or JobProcesses([], 0, os.geteuid())  # none, of a job of another host
-    silent = {row["rank"] for row in rows if row.get("state") == states.RANK_SILENT}
+    silent = {row["rank"] for row in rows if row.get("state") in _UNPROVEN}
     gone = {
         one.rank for one in known.ranks if one.rank in silent and liveness.judge(one.identity) == states.PROCESS_GONE
     }
@@ -96,11 +99,11 @@ def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
 
 
 def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Return the rows with the stacks of silent ranks of this host, and for other silent ranks why there are none."""
+    """Return the rows with the stacks of silent and unknown ranks of this host, and for others why there are none."""
     from concurrent.futures import ThreadPoolExecutor
 
     known = {rank.rank: rank for rank in view.processes.ranks}
-    silent = [row["rank"] for row in view.rows if row.get("state") == states.RANK_SILENT and not row.get("stacks")]
+    silent = [row["rank"] for row in view.rows if row.get("state") in _UNPROVEN and not row.get("stacks")]
     with ThreadPoolExecutor(32) as pool:
         found = dict(zip(silent, pool.map(lambda rank: _stacks_of(known.get(rank)), silent)))
     rows = []

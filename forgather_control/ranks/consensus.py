@@ -243,8 +243,15 @@ class Coordinator:
     def state(self, rank: int) -> states.RankState:
         """Return the state of a rank that did not answer."""
         if rank in self._absent:
-            return states.RANK_ABSENT
-        return states.RANK_ENDED if rank in self._left else states.RANK_SILENT
+            return states.RANK_NEVER_JOINED
+        if rank in self._left:
+            return states.RANK_ENDED if self._left[rank] is None else states.RANK_UNKNOWN
+        return states.RANK_SILENT
+
+    @property
+    def absent(self) -> list[int]:
+        """The other ranks that never joined: until they do, no round begins."""
+        return sorted(self._absent - {0})
 
     @property
     def owed(self) -> bool:

@@ -140,7 +140,15 @@ class RankGroup(ABC):
 
     def state(self, rank: int) -> states.RankState:
         """Return the state of a rank that did not answer a query. Rank 0, any thread."""
-        return states.RANK_SILENT if rank == self.rank else states.RANK_ABSENT
+        return states.RANK_SILENT if rank == self.rank else states.RANK_UNKNOWN
+
+    def not_joined(self) -> list[int]:
+        """Return the ranks that never joined. Rank 0, any thread."""
+        return []
+
+    def obstacle(self) -> str | None:
+        """Return why no command can be agreed on until that changes; ``None`` if nothing is in the way. As above."""
+        return None
 
     def description(self, rank: int) -> dict[str, Any]:
         """Return what a rank told of itself; nothing before it joined. Rank 0, any thread."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+#: From a rank's start until control counts as missing on the ranks that have not joined: commands are refused then. At
+#: most a tick of the server later those that wait have failed, 30 s in all.
+JOIN_TIMEOUT: Final = 20.0
 #: In which all ranks must answer a Prepare. They answer in milliseconds, unless C code holds their interpreter's
 #: lock; to hold training any longer would do more harm than to try again later.
 READY_TIMEOUT: Final = 10.0

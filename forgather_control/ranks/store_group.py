@@ -35,6 +35,7 @@ class StoreGroup(RankGroup):
         self._lock = threading.Condition()
         self._participant = consensus.Participant(rank, step)
         self._channel = StoreChannel(connect, rank, self._on_message, self._on_idle, self._on_lost)
+        self._join_by = time.monotonic() + limits.JOIN_TIMEOUT
         self._lost: str | None = None  # why this rank takes part no more
         self._agreement_lost = threading.Lock()  # acquired for good by the thread that tells the delegate so
 
@@ -185,6 +186,14 @@ class CoordinatorGroup(StoreGroup):
     def state(self, rank: int) -> states.RankState:
         with self._lock:
             return self._coordinator.state(rank)
+
+    def not_joined(self) -> list[int]:
+        with self._lock:
+            return self._coordinator.absent
+
+    def obstacle(self) -> str | None:
+        missing = self.not_joined()
+        return failures.not_joined(missing) if missing and time.monotonic() >= self._join_by else None
 
     def _others(self) -> list[int]:
         """The other ranks that take part."""

@@ -156,6 +156,11 @@ class CommandQueue:
         """Note that the command will not be finished, and why; ``result`` is the part of it that happened."""
         self._change(command_id, **_failure(error), result=result)
 
+    def fail_pending(self, error: ControlError) -> None:
+        """Fail every pending command."""
+        with self._lock:
+            self._fail(self._take_pending(), error)
+
     def close(self, error: ControlError, pending_only: bool = False) -> None:
         """Fail every unfinished command, or every pending one, and refuse all that come later. May be called twice."""
         with self._lock:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .. import states
-from ..errors import CommandFailed, ControlError
+from ..errors import CommandFailed, CommandRefused, ControlError
 from ..ranks.group import RankGroup
 from ..wire.builtin import TrainingLoop
 from ..wire.methods import Method, MethodTable
@@ -210,6 +210,8 @@ class CommandTracker:
         """Queue the command of a signal that some rank received."""
         method = self.methods[command]
         try:
+            if why := self.group().obstacle():
+                raise CommandRefused(why)
             self.queue.submit(command, None, method.own_params(method.bind({})), None, _SIGNAL)
         except ControlError as err:
             log.warning("Ignored the signal for %s: %s", command, err)

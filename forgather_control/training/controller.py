@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from .. import states
-from ..errors import JobEnding
+from ..errors import CommandRefused, JobEnding
 from ..processes import stacks, threads
 from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
@@ -82,6 +82,7 @@ class Controller:
         self._queries: JobQueries | None = None  # of rank 0
         self._closed = False  # or abandoned in a forked child
         self._orphaned: str | None = None
+        self._warned = False  # of ranks that never joined
         self._call: stacks.Call | None = None  # of the trainer, in which the run began
         self._ended = threading.Event()
         # What integrations note on the training thread of any rank; see the methods that are behind it.
@@ -289,6 +290,11 @@ class Controller:
             self._call, self.state.ended = None, True
             self._orphaned = self._orphaned or "training ended by an exception"
             self._queue.close(JobEnding(self._orphaned), pending_only=True)
+        if (why := self._group.obstacle()) is not None:
+            if not self._warned:
+                log.warning(failures.NOT_JOINED, why)
+            self._warned = True
+            self._queue.fail_pending(CommandRefused(f"the command was not carried out: {why}"))
 
     def _is_controlled(self) -> bool:
         """Return whether the training thread, its integration and the trainer's call exist; end control if not."""

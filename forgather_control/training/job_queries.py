@@ -96,7 +96,7 @@ class JobQueries:
         late = 0.0 if expires_at is None else time.time() - expires_at
         if late > 0:
             raise CommandExpired(f"{method.name} expired {late:.1f} s before the job read it; nothing was done")
-        if why := self._unavailable.get(method.name):
+        if why := self._unavailable.get(method.name) or self.group.obstacle():
             raise CommandRefused(f"{method.name} cannot be run: {why}")
         for need in method.needs:
             if why := self.loop.cannot(need, own):
@@ -159,8 +159,9 @@ class JobQueries:
         recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
         commands = [record.to_json() for record in records if not record.is_final or record in recent]
         values, missing = self._devices.known(self.state.metrics)
-        pending = {"pending_metrics": missing} if missing else {}
-        known = {"metrics": values, **pending, "world_size": self.group.size, "commands": commands}
+        lacks = {"pending_metrics": missing, "ranks_not_joined": self.group.not_joined()}
+        known = {"metrics": values, "world_size": self.group.size, "commands": commands}
+        known.update((name, names) for name, names in lacks.items() if names)
         return {**self.state.report(), **known}
 
     def authenticate(self, token: Any) -> dict[str, Any]:

@@ -170,7 +170,14 @@ def test_status():
             "error": {"code": 1, "message": "no"},
         },
     ]
-    more = {"world_size": 8, "rss_bytes": 3 << 20, "cpu_percent": 99.6, "device_memory_bytes": 1 << 30}
+    more = {
+        "world_size": 8,
+        "ranks_not_joined": [3, 7],
+        "rss_bytes": 3 << 20,
+        "cpu_percent": 99.6,
+        "device_memory_bytes": 1 << 30,
+    }
+    process = "pid 4242 on node, 8 ranks (ranks 3, 7 never joined), 3 MiB, 100 % cpu, 1024 MiB on devices"
     assert output.status_screen({**STATUS, "commands": commands, **more}, unicode=False).splitlines() == [
         "job  training",
         "[################................]  50.0 %  step 500 of 1000",
@@ -179,7 +186,7 @@ def test_status():
         "save_checkpoint applied at step 7",
         "save_checkpoint finished at step 7: /c/checkpoint-7",
         "abort failed: no",
-        "pid 4242 on node, 8 ranks, 3 MiB, 100 % cpu, 1024 MiB on devices, started 1970-01-01 00:00:00",
+        f"{process}, started 1970-01-01 00:00:00",
     ]
 
 
@@ -308,17 +315,21 @@ BARE = {**dict.fromkeys(RANK), "rank": 1, "host": "node", "pid": 4243, "state": 
 
 
 def test_rank_table():
-    """Columns are aligned, unknown values are dashes, and the last lines name late, silent and gone ranks."""
+    """Columns are aligned, unknown values are dashes, and the last lines name the ranks that need attention."""
     late = {**RANK, "rank": 2, "step": 117, "seconds_since_step": 65.0, "device": "cpu", "device_memory_bytes": None}
-    gone = {**BARE, "rank": 3, "state": "absent"}
-    assert output.rank_table([RANK, BARE, late, gone], colour=False).splitlines() == [
-        "RANK  HOST  PID   STATE      STEP  BEHIND  LAST STEP   MEMORY  DEVICE",
-        "0     node  4242  answering  120   -       0.4 s ago   3 MiB   cuda:0 NVIDIA H200, 5120 MiB",
-        "1     node  4243  silent     -     -       -           -       -",
-        "2     node  4242  answering  117   3       1m 05s ago  3 MiB   cpu",
-        "3     node  4243  absent     -     -       -           -       -",
+    others = [{**BARE, "rank": 3 + n, "state": state} for n, state in enumerate(("absent", "never joined", "unknown"))]
+    assert output.rank_table([RANK, BARE, late, *others], colour=False).splitlines() == [
+        "RANK  HOST  PID   STATE         STEP  BEHIND  LAST STEP   MEMORY  DEVICE",
+        "0     node  4242  answering     120   -       0.4 s ago   3 MiB   cuda:0 NVIDIA H200, 5120 MiB",
+        "1     node  4243  silent        -     -       -           -       -",
+        "2     node  4242  answering     117   3       1m 05s ago  3 MiB   cpu",
+        "3     node  4243  absent        -     -       -           -       -",
+        "4     node  4243  never joined  -     -       -           -       -",
+        "5     node  4243  unknown       -     -       -           -       -",
         "behind, by 3 at most: rank 2",
         "no answer in time: rank 1",
+        "never joined, so commands cannot be carried out: rank 4",
+        "cannot be asked: rank 5",
         "gone: rank 3",
     ]
 
@@ -336,7 +347,7 @@ def test_many_ranks_are_counted():
     assert last == "behind, by 1 at most: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
 
 
-@pytest.mark.parametrize("state", ["answering", "silent", "ended", "absent"])
+@pytest.mark.parametrize("state", states.RANK_STATES)
 def test_rank_colour_changes_no_width(state):
     """Colour is put around the state's cell; an unknown state has none."""
     rows = [RANK, {**BARE, "state": state}, {**BARE, "rank": 2, "state": "\x1b[31m"}]

@@ -131,14 +131,15 @@ def test_a_directory_that_is_gone(jobs_dir):
 
 
 def test_query_returns_what_the_job_answers(jobs_dir):
-    """Rows are unchanged, but a silent rank whose process is proven to be gone is absent."""
-    with ranks(WAITS, WAITS) as ((alive, dead), others):
-        dead.kill()
-        answer = [row(0, "answering"), row(1), row(2), row(3), row(4, "ended")]
+    """Rows are unchanged, but a silent or unknown rank whose process is proven to be gone is absent."""
+    with ranks(WAITS, WAITS, WAITS) as ((alive, *dead), others):
+        for each in dead:
+            each.kill()
+        answer = [row(0, "answering"), row(1), row(2), row(3, "unknown"), row(4, "ended"), row(5, "unknown")]
         with answering(jobs_dir, answer, others) as known:
             view = recovery.query(known, "ranks", 1.0)
         assert alive.popen.poll() is None
-    assert [one["state"] for one in view.rows] == ["answering", "silent", "absent", "silent", "ended"]
+    assert [one["state"] for one in view.rows] == ["answering", "silent", "absent", "absent", "ended", "unknown"]
     assert view.problem is None and view.rows[0] == answer[0]
 
 
@@ -181,18 +182,18 @@ def test_query_of_a_job_whose_rank_0_is_gone(jobs_dir):
 # Stacks...
 
 
-def test_stacks_of_silent_ranks_are_read_from_outside(jobs_dir):
+def test_stacks_of_silent_and_unknown_ranks_are_read_from_outside(jobs_dir):
     """Waiting ranks write a Python dump; an answered stack stays; the other ranks are listed with the reason."""
     with ranks(WAITS, WAITS) as ((_, dead), others):
         far = RankRecord.of(3, current_process()._replace(host="another.example.org"), 5)
         none = RankRecord.of(4, current_process(), None)
-        answer = [row(0, "answering", stacks="mine"), *map(row, range(1, 6)), row(6, "ended")]
+        answer = [row(0, "answering", stacks="mine"), row(1, "unknown"), *map(row, range(2, 6)), row(6, "ended")]
         with answering(jobs_dir, answer, others) as known:
             rank_processes.write(str(jobs_dir / "job"), [*recovery.job_processes(known).ranks, far, none])
             view = recovery.query(known, "stacks", 1.0)
         dead.kill()
         rows, why = recovery.read_stacks(view)
-    assert rows[0] == answer[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "silent"
+    assert rows[0] == answer[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "unknown"
     assert [one["stacks"] for one in rows[2:]] == [None] * 5 and rows[2]["state"] == "absent"
     assert why.keys() == {2, 3, 4, 5}
     assert "gone" in why[2] and "another.example.org" in why[3] and "has no stack dumper" in why[4] and why[4] == why[5]

@@ -956,7 +956,12 @@ def test_no_round_begins_before_all_have_joined():
     """Not even then, if nothing is pending."""
     made = Coordinator(2)
     made.receive(Join(0, {}))
-    assert (made.next(0.0, True), made.delay(0.0, True), made.state(1)) == ([], None, "absent")
+    assert (made.next(0.0, True), made.delay(0.0, True), made.state(1), made.absent) == (
+        [],
+        None,
+        "never joined",
+        [1],
+    )
     made.receive(Join(1, {}))
     assert (made.next(0.0, False), made.delay(0.0, False), made.state(1)) == ([], None, "silent")
     assert made.next(0.0, True) == [Send((0, 1), Prepare(1))]
@@ -1147,7 +1152,12 @@ def test_a_fault_ends_all_agreement():
     made.receive(Leave(1, 0, "it broke"))
     assert made.next(0.0, True) == [consensus.Decide(1, None)]
     made.decided(Commit(1, None, []), (), 0.0)
-    assert (made.next(1000.0, True), made.fault, made.state(1)) == ([], "it broke", "ended")
+    assert (made.next(1000.0, True), made.fault, made.state(1), made.state(2)) == (
+        [],
+        "it broke",
+        "unknown",
+        "silent",
+    )
 
 
 def test_only_the_first_leave_of_a_rank_counts():

@@ -14,6 +14,15 @@ def test_control_off_says_what_happened_to_what_and_what_next():
     )
 
 
+def test_ranks_that_never_joined_are_named():
+    """With the time and what to do; of many ranks a few, and their number."""
+    assert failures.not_joined([1]) == (
+        "rank 1 never joined within 20 s; control must be on in every rank of the process group, with the same job_id "
+        "(callback or TrainingJob)"
+    )
+    assert failures.not_joined(range(1, 1000)).startswith("ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more never joined")
+
+
 def test_ranks_are_listed_in_the_singular_and_the_plural():
     """As English does."""
     assert failures.not_reported([3]) == "rank 3 had not reported when rank 0 ended"

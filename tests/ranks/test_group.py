@@ -28,7 +28,7 @@ def group(delegate):
 def test_one_process_is_all_ranks(delegate, group):
     """It joins itself, knows itself, and no other rank."""
     assert (group.rank, group.size, delegate.notes("joined")) == (0, 1, [{0: {"pid": 0}}])
-    assert group.description(0) == delegate.describe() and group.description(1) == {} and group.state(1) == "absent"
+    assert group.description(0) == delegate.describe() and group.description(1) == {} and group.state(1) == "unknown"
     assert group.query("ranks").answers == {0: {"rank": 0, "what": "ranks"}}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from forgather_control.errors import JobEnding
-from forgather_control.ranks import keys, limits
+from forgather_control.ranks import failures, keys, limits
 from forgather_control.ranks.channel import StoreSender
 from forgather_control.ranks.store_group import CoordinatorGroup, StoreGroup
 from forgather_control.wire.records import Outcome, ScheduledCommand
@@ -255,10 +255,14 @@ def test_a_rank_that_is_not_there_yet(store):
         begun = made[1].step
         until(lambda: made[1].step > begun + 100)
         assert [made[0].state(name), made[0].holds, made[1].holds] == ["accepted", 0, 0]
-        assert [made[0].group.state(rank) for rank in range(3)] == ["silent", "silent", "absent"]
+        assert made[0].group.not_joined() == [2] and made[0].group.obstacle() is None
+        made[0].group._join_by = 0.0
+        assert made[0].group.obstacle() == failures.not_joined([2])
+        assert [made[0].group.state(rank) for rank in range(3)] == ["silent", "silent", "never joined"]
         made[2].pace = lambda step: None if step < made[0].step else time.sleep(0.3 * MS)
         made[2].begin()
         until(lambda: all(rank.applied for rank in made))
+        assert made[0].group.not_joined() == [] and made[0].group.obstacle() is None
     same(made)
     assert made[0].state(name) == "finished"
 

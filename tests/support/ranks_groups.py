@@ -10,11 +10,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .harness import ROOT, SOON
 from .ranks_delegate import Delegate
 from .torchrun import ENVIRONMENT
+
+
+@contextmanager
+def one_of_two(kind: str = "HashStore", *args: Any) -> Iterator[Any]:
+    """Make this process rank 0 of a process group whose rank 1 does not exist; a backend of torch's own tests."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers it
+
+    store = getattr(dist, kind)(*args)
+    dist.init_process_group("fake", store=store, rank=0, world_size=2)
+    try:
+        yield store
+    finally:
+        dist.destroy_process_group()
 
 
 def run_ranks(size: int, poll_steps: int = 0) -> list[Any]:

@@ -36,6 +36,9 @@ class Group:
         """As ``RankGroup``; the test decides when the others have reported."""
         self.callbacks[command_id] = callback
 
+    def obstacle(self):
+        """As ``RankGroup``."""
+
     def all_report(self, outcomes=None, fault=None):
         """All ranks have reported for everything."""
         mine = {command_id: outcome for kind, command_id, outcome in filter(lambda s: s[0] == "report", self.sent)}

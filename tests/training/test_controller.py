@@ -16,6 +16,7 @@ import pytest
 
 import forgather_control
 from forgather_control import errors
+from forgather_control.ranks import limits as rank_limits
 from forgather_control.server import limits
 from forgather_control.training import limits as training_limits
 from forgather_control.training.controller import Controller
@@ -24,6 +25,7 @@ from forgather_control.training.options import ControlOptions
 from forgather_control.wire.methods import COMMON, Method
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
+from ..support.ranks_groups import one_of_two
 
 
 @pytest.fixture
@@ -290,6 +292,29 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
         Controller(ControlOptions("job"), RequestedActions()).start()
     assert not (jobs_dir / "job").exists()
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+@needs_torch
+def test_a_rank_that_never_joins(monkeypatch, jobs_dir, caplog):
+    """It is named, commands fail and are refused with that reason, one warning says so; training continues."""
+    monkeypatch.setattr(rank_limits, "JOIN_TIMEOUT", 0.2)
+    with one_of_two(), caplog.at_level(logging.WARNING), forgather_control.TrainingJob("job") as job:
+        with Wire(jobs_dir / "job" / "control.sock") as wire:
+            record = give(wire, "graceful_stop")
+            assert record["state"] == "accepted" and give(wire, "status")["ranks_not_joined"] == [1]
+            assert [row["state"] for row in give(wire, "ranks")] == ["answering", "never joined"]
+            until(lambda: give(wire, "list_commands")[0]["state"] == "failed")
+            failed = give(wire, "get_command", command_id=record["command_id"])
+            assert "rank 1 never joined" in failed["error"]["message"]
+            refused = wire.call("abort")["error"]
+            assert refused["code"] == errors.CommandRefused.code and "rank 1 never joined" in refused["message"]
+        job._controller.submit("save_checkpoint")
+        for step in range(1, 5):
+            job.step(step)
+        assert not job.should_stop and not job.should_save
+    warnings = [entry.getMessage() for entry in caplog.records]
+    assert len(warnings) == 2 and "rank 1 never joined" in warnings[0]
+    assert warnings[1].startswith("Ignored the signal for save_checkpoint: rank 1 never joined")
 
 
 def test_closing_twice_is_closing_once(job, jobs_dir):
