@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, Final
 
 from ..errors import Unsupported
 from . import keys, limits, poll
@@ -17,6 +17,8 @@ log = logging.getLogger("forgather_control")
 
 #: How many channels this process has opened under each name: each training run has keys of its own.
 _opened: Counter[str] = Counter()
+
+_TOO_LATE: Final = "torch.distributed.init_process_group was not called before the job was opened; call it first"
 
 
 def select_group(
@@ -56,6 +58,17 @@ def select_group(
         raise Unsupported(f"torch.distributed's {why} cannot be reached: {str(err).partition(chr(10))[0]}") from err
 
 
+def check_alone(group: RankGroup) -> None:
+    """Check that a process whose group was selected as one process is not one of several ranks by now.
+
+    Raises:
+        Unsupported: it is; a command to this rank alone would leave the others waiting in a collective for ever.
+    """
+    if group.size == 1 and (dist := _distributed()) is not None:
+        size = int(dist.get_world_size())
+        raise Unsupported(f"this process is one of {size} ranks, but {_TOO_LATE}", world_size=size)
+
+
 def _distributed() -> Any:
     """Return torch.distributed if this process is one of several ranks, ``None`` if it is alone."""
     # A process that trains with several ranks has imported torch; any other must not pay for it here.
@@ -67,8 +80,7 @@ def _distributed() -> Any:
     except ValueError:
         size = 1
     if size > 1:
-        why = "torch.distributed.init_process_group was not called before training began; call it first"
-        raise Unsupported(f"this process is one of {size} ranks, but {why}", world_size=size)
+        raise Unsupported(f"this process is one of {size} ranks, but {_TOO_LATE}", world_size=size)
     return None
 
 

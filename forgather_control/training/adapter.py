@@ -30,13 +30,17 @@ def guarded(method: Hook) -> Hook:
     def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
+        except ControlError as err:
+            log.warning("Control is off for this run: %s. Training continues.", err)
+            why = str(err)
         except Exception:  # boundary: nothing raises into the training loop
             log.exception("Control is off for this run because of an error in it. Training continues.")
-            try:
-                self._close("control failed in the job", "control failed there, and training continues")
-            except Exception:  # boundary: the last one
-                log.exception("The control server could not be closed.")
-            return None
+            why = "control failed in the job"
+        try:
+            self._close(why, "control failed there, and training continues")
+        except Exception:  # boundary: the last one
+            log.exception("The control server could not be closed.")
+        return None
 
     return cast(Hook, call)
 
@@ -101,7 +105,7 @@ class Adapter:
 
     @guarded
     def _open(self, step: int, max_steps: int | None, log_steps: int | None = None, **facts: Any) -> None:
-        """Start a run. If it cannot be controlled, log one warning and let it train.
+        """Start a run. If it cannot be controlled, ``guarded`` logs one warning and lets it train.
 
         Args:
             facts: see ``RequestedActions``.
@@ -112,11 +116,7 @@ class Adapter:
         if not self._options.enabled:
             return
         controller = Controller(self._options, self._requested, step, max_steps, log_steps)
-        try:
-            controller.start()
-        except ControlError as err:
-            log.warning("Control is off for this run: %s. Training continues.", err)
-            return
+        controller.start()
         self._controller = controller
         try:
             self._signals.install(controller.request)

@@ -163,11 +163,16 @@ class Controller:
     # Work, on the training thread...
 
     def step(self, step: int, epoch: float | None = None) -> None:
-        """Note that ``step`` is finished, and apply what is pending. Every rank, after every step."""
+        """Note that ``step`` is finished, and apply what is pending. Every rank, after every step.
+
+        Raises:
+            Unsupported: at the first step, the job was opened before this process became one of several ranks.
+        """
         self.beat(step, epoch)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # started on one thread, trained on another
         if not self.methods.frozen:
+            select.check_alone(self._group)
             self.methods.frozen = True
             if added := self.methods.added():  # rank 0 compares what each rank added
                 self._group.describe({"methods": added})

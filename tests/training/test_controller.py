@@ -317,6 +317,24 @@ def test_a_rank_that_never_joins(monkeypatch, jobs_dir, caplog):
     assert warnings[1].startswith("Ignored the signal for save_checkpoint: rank 1 never joined")
 
 
+@needs_torch
+def test_a_job_that_is_opened_before_the_process_group(jobs_dir, caplog):
+    """Its first step ends control with one warning, before it applies a command to this rank alone."""
+    with caplog.at_level(logging.WARNING), forgather_control.TrainingJob("job") as job:
+        path = jobs_dir / "job" / "control.sock"
+        with one_of_two(), Wire(path) as wire:
+            wire.send(b'{"jsonrpc":"2.0","id":1,"method":"graceful_stop","params":{"wait":"finished"}}\n')
+            until(lambda: job._controller._queue.pending)
+            job.step(1)
+            error = wire.reply()["result"]["error"]
+            assert "init_process_group was not called before" in error["message"]
+        job.step(2)
+        assert not job.should_stop and not (jobs_dir / "job").exists()
+    (warning,) = caplog.records
+    assert "this process is one of 2 ranks, but torch.distributed.init_process_group" in warning.getMessage()
+    assert warning.exc_info is None
+
+
 def test_closing_twice_is_closing_once(job, jobs_dir):
     """And a closed controller refuses, calmly."""
     job.close()
