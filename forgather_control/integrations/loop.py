@@ -87,14 +87,14 @@ class TrainingJob(Adapter):
     def step(self, step: int, epoch: float | None = None) -> None:
         """Report a finished step (from 1) and the passes over the data, and apply commands. Every rank, every step."""
         self._steps += 1
-        run, requested = self._controller, self._requested
-        if run is None:
+        if not self._is_open():
             if self._steps == 1 and self._depth == 0 and self._options.enabled:
                 log.warning(
                     "Control is off for this loop: it calls step() outside the job's with statement. Training "
                     "continues. Put the loop into: with TrainingJob(...) as job:"
                 )
             return
+        run, requested = self._run, self._requested
         # Otherwise a loop that saves without a report would save at every step from here on.
         if self._saw_save or (requested.save and not run.is_main):
             requested.saved()

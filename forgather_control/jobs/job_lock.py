@@ -25,14 +25,13 @@ import os
 import stat
 from typing import Final
 
+from ..descriptors import Kept
 from . import private_files
 
 LOCK: Final = "lock"
 _OPEN: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # it may be a FIFO
 #: A file system can be remounted read-only while files are open for reading; NFS locks only those open for writing.
 _MODES: Final = (os.O_RDONLY, os.O_RDWR)
-
-FileId = tuple[int, int]
 
 
 class JobLock:
@@ -45,7 +44,7 @@ class JobLock:
 
     def __init__(self, path: str, started_at: float) -> None:
         self._path, self._text = path, _text(started_at)
-        self._file: int | None = None
+        self._file: Kept | None = None
 
     def take(self) -> bool:
         """Put a locked file in place, whatever is there; return False, and leave none, where locks do not work."""
@@ -66,7 +65,7 @@ class JobLock:
         try:
             for mode in _MODES:
                 self._file = _open_noted(hidden, mode, directory)
-                why = _lock(self._file)
+                why = _lock(self._file.number)
                 if why is None:
                     os.rename(hidden, LOCK, src_dir_fd=directory, dst_dir_fd=directory)
                     return True
@@ -82,7 +81,7 @@ class JobLock:
 
     def is_lost(self) -> bool:
         """Return whether the lock was taken, and its descriptor was closed since by others."""
-        return self._file is not None and not _is_ours(self._file)
+        return self._file is not None and not self._file.is_open()
 
     def release(self) -> None:
         """Give the lock up; may be called twice."""
@@ -155,36 +154,25 @@ def _warn(path: str, why: str | None) -> None:
 
 # Descriptors, and forks...
 
-#: The descriptors of locks in this process, and which file each was: others may close them, and reuse their numbers.
-_files: dict[int, FileId] = {}
+_files: set[Kept] = set()  # the descriptors of locks in this process
 _forks = 0
 
 
-def _open_noted(name: str, mode: int, directory: int) -> int:
+def _open_noted(name: str, mode: int, directory: int) -> Kept:
     """Return a descriptor of a file that forked children close."""
     while True:
         forks = _forks
-        file = os.open(name, mode | _OPEN, dir_fd=directory)
-        facts = os.fstat(file)
-        _files[file] = (facts.st_dev, facts.st_ino)
+        file = Kept.of(os.open(name, mode | _OPEN, dir_fd=directory))
+        _files.add(file)
         if forks == _forks:
             return file
         _close(file)  # another thread may have forked before the descriptor was noted
 
 
-def _is_ours(file: int) -> bool:
-    with contextlib.suppress(OSError):
-        facts = os.fstat(file)
-        return _files.get(file) == (facts.st_dev, facts.st_ino)
-    return False
-
-
-def _close(file: int | None) -> None:
-    if file is None:
-        return
-    if _is_ours(file):
-        os.close(file)
-    _files.pop(file, None)
+def _close(file: Kept | None) -> None:
+    if file in _files:
+        _files.discard(file)
+        file.close()
 
 
 def _in_parent() -> None:

@@ -32,6 +32,7 @@ from typing import Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline, lock_file
+from ..descriptors import Kept
 from ..errors import FindError, JobDead, JobNotAnswering
 from . import proc
 from .liveness import Identity, judge
@@ -70,7 +71,7 @@ class StackDumper:
         self.fd: int | None = None
         self._python_stacks = python_stacks
         self._signum: int | None = None
-        self._pipe: tuple[int, int] | None = None
+        self._files: list[Kept] = []  # the pipe's two ends, then the file
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="forgather-stacks", daemon=True)
 
@@ -82,13 +83,15 @@ class StackDumper:
         if signum is None or not hasattr(os, "memfd_create"):
             return False
         try:
-            self._pipe = os.pipe()
+            self._files = list(map(Kept.of, os.pipe()))
             self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
+            self._files.append(Kept.of(self.fd))
             fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_APPEND)  # clients truncate the file to its header
             self._thread.start()
             faulthandler.register(signum, file=self.fd, all_threads=True, chain=False)
             self._signum = signum
-            header = _Header(signum, self._pipe[1], os.fstat(self._pipe[1]).st_ino, self._thread.native_id or 0)
+            pipe = self._files[1]
+            header = _Header(signum, pipe.number, pipe.inode, self._thread.native_id or 0)
             os.write(self.fd, json.dumps(header).encode().ljust(_HEADER_SIZE))
         except (OSError, RuntimeError):  # no descriptors or threads left: training needs the last of them
             self._release()
@@ -97,40 +100,38 @@ class StackDumper:
 
     def close(self) -> None:
         """Stop; may be called twice. While a client is reading a dump, all stays until the process ends."""
-        if self.fd is not None and lock_file(self.fd, Deadline(_CLOSE_TIMEOUT)):
+        if self.fd is not None and (not self._files[-1].is_open() or lock_file(self.fd, Deadline(_CLOSE_TIMEOUT))):
             self._release()
 
     def _release(self) -> None:
         import fcntl
 
-        if self._thread.is_alive() and self._pipe is not None:
+        if self._thread.is_alive():
             self._closing = True
-            os.write(self._pipe[1], b".")
+            if self._files[1].is_open():
+                os.write(self._files[1].number, b".")
             # A signal that was sent to the thread and is still pending ends with it: uncaught, it would kill.
             self._thread.join(_CLOSE_TIMEOUT)
             if self._thread.is_alive():
                 return
         if self._signum is not None:
             faulthandler.unregister(self._signum)
-        if self.fd is not None:
+        if self.fd is not None and self._files[-1].is_open():
             fcntl.flock(self.fd, fcntl.LOCK_UN)  # a forked child shares the lock, and would keep it
-        for file in (self.fd, *(self._pipe or ())):
-            if file is not None:
-                os.close(file)
-        self.fd = self._signum = self._pipe = None
+        for file in self._files:
+            file.close()
+        self.fd, self._signum, self._files = None, None, []
 
     def _serve(self) -> None:
-        assert self.fd is not None and self._pipe is not None
-        while True:
-            os.read(self._pipe[0], 4096)
-            if self._closing:
-                return
+        pipe, _, file = self._files
+        # Other code may have closed them since the last read: the numbers are not used again then.
+        while os.read(pipe.number, 4096) and not self._closing and pipe.is_open() and file.is_open():
             try:
                 text = self._python_stacks()
             except Exception as err:  # boundary: the error is the client's answer
                 text = f"no stacks: {err!r}\n"
             data = text.encode("utf-8", "backslashreplace")
-            os.write(self.fd, _MARK % len(data) + data)
+            os.write(file.number, _MARK % len(data) + data)
 
 
 def dump_stacks(identity: Identity, fd: int, deadline: Deadline) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from ..descriptors import Kept
 from ..errors import NotAuthenticated
 from ..wire import jsonrpc
 from . import limits
@@ -60,6 +61,7 @@ class Connection(ReplySink):
         self.at_end = False
         #: Whether it is in the server's queue, and the events that the selector watches for.
         self.queued, self.watched = False, 0
+        self._file: Kept | None = None
         self.subscription: Subscription | None = None
         #: When the subscription may have more, in ``time.monotonic()`` seconds.
         self.stream_at = math.inf
@@ -128,11 +130,26 @@ class Connection(ReplySink):
         self.moved_at = time.monotonic()
         return result
 
+    def note_file(self) -> None:
+        """Note which socket the descriptor is. Not before the first reply, as each system call delays that."""
+        self._file = self._file or Kept.of(self.fd)
+
+    def is_open(self) -> bool:
+        """Return whether no other code closed the descriptor, as far as it was noted."""
+        return self._file is None or self._file.is_open()
+
     def close(self) -> None:
         """Close the socket and end the subscription."""
         self.broken = True
-        self.sock.close()
+        self.close_socket()
         self.end_subscription()
+
+    def close_socket(self) -> None:
+        """Close the socket, unless other code has."""
+        if self.is_open():
+            self.sock.close()
+        else:
+            self.sock.detach()
 
     def start_subscription(self, subscription: Subscription) -> None:
         """Send the lines of a subscription from now on, in place of the one before."""
@@ -194,7 +211,7 @@ class TlsConnection(Connection):
 
     def close(self) -> None:
         """Send the closing alert, so that the client can tell this from a lost connection, and close the socket."""
-        if self._tls is not None and not self.broken:
+        if self._tls is not None and not self.broken and self.is_open():
             with suppress(OSError, ValueError):
                 self._tls.unwrap()  # does not wait for the other's
         super().close()
@@ -246,6 +263,9 @@ class Connections:
                 self.close(min(others, key=lambda other: other.accepted_at))
         if len(self._open) >= _most_connections():
             self.close(min(self, key=_eviction_order))
+        stale = self._selector.get_map().get(connection.fd)
+        if stale is not None:  # other code closed a connection, whose number this one has now
+            self.close(stale.data)
         self._open.add(connection)
 
     def update(self, connection: Connection) -> None:
@@ -267,6 +287,7 @@ class Connections:
         elif connection.watched:
             self._selector.modify(connection.fd, events, connection)
         else:
+            connection.note_file()
             self._selector.register(connection.fd, events, connection)
         connection.watched = events
 
@@ -287,7 +308,7 @@ class Connections:
             late = not connection.authenticated and now - connection.accepted_at > limits.AUTH_TIMEOUT
             waits = connection.open or connection.subscription
             silent = connection.peer.via == "tcp" and still > limits.IDLE_TIMEOUT and not waits
-            if stalled or late or silent or (connection.at_end and connection.hung_up()):
+            if stalled or late or silent or not connection.is_open() or (connection.at_end and connection.hung_up()):
                 self.close(connection)
 
     def streams_due(self, woken: bool) -> list[Connection]:

@@ -15,6 +15,7 @@ import socketserver
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..descriptors import Kept
 from ..wire import addresses
 from . import limits
 from .dispatcher import Peer
@@ -33,8 +34,21 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, address: Any, adopt: Adopt) -> None:
         self._adopt = adopt
+        self._file: Kept | None = None
         super().__init__(address, socketserver.BaseRequestHandler)
+        self._file = Kept.of(self.fileno())
         self.socket.setblocking(False)
+
+    def is_open(self) -> bool:
+        """Return whether the socket is open: other code may have closed its descriptor."""
+        return self._file is None or self._file.is_open()
+
+    def server_close(self) -> None:
+        """Close the socket, unless other code has."""
+        if self.is_open():
+            super().server_close()
+        else:
+            self.socket.detach()
 
     def accept(self) -> bool:
         """Take one connection; return ``False`` if there is none, raise OSError if it cannot be had or has gone."""
@@ -136,8 +150,12 @@ class Listeners:
         while self._listeners:
             self._close(self._listeners.popitem()[1])
 
+    def are_open(self) -> bool:
+        """Return whether all are."""
+        return all(listener.is_open() for listener in self._listeners.values())
+
     def abandon(self) -> None:
-        """Close the sockets in a forked child, whose selector is the parent's."""
+        """Close the sockets alone: in a forked child, whose selector is the parent's, or where it is gone."""
         for listener in self._listeners.values():
             listener.server_close()
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import selectors
 import signal
 import socket
@@ -24,9 +23,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ..descriptors import Kept
 from ..wire.limits import MAX_LINE
 from . import limits
 from .auth import TokenAuthenticator, new_token
@@ -34,6 +33,7 @@ from .budget import CpuBudget
 from .connection import Connection, Connections, TlsConnection
 from .dispatcher import Dispatcher, Handler, Peer
 from .listener import Listener, Listeners, UnixListener, open_port
+from .waker import Waker
 
 if TYPE_CHECKING:
     import ssl
@@ -55,12 +55,16 @@ class Server:
     def __init__(self, handler: Handler, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
         self._dispatcher, self._tick, self._last = Dispatcher(handler), tick, last
         self._selector, self._waker = selectors.DefaultSelector(), Waker()
+        fd = getattr(self._selector, "fileno", lambda: None)()  # poll(2) has none
+        self._selector_file = None if fd is None else Kept.of(fd)
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._listeners, self._connections = Listeners(self._selector), Connections(self._selector)
         self._authenticator = TokenAuthenticator(new_token())  # without a port, no client has this token
         self._queue: deque[Connection] = deque()  # connections that may have a line or a stream, each once
         self._thread: threading.Thread | None = None
         self._closing = self._woken = False
+        #: Why the thread ends by itself, after a last ``tick``; no connection is used from then on.
+        self.fault: str | None = None
         self._tick_at = time.monotonic() + limits.TICK_PERIOD
         self._failed_ticks = self._skipped_ticks = 0
         #: On the server thread: answer a line that did not come over a connection; check for room to defer an answer.
@@ -114,9 +118,9 @@ class Server:
     def abandon(self) -> None:
         """Close all descriptors in a forked child. Nothing is unregistered: the selector's set is the parent's, too."""
         for connection in self._connections:
-            connection.sock.close()
+            connection.close_socket()
         self._listeners.abandon()
-        self._selector.close()
+        self._close_selector()
         self._waker.abandon()
 
     # The server thread...
@@ -125,19 +129,22 @@ class Server:
         # OpenSSL cannot be told MSG_NOSIGNAL; see ``connection``.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         budget, faults = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST), 0
-        while not self._closing:
+        while not self._closing and self.fault is None:
             faults = 0 if _survives(self._round, budget) else faults + 1
             if faults:
                 time.sleep(min(limits.TICK_PERIOD, 0.01 * 2 ** min(faults, 10)))  # it may occur in each round
-        _survives(self._last_round)
+        _survives(self._last_round if self.fault is None else self._tick)
         self._release()
 
     def _round(self, budget: CpuBudget) -> None:
         delay = budget.throttle_delay()
         if delay > 0:
             self._woken |= self._waker.wait(min(delay, limits.TICK_PERIOD))
-        else:
-            self._select()
+        if delay > 0 or not self._select() or time.monotonic() >= self._tick_at:
+            self.fault = self._find_fault()  # before anything is sent that no client has just asked for
+            if self.fault is not None:
+                return
+        if delay <= 0:
             self._serve_queue()
         woken, self._woken = self._woken, False
         for sink in self._dispatcher.poll(woken):
@@ -161,10 +168,23 @@ class Server:
             self._failed_ticks += 1
             self._skipped_ticks = 2 ** min(self._failed_ticks, 5) - 1
 
-    def _select(self) -> None:
+    def _find_fault(self) -> str | None:
+        whole = self._waker.is_whole() and self._listeners.are_open()
+        if whole and (self._selector_file is None or self._selector_file.is_open()):
+            return None
+        return "other code in this process closed its file descriptors"
+
+    def _select(self) -> bool:
+        """Serve what is ready; return whether there was anything."""
         streams = (connection.stream_time for connection in self._connections.subscribed)
         due = 0.0 if self._queue else min([self._tick_at, *self._dispatcher.deadlines(), *streams])
-        for key, events in self._selector.select(due - time.monotonic()):
+        try:
+            ready = self._selector.select(due - time.monotonic())
+        except (OSError, ValueError):
+            if self._find_fault() is None:
+                raise
+            return False
+        for key, events in ready:
             if isinstance(key.fileobj, Listener):
                 # One is the rule, and looking for another costs as much as a round. But while others are being
                 # answered, a new client must soon be among them: the backlog knows no turns.
@@ -173,6 +193,7 @@ class Server:
                 self._woken |= self._waker.wait(0.0)
             else:
                 self._serve(key.data, events)
+        return bool(ready)
 
     def _adopt(self, sock: socket.socket, peer: Peer, tls: ssl.SSLContext | None = None) -> None:
         max_line = MAX_LINE if peer.via == "socket" else limits.MAX_FIRST_LINE
@@ -247,51 +268,19 @@ class Server:
             self._serve_queue()
 
     def _release(self) -> None:
-        self._listeners.close()
+        if self.fault is None:
+            self._listeners.close()
+        self._listeners.abandon()
         for connection in self._connections:
             self._connections.close(connection)
-        self._selector.close()
+        self._close_selector()
         self._waker.close()
 
-
-class Waker:
-    """A pipe with which any thread, signal handler or finalizer wakes the server thread, also after ``close``."""
-
-    def __init__(self) -> None:
-        self._out, self._in = os.pipe()
-        os.set_blocking(self._in, False)
-        # Without it a wake during close could write into a file that has just got the same descriptor. Reentrant, as a
-        # signal handler may interrupt its holder.
-        self._lock = threading.RLock()
-
-    def fileno(self) -> int:
-        """Return the descriptor for a selector."""
-        return self._out
-
-    def wake(self) -> None:
-        """Make the pipe readable."""
-        with self._lock, suppress(BlockingIOError):  # it is full, so the thread is about to wake up
-            if self._in >= 0:
-                os.write(self._in, b"\0")
-
-    def wait(self, seconds: float) -> bool:
-        """Return whether there was a wake, or is one within so many seconds."""
-        poller = select.poll()
-        poller.register(self._out, select.POLLIN)
-        return bool(poller.poll(seconds * 1000) and os.read(self._out, 4096))
-
-    def close(self) -> None:
-        """Close the pipe. May be called twice."""
-        with self._lock:
-            if self._in >= 0:
-                os.close(self._in)
-                os.close(self._out)
-            self._in = self._out = -1
-
-    def abandon(self) -> None:
-        """Close the pipe in a forked child, where a thread that does not exist there may hold the lock."""
-        self._lock = threading.RLock()
-        self.close()
+    def _close_selector(self) -> None:
+        if self.fault is None and (self._selector_file is None or self._selector_file.is_open()):
+            self._selector.close()
+        else:
+            _left_open.append(self._selector)
 
 
 def _survives(call: Callable[..., None], *args: Any) -> bool:
@@ -303,6 +292,9 @@ def _survives(call: Callable[..., None], *args: Any) -> bool:
         log.exception("Internal error in the control server (recovered): %s", err)
         return False
 
+
+#: Selectors whose descriptors other code closed: theirs may be another's by now, and the garbage collector closes it.
+_left_open: list[selectors.BaseSelector] = []
 
 # A forked child (a DataLoader worker, for example) would keep the socket open after the parent's death: clients could
 # connect, and would never be answered. One handler for all servers, as a fork handler cannot be unregistered.

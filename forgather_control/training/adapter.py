@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
 from . import metrics
@@ -21,6 +22,11 @@ from .signals import Signals
 log = logging.getLogger("forgather_control")
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+FORKED: Final = (
+    "Control is off in this process (pid %d): it was forked from pid %d, which started the run and keeps its control. "
+    "Training continues. To control this process, fork first and start the run after it."
+)
 
 
 def guarded(method: Hook) -> Hook:
@@ -51,7 +57,7 @@ def controlled(method: Hook) -> Hook:
 
     @functools.wraps(method)
     def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
-        return None if self._controller is None else hook(self, *args, **kwargs)
+        return hook(self, *args, **kwargs) if self._is_open() else None
 
     return cast(Hook, call)
 
@@ -96,6 +102,15 @@ class Adapter:
 
     def _reset(self) -> None:
         """Set what belongs to one run, before each run and at first."""
+
+    def _is_open(self) -> bool:
+        """Return whether a run is open; end one here whose control has ended on the server thread, or by a fork."""
+        run = self._controller
+        if run is not None and run.closed:
+            if run.pid != os.getpid():
+                log.warning(FORKED, os.getpid(), run.pid)
+            self._close()
+        return self._controller is not None
 
     @property
     def _run(self) -> Controller:

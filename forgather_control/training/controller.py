@@ -80,7 +80,8 @@ class Controller:
         self._reporter = RankReporter(self.state.progress, lambda: self._thread.ident)
         self._server: JobServer | None = None  # of rank 0
         self._queries: JobQueries | None = None  # of rank 0
-        self._closed = False  # or abandoned in a forked child
+        self.closed = False  #: Whether control has ended; in a forked child, that of its parent.
+        self.pid = os.getpid()  #: Of the process that controls.
         self._orphaned: str | None = None
         self._warned = False  # of ranks that never joined
         self._call: stacks.Call | None = None  # of the trainer, in which the run began
@@ -119,7 +120,7 @@ class Controller:
                 raise
             self._group.start()
         except BaseException:
-            self._closed = True
+            self.closed = True
             self._reporter.close()
             if self._server is not None:
                 self._server.unpublish()
@@ -205,9 +206,9 @@ class Controller:
             reason: why training did not end as it should; ``None`` if it did.
             fault: why control ends though training continues, so that the ranks can no longer agree on commands.
         """
-        if self._closed:
+        if self.closed:
             return
-        self._closed = self.state.ended = True
+        self.closed = self.state.ended = True
         _controllers.discard(self)
         if self._server is not None:
             self._server.unpublish()
@@ -238,7 +239,7 @@ class Controller:
 
     def abandon(self) -> None:
         """In a forked child: control nothing; locks may be held by threads that do not exist here."""
-        self._closed, self._server = True, None
+        self.closed, self._server = True, None
         self._tracker.queue = self._queue = CommandQueue(lambda record: None)
         self.state.events = EventLog()
         self._group = SingleProcess(self)
@@ -270,7 +271,7 @@ class Controller:
 
     def agreement_lost(self, why: str) -> None:
         """Fail what is queued and refuse what comes; training continues."""
-        if self._closed:
+        if self.closed:
             return
         if self.is_main:
             log.warning(failures.CONTROL_OFF, why)
@@ -303,6 +304,10 @@ class Controller:
 
     def _is_controlled(self) -> bool:
         """Return whether the training thread, its integration and the trainer's call exist; end control if not."""
+        if self._server is not None and (fault := self._server.fault) is not None:
+            log.warning("Control is off: %s. Training continues.", fault)
+            self.close(fault, fault)
+            return False
         self._look()
         if self._orphaned is None and self._thread.is_alive():
             return True

@@ -82,6 +82,11 @@ class JobServer:
             log.warning("No control over TCP: %s", err)  # the job can still be controlled from this host
             return None
 
+    @property
+    def fault(self) -> str | None:
+        """Why the server thread can serve no longer; ``None`` while it can."""
+        return self._server.fault
+
     def write(self, write: Callable[[str], None]) -> None:
         """Call ``write`` with the path of the job directory, unless the job is unpublished."""
         with self._lock:

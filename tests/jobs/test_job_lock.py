@@ -168,7 +168,7 @@ def test_a_file_that_only_writers_may_lock(place, monkeypatch):
 
 def test_a_descriptor_that_others_closed(place, lock):
     """os.closerange by the application: the loss is noticed, and the number's next owner is left alone."""
-    number = lock._file
+    number = lock._file.number
     with open(os.devnull) as other:
         os.dup2(other.fileno(), number)
     assert lock.is_lost() and is_held(str(place), 1.0) is False
@@ -240,7 +240,7 @@ def test_a_job_takes_its_lock_again(jobs_dir, loss):
     with running_loop() as run:
         place, started_at = jobs_dir / "job", read_record(str(jobs_dir), "job").started_at
         if loss == "closed":
-            os.close(run.job._controller._server._directory._lock._file)
+            os.close(run.job._controller._server._directory._lock._file.number)
         else:
             (place / "lock").unlink()
             if loss == "replaced":

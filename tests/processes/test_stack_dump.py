@@ -85,6 +85,26 @@ def refusal(identity, fd):
     return None
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_descriptor_that_other_code_closed(index, tmp_path):
+    """The file that has its number is neither read, nor written, nor closed, and the thread ends."""
+    dumper = StackDumper(python_stacks)
+    assert dumper.start()
+    lost, pipe = dumper._files[index].number, os.dup(dumper._files[1].number)
+    until(lambda: proc.field(f"/proc/self/task/{dumper._thread.native_id}/status", "State")[0] == "S")
+    with open(tmp_path / "file", "w+b", buffering=0) as file:
+        file.write(b"data")
+        file.seek(0)
+        os.dup2(file.fileno(), lost)
+    os.write(pipe, b"?")
+    os.close(pipe)
+    dumper._thread.join(SOON)
+    assert not dumper._thread.is_alive()
+    dumper.close()
+    assert os.read(lost, 10) == b"data" and (tmp_path / "file").read_bytes() == b"data"
+    os.close(lost)
+
+
 # The two kinds of dump...
 
 

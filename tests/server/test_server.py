@@ -21,7 +21,7 @@ import pytest
 from forgather_control.errors import InvalidParams, NotCancellable
 from forgather_control.server import limits
 from forgather_control.server.dispatcher import PENDING, Deferred
-from forgather_control.server.server import Server, Waker
+from forgather_control.server.server import Server
 from forgather_control.wire import limits as wire_limits
 
 from ..support.harness import (
@@ -901,94 +901,26 @@ def test_a_running_job_counts_as_a_whole(jobs_dir):
             wire.still_answers()
 
 
-# The pipe that wakes the thread: it never blocks, and never writes into another file...
-
-
-@pytest.fixture
-def waker():
-    """A waker that is closed after the test."""
-    waker = Waker()
-    yield waker
-    waker.close()
-
-
-def is_readable(waker):
-    return bool(select.select([waker], [], [], 0)[0])
-
-
-def test_a_wake_makes_it_readable_until_it_is_drained(waker):
-    """However many wakes there were, also more than the pipe holds."""
-    for count in (1, 2, 100_000):
-        assert not is_readable(waker)
-        for _ in range(count):
-            waker.wake()
-        while is_readable(waker):
-            assert waker.wait(0)
-
-
-def test_waiting_ends_with_a_wake_from_another_thread(waker):
-    """And says so; without one it ends with the time."""
-    timer = threading.Timer(20 * MS, waker.wake)
-    timer.start()
-    assert waker.wait(SOON) and not waker.wait(0) and not waker.wait(10 * MS)
-    timer.join()
-
-
-def test_a_wake_after_closing_writes_into_no_other_file(waker):
-    """Its descriptor may be a checkpoint's by then."""
-    before = descriptors()
-    out, into = waker._out, waker._in
-    waker.close()
-    assert descriptors() == before - 2
-    reader, writer = os.pipe()
-    assert {reader, writer} == {out, into}, "the kernel gives the lowest free descriptors"
-    waker.wake()
-    waker.close()
-    os.set_blocking(reader, False)
-    with pytest.raises(BlockingIOError):
-        os.read(reader, 1)
-    os.close(reader)
-    os.close(writer)
-
-
-def test_wakes_race_with_closing():
-    """Threads that wake while another one closes write into nothing else."""
-    for _ in range(50):
-        waker, stop = Waker(), threading.Event()
-
-        def wake(waker=waker, stop=stop):
-            while not stop.is_set():
-                waker.wake()
-
-        threads = [threading.Thread(target=wake) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        waker.close()
-        reader, writer = os.pipe()
-        stop.set()
-        for thread in threads:
-            thread.join(SOON)
-        os.set_blocking(reader, False)
-        with pytest.raises(BlockingIOError):
-            os.read(reader, 1)
-        os.close(reader)
-        os.close(writer)
-
-
-def test_a_forked_child_lets_go_though_a_thread_of_the_parent_holds_the_lock(waker):
-    """The child has no such thread, so it must not wait for it."""
-    with waker._lock:
-        holder = threading.Thread(target=waker.wake)
-        holder.start()
-        child = os.fork()
-        if child == 0:
-            waker._lock = type("Held", (), {"__enter__": lambda self: os._exit(1)})()
-            waker.abandon()
-            waker.wake()
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    holder.join(SOON)
-    assert is_readable(waker)
+@pytest.mark.parametrize("taken_by", ["a file", "the next connection"])
+def test_a_connection_whose_descriptor_other_code_closed(taken_by, path, answers, monkeypatch, tmp_path):
+    """The number's new owner is neither taken for that client nor closed, and other clients are served."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    with serving(path, answers) as control, Wire(path, made_up=True) as lost:
+        lost.still_answers()
+        [connection] = until(lambda: [each for each in control._connections if each.watched])
+        if taken_by == "a file":
+            with open(tmp_path / "file", "w") as file:
+                os.dup2(file.fileno(), connection.fd)
+            until(lambda: not list(control._connections))
+            os.close(connection.fd)
+        with socket.socket(socket.AF_UNIX) as sock:
+            if taken_by == "the next connection":
+                os.close(connection.fd)
+            sock.connect(str(path))
+            with Wire(sock, made_up=True) as wire:
+                wire.still_answers()
+                wire.still_answers()
+                assert taken_by == "a file" or [each.fd for each in control._connections] == [connection.fd]
 
 
 # Over TCP; authentication is in test_auth...

@@ -387,7 +387,7 @@ def test_a_run_whose_thread_is_dead_gives_its_id_away(jobs_dir):
     thread.start()
     thread.join(SOON)
     other, again = _start("other"), _start()
-    assert not other._closed and started[0]._closed
+    assert not other.closed and started[0].closed
     leave, taken = threading.Event(), threading.Event()
 
     def hold():
@@ -422,7 +422,7 @@ def test_when_the_trainers_call_has_gone_the_run_has_ended(jobs_dir):
     with Wire(jobs_dir / "job" / "control.sock") as wire:
         assert give(wire, "status")["status"] == "ended"
         assert "training ended by an exception" in wire.call("save_checkpoint")["error"]["message"]
-    until(lambda: job._closed and not (jobs_dir / "job").exists())
+    until(lambda: job.closed and not (jobs_dir / "job").exists())
 
 
 def test_a_training_inside_another_does_not_end_it(jobs_dir):
@@ -435,5 +435,5 @@ def test_a_training_inside_another_does_not_end_it(jobs_dir):
             _start()
 
     job = space["train"](inner)
-    assert not job._closed
+    assert not job.closed
     job.close()
