@@ -9,6 +9,9 @@ Each rank has an inbox of numbered keys. A sender takes the next number by the s
 key; the receiver takes the keys in order and deletes them. (A process that dies between the two leaves a gap, and
 nothing behind it is received; but a job that lost a rank has ended.) A message is one JSON array.
 
+The last rank to leave deletes the keys of the run, which no rank reads or writes any more. They stay where a rank was
+lost, because it does not leave.
+
 A receiver is ended by a message that its own process writes: a thread that is still inside a C++ call when the
 interpreter ends would be unwound out of it, and that aborts the process.
 """
@@ -55,6 +58,31 @@ class StoreSender:
         """Write a key, whatever stood there."""
         self._store.set(key, data)
 
+    def add(self, key: str, number: int) -> int:
+        """Add to the number under ``key``; return the sum."""
+        return int(self._store.add(key, number))
+
+    def has(self, key: str) -> bool:
+        """Return whether there is such a key."""
+        return bool(self._store.check([key]))
+
+    def sweep(self, size: int) -> None:
+        """Delete all keys of a run that every rank has left, so that many runs of one process group leave none."""
+        left, delete = self._store.add, self._store.delete_key
+        for rank in range(size):
+            for number in range(left(keys.received(rank), 0) + 1, left(keys.count(rank), 0) + 1):
+                delete(keys.message(rank, number))
+            delete(keys.received(rank))
+            delete(keys.count(rank))
+        for number in range(1, left(keys.ROUNDS, 0) + 1):
+            delete(keys.decision(number))
+        delete(keys.ROUNDS)
+        delete(keys.MEMBERS)
+
+    def disconnect(self) -> None:
+        """Close the connection now, not when the garbage is collected; every later call fails."""
+        self._store = None
+
 
 class StoreChannel:
     """One rank's end of the channel.
@@ -66,6 +94,8 @@ class StoreChannel:
             returned last; ``None`` for never.
         on_lost: called once, on the thread whose call failed, when the channel broke (the store's host ended, say),
             with the reason and a sender that may still work.
+        on_end: called once, on the sender thread, when the channel was closed and nothing more is received, with the
+            number of messages that were, and a sender. Not after ``on_lost``.
 
     Raises:
         RuntimeError: the store cannot be reached (torch's ``DistError`` is one).
@@ -78,9 +108,10 @@ class StoreChannel:
         on_message: Callable[[list[Any], StoreSender], None],
         on_idle: Callable[[StoreSender], float | None],
         on_lost: Callable[[str, StoreSender], None],
+        on_end: Callable[[int, StoreSender], None],
     ) -> None:
         self._rank = rank
-        self._on_message, self._on_idle, self._on_lost = on_message, on_idle, on_lost
+        self._on_message, self._on_idle, self._on_lost, self._on_end = on_message, on_idle, on_lost, on_end
         self._inbox = connect()
         self._inbox.set_timeout(timedelta(seconds=limits.INBOX_TIMEOUT))
         self._replies, self._sender = StoreSender(connect()), StoreSender(connect())
@@ -126,6 +157,10 @@ class StoreChannel:
                     self._queue.put(None)
                     if sender is self._sender:
                         self._wake_receiver()
+        finally:
+            sender.disconnect()
+            if sender is self._replies:
+                self._inbox = None
 
     def _wake_receiver(self) -> None:
         # Over any connection that still works; where none does, the receiver's own call fails, too.
@@ -142,9 +177,9 @@ class StoreChannel:
                 if "timeout" in str(err).lower() and not self._ended.locked():
                     continue
                 raise
+            self._inbox.delete_key(keys.message(self._rank, self._next))
             if self._ended.locked():
                 return
-            self._inbox.delete_key(keys.message(self._rank, self._next))
             self._next += 1
             self._on_message(json.loads(data), self._replies)
 
@@ -158,3 +193,7 @@ class StoreChannel:
                 task(self._sender)
         if self._ended.acquire(blocking=False):
             self._wake_receiver()
+            receiver, _ = self._threads
+            receiver.join(limits.STORE_TIMEOUT)
+            if not receiver.is_alive():
+                self._on_end(self._next - 1, self._sender)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+#: The number of ranks that take part: they joined, and have not left.
+MEMBERS: Final = "members"
+#: The number of rounds, once rank 0 has left.
+ROUNDS: Final = "rounds"
+
 
 def prefix(name: str, restart: str, run: int) -> str:
     """Return what all keys of the run-th training run of this name in this process begin with.
@@ -19,6 +26,11 @@ def count(rank: int) -> str:
 def message(rank: int, number: int) -> str:
     """Return the key of a message to a rank; they are numbered from 1."""
     return f"{rank}/{number}"
+
+
+def received(rank: int) -> str:
+    """Return the key of the number of messages that a rank had received when it left."""
+    return f"{rank}/received"
 
 
 def decision(number: int) -> str:

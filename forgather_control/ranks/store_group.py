@@ -7,6 +7,7 @@ no stream or backend matters, and no rank waits for one that is elsewhere.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 import weakref
@@ -21,6 +22,8 @@ from .channel import Connect, StoreChannel, StoreSender
 from .group import RankGroup, RankGroupDelegate, RankQuery
 from .messages import Answer, Applied, Commit, Join, Leave, Message, Prepare, Query, Request
 
+log = logging.getLogger("forgather_control")
+
 
 class StoreGroup(RankGroup):
     """A rank of several that agree over a store; rank 0 has a :class:`CoordinatorGroup`.
@@ -34,8 +37,9 @@ class StoreGroup(RankGroup):
         super().__init__(delegate, rank, size)
         self._lock = threading.Condition()
         self._participant = consensus.Participant(rank, step)
-        self._channel = StoreChannel(connect, rank, self._on_message, self._on_idle, self._on_lost)
+        self._channel = StoreChannel(connect, rank, self._on_message, self._on_idle, self._on_lost, self._on_end)
         self._join_by = time.monotonic() + limits.JOIN_TIMEOUT
+        self._watches = False  # whether rank 0 joins; on one of the ranks, until that is known
         self._lost: str | None = None  # why this rank takes part no more
         self._agreement_lost = threading.Lock()  # acquired for good by the thread that tells the delegate so
 
@@ -45,6 +49,7 @@ class StoreGroup(RankGroup):
             return
         facts = self._delegate.describe()  # may raise: before there are threads that would have to end
         self._channel.start()
+        self._channel.post(self._enter)
         self._started = True
         self.describe({**facts, **self._facts})
 
@@ -115,8 +120,25 @@ class StoreGroup(RankGroup):
         if self._participant.undecided:
             self._commit(_propose(sender, self._participant.number))
 
+    def _enter(self, sender: StoreSender) -> None:
+        self._watches = sender.add(keys.MEMBERS, 1) == 1
+
     def _on_idle(self, sender: StoreSender) -> float | None:
+        """Warn, on the first rank alone, if rank 0 never joined: then it has not read its first message."""
+        delay = self._join_by - time.monotonic()
+        if not self._watches or delay > 0:
+            return delay if self._watches else None
+        self._watches = False
+        if sender.has(keys.message(0, 1)):
+            log.warning(failures.NOT_JOINED, failures.not_joined([0]))
         return None
+
+    def _on_end(self, received: int, sender: StoreSender) -> None:
+        sender.add(keys.received(self.rank), received)
+        if self.rank == 0:
+            sender.add(keys.ROUNDS, self._participant.number)
+        if sender.add(keys.MEMBERS, -1) <= 0:
+            sender.sweep(self.size)
 
     def _on_lost(self, reason: str, sender: StoreSender) -> None:
         """On the thread that broke, whose own sender may still reach the store: a held rank reads the decision."""

@@ -39,9 +39,10 @@ class Rank:
         self.heard: queue.Queue[Any] = queue.Queue()
         self.cuts: list[str] = []
         self.idles: queue.Queue[float] = queue.Queue()
+        self.ends: list[tuple[int, str]] = []
         self.pause: float | None = None
         self.reply: Callable[[list[Any], StoreSender], None] = lambda message, sender: None
-        self.channel = StoreChannel(connect, rank, self.hear, self.idle, self.cut)
+        self.channel = StoreChannel(connect, rank, self.hear, self.idle, self.cut, self.end)
 
     def hear(self, message: list[Any], sender: StoreSender) -> None:
         self.heard.put(message)
@@ -49,6 +50,10 @@ class Rank:
 
     def cut(self, why: str, *sender: StoreSender) -> None:
         self.cuts.append(why)
+
+    def end(self, received: int, sender: StoreSender) -> None:
+        assert not self.threads[0].is_alive() and sender.add("ends", 1)
+        self.ends.append((received, threading.current_thread().name))
 
     def idle(self, sender: StoreSender) -> float | None:
         self.idles.put(time.monotonic())
@@ -215,6 +220,7 @@ def test_close_while_idle_is_quick(connect):
             one.channel.close(SOON)
             assert one.is_over
         assert time.monotonic() - begun < SOON / 2 and not any(one.cuts for one in made)
+        assert [one.ends for one in made] == [[(number, "forgather-sender")] for number in (0, 1, 0)]
 
 
 def test_close_says_what_is_queued(connect):
@@ -279,7 +285,7 @@ def test_a_task_that_raises_ends_both_threads(connect):
         one.next()
         one.channel.post(lambda sender: {}["nothing"])
         until(lambda: one.is_over)
-        assert one.cuts == ["KeyError: 'nothing'"] and one.heard.empty()
+        assert one.cuts == ["KeyError: 'nothing'"] and one.heard.empty() and not one.ends
 
 
 def test_a_sender_without_connection_ends_both_threads(connect):
@@ -311,7 +317,7 @@ def cuts(why, *sender):
     cut.set()
 
 connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
-channel = StoreChannel(connect, 0, hear, lambda sender: None, cuts)
+channel = StoreChannel(connect, 0, hear, lambda sender: None, cuts, lambda *end: None)
 channel.start()
 channel.post(lambda sender: sender.send([0], ["hello"]))
 if how == "speak":
@@ -390,7 +396,7 @@ def become(number):
             sender.send([0], ["again"])
 
     connect = lambda: dist.PrefixStore(str(number), store.clone())
-    channel = StoreChannel(connect, 0, hear, lambda sender: None, print)
+    channel = StoreChannel(connect, 0, hear, lambda sender: None, print, lambda *end: None)
     channel.start()
     channel.post(lambda sender: sender.send([0], ["hello"]))
     heard.wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import random
 import signal
@@ -265,6 +267,60 @@ def test_a_rank_that_is_not_there_yet(store):
         assert made[0].group.not_joined() == [] and made[0].group.obstacle() is None
     same(made)
     assert made[0].state(name) == "finished"
+
+
+@needs_torch
+def test_a_rank_0_that_never_joins(store, monkeypatch, caplog):
+    """The first of the other ranks says so, once; all of them train."""
+    monkeypatch.setattr(limits, "JOIN_TIMEOUT", 0.1)
+    with training(store, 3, begin=False) as (_, *others), caplog.at_level(logging.WARNING):
+        for rank in others:
+            rank.begin()
+        until(lambda: caplog.records)
+        for rank in others:
+            begun, other = rank.step, rank
+            until(lambda begun=begun, other=other: other.step > begun + 100)
+            assert rank.holds == 0
+    assert [entry.getMessage() for entry in caplog.records] == [failures.NOT_JOINED % failures.not_joined([0])]
+
+
+@needs_torch
+def test_a_rank_0_that_joins_is_not_missed(store, monkeypatch, caplog):
+    """A rank that comes first looks for it once more at the time-out."""
+    monkeypatch.setattr(limits, "JOIN_TIMEOUT", 0.1)
+    with training(store, 2, begin=False) as (first, other), caplog.at_level(logging.WARNING):
+        other.begin()
+        until(lambda: other.group._watches)
+        first.begin()
+        until(lambda: not other.group._watches)
+    assert not caplog.records
+
+
+@needs_torch
+def test_many_runs_leave_no_descriptors_and_no_keys():
+    """Though a rank comes when rank 0 has left, and garbage is not collected."""
+    import torch.distributed as dist
+
+    base = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    gc.disable()
+    try:
+        for run in range(60):
+            with training(lambda run=run: dist.PrefixStore(str(run), base.clone()), 2, begin=False) as made:
+                made[0].begin()
+                if run % 10 == 0:
+                    made[0].stop = True
+                    made[0].thread.join(SOON)
+                made[1].begin()
+                if run % 10:
+                    made[0].group.query("ranks")
+                    made[0].order("save_checkpoint")
+                    made[0].order("graceful_stop")
+                    until(lambda made=made: all(rank.applied for rank in made))
+            if run == 0:
+                files, stored = len(os.listdir("/proc/self/fd")), base.num_keys()
+        assert (len(os.listdir("/proc/self/fd")), base.num_keys()) == (files, stored)
+    finally:
+        gc.enable()
 
 
 @needs_torch
