@@ -9,6 +9,9 @@ MEMBERS: Final = "members"
 #: The number of rounds, once rank 0 has left.
 ROUNDS: Final = "rounds"
 
+#: The ranks that are missing where ranks poll, as the first rank found that had waited for all.
+MISSING: Final = "missing"
+
 
 def prefix(name: str, restart: str, run: int) -> str:
     """Return what all keys of the run-th training run of this name in this process begin with.
@@ -31,6 +34,11 @@ def message(rank: int, number: int) -> str:
 def received(rank: int) -> str:
     """Return the key of the number of messages that a rank had received when it left."""
     return f"{rank}/received"
+
+
+def here(rank: int) -> str:
+    """Return the key that says that a rank will poll."""
+    return f"{rank}/here"
 
 
 def decision(number: int) -> str:

@@ -15,7 +15,7 @@ from .store_group import CoordinatorGroup, StoreGroup
 
 log = logging.getLogger("forgather_control")
 
-#: How many channels this process has opened under each name: each training run has keys of its own.
+#: How many groups this process has opened under each name: each training run has keys of its own.
 _opened: Counter[str] = Counter()
 
 _TOO_LATE: Final = "torch.distributed.init_process_group was not called before the job was opened; call it first"
@@ -40,18 +40,18 @@ def select_group(
     if dist is None:
         return SingleProcess(delegate)
     rank, size = int(dist.get_rank()), int(dist.get_world_size())
-    store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared_store(dist)
+    default, prefix = _default_store(dist), _prefix(name)
+    store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared(default)
     if store is None:
         steps = poll_steps or log_steps or limits.POLL_STEPS
         if rank == 0:
             log.info("ranks poll one another for commands every %d steps: %s", steps, why)
-        return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size).exchange)
+        roll = None if default is None else dist.PrefixStore(prefix, default)
+        return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size, roll).exchange)
     kind = StoreGroup
     if rank == 0:
         kind, idle = CoordinatorGroup, "they do not communicate while no command is pending"
         log.info("ranks agree on commands over torch.distributed's %s; %s", why, idle)
-    _opened[name] += 1
-    prefix = keys.prefix(name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _opened[name])
     try:
         return kind(delegate, rank, size, lambda: dist.PrefixStore(prefix, store.clone()), step)
     except RuntimeError as err:  # torch's DistError is one
@@ -84,10 +84,20 @@ def _distributed() -> Any:
     return None
 
 
-def _shared_store(dist: Any) -> tuple[Any, str]:
-    """Return the default group's store and its kind, or ``None`` and why it cannot be used."""
+def _prefix(name: str) -> str:
+    """Return what the keys of the next run begin with, the same on all ranks."""
+    _opened[name] += 1
+    return keys.prefix(name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _opened[name])
+
+
+def _default_store(dist: Any) -> Any:
+    """Return the default group's store, or ``None`` if it has none (MPI) or this torch does not give it."""
     get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
-    store = get_store() if get_store is not None else None
+    return get_store() if get_store is not None else None
+
+
+def _shared(store: Any) -> tuple[Any, str]:
+    """Return a store that can carry the channel and its kind, or ``None`` and why it cannot."""
     base = store
     while (under := getattr(base, "underlying_store", None)) is not None:
         base = under

@@ -24,11 +24,12 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from .. import states
-from ..errors import CommandRefused, JobEnding
+from ..errors import CommandRefused, JobEnding, Unsupported
 from ..processes import stacks, threads
 from ..ranks import failures, select
 from ..ranks.group import RankGroup, SingleProcess
@@ -116,7 +117,8 @@ class Controller:
                 if self.is_main:
                     self._publish()
             except Exception as err:
-                self._group.start(str(err))  # the others may be waiting for rank 0
+                with suppress(Unsupported):
+                    self._group.start(str(err))  # the others may be waiting for rank 0
                 raise
             self._group.start()
         except BaseException:

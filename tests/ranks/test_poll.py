@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
+import pytest
+
+from forgather_control import TrainingJob
+from forgather_control.errors import Unsupported
+from forgather_control.ranks import failures, limits
+from forgather_control.ranks.poll import CollectivePoll
+
 from ..support.harness import needs_torch
-from ..support.ranks_groups import run_ranks
+from ..support.ranks_groups import one_of_two, run_ranks
 
 pytestmark = needs_torch
 
 
 def check_outcomes(seen):
-    """All ranks applied the same; rank 0 has every rank's outcomes, reports and facts."""
+    """All ranks applied the same and left no key; rank 0 has every rank's outcomes, reports and facts."""
+    assert all(before == after for before, after in (rank["keys"] for rank in seen))
     assert all(rank["applied"] == seen[0]["applied"] for rank in seen)
     told = seen[0]["told"]
     applied = {command[1]: what for kind, what in told if kind == "applied" for command in what[0]}
@@ -36,3 +46,24 @@ def test_outcomes_and_reports_of_ranks_that_poll():
     joined = [what for kind, what in seen[0]["told"] if kind == "joined"]
     assert joined[0] == {str(rank): {"pid": rank} for rank in range(3)}
     assert all(step % 3 == 0 for step, _ in seen[0]["applied"])
+
+
+def test_a_rank_that_does_not_poll(monkeypatch, tmp_path, jobs_dir, caplog):
+    """No collective begins without it; the job says so once, and trains without control."""
+    monkeypatch.setattr(limits, "JOIN_TIMEOUT", 0.1)
+    monkeypatch.setattr(CollectivePoll, "_sum", lambda self, numbers: pytest.fail("a collective"))
+    with one_of_two("FileStore", str(tmp_path / "store"), 2), caplog.at_level(logging.WARNING):
+        with TrainingJob("job") as job:
+            job.step(1)
+        assert not (jobs_dir / "job").exists()
+    (warning,) = caplog.records
+    assert failures.not_joined([1]) in warning.getMessage() and warning.exc_info is None
+
+
+def test_ranks_that_begin_too_late_obey_the_first_decision(monkeypatch):
+    """No rank polls alone: what the first one found missing stands, though the rank is there by now."""
+    monkeypatch.setattr(limits, "JOIN_TIMEOUT", 0.1)
+    with one_of_two() as store:
+        for rank in (0, 1):
+            with pytest.raises(Unsupported, match="rank 1 never joined"):
+                CollectivePoll(rank, 2, store).exchange(None)

@@ -71,7 +71,10 @@ class Rank:
 
         store = dist.TCPStore("127.0.0.1", port, None, False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        self.dist, self.rank = dist, rank
+        self.dist, self.rank, self.store = dist, rank, store
+        dist.barrier()
+        self.keys = [store.num_keys()]
+        dist.barrier()
         self.delegate = Delegate(rank)
         self.group = self.delegate.group = select_group(self.delegate, "job", 0, poll_steps or None)
         self.applied: list[Any] = []
@@ -130,12 +133,14 @@ class Rank:
 
     def seen(self) -> dict[str, Any]:
         """All that it saw."""
-        return {"applied": self.applied, "told": self.delegate.told, "reported": self.reported}
+        return {"applied": self.applied, "told": self.delegate.told, "reported": self.reported, "keys": self.keys}
 
 
 def main(*words: str) -> None:
     rank = Rank(*map(int, words))
     rank.train()
+    rank.dist.barrier()
+    rank.keys.append(rank.store.num_keys())
     print(json.dumps(rank.seen()), flush=True)
     rank.dist.barrier()
     rank.dist.destroy_process_group()

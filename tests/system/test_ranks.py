@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from forgather_control import TrainingJob
+from forgather_control.ranks import limits
 
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
@@ -61,7 +62,7 @@ def train(job_id, *, together=True, breaks_at=0, **options):
                     raise ArithmeticError(job_id)
                 (where / str(rank)).touch()
                 job.saved(where)
-            if job.should_stop:
+            if job.should_stop or ("parts" in job_id and (folder / "enough").exists()):
                 break
     say("over", job_id, rank, step, job.aborted)
 
@@ -70,6 +71,10 @@ for job_id in sys.argv[2:]:
         dist.destroy_process_group()
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     try:
+        if "parts" in job_id:
+            limits.JOIN_TIMEOUT = 0.2
+            train(f"{job_id}-{rank}", together=False, poll_steps=5 if job_id == "polled-parts" else None)
+            continue
         train(
             job_id,
             together=job_id not in ("breaks", "torn"),
@@ -206,3 +211,23 @@ def test_four_real_ranks_and_one_is_killed(tmp_path):
                     client.call("save_checkpoint", wait="finished")
         assert run.end(START) != 0
         until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+@needs_torch
+def test_trainings_in_sub_groups_of_one_process_group(tmp_path):
+    """Each has a job id and ranks of its own: one warning, which names the others, and each trains to its end."""
+    with torchrun(tmp_path, 2, "parts", "polled-parts") as run:
+        with job(run, "parts-0") as client:
+            run.until(lambda: client.call("status") and len(re.findall("WARNING", run.output)) == 2)
+            with pytest.raises(errors.CommandRefused, match="rank 1 never joined"):
+                client.call("graceful_stop")
+        (tmp_path / "enough").touch()
+        assert run.end(START) == 0
+        output = run.output
+        over = said(run, "over")
+    assert sorted(line[1] for line in over) == ["parts-0", "parts-1", "polled-parts-0", "polled-parts-1"]
+    assert all(line[4] == "False" for line in over)
+    for rank in (0, 1):
+        first, second = re.findall(f"^log {rank} (?:WARNING|ERROR) (.*)", output, re.M)
+        assert first.startswith("Control is off until all ranks take part: ") and f"rank {1 - rank} never" in first
+        assert second.startswith("Control is off for this run: ") and f"rank {1 - rank} never" in second
