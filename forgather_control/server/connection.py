@@ -153,6 +153,7 @@ class Connection(ReplySink):
 
     def start_subscription(self, subscription: Subscription) -> None:
         """Send the lines of a subscription from now on, in place of the one before."""
+        self.note_file()
         self.subscription, self.stream_at = subscription, 0.0
 
     def end_subscription(self) -> bool:
@@ -169,6 +170,9 @@ class Connection(ReplySink):
     def stream(self) -> bool:
         """Send the next lines of the subscription, if they are due; return whether there were any."""
         if self.subscription is None or self.stream_time > time.monotonic():
+            return False
+        if not self.is_open():  # no client has just asked for this: its socket may be another by now
+            self.broken = True
             return False
         data = b""
         try:

@@ -13,9 +13,9 @@ from ..support.harness import Process, Wire
 
 #: Closes all descriptors, opens others in their place, trains until control is off, and looks at what it opened.
 CLOSING = """
-import logging, os, select, signal, socket, sys, threading, time
+import logging, os, selectors, signal, socket, sys, threading, time
 if sys.argv[1] == "poll":
-    del select.epoll
+    selectors.DefaultSelector = selectors.PollSelector
 from forgather_control import TrainingJob
 from forgather_control.server import limits
 
@@ -64,9 +64,9 @@ def test_closed_descriptors_end_control_alone(selector, opened, jobs_dir, tmp_pa
     with Process(CLOSING, selector, opened, str(tmp_path)) as job:
         assert job.line() == "ready"
         with Wire(jobs_dir / "job" / "control.sock") as events, Wire(jobs_dir / "job" / "control.sock") as idle:
-            idle.still_answers()
             events.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "subscribe"}).encode() + b"\n")
             events.file.readline()
+            idle.still_answers()
             job.say("")
             assert job.line() == "MainThread" and job.line() == "intact" and job.end() == 0
     assert len(job.errors) == 1 and "Control is off: other code" in job.errors[0], job.errors
