@@ -29,10 +29,9 @@ from ..errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from ..processes import launcher, liveness
 from ..version import PROTOCOL, VERSION
 from ..wire import addresses, jsonrpc
-from . import cleanup, job_lock, limits, private_files, record, registry, spool
+from . import cleanup, job_lock, limits, missing, private_files, record, registry, spool
 
 log = logging.getLogger("forgather_control")
-_warned = False  # what is said once for each process
 
 #: Errors of socket(2) and bind(2) where the system, or a file system, has no sockets.
 _NO_SOCKETS: Final = (
@@ -63,7 +62,7 @@ class JobDirectory:
         self._short: str | None = None  # a private directory for the socket, where ours cannot hold it
         self._files: dict[str, tuple[int, int, int]] = {}  # what this job made: the _file_id by path
         me = liveness.current_process()._asdict()
-        _warn_without_start(me["started_at"])
+        missing.warn_once(me["started_at"] is not None)
         self._record = record.JobRecord(
             job_id=job_id,
             port=None,
@@ -305,16 +304,6 @@ def _file_id(path: str) -> tuple[int, int, int]:
     """Return device, inode and time of change of a file; 0 for the time of a directory, which its entries change."""
     found = os.lstat(path)  # the time, because the inode of a deleted file is soon used again
     return found.st_dev, found.st_ino, 0 if stat.S_ISDIR(found.st_mode) else found.st_mtime_ns
-
-
-def _warn_without_start(started_at: float | None) -> None:
-    global _warned
-    if started_at is None and not _warned:
-        _warned = True
-        log.warning(
-            "The system does not tell when this process started, nor its memory (/proc is not mounted, or is that of "
-            "another PID namespace). Those figures are left out, and only the job's lock shows whether it lives."
-        )
 
 
 def _user() -> str:

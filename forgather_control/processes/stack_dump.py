@@ -59,6 +59,11 @@ class _Header(NamedTuple):
     thread: int
 
 
+def is_possible() -> bool:
+    """Return whether a :class:`StackDumper` can start on this system."""
+    return hasattr(os, "memfd_create") and proc.free_signal() is not None
+
+
 class StackDumper:
     """Writes this process's stacks when a client requests them. After a fork the child does not take part.
 

@@ -13,6 +13,7 @@ from ..errors import FindError, InvalidParams, JobDead, JobNotAnswering, NotAuth
 
 #: Longest path that fits ``sockaddr_un.sun_path`` with its closing NUL: 108 bytes on Linux, 104 elsewhere (unix(7)).
 MAX_PATH: Final = 107 if os.uname().sysname == "Linux" else 103
+_SOL_LOCAL, _LOCAL_PEERCRED, _LOCAL_PEERPID = 0, 1, 2
 #: With socketserver's 5, 190 of 200 clients that have a timeout fail at once (anchors/perf.md, section 6).
 BACKLOG: Final = 1024
 
@@ -151,15 +152,27 @@ def bind(sock: socket.socket, path: str) -> None:
     os.chmod(path, 0o600)
 
 
+def knows_peers() -> bool:
+    """Return whether :func:`peer_ids` knows a peer on this system."""
+    return hasattr(socket, "SO_PEERCRED") or sys.platform == "darwin"
+
+
 def peer_ids(sock: socket.socket) -> tuple[int | None, int | None]:
     """Return the user id and process id of the other end, as the kernel noted at ``connect`` (socket(7), SO_PEERCRED).
 
     ``None`` where the system does not tell: there, only the 0700 directory keeps others out. The process id is ``None``
     for a process outside this PID namespace, too.
     """
-    if not hasattr(socket, "SO_PEERCRED"):
+    if hasattr(socket, "SO_PEERCRED"):
+        # struct ucred: pid, uid, gid, 32 bits each. The module struct would cost every start of a client 0.2 ms.
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid = (int.from_bytes(credentials[at : at + 4], sys.byteorder) for at in (0, 4))
+        return uid, pid or None
+    if not knows_peers():
         return None, None
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    # struct ucred: pid, uid, gid, 32 bits each. The module struct would cost every start of a client 0.2 ms.
-    pid, uid = (int.from_bytes(credentials[at : at + 4], sys.byteorder) for at in (0, 4))
-    return uid, pid or None
+    # macOS (sys/un.h): struct xucred, which begins with a version and the uid; and a pid. Python has no names for them.
+    uid = int.from_bytes(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, 76)[4:8], sys.byteorder)
+    try:
+        return uid, sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID) or None
+    except OSError:  # the peer has gone
+        return uid, None

@@ -315,5 +315,5 @@ def test_a_job_without_a_proc_of_its_own(jobs_dir, options):
         finally:
             job.kill()
         said = job.stderr.read()
-    assert said.count("WARNING") == 1 and "The system does not tell when this process started" in said
+    assert said.count("WARNING") == 1 and "the start and memory of this process are unknown" in said
     until(lambda: registry.judge(record) == "dead")

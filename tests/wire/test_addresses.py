@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
+import struct
+import sys
 import threading
 import time
 
@@ -13,7 +16,16 @@ import pytest
 from forgather_control.deadline import Deadline
 from forgather_control.errors import InvalidParams, JobDead, JobNotAnswering
 from forgather_control.wire import addresses
-from forgather_control.wire.addresses import TcpEndpoint, UnixEndpoint, bind, fits, is_loopback, parse, peer_ids
+from forgather_control.wire.addresses import (
+    TcpEndpoint,
+    UnixEndpoint,
+    bind,
+    fits,
+    is_loopback,
+    knows_peers,
+    parse,
+    peer_ids,
+)
 
 from ..support.harness import SOON, Process, descriptors, needs_root
 
@@ -182,7 +194,23 @@ def test_a_system_without_peer_credentials_says_nothing(monkeypatch):
     with one, two:
         assert peer_ids(one) == (os.geteuid(), os.getpid())
         monkeypatch.delattr(socket, "SO_PEERCRED")
-        assert peer_ids(one) == (None, None)
+        assert peer_ids(one) == (None, None) and not knows_peers()
+
+
+@pytest.mark.parametrize("pid", [4242, 0, None])
+def test_the_peer_on_macos(pid, monkeypatch):
+    """As sys/un.h has it there: struct xucred of 76 bytes, and a pid, which is unknown once the peer has gone."""
+
+    class Sock:
+        def getsockopt(self, level, option, size=None):
+            assert level == 0 and (option, size) in ((1, 76), (2, None))
+            if option == 2 and pid is None:
+                raise OSError(errno.ENOTCONN, "gone")
+            return struct.pack("=IIh2x16I", 0, 501, 1, 20, *[0] * 15) if option == 1 else pid
+
+    monkeypatch.delattr(socket, "SO_PEERCRED")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert knows_peers() and peer_ids(Sock()) == (501, pid or None)
 
 
 # TCP...
