@@ -10,7 +10,7 @@ key; the receiver takes the keys in order and deletes them. (A process that dies
 nothing behind it is received; but a job that lost a rank has ended.) A message is one JSON array.
 
 The last rank to leave deletes the keys of the run, which no rank reads or writes any more. They stay where a rank was
-lost, because it does not leave.
+lost or never joined, because it does not leave.
 
 A receiver is ended by a message that its own process writes: a thread that is still inside a C++ call when the
 interpreter ends would be unwound out of it, and that aborts the process.
@@ -68,16 +68,16 @@ class StoreSender:
 
     def sweep(self, size: int) -> None:
         """Delete all keys of a run that every rank has left, so that many runs of one process group leave none."""
-        left, delete = self._store.add, self._store.delete_key
+        add, delete = self._store.add, self._store.delete_key
         for rank in range(size):
-            for number in range(left(keys.received(rank), 0) + 1, left(keys.count(rank), 0) + 1):
+            for number in range(add(keys.received(rank), 0) + 1, add(keys.count(rank), 0) + 1):
                 delete(keys.message(rank, number))
             delete(keys.received(rank))
             delete(keys.count(rank))
-        for number in range(1, left(keys.ROUNDS, 0) + 1):
+        for number in range(1, add(keys.ROUNDS, 0) + 1):
             delete(keys.decision(number))
-        delete(keys.ROUNDS)
-        delete(keys.MEMBERS)
+        for key in (keys.ROUNDS, keys.JOINED, keys.LEFT):
+            delete(key)
 
     def disconnect(self) -> None:
         """Close the connection now, not when the garbage is collected; every later call fails."""

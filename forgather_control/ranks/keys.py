@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-#: The number of ranks that take part: they joined, and have not left.
-MEMBERS: Final = "members"
+#: The numbers of ranks that have joined, and that have left.
+JOINED: Final = "joined"
+LEFT: Final = "left"
 #: The number of rounds, once rank 0 has left.
 ROUNDS: Final = "rounds"
 

@@ -121,7 +121,7 @@ class StoreGroup(RankGroup):
             self._commit(_propose(sender, self._participant.number))
 
     def _enter(self, sender: StoreSender) -> None:
-        self._watches = sender.add(keys.MEMBERS, 1) == 1
+        self._watches = sender.add(keys.JOINED, 1) == 1
 
     def _on_idle(self, sender: StoreSender) -> float | None:
         """Warn, on the first rank alone, if rank 0 never joined: then it has not read its first message."""
@@ -137,7 +137,7 @@ class StoreGroup(RankGroup):
         sender.add(keys.received(self.rank), received)
         if self.rank == 0:
             sender.add(keys.ROUNDS, self._participant.number)
-        if sender.add(keys.MEMBERS, -1) <= 0:
+        if sender.add(keys.LEFT, 1) == self.size:
             sender.sweep(self.size)
 
     def _on_lost(self, reason: str, sender: StoreSender) -> None:

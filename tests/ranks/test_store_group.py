@@ -297,8 +297,21 @@ def test_a_rank_0_that_joins_is_not_missed(store, monkeypatch, caplog):
 
 
 @needs_torch
+def test_a_rank_that_ended_before_rank_0_joined(store):
+    """It is known to have joined and left, so commands do not wait for it."""
+    with training(store, 2, begin=False) as (first, other):
+        other.steps = 3
+        other.begin()
+        other.thread.join(SOON)
+        first.begin()
+        name = first.order("graceful_stop")
+        first.thread.join(SOON)
+    assert first.state(name) == "finished" and first.group.state(1) == "ended" and first.group.not_joined() == []
+
+
+@needs_torch
 def test_many_runs_leave_no_descriptors_and_no_keys():
-    """Though a rank comes when rank 0 has left, and garbage is not collected."""
+    """Though a rank comes when the other has left, and garbage is not collected."""
     import torch.distributed as dist
 
     base = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -306,12 +319,13 @@ def test_many_runs_leave_no_descriptors_and_no_keys():
     try:
         for run in range(60):
             with training(lambda run=run: dist.PrefixStore(str(run), base.clone()), 2, begin=False) as made:
-                made[0].begin()
-                if run % 10 == 0:
-                    made[0].stop = True
-                    made[0].thread.join(SOON)
-                made[1].begin()
-                if run % 10:
+                first, second = made if run % 2 else reversed(made)
+                first.begin()
+                if run % 10 < 2:
+                    first.stop = True
+                    first.thread.join(SOON)
+                second.begin()
+                if run % 10 >= 2:
                     made[0].group.query("ranks")
                     made[0].order("save_checkpoint")
                     made[0].order("graceful_stop")
