@@ -18,8 +18,8 @@ _PROBE_TIMEOUT: Final = 5.0  #: Seconds that a new thread has to run.
 
 def check() -> None:
     """Raise Unsupported unless new threads run beside this one, and sockets are Python's own. On any thread."""
-    if library := replaced_by():
-        raise Unsupported(f"{library} has replaced Python's threads or sockets; train in a process without it")
+    if why := fault():
+        raise Unsupported(f"{why}; train in a process without it")
     found: list[int] = []
     ran = _thread.allocate_lock()
     ran.acquire()
@@ -36,10 +36,10 @@ def check() -> None:
         raise Unsupported("a new thread does not run beside the thread that starts it: something has replaced threads")
 
 
-def replaced_by() -> str | None:
-    """Return the library that has replaced threads, sockets or polling. Any thread; cheap, and calls nothing of it."""
+def fault() -> str | None:
+    """Return which library has replaced threads, sockets or polling, if one has. On any thread; uses none of them."""
     for part in (_thread.start_new_thread, socket.socket, select.select):
         library = str(part.__module__).partition(".")[0]  # None for some built-in functions
         if library in _LIBRARIES:
-            return library
+            return f"{library} has replaced Python's threads or sockets"
     return None

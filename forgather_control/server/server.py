@@ -48,12 +48,19 @@ class Server:
         handler: called on the server thread for each request; see ``dispatcher.Handler``.
         tick: called on the server thread every ``TICK_PERIOD`` seconds; more rarely while it raises.
         last: called on the server thread once, before the waiting requests are answered that the job is ending.
+        check: called on the server thread whenever it has waited; returns why it can serve no longer, or ``None``.
 
     The order of calls: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
     """
 
-    def __init__(self, handler: Handler, tick: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
-        self._dispatcher, self._tick, self._last = Dispatcher(handler), tick, last
+    def __init__(
+        self,
+        handler: Handler,
+        tick: Callable[[], None],
+        last: Callable[[], None] = lambda: None,
+        check: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._dispatcher, self._tick, self._last, self._check = Dispatcher(handler), tick, last, check
         self._selector, self._waker = selectors.DefaultSelector(), Waker()
         fd = getattr(self._selector, "fileno", lambda: None)()  # poll(2) has none
         self._selector_file = None if fd is None else Kept.of(fd)
@@ -141,7 +148,7 @@ class Server:
         if delay > 0:
             self._woken |= self._waker.wait(min(delay, limits.TICK_PERIOD))
         if delay > 0 or not self._select() or time.monotonic() >= self._tick_at:
-            self.fault = self._find_fault()  # before anything is sent that no client has just asked for
+            self.fault = self.fault or self._find_fault()  # before anything is sent that no client has just asked for
             if self.fault is not None:
                 return
         if delay <= 0:
@@ -184,7 +191,8 @@ class Server:
             if self._find_fault() is None:
                 raise
             return False
-        for key, events in ready:
+        self.fault = self._check()
+        for key, events in ready if self.fault is None else ():
             if isinstance(key.fileobj, Listener):
                 # One is the rule, and looking for another costs as much as a round. But while others are being
                 # answered, a new client must soon be among them: the backlog knows no turns.
@@ -193,7 +201,7 @@ class Server:
                 self._woken |= self._waker.wait(0.0)
             else:
                 self._serve(key.data, events)
-        return bool(ready)
+        return bool(ready) and self.fault is None
 
     def _adopt(self, sock: socket.socket, peer: Peer, tls: ssl.SSLContext | None = None) -> None:
         max_line = MAX_LINE if peer.via == "socket" else limits.MAX_FIRST_LINE

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import ControlError, JobIdTaken, StartError
 from ..jobs import directory
+from ..processes import threads
 from ..server import limits as server_limits
 from ..server.file_requests import FileRequestServer
 from ..server.server import Server
@@ -33,7 +34,7 @@ class JobServer:
     on_restored: Callable[[str], None]  #: Called there with the path of the directory after it was repaired.
 
     def __post_init__(self) -> None:
-        self._server = Server(self.queries.answer, self._tick, self._last_look)
+        self._server = Server(self.queries.answer, self._tick, self._last_look, threads.fault)
         self.queries.check_capacity = self._server.check_room
         self.wake = self.queries.wake = self._server.wake
         self._lock = threading.Lock()  # guards _directory against unpublish() during a tick

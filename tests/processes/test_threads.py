@@ -5,13 +5,14 @@ from __future__ import annotations
 import _thread
 import importlib.util
 import threading
+from contextlib import suppress
 
 import pytest
 
 from forgather_control.errors import Unsupported
 from forgather_control.processes import threads
 
-from ..support.harness import JOB, MS, Process
+from ..support.harness import JOB, MS, Process, Wire, until
 
 
 def needs_module(name):
@@ -42,6 +43,40 @@ def test_training_runs_without_control(patch, jobs_dir):
             assert process.end() == 0 and not jobs_dir.exists()
         said = [line for line in process.errors if "Control is off" in line or "Traceback" in line]
         assert len(said) == 1 and f"{library} has replaced" in said[0] and "Training continues" in said[0]
+
+
+#: Threads and sockets are replaced when the run has begun, and the job is asked after that.
+LATE = """
+import sys, time
+from forgather_control import TrainingJob
+
+with TrainingJob(job_id="job") as job:
+    exec(sys.argv[1])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for step in range(1, 50):
+        job.log(loss=1 / step)
+        job.step(step)
+        time.sleep(0.001)
+print("ended", flush=True)
+"""
+
+
+@needs_module("gevent")
+@needs_module("eventlet")
+@pytest.mark.parametrize("patch", ["gevent", "only gevent's sockets", "eventlet"])
+def test_threads_that_are_replaced_during_training(patch, jobs_dir):
+    """Control ends with one warning when it is used next; the client is not left waiting, nor is training."""
+    with Process(LATE, PATCHES[patch]) as process:
+        assert process.line() == "ready"
+        with Wire(jobs_dir / "job" / "control.sock") as wire:
+            process.say("")
+            with suppress(ConnectionResetError):
+                assert wire.file.readline() == b""
+        until(lambda: not (jobs_dir / "job").exists())
+        assert process.line() == "ended" and process.end() == 0
+    assert sum("Control is off" in line for line in process.errors) == 1
+    assert "replaced Python's threads or sockets. Training continues." in "".join(process.errors)
 
 
 def _run_at_once(call, args):
