@@ -59,8 +59,11 @@ class TrainingJob(Adapter):
         fresh_seconds: float = 0.0,
         certfile: str | None = None,
         keyfile: str | None = None,
+        close_timeout: float = 60.0,
     ) -> None:
-        super().__init__(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        super().__init__(
+            *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout)
+        )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
         self._depth = 0  # of "with" statements around one another
@@ -70,6 +73,7 @@ class TrainingJob(Adapter):
         # Whether the loop has read should_save since it was set, and should_evaluate; whether it ever read the latter.
         self._saw_save = self._saw_evaluate = self._can_evaluate = False
         self._evaluated_at: int | None = None
+        self._warned = False  # of a wrong argument
 
     def __enter__(self) -> TrainingJob:
         self._depth += 1
@@ -147,24 +151,45 @@ class TrainingJob(Adapter):
         self._report_evaluation(self._evaluated_at, metrics)
 
     @controlled
-    def saved(self, path: str | os.PathLike[str]) -> None:
-        """Report a complete checkpoint, requested or not, by its file or directory.
+    def saved(self, path: str | os.PathLike[str], step: int | None = None, future: Any = None) -> None:
+        """Report a checkpoint, requested or not, by its file or directory.
 
-        If that does not exist, the command that requested the checkpoint fails.
+        It finishes the commands that were applied up to its step; if it does not exist, they fail. A save in the
+        background delays neither training nor the next save.
+
+        Args:
+            step: the step whose state it contains; ``None``: the last one.
+            future: of a save in the background, an object with ``add_done_callback``, such as ``dcp.async_save``
+                returns. The checkpoint is complete when that is done; if it fails, so do the commands.
         """
-        run = self._run
-        run.phase = states.STATUS_TRAINING
-        self._requested.saved()
-        self._saw_save = False
+        run, requested, fault = self._run, self._requested, None
+        run.phase, at = states.STATUS_TRAINING, run.last_step
         try:
-            where = os.path.abspath(os.fsdecode(path))
-            exists = os.path.exists(where)
-        except (TypeError, ValueError):
-            where, exists = repr(path)[:200], False
-        if exists:
-            run.saved(run.last_step, where, self._evaluated_at == run.last_step)
+            at = at if step is None else _whole("step", step)
+            add_callback = _adder(future)
+        except InvalidParams as err:
+            fault, add_callback = f"saved() was called with a wrong argument: {err}", None
+            log.log(logging.DEBUG if self._warned else logging.WARNING, "%s", fault)
+            self._warned = True
+        save = run.begin_save(at, at)
+        if save.is_enough:
+            requested.saved()
+            self._saw_save = False
+        where, evaluated = _absolute(path), self._evaluated_at == at
+
+        def end(done: Any = None) -> None:  # on any thread; without a reference to self, which the future would keep
+            why = fault or (_fault(done) if done is not None else None)
+            if why is None and not os.path.exists(where):
+                why = f"the loop reported a checkpoint at {where}, but there is none"
+            if why is None:
+                run.finish_save(save, where, evaluated)
+            else:
+                run.fail_save(save, why)
+
+        if add_callback is None:
+            end()
         else:
-            run.save_failed(f"the loop reported a checkpoint at {where}, but there is none")
+            add_callback(end)
 
     def _evaluation_missed(self) -> None:
         if self._requested.evaluate and self._run.is_main:
@@ -182,3 +207,31 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as err:
         raise InvalidParams(f"{name} must be a whole number, not {ascii(value)[:80]}", parameter=name) from err
+
+
+def _adder(future: Any) -> Any:
+    """Return the method that adds a callback to a future; ``None`` without a future."""
+    if future is None:
+        return None
+    found = getattr(future, "upload_completion", future)  # of what newer versions of dcp.async_save return
+    add = getattr(found, "add_done_callback", None)
+    if not callable(add):
+        text = f"future must have add_done_callback, which {type(future).__name__} has not"
+        raise InvalidParams(text, parameter="future")
+    return add
+
+
+def _fault(future: Any) -> str | None:
+    """Return why a future that is done has failed; ``None`` if it has not."""
+    try:
+        (getattr(future, "result", None) or future.value)()  # torch.futures.Future has no result()
+    except BaseException as err:  # boundary: the user's; that a future of asyncio was cancelled is no Exception
+        return f"{type(err).__name__}: {err}"
+    return None
+
+
+def _absolute(path: Any) -> str:
+    try:
+        return os.path.abspath(os.fsdecode(path))
+    except (TypeError, ValueError):
+        return repr(path)[:200]  # which does not exist

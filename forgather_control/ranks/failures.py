@@ -33,7 +33,7 @@ def control_failed(rank: int, reason: str | None) -> str | None:
 
 def not_reported(ranks: Sequence[int]) -> str:
     """Return why commands of these ranks are not known to be done: rank 0 ended and could not wait any longer."""
-    return f"{_named(ranks)} had not reported when rank 0 ended"
+    return f"it is unknown whether {_named(ranks)} completed it: no report had come when rank 0 ended"
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -54,6 +54,9 @@ class RankGroupDelegate(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the other ranks are told of this process. The training thread, at the start; may raise."""
 
+    def is_gone(self, rank: int) -> bool:
+        """Whether the process of a rank is proven to have ended. The training thread; rank 0."""
+
     def answer(self, what: str) -> dict[str, Any]:
         """This rank's answer to a query. The receiver's thread; on rank 0 the server's."""
 
@@ -156,7 +159,7 @@ class RankGroup(ABC):
 
     @abstractmethod
     def close(self, seconds: float, fault: str | None = None) -> None:
-        """Leave; wait at most ``seconds`` for what is on its way. ``fault`` says why, if training continues."""
+        """Leave; rank 0 waits at most ``seconds`` for what others owe. ``fault`` says why, if training continues."""
 
     @abstractmethod
     def _tell_coordinator(self, message: Message) -> None:

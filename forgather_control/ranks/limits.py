@@ -22,6 +22,10 @@ STORE_TIMEOUT: Final = 30.0
 #: That the receiver's wait for a message may take: longer than any training, and short enough for poll(2), which
 #: counts milliseconds in an int (24.8 days).
 INBOX_TIMEOUT: Final = 20 * 86400.0
+#: That the end of training may wait for a channel to send what is queued.
+CLOSE_TIMEOUT: Final = 3.0
+#: Between two checks whether the processes of ranks that rank 0 waits for still run.
+LOOK_PERIOD: Final = 1.0
 #: That the interpreter's exit may wait for a channel that was not closed.
 EXIT_TIMEOUT: Final = 1.0
 #: Steps between two polls where ranks must poll and neither the caller nor the trainer says how many.

@@ -11,11 +11,12 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
 from .. import states
+from ..deadline import Deadline
 from ..wire.records import Outcome, ScheduledCommand
 from . import consensus, failures, keys, limits, messages
 from .channel import Connect, StoreChannel, StoreSender
@@ -77,7 +78,7 @@ class StoreGroup(RankGroup):
 
     def close(self, seconds: float, fault: str | None = None) -> None:
         self._channel.post(lambda sender: self._leave(failures.control_failed(self.rank, fault), sender))
-        self._channel.close(seconds)
+        self._channel.close(limits.CLOSE_TIMEOUT)
 
     # On the threads of the channel...
 
@@ -185,15 +186,30 @@ class CoordinatorGroup(StoreGroup):
         """Begin no more rounds, and wait for what the other ranks owe; what they have not reported then has failed."""
         coordinator = self._coordinator
         self._channel.post(lambda sender: self._close_coordinator(fault))
-        with self._lock:
-            self._lock.wait_for(lambda: self._lost or (coordinator.closed and not coordinator.owed), seconds)
+        if self._holds(lambda: coordinator.closed, limits.CLOSE_TIMEOUT):  # else the store hangs
+            deadline = Deadline(seconds)
+            while not self._holds(lambda: not coordinator.owed, min(limits.LOOK_PERIOD, deadline.left() or 0.0)):
+                if deadline.passed() or self._all_gone(self._missing()):
+                    break
         super().close(seconds, fault)
-        missing = coordinator.missing
+        missing = self._missing()
         why = self._lost or failures.not_reported(missing or range(1, self.size))
         if missing or self._lost:
             self._fail_missing(why)
         for command_id in list(self._results):
             self._complete(command_id, {}, why)
+
+    def _missing(self) -> list[int]:
+        with self._lock:
+            return self._coordinator.missing
+
+    def _all_gone(self, ranks: list[int]) -> bool:
+        return bool(ranks) and all(map(self._delegate.is_gone, ranks))
+
+    def _holds(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Return whether that became true in time; also once nothing more is received."""
+        with self._lock:
+            return bool(self._lock.wait_for(lambda: self._lost or condition(), seconds))
 
     def command_queued(self) -> None:
         self._channel.post(lambda sender: None)  # ``_on_idle`` is called after each task

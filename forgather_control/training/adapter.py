@@ -79,8 +79,11 @@ class Adapter:
         fresh_seconds: float = 0.0,
         certfile: str | None = None,
         keyfile: str | None = None,
+        close_timeout: float = 60.0,
     ) -> None:
-        options = ControlOptions(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile)
+        options = ControlOptions(
+            *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout)
+        )
         self._options, self._signals = options, Signals(signals or {})
         self._controller: Controller | None = None
         self._requested = RequestedActions()

@@ -1,8 +1,9 @@
 """What becomes of commands after they are taken from the queue: effects, outcomes, rank reports, results.
 
-Each rank has a tracker. Effects, saves, evaluations and the end are noted on the training thread; ``take``,
-``all_applied`` and ``submit`` belong to rank 0 and run on the thread that decides a round. What both touch is the
-queue, which has its lock. Only rank 0 has records; the other ranks report to it through the group.
+Each rank has a tracker. Effects, saves, evaluations and the end are noted on the training thread, the end of a save in
+the background on any; ``_lock`` guards what these touch. ``take``, ``all_applied`` and ``submit`` belong to rank 0, run
+on the thread that decides a round, and touch only the queue, which has its own lock. Only rank 0 has records; the other
+ranks report to it through the group.
 
 A command is finished when all events in its ``finishes_when`` have happened. A command that fails on one rank, in its
 effect or in its report, has failed; control continues.
@@ -10,13 +11,16 @@ effect or in its report, has failed; control continues.
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .. import states
+from ..deadline import Deadline
 from ..errors import CommandFailed, CommandRefused, ControlError
 from ..ranks.group import RankGroup
 from ..wire.builtin import TrainingLoop
@@ -39,23 +43,39 @@ _SIGNAL: Final[dict[str, Any]] = {"via": states.VIA_SIGNAL, "uid": None, "user":
 
 @dataclass
 class _Applied:
-    """A command that this rank has applied and that is not finished here. Training thread only."""
+    """A command that this rank has applied and that is not finished here."""
 
     command_id: str
     method: Method
+    step: int
     since: float  # monotonic
     reported: bool = False
+    is_saving: bool = False  # a save in the background counts for it, and no other does
     result: dict[str, Any] | None = None
 
     @property
     def ends(self) -> bool:
         return states.WHEN_ENDED in self.method.finishes_when
 
+    @property
+    def lacks_save(self) -> bool:
+        return self.awaits(states.WHEN_SAVED) or (self.ends and self.result is None)
+
     def awaits(self, event: str) -> bool:
         return self.method.rank_report == event and not self.reported
 
     def set_result(self, **result: Any) -> None:
         self.result = {**result, "seconds": round(time.monotonic() - self.since, 6)}
+
+
+@dataclass(eq=False)
+class Save:
+    """A checkpoint that this rank is writing."""
+
+    step: int
+    since: float = field(default_factory=time.monotonic)
+    applied: list[_Applied] = field(default_factory=list)  #: the commands that it counts for
+    is_enough: bool = True  #: Whether no other command waits for a checkpoint that is not begun.
 
 
 @dataclass(eq=False)
@@ -72,6 +92,13 @@ class CommandTracker:
     def __post_init__(self) -> None:
         self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), result
         self._applied: dict[str, _Applied] = {}
+        # Reentrant, because the garbage collector may end this run on a thread that holds it.
+        self._lock = threading.Condition(threading.RLock())
+
+    def abandon(self, queue: CommandQueue) -> None:
+        """In a forked child: forget the commands, and a lock that a thread of the parent may have held."""
+        self.queue = queue
+        self.__post_init__()
 
     # On the training thread...
 
@@ -80,8 +107,9 @@ class CommandTracker:
         outcomes = {command.command_id: self._run(command) for command in commands}
         self.group().applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
         for command in commands:
-            self._follow(command, outcomes[command.command_id])
+            self._follow(command, outcomes[command.command_id], step)
         if any("abort" in self.methods[command.name].needs for command in commands):
+            self._fail_saves("an abort was applied while it was being written")
             self.report(states.WHEN_SAVED, "an abort was applied: no checkpoint is written after it")
             self.report(states.WHEN_EVALUATED, "an abort was applied before the evaluation")
 
@@ -92,72 +120,134 @@ class CommandTracker:
                 return {}
             run = self.methods[command.name].run
             assert run is not None  # every command has one
-            value = run(self.loop, **command.params)
+            value = _json(command.name, run(self.loop, **command.params))
         except Exception as err:  # boundary: a failing effect fails its command, never control
             log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
             return _failure(err)
         return {} if value is None else {"value": value}
 
-    def _follow(self, command: ScheduledCommand, outcome: Outcome) -> None:
-        applied = _Applied(command.command_id, self.methods[command.name], time.monotonic())
+    def _follow(self, command: ScheduledCommand, outcome: Outcome, step: int) -> None:
+        applied = _Applied(command.command_id, self.methods[command.name], step, time.monotonic())
         if "error" in outcome:  # the record fails once all ranks have applied; they must not wait for this one's report
             if applied.method.rank_report:
                 self.group().report(command.command_id, outcome)
         elif applied.ends or applied.method.rank_report:
-            self._applied[command.command_id] = applied
+            with self._lock:
+                self._applied[command.command_id] = applied
             self.state.note(ending=applied.ends)
             if command.skip_save:
                 applied.result = self._checkpoint[1] if self._checkpoint else None
                 self._report(applied, {})
 
-    def saved(self, step: int, path: str, evaluated: bool) -> None:
-        """Note that a checkpoint is complete on disk, or this rank's part of it, whatever caused it."""
+    def begin_save(self, step: int, until: int | None = None) -> Save:
+        """Note that this rank writes a checkpoint of ``step``, or its part of one, whatever caused it.
+
+        It counts for the commands that were applied ``until`` that step (``None``: for all), unless another one does.
+        """
+        with self._lock:
+            found = [each for each in self._applied.values() if each.lacks_save and not each.is_saving]
+            save = Save(step, applied=[each for each in found if until is None or each.step <= until])
+            save.is_enough = len(save.applied) == len(found)
+            for applied in save.applied:
+                applied.is_saving = True
+            return save
+
+    # On any thread...
+
+    def finish_save(self, save: Save, path: str, evaluated: bool) -> None:
+        """Note that a checkpoint is complete on disk."""
         shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON cannot carry a byte that is no UTF-8
-        result = {"step": step, "path": shown, "seconds": 0.0, "evaluated": evaluated}
-        self._checkpoint = time.monotonic(), result
-        for applied in self._applied.values():
-            if applied.awaits(states.WHEN_SAVED) or (applied.ends and applied.result is None):
-                applied.set_result(**result)
-        self.report(states.WHEN_SAVED)
+        result = {"step": save.step, "path": shown, "seconds": 0.0, "evaluated": evaluated}
+        with self._lock:
+            if self._checkpoint is None or save.step >= self._checkpoint[1]["step"]:
+                self._checkpoint = save.since, result
+            for applied in save.applied:
+                if applied.lacks_save:
+                    applied.set_result(**result)
+            self._end_save(save, {})
+        if self.group().rank == 0 and not self.state.ended:
+            self.state.events.publish(states.EVENT_CHECKPOINT, step=save.step, path=path)
+
+    def fail_save(self, save: Save, fault: str) -> None:
+        """Note that a checkpoint will not be complete, and why."""
+        with self._lock:
+            self._end_save(save, _failure(CommandFailed(fault)))
+
+    def _end_save(self, save: Save, outcome: Outcome) -> None:
+        for applied in save.applied:
+            applied.is_saving = False
+            if applied.awaits(states.WHEN_SAVED):
+                self._report(applied, outcome)
+        self._lock.notify_all()
+
+    # On the training thread...
 
     def evaluated(self, step: int, metrics: dict[str, Any]) -> None:
         """Note that this rank has evaluated, and with which metrics (numbers)."""
-        for applied in self._applied.values():
-            if applied.awaits(states.WHEN_EVALUATED):
-                applied.set_result(step=step, metrics=metrics)
-        self.report(states.WHEN_EVALUATED)
+        with self._lock:
+            for applied in self._applied.values():
+                if applied.awaits(states.WHEN_EVALUATED):
+                    applied.set_result(step=step, metrics=metrics)
+            self.report(states.WHEN_EVALUATED)
 
     def report(self, event: str, fault: str | None = None) -> None:
-        """Report this rank's part in every command that waits for an event.
+        """Report this rank's part in every command that waits for an event, unless a save in the background does it.
 
         Args:
             fault: why the event will not come on this rank, so that the commands fail; ``None``: the part is complete,
                 or there is none, as on a rank that writes nothing of a checkpoint.
         """
-        for applied in list(self._applied.values()):
-            if applied.awaits(event):
-                self._report(applied, {} if fault is None else _failure(CommandFailed(fault)))
+        with self._lock:
+            for applied in list(self._applied.values()):
+                if applied.awaits(event) and not applied.is_saving:
+                    self._report(applied, {} if fault is None else _failure(CommandFailed(fault)))
 
-    def close_reports(self, reason: str | None) -> None:
-        """Report what this rank still owes when training ends.
+    def close(self, reason: str | None, fault: str | None, seconds: float) -> None:
+        """Report what this rank still owes when training ends, and leave the other ranks.
 
         Args:
-            reason: why training did not end as it should; ``None`` if it did. Then another rank than 0 has no part that
-                is missing (often only rank 0 saves), and on rank 0 the event did not come.
+            reason: why training did not end as it should; ``None`` if it did.
+            fault: why control ends though training continues.
+            seconds: the longest wait for saves in the background, unless training continues, and for the other ranks.
         """
+        deadline = Deadline(seconds)
+        try:
+            self._close_reports(reason)
+            self._close_saves(reason, seconds if fault is None else 0.0)
+        finally:
+            self.group().close(deadline.left() or 0.0, fault)
+
+    def _close_reports(self, reason: str | None) -> None:
+        # Where training ended as it should, another rank than 0 has no part that is missing: often only rank 0 saves.
         is_clean = reason is None and self.group().rank != 0
         for event, text in _EVENTS.items():
             self.report(event, None if is_clean else reason or f"training ended before {text}")
 
+    def _close_saves(self, reason: str | None, seconds: float) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: not any(each.is_saving for each in self._applied.values()), seconds)
+            self._fail_saves(f"it was still being written {seconds:g} s after {reason or 'training ended'}")
+
+    def _fail_saves(self, why: str) -> None:
+        with self._lock:
+            for applied in list(self._applied.values()):
+                if applied.is_saving:
+                    applied.is_saving = False
+                    if applied.awaits(states.WHEN_SAVED):
+                        text = f"it is unknown whether the checkpoint was completed: {why}"
+                        self._report(applied, _failure(CommandFailed(text)))
+
     def end(self, step: int, reason: str | None) -> None:
         """Note that training has ended; ``reason`` says why, if it did not end as it should."""
-        for applied in self._applied.values():
+        with self._lock:
+            ended = list(self._applied.values())
+            self._applied.clear()
+        for applied in ended:
             applied.result = applied.result or {"step": step, "path": None, "seconds": None, "evaluated": False}
             if self.group().rank == 0 and reason is not None:
                 self.queue.failed(applied.command_id, CommandFailed(reason), applied.result)
             else:
                 self._finish_when_reported(applied)
-        self._applied.clear()
 
     def _report(self, applied: _Applied, outcome: Outcome) -> None:
         """Report this rank's part of a command; finish the command here unless it waits for the end of training."""
@@ -220,6 +310,14 @@ class CommandTracker:
 def _result(method: Method, outcomes: dict[int, Outcome]) -> dict[str, Any]:
     values = {rank: outcomes[rank].get("value") for rank in sorted(outcomes)}
     return method.combine(values) if method.combine is not None else {"value": values.get(0)}
+
+
+def _json(name: str, value: Any) -> Any:
+    """Return the value of an effect as it arrives at rank 0 and its clients."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as err:
+        raise CommandFailed(f"{name} returned a value that is not JSON: {err}") from err
 
 
 def _failure(err: Exception) -> Outcome:

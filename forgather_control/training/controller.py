@@ -14,7 +14,8 @@ The loop, with each call of an integration in its place::
         phase = evaluating | saving          while it does
         evaluated(n, metrics)             ─▶ evaluations are finished
         saved(n, path)                    ─▶ when the checkpoint is on disk: saves are finished
-    close()                               ─▶ stops are finished, the rest has failed, the directory is gone
+    close()                               ─▶ after saves in the background and other ranks' reports: stops are finished,
+                                             the rest has failed, the directory is gone
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class Controller:
         # What integrations note on the training thread of any rank; see the methods that are behind it.
         self.beat = self.state.progress.beat
         self.evaluated = self._tracker.evaluated
+        self.begin_save = self._tracker.begin_save
+        self.finish_save, self.fail_save = self._tracker.finish_save, self._tracker.fail_save  # on any thread
         self.evaluation_failed = partial(self._tracker.report, states.WHEN_EVALUATED)
         self.save_failed = partial(self._tracker.report, states.WHEN_SAVED)
         self.nothing_to_save = partial(self._tracker.report, states.WHEN_SAVED, None)
@@ -97,6 +100,7 @@ class Controller:
         self.take, self.all_applied = self._tracker.take, self._tracker.all_applied
         self.put_back = self._queue.put_back
         self.describe, self.answer = self._reporter.describe, self._reporter.answer
+        self.is_gone = self._reporter.is_gone
         self.answers_changed = self._wake
 
     # Start...
@@ -188,9 +192,7 @@ class Controller:
 
     def saved(self, step: int, path: str, evaluated: bool = False) -> None:
         """Note that a checkpoint, or this rank's part of it, is complete on disk, and if the save evaluated first."""
-        self._tracker.saved(step, path, evaluated)
-        if self.is_main:
-            self.state.events.publish(states.EVENT_CHECKPOINT, step=step, path=path)
+        self.finish_save(self.begin_save(step), path, evaluated)
 
     def request(self, command: str) -> None:
         """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
@@ -201,8 +203,9 @@ class Controller:
     def close(self, reason: str | None = None, fault: str | None = None) -> None:
         """End the control of this job: every command gets its last state, every waiting client its answer.
 
-        On the training thread, or at the interpreter's exit. The directory goes first: a client that reads that a stop
-        is finished must not find the job still listed. May be called twice.
+        On the training thread, or at the interpreter's exit. While saves in the background and other ranks have their
+        part of a command to do, the job stays, for at most ``close_timeout``. Then the directory goes first: a client
+        that reads that a stop is finished must not find the job still listed. May be called twice.
 
         Args:
             reason: why training did not end as it should; ``None`` if it did.
@@ -210,19 +213,24 @@ class Controller:
         """
         if self.closed:
             return
-        self.closed = self.state.ended = True
+        self.closed = True
         _controllers.discard(self)
-        if self._server is not None:
-            self._server.unpublish()
-        self._tracker.close_reports(reason)
-        self._group.close(limits.CLOSE_TIMEOUT, fault)
-        self._reporter.close()
-        self._tracker.end(self.last_step, reason)
-        self._queue.close(JobEnding(reason or "training ended before the command could be applied"))
-        self.state.events.publish(states.EVENT_ENDED, step=self.last_step, reason=reason)
-        if self._server is not None:
-            self._server.close()
-        self._ended.set()
+        ending = JobEnding(reason or "training ended before the command could be applied")
+        self._queue.close(ending, pending_only=True)
+        may_wait = fault is None and threading.current_thread() is self._thread
+        try:
+            self._tracker.close(reason, fault, self._options.close_timeout if may_wait else limits.CLOSE_TIMEOUT)
+        finally:  # Ctrl-C may end the wait
+            self.state.ended = True
+            if self._server is not None:
+                self._server.unpublish()
+            self._reporter.close()
+            self._tracker.end(self.last_step, reason)
+            self._queue.close(ending)
+            self.state.events.publish(states.EVENT_ENDED, step=self.last_step, reason=reason)
+            if self._server is not None:
+                self._server.close()
+            self._ended.set()
 
     def end_if_over(self, reason: str) -> None:
         """End this run if its training is over: its thread is dead, or now begins another run outside its call."""
@@ -242,7 +250,8 @@ class Controller:
     def abandon(self) -> None:
         """In a forked child: control nothing; locks may be held by threads that do not exist here."""
         self.closed, self._server = True, None
-        self._tracker.queue = self._queue = CommandQueue(lambda record: None)
+        self._queue = CommandQueue(lambda record: None)
+        self._tracker.abandon(self._queue)
         self.state.events = EventLog()
         self._group = SingleProcess(self)
 

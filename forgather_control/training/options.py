@@ -38,15 +38,20 @@ class ControlOptions:
     fresh_seconds: float = 0.0  #: a signal's ``save_and_stop`` saves nothing if the last checkpoint is at most this old
     certfile: str | None = None  #: a PEM file with a certificate, to use TLS on the port
     keyfile: str | None = None  #: a PEM file with its private key, unless ``certfile`` contains it
+    #: The most seconds that the end of training waits for saves in the background and for other ranks, where a command
+    #: is not finished without them. A command that is not finished then has failed; its error says what is unknown.
+    close_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         if self.job_id is not None:
             check_job_id(self.job_id)
-        steps, seconds = self.poll_steps, self.fresh_seconds
+        steps = self.poll_steps
         is_count = steps is None or (type(steps) is int and steps >= 1)
         tcp.demand(is_count, "poll_steps", "a number of steps from 1, or None", steps)
-        is_age = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds <= 1e9
-        tcp.demand(is_age, "fresh_seconds", "a number of seconds from 0 to 1e9", seconds)
+        for name in ("fresh_seconds", "close_timeout"):
+            seconds = getattr(self, name)
+            is_time = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds <= 1e9
+            tcp.demand(is_time, name, "a number of seconds from 0 to 1e9", seconds)
         if self.signals is not None:
             signals.parse(self.signals)
         self.tcp_options()

@@ -13,8 +13,7 @@ from typing import Any, Final
 from .. import states
 from ..deadline import Deadline
 from ..jobs import rank_processes
-from ..processes import stacks, usage
-from ..processes.liveness import current_process
+from ..processes import liveness, stacks, usage
 from ..processes.stack_dump import StackDumper
 from ..ranks.group import RankGroup
 from ..server.dispatcher import PENDING, Deferred
@@ -47,7 +46,7 @@ class RankReporter:
     def describe(self) -> dict[str, Any]:
         """Return what rank 0 keeps of this process, whose stacks can be read from outside from here on."""
         self._stack_dumper.start()
-        return {**current_process()._asdict(), "stack_fd": self._stack_dumper.fd}
+        return {**liveness.current_process()._asdict(), "stack_fd": self._stack_dumper.fd}
 
     def answer(self, what: str) -> dict[str, Any]:
         """Return what this rank answers. Never raises: that would break the channel between the ranks."""
@@ -80,6 +79,11 @@ class RankReporter:
             rank_processes.write(directory, self._ranks)
         except OSError as err:
             log.warning("%s cannot be written: %s", rank_processes.RANKS_FILE, err.strerror)
+
+    def is_gone(self, rank: int) -> bool:
+        """Return whether the process of a rank is proven to have ended."""
+        known = [record.identity for record in self._ranks if record.rank == rank]
+        return bool(known) and liveness.judge(known[0]) == states.PROCESS_GONE
 
     def ask(self, group: RankGroup, what: str, timeout: float) -> Any:
         """Return all ranks' answers in order: now, or deferred until all have answered or ``timeout`` s have passed."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import logging
 import os
 import pickle
 import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +21,7 @@ import forgather_control
 from forgather_control import TrainingJob, errors
 from forgather_control.server import limits
 
-from ..support.harness import MS, SOON, Process, Wire, running_loop, until
+from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
 
 
 def give(job: TrainingJob, name: str, **params) -> forgather_control.CommandRecord:
@@ -68,6 +73,206 @@ def test_a_save_that_is_not_there_fails(path):
         assert job.should_save
         job.saved(path)
         assert state(job, record).state == "failed" and "there is none" in state(job, record).error["message"]
+
+
+def test_a_save_in_the_background(tmp_path):
+    """Training continues; the save is finished when its future is, on whatever thread, and names its own step."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        job.step(7)
+        future, path = Future(), tmp_path / "later"
+        job.saved(path, step=7, future=future)
+        assert not job.should_save
+        for step in (8, 9):
+            job.step(step)
+        assert state(job, record).state == "applied"
+        path.mkdir()
+        thread = threading.Thread(target=future.set_result, args=(None,))
+        thread.start()
+        thread.join(SOON)
+        done = state(job, record)
+        assert (done.state, done.result["step"], done.result["path"]) == ("finished", 7, str(path))
+
+
+def test_an_older_checkpoint_finishes_no_newer_command(tmp_path):
+    """A scheduled one that is reported late, or completed late, is another one; the newer command gets its own."""
+    with TrainingJob("job") as job:
+        job.step(30)
+        old, new = Future(), Future()
+        job.saved(tmp_path, step=30, future=old)
+        job.step(39)
+        record = give(job, "save_checkpoint")
+        job.step(40)
+        job.saved(tmp_path, step=39)
+        old.set_result(None)
+        assert job.should_save and state(job, record).state == "applied"
+        job.saved(tmp_path, step=40, future=new)
+        job.step(50)
+        job.saved(tmp_path)
+        assert not job.should_save and state(job, record).state == "applied"
+        new.set_result(None)
+        done = state(job, record)
+        assert (done.state, done.result["step"]) == ("finished", 40)
+
+
+def test_each_save_in_the_background_finishes_its_own_commands(tmp_path):
+    """Two are under way: the second one ends first, the first one fails."""
+    with TrainingJob("job") as job:
+        records, futures = [], [Future(), Future()]
+        for step, future in enumerate(futures, 1):
+            records.append(give(job, "save_checkpoint"))
+            job.step(step)
+            job.saved(tmp_path, future=future)
+        futures[1].set_result(None)
+        assert [state(job, record).state for record in records] == ["applied", "finished"]
+        futures[0].set_exception(OSError(28, "No space left on device"))
+        assert state(job, records[0]).error["message"] == "OSError: [Errno 28] No space left on device"
+
+
+def cancelled() -> Future:
+    future = Future()
+    future.cancel()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def of_asyncio() -> asyncio.Future:
+    loop = asyncio.new_event_loop()
+    future = loop.create_future()
+    future.cancel()
+    future.add_done_callback = lambda call: call(future)  # as its loop would
+    loop.close()
+    return future
+
+
+def of_torch() -> Any:
+    import torch
+
+    future = torch.futures.Future()
+    future.set_exception(ValueError("no"))
+    return future
+
+
+def missing() -> Future:
+    future = Future()
+    future.set_result(None)
+    return future
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (cancelled, "CancelledError"),
+        (of_asyncio, "CancelledError"),
+        pytest.param(of_torch, "ValueError: no", marks=needs_torch),
+        (missing, "there is none"),
+    ],
+)
+def test_a_save_in_the_background_that_fails(make, why, tmp_path):
+    """The command fails with that reason, for any kind of future; control continues."""
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        job.step(1)
+        job.saved(tmp_path / "none", future=make())
+        assert state(job, record).state == "failed" and why in state(job, record).error["message"]
+        assert not job.should_save
+
+
+@needs_torch
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_futures_of_torch(wrapped, tmp_path):
+    """That of torch.futures, and what dcp.async_save returns where it also reports the staging."""
+    import torch
+
+    future = torch.futures.Future()
+    with TrainingJob("job") as job:
+        record = give(job, "save_checkpoint")
+        job.step(1)
+        job.saved(tmp_path, future=SimpleNamespace(upload_completion=future) if wrapped else future)
+        assert state(job, record).state == "applied"
+        future.set_result(None)
+        assert state(job, record).state == "finished"
+
+
+@pytest.mark.parametrize("arguments", [{"step": "seven"}, {"step": 1.5}, {"future": 7}, {"future": object}])
+def test_a_save_with_a_wrong_argument_fails(arguments, tmp_path, caplog):
+    """Each command with the reason, and one warning in all; nothing is raised into the loop, and control continues."""
+    with TrainingJob("job") as job:
+        for step in (1, 2):
+            record = give(job, "save_checkpoint")
+            job.step(step)
+            job.saved(tmp_path, **arguments)
+            assert not job.should_save and "wrong argument" in state(job, record).error["message"]
+    (warning,) = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
+    assert "wrong argument" in warning.getMessage()
+
+
+@pytest.mark.parametrize("fault", [None, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("leaves", ["the loop", "by an exception"])
+def test_training_ends_while_a_save_is_under_way(fault, leaves, tmp_path):
+    """The end of training waits for it, and the job can be reached meanwhile; its record tells what became of it."""
+    future = Future()
+
+    def complete() -> None:
+        until(lambda: forgather_control.get_job_status("job")["commands"][0]["state"] == "applied")
+        until(lambda: closing.is_set())
+        with pytest.raises(errors.JobEnding):
+            forgather_control.graceful_stop("job")
+        future.set_result(None) if fault is None else future.set_exception(fault)
+
+    closing, thread = threading.Event(), threading.Thread(target=complete)
+    with pytest.raises(ZeroDivisionError) if "exception" in leaves else threading.Lock():
+        with TrainingJob("job") as job:
+            waiter, heard = last_words(job, "save_checkpoint")
+            job.step(1)
+            job.saved(tmp_path, future=future)
+            thread.start()
+            queue = job._controller._queue
+            queue.close, close = lambda *args, **named: (close(*args, **named), closing.set()), queue.close
+            if "exception" in leaves:
+                raise ZeroDivisionError
+    for each in (thread, waiter):
+        each.join(SOON)
+    assert heard[0]["state"] == ("finished" if fault is None else "failed")
+    assert fault is None or "No space left" in heard[0]["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["save_checkpoint", "save_and_stop"])
+def test_a_save_that_never_ends(name, tmp_path):
+    """After close_timeout the command has failed, and the record does not say that the checkpoint was not written."""
+    with TrainingJob("job", close_timeout=50 * MS) as job:
+        waiter, heard = last_words(job, name)
+        job.step(1)
+        job.saved(tmp_path, future=Future())
+    waiter.join(SOON)
+    assert heard[0]["state"] == "failed"
+    assert "it is unknown whether the checkpoint was completed" in heard[0]["error"]["message"]
+
+
+def test_nobody_waits_for_a_save_that_was_not_requested(tmp_path):
+    """The end of training does not wait for it, and it may end later."""
+    future = Future()
+    with TrainingJob("job", close_timeout=10 * SOON) as job:
+        job.step(1)
+        job.saved(tmp_path, future=future)
+        began = time.monotonic()
+    assert time.monotonic() - began < SOON
+    future.set_result(None)
+
+
+def test_an_abort_waits_for_no_save(tmp_path):
+    """What becomes of the checkpoint is unknown, and the record says so."""
+    with TrainingJob("job", close_timeout=10 * SOON) as job:
+        record = give(job, "save_checkpoint")
+        job.step(1)
+        future = Future()
+        job.saved(tmp_path, future=future)
+        give(job, "abort")
+        job.step(2)
+        assert "it is unknown" in state(job, record).error["message"]
+        began = time.monotonic()
+    assert time.monotonic() - began < SOON
+    future.set_result(None)
 
 
 def test_a_loop_that_never_reports_does_not_save_for_ever():

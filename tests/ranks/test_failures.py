@@ -25,5 +25,7 @@ def test_ranks_that_never_joined_are_named():
 
 def test_ranks_are_listed_in_the_singular_and_the_plural():
     """As English does."""
-    assert failures.not_reported([3]) == "rank 3 had not reported when rank 0 ended"
-    assert failures.not_reported([1, 2]) == "ranks 1, 2 had not reported when rank 0 ended"
+    assert failures.not_reported([3]) == (
+        "it is unknown whether rank 3 completed it: no report had come when rank 0 ended"
+    )
+    assert "whether ranks 1, 2 completed it" in failures.not_reported([1, 2])

@@ -434,8 +434,50 @@ def test_rank_0_waits_for_reports_only_so_long(store):
         until(lambda: made[0].state(name) == "applied")
         made[0].stop = True
         until(lambda: made[0].record(name).is_final)
-        assert made[0].record(name).error == "rank 1 had not reported when rank 0 ended"
+        assert made[0].record(name).error.startswith("it is unknown whether rank 1 completed it")
         never.set()
+
+
+@needs_torch
+@pytest.mark.parametrize("gone", [False, True])
+def test_rank_0_waits_as_long_as_a_rank_lives(store, monkeypatch, gone):
+    """It ends at once if the process has ended, and the sentence names the rank; else it waits for the report."""
+    monkeypatch.setattr(limits, "LOOK_PERIOD", 20 * MS)
+    monkeypatch.setattr(limits, "CLOSE_TIMEOUT", 200 * MS)
+    release, looked = threading.Event(), threading.Event()
+    with training(store, 2, begin=False) as made:
+        made[1].work = lambda command, step: release.wait(SOON) and {}
+        is_gone = made[0].delegate.is_gone
+        made[0].delegate.is_gone = lambda rank: (is_gone(rank), looked.set())[0]
+        for rank in made:
+            rank.begin()
+        name = made[0].order("save_checkpoint")
+        until(lambda: made[0].state(name) == "applied")
+        made[0].stop = True
+        if gone:
+            made[0].delegate.gone.add(1)
+            made[0].thread.join(SOON / 2)
+            assert made[0].record(name).error.startswith("it is unknown whether rank 1 completed it")
+        else:
+            made[0].thread.join(2 * limits.CLOSE_TIMEOUT)
+            assert made[0].state(name) == "applied" and looked.is_set()
+        release.set()
+        made[0].thread.join(SOON)
+        assert gone or made[0].state(name) == "finished"
+
+
+@needs_torch
+def test_rank_0_does_not_wait_for_a_store_that_hangs(store, monkeypatch):
+    """Nothing is owed, but it cannot know: it waits only so long as for its channel."""
+    monkeypatch.setattr(limits, "CLOSE_TIMEOUT", 50 * MS)
+    release = threading.Event()
+    with training(store, 2) as made:
+        until(lambda: made[0].delegate.notes("joined"))
+        made[0].group._channel.post(lambda sender: release.wait(2 * SOON) and None)
+        made[0].stop = True
+        made[0].thread.join(SOON / 2)
+        assert not made[0].thread.is_alive()
+        release.set()
 
 
 @needs_torch

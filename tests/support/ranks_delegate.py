@@ -41,6 +41,7 @@ class Delegate:
         self.reply: Callable[[str], dict[str, Any]] = lambda what: {"rank": rank, "what": what}
         self.records: dict[str, Record] = {}
         self.refused: str | None = None
+        self.gone: set[int] = set()
         self._queue: list[ScheduledCommand] = []
         self._lock = threading.RLock()
         self._ids = itertools.count(1)
@@ -141,6 +142,10 @@ class Delegate:
     def describe(self) -> dict[str, Any]:
         """What it tells of its process."""
         return {"pid": self.rank}
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether the test says so."""
+        return rank in self.gone
 
     def answer(self, what: str) -> dict[str, Any]:
         """What the test set."""

@@ -20,6 +20,7 @@ import pytest
 from forgather_control.errors import CommandNotFound, InvalidParams, InvalidRequest, NotAuthenticated, TooManyCommands
 from forgather_control.server import limits
 from forgather_control.training import limits as training_limits
+from forgather_control.training.options import ControlOptions
 from forgather_control.wire import limits as wire_limits
 
 from ..server.test_file_requests import Desk
@@ -144,6 +145,15 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"{training_limits.MAX_NAMES}; {training_limits.MAX_TEXT}",
         "the oldest names are dropped; the rest is cut off",
     ): ("training.test_metrics.test_names_are_bounded", "training.test_metrics.test_any_name"),
+    (
+        "wait at the end of training for unfinished commands",
+        f"`close_timeout`, {ControlOptions.close_timeout:.0f} s",
+        "they have failed, and the error says what is unknown",
+    ): (
+        "integrations.test_loop.test_a_save_that_never_ends",
+        "ranks.test_store_group.test_rank_0_waits_as_long_as_a_rank_lives",
+        "training.test_controller.test_how_long_the_end_waits_for_other_ranks",
+    ),
     ("processor time", f"{limits.CPU_SHARE * 100:.0f} % of one core", "answers come later"): (
         "server.test_server.test_a_flood_is_held_to_its_share",
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from forgather_control.errors import CommandRefused, JobEnding
@@ -12,6 +14,8 @@ from forgather_control.training.progress import RunState
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method, MethodTable
 from forgather_control.wire.records import ScheduledCommand
+
+from ..support.harness import SOON
 
 
 class Group:
@@ -37,6 +41,9 @@ class Group:
         self.callbacks[command_id] = callback
 
     def obstacle(self):
+        """As ``RankGroup``."""
+
+    def close(self, seconds, fault):
         """As ``RankGroup``."""
 
     def all_report(self, outcomes=None, fault=None):
@@ -79,6 +86,10 @@ class Rank:
                 mine = facts[2]
         self.tracker.all_applied(commands, step, {0: mine, **(outcomes or {})}, fault)
 
+    def saved(self, step, path):
+        """A checkpoint of this step is complete."""
+        self.tracker.finish_save(self.tracker.begin_save(step), path, False)
+
     def record(self, name):
         """The record of the command that was submitted under its own name."""
         return self.queue.get(name)
@@ -91,7 +102,7 @@ def test_a_save_is_finished_once_every_rank_has_written_its_part():
     """Rank 0's part alone is not enough; the result is that of rank 0."""
     rank = Rank()
     rank.apply("save_checkpoint", step=7)
-    rank.tracker.saved(7, "/c-7", False)
+    rank.saved(7, "/c-7")
     assert rank.record("save_checkpoint").state == "applied"
     assert rank.group.sent[-1] == ("report", "save_checkpoint", {})
     rank.group.all_report()
@@ -111,7 +122,7 @@ def test_a_save_that_another_rank_could_not_finish_has_failed(outcomes, fault, m
     """The record has the other rank's reason, and what rank 0 did save."""
     rank = Rank()
     rank.apply("save_checkpoint")
-    rank.tracker.saved(1, "/c-1", False)
+    rank.saved(1, "/c-1")
     rank.group.all_report(outcomes, fault)
     record = rank.record("save_checkpoint")
     assert (record.state, record.error["message"], record.result["path"]) == ("failed", message, "/c-1")
@@ -134,7 +145,7 @@ def test_a_stop_is_finished_when_training_has_ended(command):
     rank = Rank()
     rank.apply(command, step=3)
     if command == "save_and_stop":
-        rank.tracker.saved(3, "/c-3", False)
+        rank.saved(3, "/c-3")
     assert rank.state.ending and rank.record(command).state == "applied" and not rank.group.callbacks
     rank.tracker.end(3, None)
     rank.group.all_report()
@@ -175,6 +186,16 @@ def test_a_failing_effect_fails_its_command_and_no_other(error, caplog):
     assert str(error) in record.error["message"] and rank.record("save_checkpoint").state == "applied"
 
 
+@pytest.mark.parametrize("value", [object(), {1: {2}}, b"x"], ids=repr)
+def test_a_value_that_is_not_json_fails_its_command(value):
+    """It could reach neither rank 0 nor a client; control continues."""
+    rank = Rank(0, 0.0, method("user.bad", "reported", run=lambda loop: value))
+    rank.apply("user.bad", "save_checkpoint")
+    record = rank.record("user.bad")
+    assert record.state == "failed" and record.error["message"].startswith("user.bad returned a value that is not JSON")
+    assert rank.loop.save and rank.record("save_checkpoint").state == "applied"
+
+
 def test_an_effect_that_fails_on_another_rank_fails_the_command():
     """The record names the rank."""
     rank = Rank()
@@ -209,7 +230,7 @@ def test_training_that_raised_fails_what_waited_for_it(command):
     """Each unfinished command says what ended the run."""
     rank = Rank()
     rank.apply(command)
-    rank.tracker.close_reports("training ended by ValueError")
+    rank.tracker.close("training ended by ValueError", None, 0.0)
     assert rank.record(command).state == "applied", "that all ranks applied it is recorded first"
     rank.group.all_report()
     rank.tracker.end(1, "training ended by ValueError")
@@ -221,7 +242,7 @@ def test_the_end_of_training_fails_an_open_save():
     """Without another reason the record says that training ended first."""
     rank = Rank()
     rank.apply("save_checkpoint")
-    rank.tracker.close_reports(None)
+    rank.tracker.close(None, None, 0.0)
     rank.group.all_report()
     assert rank.record("save_checkpoint").error["message"] == "training ended before the checkpoint was saved"
 
@@ -261,12 +282,31 @@ def test_another_rank_reports_and_keeps_no_records():
     ]
     rank.tracker.apply(commands, 4)
     assert rank.loop.save and rank.loop.stop and rank.group.sent == [("applied", ["id", "other"], 4, {})]
-    rank.tracker.saved(4, "/c-4", False)
+    rank.saved(4, "/c-4")
     rank.tracker.report("saved")
     rank.tracker.report("saved", "late")
     rank.tracker.end(4, None)
     assert rank.group.sent[1:] == [("report", "id", {})]
     assert rank.group.callbacks == {} and rank.queue.records() == []
+
+
+@pytest.mark.parametrize("fault", [None, "disk full"])
+def test_another_rank_reports_its_own_save_in_the_background(fault):
+    """Neither its next step nor the end of its training reports before the save has ended."""
+    rank = Rank(rank=1)
+    rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": False})], 4)
+    save = rank.tracker.begin_save(4, 4)
+    rank.tracker.report("saved")
+    assert save.is_enough and [kind for kind, *_ in rank.group.sent] == ["applied"]
+    ending = threading.Thread(target=rank.tracker.close, args=(None, None, SOON))
+    ending.start()
+    if fault is None:
+        rank.tracker.finish_save(save, "/c-4", False)
+    else:
+        rank.tracker.fail_save(save, fault)
+    ending.join(SOON)
+    ((kind, name, outcome),) = rank.group.sent[1:]
+    assert (kind, name) == ("report", "id") and outcome.get("error", {}).get("message") == fault
 
 
 def test_a_rank_without_a_part_in_the_checkpoint_reports_at_once():
@@ -301,7 +341,7 @@ def test_only_a_signals_save_and_stop_skips_its_save():
     rank = Rank(0, 1e6)
     rank.tracker.submit("save_and_stop")
     assert [command.skip_save for command in rank.tracker.take()] == [False], "there is no checkpoint yet"
-    rank.tracker.saved(2, "/c-2", False)
+    rank.saved(2, "/c-2")
     rank.tracker.submit("save_checkpoint")
     rank.queue.submit("abort")
     rank.queue.submit("save_and_stop", None, {"evaluate": "auto"}, None, {"via": "socket"})
@@ -313,7 +353,7 @@ def test_only_a_signals_save_and_stop_skips_its_save():
 def test_a_stop_that_skips_its_save_names_the_last_checkpoint():
     """It ends as a stop does, and no rank waits for a save."""
     rank = Rank(0, 1e6)
-    rank.tracker.saved(2, "/c-2", False)
+    rank.saved(2, "/c-2")
     rank.tracker.submit("save_and_stop")
     (command,) = commands = rank.tracker.take()
     rank.tracker.apply(commands, 3)
@@ -323,6 +363,20 @@ def test_a_stop_that_skips_its_save_names_the_last_checkpoint():
     rank.group.all_report()
     expected = {"step": 2, "path": "/c-2", "seconds": 0.0, "evaluated": False}
     assert rank.queue.get(command.command_id).result == expected
+
+
+def test_an_older_checkpoint_does_not_replace_the_last_one():
+    """Nor is one that took long young when it is complete: what it lacks is counted from its step."""
+    rank = Rank(0, 1e6)
+    save = rank.tracker.begin_save(1)
+    rank.saved(2, "/c-2")
+    rank.tracker.finish_save(save, "/c-1", False)
+    assert rank.tracker._checkpoint[1]["path"] == "/c-2"
+    save = rank.tracker.begin_save(3)
+    save.since -= 2e6
+    rank.tracker.finish_save(save, "/c-3", False)
+    rank.tracker.submit("save_and_stop")
+    assert [command.skip_save for command in rank.tracker.take()] == [False]
 
 
 def test_a_signal_that_comes_too_late_is_one_warning(caplog):
@@ -339,6 +393,6 @@ def test_a_rank_that_ends_cleanly_owes_nothing_more():
     for reason, outcome in ((None, {}), ("training ended by ValueError", "error")):
         rank = Rank(rank=1)
         rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], 4)
-        rank.tracker.close_reports(reason)
+        rank.tracker.close(reason, None, 0.0)
         assert rank.group.sent[-1][:2] == ("report", "id")
         assert rank.group.sent[-1][2] == outcome or outcome in rank.group.sent[-1][2]

@@ -149,6 +149,44 @@ def test_requests_in_the_last_moment_are_answered(job, jobs_dir):
     waiting.close()
 
 
+@pytest.mark.parametrize(
+    ("fault", "other_thread", "seconds"), [(None, False, 7.0), ("broken", False, 3.0), (None, True, 3.0)]
+)
+def test_how_long_the_end_waits_for_other_ranks(jobs_dir, fault, other_thread, seconds):
+    """As long as close_timeout says; less where training continues, or on the server thread. The job stays listed."""
+    job = Controller(ControlOptions("job", close_timeout=7.0), RequestedActions())
+    job.start()
+    waits = []
+
+    def close(seconds, fault):
+        waits.append((round(seconds), (jobs_dir / "job" / "endpoint.json").exists(), job.state.status))
+
+    job._group.close = close
+    closing = threading.Thread(target=job.close, args=(None, fault))
+    if other_thread:
+        closing.start()
+        closing.join(SOON)
+    else:
+        closing.run()
+    assert waits == [(seconds, True, "starting")] and not (jobs_dir / "job").exists()
+
+
+def test_ctrl_c_ends_the_wait(job, jobs_dir):
+    """It is raised, after every command has its last state and the directory is gone."""
+
+    def close(seconds, fault):
+        raise KeyboardInterrupt
+
+    job._group.close = close
+    with Wire(jobs_dir / "job" / "control.sock") as wire:
+        wire.send(b'{"jsonrpc":"2.0","id":1,"method":"save_and_stop","params":{"wait":"finished"}}\n')
+        until(lambda: job.pending)
+        job.step(1)
+        with pytest.raises(KeyboardInterrupt):
+            job.close()
+        assert wire.reply()["result"]["state"] == "failed" and not (jobs_dir / "job").exists()
+
+
 def test_an_idle_client_does_not_delay_the_end(job, jobs_dir):
     """200 connections that send nothing, and one that reads nothing, do not delay the end of training."""
     clients = [Wire(jobs_dir / "job" / "control.sock") for _ in range(200)]

@@ -37,10 +37,11 @@ def test_poll_steps_are_checked_when_the_options_are_made(steps):
 
 
 @pytest.mark.parametrize("seconds", [-1, True, "10", float("nan"), 1e10, None])
-def test_fresh_seconds_are_checked_when_the_options_are_made(seconds):
-    """An age is a number of seconds."""
-    with pytest.raises(InvalidParams, match="fresh_seconds must be"):
-        ControlOptions(JOB, fresh_seconds=seconds)
+@pytest.mark.parametrize("name", ["fresh_seconds", "close_timeout"])
+def test_seconds_are_checked_when_the_options_are_made(name, seconds):
+    """Times are numbers of seconds."""
+    with pytest.raises(InvalidParams, match=f"{name} must be"):
+        ControlOptions(JOB, **{name: seconds})
 
 
 @pytest.mark.parametrize(

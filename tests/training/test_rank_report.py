@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 
@@ -52,6 +53,16 @@ def reporter():
     made = RankReporter(progress, threading.get_ident)
     yield made
     made.close()
+
+
+def test_a_process_that_has_ended_is_gone(reporter):
+    """A rank that runs is not, nor is one that nothing is known of."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    mine = current_process()._asdict()
+    assert not reporter.is_gone(1)
+    reporter.all_joined({0: mine, 1: {**mine, "pid": ended.pid}})
+    assert [reporter.is_gone(rank) for rank in range(3)] == [False, True, False]
 
 
 def test_one_rank_answers_at_once(reporter):
