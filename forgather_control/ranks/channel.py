@@ -40,9 +40,14 @@ Connect = Callable[[], Any]
 class StoreSender:
     """One thread's own connection to the store: a store serves one call at a time, and the receiver's call waits."""
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        store.set_timeout(timedelta(seconds=limits.STORE_TIMEOUT))
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._store: Any = None
+
+    def connect(self) -> None:
+        """Make the connection, which waits for a store that is frozen; every call before that fails."""
+        self._store = self._connect()
+        self._store.set_timeout(timedelta(seconds=limits.STORE_TIMEOUT))
 
     def send(self, ranks: Iterable[int], message: list[Any]) -> None:
         """Put a message into the inboxes of ``ranks``."""
@@ -97,8 +102,7 @@ class StoreChannel:
         on_end: called once, on the sender thread, when the channel was closed and nothing more is received, with the
             number of messages that were, and a sender. Not after ``on_lost``.
 
-    Raises:
-        RuntimeError: the store cannot be reached (torch's ``DistError`` is one).
+    Each thread makes its own connections, so that no store delays training; one that cannot be reached breaks the channel.
     """
 
     def __init__(
@@ -110,11 +114,10 @@ class StoreChannel:
         on_lost: Callable[[str, StoreSender], None],
         on_end: Callable[[int, StoreSender], None],
     ) -> None:
-        self._rank = rank
+        self._connect, self._rank = connect, rank
         self._on_message, self._on_idle, self._on_lost, self._on_end = on_message, on_idle, on_lost, on_end
-        self._inbox = connect()
-        self._inbox.set_timeout(timedelta(seconds=limits.INBOX_TIMEOUT))
-        self._replies, self._sender = StoreSender(connect()), StoreSender(connect())
+        self._inbox: Any = None
+        self._replies, self._sender = StoreSender(connect), StoreSender(connect)
         self._queue: SimpleQueue[Callable[[StoreSender], None] | None] = SimpleQueue()
         self._at_exit: Any = None
         self._next = 1  # the number of the message that the receiver waits for; written by it alone
@@ -147,6 +150,7 @@ class StoreChannel:
 
     def _run(self, work: Callable[[], None], sender: StoreSender) -> None:
         try:
+            sender.connect()
             work()
         except Exception as err:  # boundary: whatever a store raises, it must not stop training
             if self._ended.acquire(blocking=False):
@@ -170,6 +174,8 @@ class StoreChannel:
                 return
 
     def _receive(self) -> None:
+        self._inbox = self._connect()
+        self._inbox.set_timeout(timedelta(seconds=limits.INBOX_TIMEOUT))
         while not self._ended.locked():  # read after _next is written; those that end it do so before they read _next
             try:
                 data = self._inbox.get(keys.message(self._rank, self._next))

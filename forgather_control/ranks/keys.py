@@ -10,6 +10,9 @@ LEFT: Final = "left"
 #: The number of rounds, once rank 0 has left.
 ROUNDS: Final = "rounds"
 
+#: What the keys of a process group begin with where its store cannot be cloned.
+SCOPE: Final = "forgather_control/scope"
+
 #: The ranks that are missing where ranks poll, as the first rank found that had waited for all.
 MISSING: Final = "missing"
 

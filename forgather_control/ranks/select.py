@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import uuid
 from collections import Counter
+from datetime import timedelta
 from typing import Any, Final
 
 from ..errors import Unsupported
 from . import keys, limits, poll
+from .channel import Connect
 from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
 from .store_group import CoordinatorGroup, StoreGroup
 
@@ -41,8 +44,8 @@ def select_group(
         return SingleProcess(delegate)
     rank, size = int(dist.get_rank()), int(dist.get_world_size())
     default, prefix = _default_store(dist), _prefix(name)
-    store, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _shared(default)
-    if store is None:
+    connect, why = (None, f"poll_steps={poll_steps} was given") if poll_steps else _connector(dist, default)
+    if connect is None:
         steps = poll_steps or log_steps or limits.POLL_STEPS
         if rank == 0:
             log.info("ranks poll one another for commands every %d steps: %s", steps, why)
@@ -52,10 +55,7 @@ def select_group(
     if rank == 0:
         kind, idle = CoordinatorGroup, "they do not communicate while no command is pending"
         log.info("ranks agree on commands over torch.distributed's %s; %s", why, idle)
-    try:
-        return kind(delegate, rank, size, lambda: dist.PrefixStore(prefix, store.clone()), step)
-    except RuntimeError as err:  # torch's DistError is one
-        raise Unsupported(f"torch.distributed's {why} cannot be reached: {str(err).partition(chr(10))[0]}") from err
+    return kind(delegate, rank, size, lambda: dist.PrefixStore(prefix, connect()), step)
 
 
 def check_alone(group: RankGroup) -> None:
@@ -96,14 +96,29 @@ def _default_store(dist: Any) -> Any:
     return get_store() if get_store is not None else None
 
 
-def _shared(store: Any) -> tuple[Any, str]:
-    """Return a store that can carry the channel and its kind, or ``None`` and why it cannot."""
+def _connector(dist: Any, store: Any) -> tuple[Connect | None, str]:
+    """Return what connects to a store that can carry the channel and its kind, or ``None`` and why it cannot."""
     base = store
     while (under := getattr(base, "underlying_store", None)) is not None:
         base = under
     kind = type(base).__name__
     if kind not in ("TCPStore", "HashStore"):  # a FileStore is read again and again to wait for a key
         return None, f"a {kind} cannot wake a waiting rank"
-    if not hasattr(store, "clone"):
-        return None, "the stores of this torch cannot be cloned"
-    return store, kind
+    if hasattr(store, "clone"):
+        return store.clone, kind
+    if kind == "HashStore":
+        return None, "a HashStore of this torch cannot be cloned"
+    return lambda: _second_client(dist, store, base), kind
+
+
+def _second_client(dist: Any, store: Any, base: Any) -> Any:
+    """Connect to a TCPStore that cannot be cloned (torch 2.7 and older), under a prefix of the same ranks.
+
+    Those that torch and the user gave ``store`` cannot be read, but another job may have others in the same server.
+    """
+    scope = store.compare_set(keys.SCOPE, "", uuid.uuid4().hex).decode()
+    timeout = timedelta(seconds=limits.STORE_TIMEOUT)
+    client = dist.TCPStore(
+        base.host, base.port, None, False, timeout, wait_for_workers=False, use_libuv=base.libuvBackend
+    )
+    return dist.PrefixStore(scope, client)

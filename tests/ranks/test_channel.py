@@ -300,7 +300,37 @@ def test_a_sender_without_connection_ends_both_threads(connect):
         assert why.startswith("AttributeError") and one.heard.empty()
 
 
-# The store's end...
+# The store's faults...
+
+
+def test_a_store_that_is_frozen_at_the_start(server):
+    """It delays no start; what is sent meanwhile arrives when it is back."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", int(server.port), None, False)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        os.waitpid(server.pid, os.WUNTRACED)  # it has stopped
+        one = Rank(lambda: dist.PrefixStore("frozen", store.clone()))
+        one.channel.start()
+        one.send(0, "hello")
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert one.next() == ["hello"]
+    one.channel.close(SOON)
+    assert one.is_over and not one.cuts
+
+
+def test_a_store_that_cannot_be_reached():
+    """The loss is told once, and both threads end."""
+
+    def connect() -> Any:
+        raise RuntimeError("refused\nand more")
+
+    with ranks(connect) as (one,):
+        until(lambda: one.is_over)
+        assert one.cuts == ["RuntimeError: refused"]
+
 
 #: A rank that waits for what never comes; ends by itself once the channel is lost, or as the words say.
 RANK = """

@@ -17,9 +17,9 @@ from ..support.ranks_groups import one_of_two, run_ranks
 pytestmark = needs_torch
 
 
-def check_outcomes(seen):
-    """All ranks applied the same and left no key; rank 0 has every rank's outcomes, reports and facts."""
-    assert all(before == after for before, after in (rank["keys"] for rank in seen))
+def check_outcomes(seen, left=0):
+    """All ranks applied the same and left so many keys; rank 0 has every rank's outcomes, reports and facts."""
+    assert all(after - before == left for before, after in (rank["keys"] for rank in seen))
     assert all(rank["applied"] == seen[0]["applied"] for rank in seen)
     told = seen[0]["told"]
     applied = {command[1]: what for kind, what in told if kind == "applied" for command in what[0]}
@@ -46,6 +46,8 @@ def test_outcomes_and_reports_of_ranks_that_poll():
     joined = [what for kind, what in seen[0]["told"] if kind == "joined"]
     assert joined[0] == {str(rank): {"pid": rank} for rank in range(3)}
     assert all(step % 3 == 0 for step, _ in seen[0]["applied"])
+    applied = {command[1]: step for step, commands in seen[0]["applied"] for command in commands}
+    assert seen[0]["reported_at"]["save_checkpoint"] == applied["save_checkpoint"] + 3
 
 
 def test_a_rank_that_does_not_poll(monkeypatch, tmp_path, jobs_dir, caplog):

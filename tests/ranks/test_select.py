@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from forgather_control import TrainingJob, errors
 from forgather_control.ranks import select
 from forgather_control.ranks.group import SingleProcess
 
-from ..support.harness import needs_torch
+from ..support.harness import needs_torch, until
 from ..support.ranks_delegate import Delegate
 
 
@@ -48,3 +49,41 @@ def test_a_group_of_one_is_one_process(tmp_path):
         assert isinstance(choose(), SingleProcess)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def without_clone(monkeypatch):
+    """Stores as those of torch 2.7 and older."""
+    import torch.distributed as dist
+
+    monkeypatch.delattr(dist.Store, "clone", raising=False)
+
+
+@needs_torch
+def test_a_second_client_of_a_store_that_cannot_be_cloned(without_clone):
+    """It keeps apart what torch's and the user's prefixes do, and leaves no descriptor and one key."""
+    import torch.distributed as dist
+
+    base = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    other = dist.TCPStore("127.0.0.1", base.port, None, False)
+    connectors = [
+        select._connector(dist, dist.PrefixStore("pg", dist.PrefixStore(prefix, store)))
+        for prefix, store in (("a", base), ("a", other), ("b", other))
+    ]
+    assert [kind for _, kind in connectors] == ["TCPStore"] * 3
+    one, same, another = (connect() for connect, _ in connectors)
+    one.set("key", "value")
+    assert same.get("key") == b"value" and not another.check(["key"])
+    files, stored = len(os.listdir("/proc/self/fd")), base.num_keys()
+    for _ in range(60):
+        connectors[0][0]().set("key", "value")
+    until(lambda: len(os.listdir("/proc/self/fd")) <= files)  # the store's thread closes its ends
+    assert base.num_keys() == stored
+
+
+@needs_torch
+def test_a_store_in_this_process_that_cannot_be_cloned(without_clone):
+    """Only a TCPStore has other clients."""
+    import torch.distributed as dist
+
+    assert select._connector(dist, dist.HashStore()) == (None, "a HashStore of this torch cannot be cloned")

@@ -1,4 +1,4 @@
-"""One rank of a real process group, for test_poll and test_store_group: ``python -m ... RANK SIZE PORT POLL_STEPS``.
+"""One rank of a real process group, for test_poll and test_store_group: ``python -m ... RANK SIZE PORT POLL_STEPS CLONES``.
 
 It trains until it applied a ``graceful_stop``, and prints what it saw as one line of JSON. ``user.sample`` has an
 outcome on each rank but 0; every rank reports on ``save_checkpoint`` at once, where rank 2 fails, and on ``profile``
@@ -33,14 +33,14 @@ def one_of_two(kind: str = "HashStore", *args: Any) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def run_ranks(size: int, poll_steps: int = 0) -> list[Any]:
-    """Run so many ranks to their end; return what each of them saw."""
+def run_ranks(size: int, poll_steps: int = 0, *, clones: bool = True) -> list[Any]:
+    """Run so many ranks to their end, with stores that can be cloned or not; return what each of them saw."""
     import os
 
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    words = [str(size), str(store.port), str(poll_steps)]
+    words = [str(size), str(store.port), str(poll_steps), str(int(clones))]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", __name__, str(rank), *words],
@@ -64,11 +64,13 @@ def run_ranks(size: int, poll_steps: int = 0) -> list[Any]:
 class Rank:
     """A rank that trains in step with the others."""
 
-    def __init__(self, rank: int, size: int, port: int, poll_steps: int) -> None:
+    def __init__(self, rank: int, size: int, port: int, poll_steps: int, clones: int) -> None:
         import torch.distributed as dist
 
         from forgather_control.ranks.select import select_group
 
+        if not clones and hasattr(dist.Store, "clone"):
+            del dist.Store.clone
         store = dist.TCPStore("127.0.0.1", port, None, False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         self.dist, self.rank, self.store = dist, rank, store
@@ -80,13 +82,14 @@ class Rank:
         self.applied: list[Any] = []
         self.late: list[tuple[int, str]] = []  # reports at a later step
         self.reported: dict[str, Any] = {}
+        self.reported_at: dict[str, int] = {}
 
     def train(self) -> None:
         self.group.start()
         self.group.describe({"methods": f"of rank {self.rank}"})
-        step = 0
+        self.step = step = 0
         while "graceful_stop" not in [command[1] for _, commands in self.applied for command in commands]:
-            step += 1
+            self.step = step = step + 1
             self.dist.barrier()
             self.act(step)
             for due, command_id in self.late:
@@ -129,11 +132,15 @@ class Rank:
         elif name == "profile":
             self.late.append((step + 1 + self.rank, command_id))
         if self.rank == 0 and name in ("save_checkpoint", "profile"):
-            self.group.when_reported(command_id, lambda *result: self.reported.update({name: result}))
+            self.group.when_reported(command_id, lambda *result: self.note_reported(name, result))
+
+    def note_reported(self, name: str, result: Any) -> None:
+        self.reported[name], self.reported_at[name] = result, self.step
 
     def seen(self) -> dict[str, Any]:
         """All that it saw."""
-        return {"applied": self.applied, "told": self.delegate.told, "reported": self.reported, "keys": self.keys}
+        told = {"applied": self.applied, "told": self.delegate.told, "keys": self.keys}
+        return {**told, "reported": self.reported, "reported_at": self.reported_at}
 
 
 def main(*words: str) -> None:
