@@ -499,7 +499,7 @@ def test_facts_are_added_to_descriptions(store):
 @needs_torch
 @pytest.mark.parametrize("clones", [True, False])
 def test_outcomes_and_reports_of_real_ranks(clones):
-    """The same in processes of their own, on a process group of gloo, also where stores cannot be cloned (torch 2.7)."""
+    """The same in processes of their own, on a process group of gloo, also where stores cannot be cloned."""
     check_outcomes(run_ranks(3, clones=clones), left=not clones)
 
 

@@ -1,4 +1,6 @@
-"""One rank of a real process group, for test_poll and test_store_group: ``python -m ... RANK SIZE PORT POLL_STEPS CLONES``.
+"""One rank of a real process group, for test_poll and test_store_group.
+
+The arguments are ``RANK SIZE PORT POLL_STEPS CLONES``.
 
 It trains until it applied a ``graceful_stop``, and prints what it saw as one line of JSON. ``user.sample`` has an
 outcome on each rank but 0; every rank reports on ``save_checkpoint`` at once, where rank 2 fails, and on ``profile``
