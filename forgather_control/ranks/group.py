@@ -9,6 +9,8 @@ A :class:`RankGroup` is one rank's view of all ranks; its callers never test whe
 
 from __future__ import annotations
 
+import json
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -18,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .. import states
+from ..deadline import Deadline
 from ..errors import Unsupported
 from ..wire.records import Outcome, ScheduledCommand
-from . import failures, limits, messages
+from . import failures, keys, limits, messages
 from .messages import Join, Message, Reported, Request
 
 #: Called with what the ranks reported on one command, by rank, and why not all ranks ever will, if so.
@@ -194,13 +197,20 @@ class PollingGroup(RankGroup):
 
     Args:
         exchange: sends a message, or ``None`` for none, to all ranks; returns the messages of all, by rank.
+        store: in which a rank that ends leaves its last reports for rank 0; ``None``: there is none.
     """
 
     def __init__(
-        self, delegate: RankGroupDelegate, rank: int, size: int, steps: int, exchange: Callable[[Any], dict[int, Any]]
+        self,
+        delegate: RankGroupDelegate,
+        rank: int,
+        size: int,
+        steps: int,
+        exchange: Callable[[Any], dict[int, Any]],
+        store: Any = None,
     ) -> None:
         super().__init__(delegate, rank, size)
-        self._steps, self._count, self._exchange = steps, 0, exchange
+        self._steps, self._count, self._exchange, self._store = steps, 0, exchange, store
         self._unsent: deque[Message] = deque()  # to rank 0
         self._reported: dict[str, dict[int, Outcome]] = {}  # by command that awaits reports, by rank; rank 0
 
@@ -258,10 +268,30 @@ class PollingGroup(RankGroup):
             self._delegate.all_applied(commands, step, found, None)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
-        # No poll: it might wait for ranks that do not close. What is open is completed with what rank 0 knows.
-        self._handle(message for message in list(self._unsent) if isinstance(message, Reported))
-        for command_id, outcomes in self._reported.items():
-            self._complete(command_id, outcomes, failures.control_failed(self.rank, fault))
+        # No poll: it might wait for ranks that do not close.
+        reports = [message for message in self._unsent if isinstance(message, Reported)]
+        if self.rank == 0:
+            self._handle(reports)
+            self._await_reports(seconds if fault is None and self._store is not None else 0.0)
+            for command_id, outcomes in self._reported.items():
+                why = failures.control_failed(self.rank, fault) or failures.not_reported(self._missing())
+                self._complete(command_id, outcomes, why)
+        elif reports and self._store is not None:
+            with suppress(RuntimeError):  # the store has gone; rank 0 waits only so long
+                self._store.set(keys.reports(self.rank), json.dumps([messages.encode(report) for report in reports]))
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self.size) if any(rank not in known for known in self._reported.values())]
+
+    def _await_reports(self, seconds: float) -> None:
+        deadline, gone = Deadline(seconds), False
+        while (missing := self._missing()) and not gone and not deadline.passed():
+            time.sleep(limits.REPORTS_PERIOD)
+            gone = all(map(self._delegate.is_gone, missing))  # before the last look
+            for key in map(keys.reports, missing):
+                if self._store.check([key]):
+                    self._handle(map(messages.decode, json.loads(self._store.get(key))))
+                    self._store.delete_key(key)
 
     def _tell_coordinator(self, message: Message) -> None:
         self._unsent.append(message)

@@ -45,6 +45,11 @@ def here(rank: int) -> str:
     return f"{rank}/here"
 
 
+def reports(rank: int) -> str:
+    """Return the key of the last reports of a rank that polled."""
+    return f"{rank}/reports"
+
+
 def decision(number: int) -> str:
     """Return the key of a round's decision."""
     return f"decision/{number}"

@@ -26,6 +26,8 @@ INBOX_TIMEOUT: Final = 20 * 86400.0
 CLOSE_TIMEOUT: Final = 3.0
 #: Between two checks whether the processes of ranks that rank 0 waits for still run.
 LOOK_PERIOD: Final = 1.0
+#: Between two looks for the last reports of ranks that poll.
+REPORTS_PERIOD: Final = 0.05
 #: That the interpreter's exit may wait for a channel that was not closed.
 EXIT_TIMEOUT: Final = 1.0
 #: Steps between two polls where ranks must poll and neither the caller nor the trainer says how many.

@@ -50,7 +50,7 @@ def select_group(
         if rank == 0:
             log.info("ranks poll one another for commands every %d steps: %s", steps, why)
         roll = None if default is None else dist.PrefixStore(prefix, default)
-        return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size, roll).exchange)
+        return PollingGroup(delegate, rank, size, steps, poll.CollectivePoll(rank, size, roll).exchange, roll)
     kind = StoreGroup
     if rank == 0:
         kind, idle = CoordinatorGroup, "they do not communicate while no command is pending"

@@ -187,10 +187,11 @@ class CoordinatorGroup(StoreGroup):
         coordinator = self._coordinator
         self._channel.post(lambda sender: self._close_coordinator(fault))
         if self._holds(lambda: coordinator.closed, limits.CLOSE_TIMEOUT):  # else the store hangs
-            deadline = Deadline(seconds)
+            deadline, gone = Deadline(seconds), False
             while not self._holds(lambda: not coordinator.owed, min(limits.LOOK_PERIOD, deadline.left() or 0.0)):
-                if deadline.passed() or self._all_gone(self._missing()):
+                if gone or deadline.passed():
                     break
+                gone = bool(missing := self._missing()) and all(map(self._delegate.is_gone, missing))
         super().close(seconds, fault)
         missing = self._missing()
         why = self._lost or failures.not_reported(missing or range(1, self.size))
@@ -202,9 +203,6 @@ class CoordinatorGroup(StoreGroup):
     def _missing(self) -> list[int]:
         with self._lock:
             return self._coordinator.missing
-
-    def _all_gone(self, ranks: list[int]) -> bool:
-        return bool(ranks) and all(map(self._delegate.is_gone, ranks))
 
     def _holds(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Return whether that became true in time; also once nothing more is received."""

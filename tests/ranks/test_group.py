@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from forgather_control.ranks import limits
-from forgather_control.ranks.group import SingleProcess
+from forgather_control.ranks.group import PollingGroup, SingleProcess
 from forgather_control.wire.records import ScheduledCommand
 
+from ..support.harness import SOON
 from ..support.ranks_delegate import Delegate
 
 
@@ -62,13 +63,14 @@ def test_a_command_that_awaits_its_report(delegate, group):
 
 @pytest.mark.parametrize("fault", [None, "it broke"])
 def test_the_end_of_training_completes_what_is_open(delegate, group, fault):
-    """With the reason, where training continues."""
+    """With the reason, where training continues; else it is unknown."""
     name = delegate.order("save_checkpoint")
     group.applied(group.receive(1), 1, {})
     told = []
     group.when_reported(name, lambda *result: told.append(result))
     group.close(1.0, fault)
-    assert told == [({}, None if fault is None else "rank 0: it broke")]
+    ((outcomes, why),) = told
+    assert outcomes == {} and why == "rank 0: it broke" if fault else "it is unknown whether rank 0" in why
 
 
 def test_a_signal_is_a_command_at_the_next_step(delegate, group):
@@ -89,6 +91,53 @@ def test_a_job_that_cannot_start_joins_nothing(delegate):
     """Its integration says why; the delegate is not called."""
     SingleProcess(delegate).start("the job id is taken")
     assert delegate.told == []
+
+
+# Ranks that poll, at their end...
+
+
+class Store(dict):
+    """That of torch.distributed, as far as it is used; the test acts at each look."""
+
+    on_look = None
+
+    def check(self, names):
+        """As ``Store.check``."""
+        if self.on_look is not None:
+            self.on_look()
+        return all(name in self for name in names)
+
+    set, get, delete_key = dict.__setitem__, dict.__getitem__, dict.__delitem__
+
+
+def last_words(delegate, store, seconds=SOON):
+    """What rank 0 of two knows of a save after its end; rank 1 had not reported at the last poll."""
+    told = []
+    group = delegate.group = PollingGroup(delegate, 0, 2, 1, lambda message: {}, store)
+    name = delegate.order("save_checkpoint")
+    group.applied(delegate.take(), 1, {})
+    group.when_reported(name, lambda *result: told.append(result))
+    group.report(name, {})
+    group.close(seconds)
+    return told
+
+
+def test_rank_0_waits_for_the_last_reports_of_ranks_that_poll(delegate):
+    """There is no next poll: they stand in the store, and are removed from it."""
+    store = Store()
+    other = PollingGroup(Delegate(1), 1, 2, 1, lambda message: {}, store)
+    other.report("save_checkpoint-1", {"value": 1})
+    store.on_look = lambda: store or other.close(SOON)
+    assert last_words(delegate, store) == [({0: {}, 1: {"value": 1}}, None)] and not store
+
+
+@pytest.mark.parametrize("case", ["slow", "gone", "no store"])
+def test_what_a_rank_that_polls_did_may_be_unknown(delegate, case):
+    """It takes longer, its process ended, or there is nothing to ask: the record says so and names the rank."""
+    if case == "gone":
+        delegate.gone.add(1)
+    ((outcomes, why),) = last_words(delegate, None if case == "no store" else Store(), 0.1 if case == "slow" else SOON)
+    assert outcomes == {0: {}} and "it is unknown whether rank 1 completed it" in why
 
 
 # Callbacks on reports: once each, early or late...

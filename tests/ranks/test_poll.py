@@ -28,11 +28,13 @@ def check_outcomes(seen, left=0):
     assert {command[1]: command[2] for command in commands}["user.sample"] == {"n": 2}
     assert outcomes == {"1": {name: {"value": 2}}, "2": {name: {"value": 4}}} and fault is None
     assert [step, commands] in seen[0]["applied"]
-    assert applied["graceful_stop"][2] == {}
+    assert applied["save_and_stop"][2] == {}
     full = {"error": {"code": -32000, "message": "full"}}
     assert seen[0]["reported"]["save_checkpoint"] == [{"0": {}, "1": {}, "2": full}, None]
     traces = {str(rank): {"value": f"trace of rank {rank}"} for rank in range(3)}
     assert seen[0]["reported"]["profile"] == [traces, None]
+    shards = {str(rank): {"value": f"shard of rank {rank}"} for rank in range(3)}
+    assert seen[0]["reported"]["save_and_stop"] == [shards, None], "those that come at the end"
     joined = [what for kind, what in told if kind == "joined"]
     assert all(known[str(rank)]["pid"] == rank for known in joined for rank in range(3))
     assert joined[-1] == {str(rank): {"pid": rank, "methods": f"of rank {rank}"} for rank in range(3)}

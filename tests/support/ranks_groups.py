@@ -2,9 +2,9 @@
 
 The arguments are ``RANK SIZE PORT POLL_STEPS CLONES``.
 
-It trains until it applied a ``graceful_stop``, and prints what it saw as one line of JSON. ``user.sample`` has an
-outcome on each rank but 0; every rank reports on ``save_checkpoint`` at once, where rank 2 fails, and on ``profile``
-``RANK`` steps later. Rank 2 asks for the ``profile``, as a signal handler would.
+It trains until it applied a ``save_and_stop``, and prints what it saw as one line of JSON. ``user.sample`` has an
+outcome on each rank but 0; every rank reports on ``save_checkpoint`` at once, where rank 2 fails, on ``profile``
+``RANK`` steps later, and on ``save_and_stop`` as it ends. Rank 2 asks for the ``profile``, as a signal handler would.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .harness import ROOT, SOON
-from .ranks_delegate import Delegate
+from .ranks_delegate import REPORTED, Delegate
 from .torchrun import ENVIRONMENT
 
 
@@ -90,7 +90,7 @@ class Rank:
         self.group.start()
         self.group.describe({"methods": f"of rank {self.rank}"})
         self.step = step = 0
-        while "graceful_stop" not in [command[1] for _, commands in self.applied for command in commands]:
+        while "save_and_stop" not in [command[1] for _, commands in self.applied for command in commands]:
             self.step = step = step + 1
             self.dist.barrier()
             self.act(step)
@@ -99,6 +99,7 @@ class Rank:
                     self.group.report(command_id, {"value": f"trace of rank {self.rank}"})
             if self.group.due(step):
                 self.apply(step)
+        self.group.report(self.applied[-1][1][-1].command_id, {"value": f"shard of rank {self.rank}"})
         self.group.close(SOON)
 
     def act(self, step: int) -> None:
@@ -111,7 +112,7 @@ class Rank:
         joined = self.delegate.notes("joined")
         told = bool(joined) and all("methods" in known for known in joined[-1].values())
         if self.rank == 0 and len(self.reported) == 2 and told:
-            self.delegate.order("graceful_stop")
+            self.delegate.order("save_and_stop")
 
     def apply(self, step: int) -> None:
         commands = self.group.receive(step)
@@ -133,7 +134,7 @@ class Rank:
             self.group.report(command_id, failed if self.rank == 2 else {})
         elif name == "profile":
             self.late.append((step + 1 + self.rank, command_id))
-        if self.rank == 0 and name in ("save_checkpoint", "profile"):
+        if self.rank == 0 and name in REPORTED:
             self.group.when_reported(command_id, lambda *result: self.note_reported(name, result))
 
     def note_reported(self, name: str, result: Any) -> None:
