@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from .. import states
+from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
 from . import lightning_trainer
 from .lightning_trainer import disable, override
@@ -85,8 +86,6 @@ class LightningHooks(Adapter):
         self._ending = False
         self._steps = 0  # in this run, of whatever size
         self._fresh = False  # whether there are new metrics to log
-        # The checkpoint being saved in the background: step, path, whether it was evaluated.
-        self._awaited: tuple[int, str, bool] | None = None
 
     @guarded
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
@@ -116,7 +115,6 @@ class LightningHooks(Adapter):
     @controlled
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Apply the pending commands if this batch ended a step, and carry out what they request."""
-        self._look_for_awaited()
         if trainer.global_step == self._run.last_step:
             return
         self._steps += 1
@@ -160,8 +158,6 @@ class LightningHooks(Adapter):
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """End the job: nothing is written any more."""
         self._restore()
-        if self._controller is not None:
-            self._look_for_awaited(last=True)
         self._close()
 
     # Requested actions.
@@ -224,25 +220,14 @@ class LightningHooks(Adapter):
         path, trouble = lightning_trainer.write(trainer)
         self._run.phase = states.STATUS_TRAINING
         self._requested.saved()
-        self._awaited = None
         if trouble is not None:
             self._miss(trouble)
-        elif lightning_trainer.exists(path) or not trainer.is_global_zero:
+        elif (future := lightning_trainer.background_save(trainer)) is not None:
+            background_saves.follow(self._run, self._run.begin_save(step), path, evaluated, future)
+        elif background_saves.exists(path) or not trainer.is_global_zero:
             self._run.saved(step, path, evaluated)
-        elif lightning_trainer.saves_in_background(trainer):
-            self._awaited = step, path, evaluated
         else:
             self._miss(f"no file {path} was found after saving it")
-
-    def _look_for_awaited(self, last: bool = False) -> None:
-        if self._awaited is None:
-            return
-        step, path, evaluated = self._awaited
-        if lightning_trainer.exists(path):
-            self._awaited = None
-            self._run.saved(step, path, evaluated)
-        elif last:
-            self._miss(f"{path} was not written in the background")
 
     def _miss(self, reason: str) -> None:
         log.warning("A requested checkpoint was not saved: %s", reason)

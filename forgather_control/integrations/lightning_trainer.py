@@ -9,12 +9,16 @@ import functools
 import itertools
 import logging
 import os
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Final
 
+from ..errors import CommandFailed
 from . import random_state
 
 log = logging.getLogger("forgather_control")
+
+_UNKNOWN: Final = object()
 
 
 def override(until: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -63,19 +67,31 @@ def write(trainer: Any) -> tuple[str, str | None]:
     return path, trouble
 
 
-def exists(path: str) -> bool:
-    """Return whether a checkpoint is on disk. A remote one counts as soon as the call that wrote it returned."""
-    return "://" in path or os.path.exists(path)
-
-
-def saves_in_background(trainer: Any) -> bool:
-    """Return whether a save may be incomplete when the call returns, as with AsyncCheckpointIO."""
+def background_save(trainer: Any) -> Future[None] | None:
+    """Return when the last save of this rank is complete, if it may not be when the call returns."""
     writer = getattr(trainer.strategy, "checkpoint_io", None)
     while writer is not None:
         if any("Async" in kind.__name__ for kind in type(writer).__mro__):
-            return True
+            return _last_save(writer)
         writer = getattr(writer, "checkpoint_io", None)  # a plugin may wrap another
-    return False
+    return None
+
+
+def _last_save(writer: Any) -> Future[None] | None:
+    executor: Any = getattr(writer, "_executor", _UNKNOWN)
+    if executor is None:  # nothing was saved on this rank
+        return None
+    if getattr(executor, "_max_workers", None) == 1:  # that of AsyncCheckpointIO: after the save
+        return executor.submit(_raise_error, writer)  # type: ignore[no-any-return]
+    future: Future[None] = Future()
+    why = f"it is unknown whether the checkpoint was completed: {type(writer).__name__} does not tell"
+    future.set_exception(CommandFailed(why))
+    return future
+
+
+def _raise_error(writer: Any) -> None:
+    if (error := getattr(writer, "_error", None)) is not None:
+        raise error
 
 
 def _free_path(trainer: Any) -> str:

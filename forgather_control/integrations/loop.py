@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import states
 from ..errors import InvalidParams
+from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
 
 log = logging.getLogger("forgather_control")
@@ -166,9 +167,10 @@ class TrainingJob(Adapter):
         run.phase, at = states.STATUS_TRAINING, run.last_step
         try:
             at = at if step is None else _whole("step", step)
-            add_callback = _adder(future)
+            if future is not None:
+                background_saves.check(future)
         except InvalidParams as err:
-            fault, add_callback = f"saved() was called with a wrong argument: {err}", None
+            fault = f"saved() was called with a wrong argument: {err}"
             log.log(logging.DEBUG if self._warned else logging.WARNING, "%s", fault)
             self._warned = True
         save = run.begin_save(at, at)
@@ -176,20 +178,12 @@ class TrainingJob(Adapter):
             requested.saved()
             self._saw_save = False
         where, evaluated = _absolute(path), self._evaluated_at == at
-
-        def end(done: Any = None) -> None:  # on any thread; without a reference to self, which the future would keep
-            why = fault or (_fault(done) if done is not None else None)
-            if why is None and not os.path.exists(where):
-                why = f"the loop reported a checkpoint at {where}, but there is none"
-            if why is None:
-                run.finish_save(save, where, evaluated)
-            else:
-                run.fail_save(save, why)
-
-        if add_callback is None:
-            end()
+        if fault is not None:
+            run.fail_save(save, fault)
+        elif future is None:
+            background_saves.finish(run, save, where, evaluated)
         else:
-            add_callback(end)
+            background_saves.follow(run, save, where, evaluated, future)
 
     def _evaluation_missed(self) -> None:
         if self._requested.evaluate and self._run.is_main:
@@ -207,27 +201,6 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as err:
         raise InvalidParams(f"{name} must be a whole number, not {ascii(value)[:80]}", parameter=name) from err
-
-
-def _adder(future: Any) -> Any:
-    """Return the method that adds a callback to a future; ``None`` without a future."""
-    if future is None:
-        return None
-    found = getattr(future, "upload_completion", future)  # of what newer versions of dcp.async_save return
-    add = getattr(found, "add_done_callback", None)
-    if not callable(add):
-        text = f"future must have add_done_callback, which {type(future).__name__} has not"
-        raise InvalidParams(text, parameter="future")
-    return add
-
-
-def _fault(future: Any) -> str | None:
-    """Return why a future that is done has failed; ``None`` if it has not."""
-    try:
-        (getattr(future, "result", None) or future.value)()  # torch.futures.Future has no result()
-    except BaseException as err:  # boundary: the user's; that a future of asyncio was cancelled is no Exception
-        return f"{type(err).__name__}: {err}"
-    return None
 
 
 def _absolute(path: Any) -> str:

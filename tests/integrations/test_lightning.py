@@ -873,19 +873,23 @@ def test_saving_fails(tmp_path, caplog, command, plugin, said):
 
 
 class Gate(TorchCheckpointIO):
-    """Saves when it is opened."""
+    """Begins a file, and completes it when the gate is opened; or fails."""
 
-    def __init__(self) -> None:
-        self.open = threading.Event()
+    def __init__(self, error: Exception | None = None) -> None:
+        self.open, self.error = threading.Event(), error
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
         assert self.open.wait(SOON)
-        super().save_checkpoint(*args, **kwargs)
+        if self.error is not None:
+            raise self.error
+        super().save_checkpoint(checkpoint, path, storage_options)
 
 
 @pytest.mark.parametrize("at_step", [6, STEPS])
 def test_saved_in_the_background(tmp_path, at_step):
-    """With AsyncCheckpointIO a save is finished when the file is there, and not before."""
+    """With AsyncCheckpointIO a save is finished when the file is complete, and not before."""
     at, gate, early = At(3, "save_checkpoint"), Gate(), []
 
     def open_it(trainer: Any) -> None:
@@ -897,6 +901,15 @@ def test_saved_in_the_background(tmp_path, at_step):
     fit(make(tmp_path, at, ours(), opener, plugins=[AsyncCheckpointIO(gate)]))
     is_saved(at.record(), tmp_path / "checkpoints", 3)
     assert early == ["applied"]
+
+
+def test_a_save_in_the_background_that_fails(tmp_path):
+    """The command fails with the writer's error, though there is a file; Lightning raises that error at its end."""
+    gate = Gate(OSError(28, "No space left on device"))
+    at, opener = At(3, "save_checkpoint"), Watcher(on_train_end=lambda trainer: gate.open.set())
+    with pytest.raises(OSError, match="No space"):
+        fit(make(tmp_path, at, ours(), opener, plugins=[AsyncCheckpointIO(gate)]))
+    assert at.record()["error"]["message"] == "OSError: [Errno 28] No space left on device"
 
 
 class Boom(Exception):

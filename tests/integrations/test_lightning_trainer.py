@@ -5,23 +5,27 @@ The saves and the validations themselves are tested in ``test_lightning``, in th
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from forgather_control.errors import CommandFailed
 from forgather_control.integrations.lightning_trainer import (
+    background_save,
     disable,
     evaluation_counter,
-    exists,
     no_evaluation,
     override,
     saves_by_itself,
-    saves_in_background,
     write,
 )
+
+from ..support.harness import SOON
 
 
 class Strategy(SimpleNamespace):
@@ -87,25 +91,40 @@ def test_a_rank_that_cannot_save_meets_the_others(tmp_path):
     assert write(other)[1] == "another rank could not save its part" and other.strategy.calls == []
 
 
-def test_what_is_there(tmp_path):
-    """A file is looked for; a remote path counts at once."""
-    assert exists("gs://bucket/x.ckpt") and not exists(str(tmp_path / "x.ckpt"))
-    (tmp_path / "x.ckpt").touch()
-    assert exists(str(tmp_path / "x.ckpt")) and exists(str(tmp_path))
+class AsyncCheckpointIO:
+    """Saves on a thread of its own, as Lightning's plugin of this name."""
+
+    checkpoint_io = None
+
+    def __init__(self, error: Exception | None = None, **executor: Any) -> None:
+        self._error = error
+        vars(self).update(executor)
+
+
+def background(writer: Any) -> Any:
+    """What is known of a save by this writer."""
+    return background_save(SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=writer)))
 
 
 def test_a_save_in_the_background():
-    """An asynchronous writer is found below a plugin that wraps it."""
+    """The future is done after what the writer does, with its error; the writer may be below a plugin that wraps it."""
+    release = Event()
+    for error in (None, OSError(28, "No space left on device")):
+        release.clear()
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(release.wait, SOON)
+            future = background(SimpleNamespace(checkpoint_io=AsyncCheckpointIO(error, _executor=executor)))
+            assert not future.done()
+            release.set()
+            assert future.exception(SOON) is error
 
-    class AsyncCheckpointIO:
-        checkpoint_io = None
 
-    class Special(AsyncCheckpointIO):
-        pass
-
-    for writer, wanted in ((Special(), True), (SimpleNamespace(checkpoint_io=Special()), True), (object(), False)):
-        assert saves_in_background(SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=writer))) is wanted
-    assert not saves_in_background(SimpleNamespace(strategy=object()))
+def test_what_is_no_save_in_the_background():
+    """Other writers, and another rank's; of a writer that does not tell when it is done, nothing is known."""
+    assert background(object()) is background(AsyncCheckpointIO(_executor=None)) is None
+    assert background_save(SimpleNamespace(strategy=object())) is None
+    with pytest.raises(CommandFailed, match="it is unknown"):
+        background(AsyncCheckpointIO()).result(SOON)
 
 
 @pytest.mark.parametrize(
