@@ -143,8 +143,7 @@ class JobQueries:
         now, mark = time.monotonic(), (self.mark(), self._devices.read_at)
         if mark != self._status_mark or now - self._status_at >= limits.STATUS_AGE:
             if now - self._stats_at >= limits.PROCESS_STATS_AGE:
-                self._stats = {name: value for name, value in usage.process_stats().items() if value is not None}
-                self._stats_at = now
+                self._stats, self._stats_at = usage.process_stats(), now
             # A change after the mark was read changes the next mark.
             self._status = jsonrpc.encoded({**self._build_status(), **self._stats})
             self._status_mark, self._status_at = mark, now

@@ -302,7 +302,7 @@ def test_a_renamed_host(jobs_dir, monkeypatch):
     ids=["none", "another namespace's"],
 )
 def test_a_job_without_a_proc_of_its_own(jobs_dir, options):
-    """It is controlled, its unknown figures are left out, one line says so, and its lock is its life."""
+    """It is controlled, its unknown figures are null, one line says so, and its lock is its life."""
     inside = ["unshare", *options, sys.executable, "-c", JOB, "job"]
     with subprocess.Popen(inside, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         try:
@@ -310,7 +310,7 @@ def test_a_job_without_a_proc_of_its_own(jobs_dir, options):
             record = read_record(str(jobs_dir), "job")
             assert (record.process_started_at, record.booted_at) == (None, None)
             status = get_job_status("job")
-            assert (status["pid"], status.get("rss_bytes")) == (record.pid, None)
+            assert (status["pid"], status["rss_bytes"]) == (record.pid, None)
             assert registry.judge(record) == "silent"
         finally:
             job.kill()

@@ -53,7 +53,7 @@ def test_status_has_what_the_contract_names(job, wire):
     assert status.keys() >= {
         "job_id", "status", "global_step", "epoch", "max_steps", "metrics", "progress", "steps_per_second",
         "eta_seconds", "seconds_since_step", "host", "pid", "world_size", "started_at", "commands", "rss_bytes",
-        "cpu_percent",
+        "cpu_percent", "device", "device_memory_bytes", "device_memory_reserved_bytes",
     }  # fmt: skip
     assert (status["job_id"], status["status"], status["global_step"]) == ("job", "starting", 0)
     assert (status["host"], status["pid"], status["world_size"]) == (socket.gethostname(), os.getpid(), 1)
