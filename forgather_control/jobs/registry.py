@@ -67,7 +67,7 @@ def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
     try:
         with os.scandir(root) as entries:
             found = [entry.name for entry in entries if is_job_id(entry.name) and entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         found = []
     except OSError as err:
         raise JobsDirUnusable(f"the jobs directory {root} cannot be read ({err.strerror})") from err

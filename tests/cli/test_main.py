@@ -339,11 +339,14 @@ def test_the_jobs_directory_is_chosen_by_the_environment(monkeypatch, tmp_path):
 
 
 def test_an_unreadable_jobs_directory_is_one_sentence(monkeypatch, tmp_path):
-    """A file in its place: no jobs; what cannot be read: an error, no traceback."""
+    """A file in its place is an error for every verb, without a traceback."""
     (tmp_path / "file").touch()
-    monkeypatch.setenv("FORGATHER_JOBS_DIR", str(tmp_path / "file"))
-    done = cli("list")
-    assert done.returncode == 0 and "no jobs" in done.stdout
+    for path in (tmp_path / "file", tmp_path / "file" / "jobs"):
+        monkeypatch.setenv("FORGATHER_JOBS_DIR", str(path))
+        for words in (("list",), ("status",), ("save", "job"), ("cleanup", "--force")):
+            done = cli(*words)
+            said = f"the jobs directory {path} cannot be read (Not a directory)\n"
+            assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 @pytest.mark.parametrize("where, code", [(">&-", 0), ("2>&-", 0), (">/dev/full", 1), ("<&-", 0)])

@@ -65,8 +65,13 @@ def stop(pid):
 def test_no_directory_is_no_jobs(jobs_dir):
     """Before the first job there is nothing to list and nothing to complain about; nor is anything made."""
     assert registry.discover(str(jobs_dir), 1.0) == ([], {}) and not jobs_dir.exists()
+
+
+def test_a_file_in_place_of_the_jobs_directory_is_an_error(jobs_dir):
+    """It is not taken for a directory without jobs."""
     jobs_dir.write_text("a file")
-    assert registry.discover(str(jobs_dir), 1.0) == ([], {})
+    with pytest.raises(JobsDirUnusable, match="Not a directory"):
+        registry.discover(str(jobs_dir), 1.0)
 
 
 def test_the_newest_comes_first(jobs_dir, dead):
