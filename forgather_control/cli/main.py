@@ -52,14 +52,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
 def forgather(argv: Sequence[str] | None = None) -> int:
     """Run ``forgather control VERB ...``; any other first word is left to Forgather, where that is installed."""
     words = sys.argv[1:] if argv is None else list(argv)
+    prog = "forgather control"
     if words[:1] == ["control"]:
-        return main(words[1:], prog="forgather control")
+        return main(words[1:], prog)
     from importlib import import_module, util
 
-    if util.find_spec("forgather") is None:
-        text = "Forgather itself is not installed here, only its control. Usage: forgather control [OPTIONS] VERB ..."
-        return complain(text, USAGE)
-    return int(import_module("forgather.cli").main() or 0)
+    if util.find_spec("forgather") is not None:
+        return int(import_module("forgather.cli").main() or 0)
+    complain(f"Forgather itself is not installed here, only its control. Usage: {prog} [OPTIONS] VERB ...")
+    return USAGE if words[:1] not in ([], ["-h"], ["--help"], ["--version"]) else main(words[:1], prog)
 
 
 def _hint(args: argparse.Namespace, err: ControlError) -> str:

@@ -5,6 +5,7 @@ Options may stand before or after the verb and the JOB: the words are sorted fir
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -97,7 +98,8 @@ def _without_verb(prog: str, given: list[str], word: str | None) -> NoReturn:
     asks = [option for option in given if option in ("-h", "--help", "--version")]
     if asks or word is None:
         parser.parse_args(asks)
-        parser.error("a verb is missing")
+        parser.print_help(sys.stderr)
+        parser.exit(exit_codes.USAGE, f"\n{prog}: error: a verb is missing\n")
     from difflib import get_close_matches  # only for a message
 
     similar = get_close_matches(word, listed, 1)

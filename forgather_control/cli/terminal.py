@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InternalError
 from . import output
-from .exit_codes import REFUSED, USAGE
+from .exit_codes import INTERRUPTED, REFUSED, USAGE
 
 
 class Refusal(Exception):
@@ -71,11 +71,15 @@ def has_unicode() -> bool:
 
 
 def confirm(what: str, question: str) -> None:
-    """Ask the user on the terminal; Refusal: there is none, or the answer is no."""
+    """Ask the user on the terminal; Refusal: there is none, or the answer is no, or Ctrl-C."""
     if not (sys.stdin is not None and sys.stdin.isatty()):
         text = f"{what} needs confirmation, but stdin is not a terminal. Use --force to skip the question"
         raise Refusal(text, USAGE)
     sys.stderr.write(f"{output.safe(question)} [y/N] ")
     sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    try:
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt as err:
+        raise Refusal("interrupted; nothing was done", INTERRUPTED) from err
+    if answer.strip().lower() not in ("y", "yes"):
         raise Refusal("nothing was done", REFUSED)

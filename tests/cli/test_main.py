@@ -19,6 +19,7 @@ from forgather_control.errors import JobNotAnswering
 from forgather_control.jobs import record
 from forgather_control.jobs.rank_processes import RankRecord
 from forgather_control.processes.liveness import current_process
+from forgather_control.version import VERSION
 from forgather_control.wire import builtin
 from forgather_control.wire.addresses import MAX_PATH
 
@@ -70,12 +71,24 @@ def test_every_verb_is_the_same_by_module_and_by_script():
         assert by_script.stdout == by_module.stdout
 
 
+@pytest.mark.parametrize(
+    "words, code, shown",
+    [(["train"], 2, ""), (["list"], 2, ""), ([], 2, "usage"), (["--help"], 0, "usage"), (["--version"], 0, VERSION)],
+)
+def test_without_forgather_its_command_shows_the_usage(words, code, shown, capsys):
+    """Alone or with --help, all verbs; before any other word, what the command for the control is."""
+    try:
+        got = command_line.forgather(words)
+    except SystemExit as ended:
+        got = ended.code
+    out, err = capsys.readouterr()
+    assert got == code and "Forgather itself" in err and "Usage: forgather control [OPTIONS] VERB" in err
+    assert shown in (out if code == 0 else err)
+    assert ("save-stop" in out + err) == (shown == "usage")
+
+
 def test_another_first_word_is_forgathers(capsys, monkeypatch, tmp_path):
-    """``forgather train`` goes to the real Forgather where it is installed; else the usage is shown."""
-    for words in (["train"], []):
-        assert command_line.forgather(words) == 2
-        said = capsys.readouterr().err
-        assert "Forgather itself" in said and "Usage: forgather control [OPTIONS] VERB" in said
+    """``forgather train`` goes to the real Forgather where it is installed."""
     (tmp_path / "forgather").mkdir()
     (tmp_path / "forgather" / "__init__.py").touch()
     (tmp_path / "forgather" / "cli.py").write_text("def main():\n    print('the real one')\n    return 7\n")
@@ -229,7 +242,8 @@ def test_on_a_terminal_it_asks_first(answer, code):
     with running_loop() as run:
         got, shown = on_terminal(["abort", "job"], answer)
         assert got == code, shown
-        assert "lost" in shown and "Traceback" not in shown
+        assert "lost" in shown and "Traceback" not in shown and ("nothing was done" in shown) == (code != 0)
+        assert "still carried out" not in shown
         if code == 0:
             run.thread.join(SOON)
             assert run.job.aborted

@@ -192,4 +192,5 @@ def test_the_list_of_verbs(capsys):
     assert ended.value.code == 0 and all(f"\n    {verb}" in told for verb in listed)
     with pytest.raises(SystemExit) as ended:
         parse()
-    assert ended.value.code == 2 and "a verb is missing" in capsys.readouterr().err
+    assert ended.value.code == 2 and "a verb is missing" in (shown := capsys.readouterr().err)
+    assert "save-stop" in shown  # the verbs to choose from
