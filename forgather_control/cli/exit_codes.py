@@ -25,5 +25,5 @@ _BY_CLASS: Final[dict[type[ControlError], int]] = {
 
 
 def exit_code(error: ControlError) -> int:
-    """Return the exit code of an error."""
-    return _BY_CLASS.get(type(error), REFUSED)
+    """Return the exit code of an error; that a token must be given is no answer of a job."""
+    return USAGE if error.data.get("needs") == "token" else _BY_CLASS.get(type(error), REFUSED)

@@ -124,7 +124,8 @@ def _at_port(where: addresses.TcpEndpoint, job: str | None, token: str | None) -
     if not secret:
         raise NotAuthenticated(
             f"{where} needs the job's token, which stands in the endpoint.json of the job's directory. "
-            f"Give it with --token-file, or set {TOKEN}"
+            f"Give it with --token-file, or set {TOKEN}",
+            needs="token",
         )
     job_id = job if record is None else record.job_id
     return Target(job_id or str(where), job_id, record, where, secret)

@@ -32,3 +32,8 @@ def test_the_help_names_every_exit_code():
 def test_the_code_of_an_error(kind, code):
     """What is in no row of the table was refused."""
     assert exit_code(kind("why")) == code
+
+
+def test_a_missing_token_is_usage():
+    """No job has been asked; a token that a job refused is another matter."""
+    assert exit_code(errors.NotAuthenticated("which?", needs="token")) == 2
