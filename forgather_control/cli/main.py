@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import states
 from ..client import target
 from ..client.connection import Client
-from ..client.limits import CALL_TIMEOUT, LIST_TIMEOUT
+from ..client.limits import CALL_TIMEOUT, KILL_GRACE, LIST_TIMEOUT
 from ..client.target import Target
-from ..errors import ControlError, InternalError, NoSuchJob
+from ..errors import ControlError, DeadlinePassed, InternalError, NoSuchJob
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..wire import jsonrpc
@@ -100,7 +100,13 @@ def _command(args: argparse.Namespace) -> int:
             with Client(where) as job:
                 args.job = job.job_id
             where = _target(args)
-        by_force = "" if kill_after is None else f" Its processes on this host are killed after {kill_after:g} s."
+        by_force = (
+            ""
+            if kill_after is None
+            else (
+                f" Its processes on this host get SIGTERM after {kill_after:g} s, and SIGKILL {KILL_GRACE:g} s later."
+            )
+        )
         terminal.confirm("abort", f"abort {where.name}? Progress since its last checkpoint is lost.{by_force}")
     if kill_after is not None and where.record is not None:
         return _abort_or_kill(args, where.record, kill_after)
@@ -126,7 +132,8 @@ def _abort_or_kill(args: argparse.Namespace, record: JobRecord, kill_after: floa
     end = recovery.abort(record, kill_after)
     if end.problem is None:
         return _report(args, record.job_id, end.record)
-    complain(str(end.problem))
+    late = isinstance(end.problem, DeadlinePassed)  # its sentence would say that the abort is still carried out
+    complain(f"{record.job_id} did not end within {kill_after:g} s" if late else str(end.problem))
     told = {"error": jsonrpc.error_object(end.problem), "processes": end.outcomes}
     print_answer(args.json, told, output.process_outcomes, end.outcomes)
     if end.missing:

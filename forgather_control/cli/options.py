@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..client import limits
 from ..errors import ControlError
 from ..version import VERSION
 from ..wire import addresses, methods, schemas
@@ -92,7 +93,10 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--remote": _rules("the jobs of another host, listed by the job at this port", "HOST:PORT", _port),
     "--wait": _rules("return when it is finished"),
     "--timeout": _rules("give up waiting after this time, with exit code 5 (implies --wait)", "SECONDS", _seconds),
-    "--kill-after": _rules("wait, then kill its processes on this host that have not ended", "SECONDS", _seconds),
+    "--kill-after": _rules(
+        f"wait, then end its processes on this host: by SIGTERM, and by SIGKILL {limits.KILL_GRACE:g} s later",
+        "SECONDS", _seconds,
+    ),
     "--reason": _rules("why; kept in the command's record", "TEXT", _reader(methods.REASON), dest=PARAM + "reason"),
     "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip

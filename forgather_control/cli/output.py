@@ -9,6 +9,7 @@ import time
 from typing import Any, Final
 
 from .. import states
+from ..client.limits import KILL_GRACE
 from ..jobs.registry import Job
 from ..wire.builtin import BUILTIN
 
@@ -31,7 +32,7 @@ _RANK_REMARKS: Final = {
 }
 _KILL_OUTCOMES: Final = {
     states.KILL_ENDED: "ended after SIGTERM",
-    states.KILL_KILLED: "killed (SIGKILL)",
+    states.KILL_KILLED: f"killed by SIGKILL, {KILL_GRACE:g} s after SIGTERM",
     states.KILL_GONE: "had ended already",
     states.KILL_ELSEWHERE: "not reached: it runs on another host",
     states.KILL_REFUSED: "not ended: it belongs to another user",

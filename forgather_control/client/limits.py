@@ -16,6 +16,8 @@ PING_INTERVAL: Final = 15.0
 SILENCE: Final = 60.0
 #: For a process to exit after it closed its sockets (it frees its devices meanwhile).
 EXIT_TIME: Final = 1.0
+#: Between SIGTERM and SIGKILL for the processes of a job that does not end.
+KILL_GRACE: Final = 10.0
 #: Events that are kept for :meth:`Client.events` while other calls are made; then the oldest are dropped.
 MAX_EVENTS: Final = 10_000
 #: For a login over ssh and the start of a Python on the other side, on top of the time-out for connecting.

@@ -16,12 +16,10 @@ from ..jobs.rank_processes import RankRecord
 from ..jobs.record import JobRecord, jobs_dir, read_record
 from ..processes import liveness, stack_dump
 from ..processes.terminate import terminate
-from . import api
+from . import api, limits
 
 #: Seconds beyond its own time-out in which a job reports which of its ranks did not answer.
 _SLACK: Final = 3.0
-#: Seconds between SIGTERM and SIGKILL.
-GRACE: Final = 10.0
 #: Seconds for the stacks of one rank: see ``stack_dump.dump_stacks``.
 _DUMP_TIMEOUT: Final = 6.0
 
@@ -146,7 +144,7 @@ def abort(record: JobRecord, kill_after: float) -> AbortResult:
     except ControlError as err:
         if not had_processes or _ends(record, known, deadline):
             raise
-        found = terminate([rank.identity for rank in known.ranks], GRACE, owner=known.owner)
+        found = terminate([rank.identity for rank in known.ranks], limits.KILL_GRACE, owner=known.owner)
         outcomes = [{**_row(rank), "outcome": outcome} for rank, (_, outcome) in zip(known.ranks, found)]
         return AbortResult(None, err, outcomes, known.missing)
 

@@ -49,7 +49,7 @@ def impatient(monkeypatch):
     """All time-outs are shorter than in real use."""
     monkeypatch.setattr(stack_dump, "_LOCK_HELD", 300 * MS)
     monkeypatch.setattr(recovery, "_SLACK", 200 * MS)
-    monkeypatch.setattr(recovery, "GRACE", 300 * MS)
+    monkeypatch.setattr(limits, "KILL_GRACE", 300 * MS)
     monkeypatch.setattr(limits, "REPLY_GRACE", 200 * MS)
 
 
