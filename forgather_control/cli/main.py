@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
     except ControlError as err:
         if args.json:
             print_json({"error": jsonrpc.error_object(err)})
-        return complain(f"{err}{_hint(args, err)}", exit_code(err))
+        text = str(err) if args.verb == "rpc" else output.in_verbs(str(err))
+        return complain(f"{text}{_hint(args, err)}", exit_code(err))
     except KeyboardInterrupt:
         return complain("interrupted; a command that was accepted is still carried out", INTERRUPTED)
     except BrokenPipeError:
@@ -123,7 +124,7 @@ def _report(args: argparse.Namespace, job: str, record: Any) -> int:
         return DONE
     if args.json:
         print_json(record)
-    return complain(f"{job}: {trouble}", REFUSED)
+    return complain(f"{job}: {output.in_verbs(trouble)}", REFUSED)
 
 
 def _abort_or_kill(args: argparse.Namespace, record: JobRecord, kill_after: float) -> int:
@@ -133,7 +134,7 @@ def _abort_or_kill(args: argparse.Namespace, record: JobRecord, kill_after: floa
     if end.problem is None:
         return _report(args, record.job_id, end.record)
     late = isinstance(end.problem, DeadlinePassed)  # its sentence would say that the abort is still carried out
-    complain(f"{record.job_id} did not end within {kill_after:g} s" if late else str(end.problem))
+    complain(f"{record.job_id} did not end within {kill_after:g} s" if late else output.in_verbs(str(end.problem)))
     told = {"error": jsonrpc.error_object(end.problem), "processes": end.outcomes}
     print_answer(args.json, told, output.process_outcomes, end.outcomes)
     if end.missing:

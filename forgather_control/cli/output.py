@@ -5,6 +5,7 @@ text are shown as escapes.
 """
 
 import math
+import re
 import time
 from typing import Any, Final
 
@@ -47,7 +48,9 @@ _JOB_COLUMNS: Final[dict[str, Any]] = {
 }  # fmt: skip
 #: The columns of ``commands``, from a command's record.
 _COMMAND_COLUMNS: Final[dict[str, Any]] = {
-    "ID": "command_id", "COMMAND": "command", "STATE": "state", "STEP": "applied_at_step",
+    "ID": "command_id",
+    "COMMAND": lambda record: verb(record.get("command")),
+    "STATE": "state", "STEP": "applied_at_step",
     "REQUESTED": lambda record: moment(record.get("requested_at")),
     "BY": lambda record: _requester(record.get("requested_by") or {}),
     "NOTE": lambda record: _note(record) or record.get("reason") or "",
@@ -65,6 +68,19 @@ def safe(value: object) -> str:
     """Return ``value`` as text of printable characters only; the others are shown as escapes."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def verb(method: object) -> str:
+    """Return the verb of a command's method, or the method where there is none."""
+    known = BUILTIN.get(str(method))
+    return (known and known.verb) or str(method)
+
+
+def in_verbs(text: str) -> str:
+    """Return a message of the job or the client with verbs for methods; not in paths, nor in what has a dash."""
+    words = {method.name: method.verb for method in BUILTIN.values() if method.verb}
+    words["get_command"] = "forgather-control commands"
+    return re.sub(rf"(?<![\w./-])({'|'.join(words)})(?![\w/-])", lambda found: words[found[0]], text)
 
 
 def safe_lines(value: object) -> str:
@@ -161,7 +177,7 @@ def _process_line(status: dict[str, Any]) -> str:
 
 def _command_line(record: dict[str, Any]) -> str:
     note = _note(record)
-    return safe(f"{record['command']} {record['state']}{_applied(record)}" + (f": {note}" if note else ""))
+    return safe(f"{verb(record['command'])} {record['state']}{_applied(record)}" + (f": {note}" if note else ""))
 
 
 def _applied(record: dict[str, Any]) -> str:
@@ -172,14 +188,14 @@ def _applied(record: dict[str, Any]) -> str:
 def _note(record: dict[str, Any]) -> str:
     """Return what a command's record adds to its state: why it failed, or where its checkpoint is."""
     if record.get("error"):
-        return str(record["error"]["message"])
+        return in_verbs(str(record["error"]["message"]))
     return (record.get("result") or {}).get("path") or ""
 
 
 def outcome(job: str, record: dict[str, Any]) -> str:
     """Say in one line what became of a command; how it ended depends on what its method finishes with."""
-    name, result = record["command"], record.get("result") or {}
-    method = BUILTIN.get(name)
+    name, result = verb(record["command"]), record.get("result") or {}
+    method = BUILTIN.get(record["command"])
     finishes_when = method.finishes_when if method is not None else frozenset()
     path = result.get("path")
     at_step = f" at step {result['step']}" if "step" in result else _applied(record)

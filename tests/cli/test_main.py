@@ -50,7 +50,7 @@ def test_the_quick_start_of_forgather_works_as_typed():
         with job_process("job_one") as job:
             assert "job_one" in forgather("list").stdout
             assert "step" in forgather("status", "job_one").stdout
-            assert forgather("save", "job_one").stdout == "job_one: save_checkpoint accepted\n"
+            assert forgather("save", "job_one").stdout == "job_one: save accepted\n"
             verb, *force = stop
             assert forgather(verb, "job_one", *force).returncode == 0
             assert job.end() == 0
@@ -167,7 +167,9 @@ def test_exit_codes_with_jobs_that_resist(jobs_dir):
     """Refused is 1, ambiguous 2, dead and silent 4, too late 5."""
     with job_process("slow-one", step_seconds=SOON) as slow, job_process("slow-two", step_seconds=SOON):
         assert cli("status").returncode == 2 and cli("status", "slow").returncode == 3
-        assert cli("save", "slow-one", "--timeout=0.2").returncode == 5
+        late = cli("save", "slow-one", "--timeout=0.2")
+        said = "save is accepted after 0.2 s, and will still run; forgather-control commands shows it\n"
+        assert (late.returncode, late.stderr) == (5, said)
         assert cli("rpc", "slow-one", "cancel_command", '{"command_id":"none"}').returncode == 1
         assert cli("rpc", "slow-one", "ping", "[1]").returncode == 1
         assert cli("rpc", "slow-one", "ping", "{").returncode == cli("rpc", "slow-one", "ping", "7").returncode == 2
@@ -417,12 +419,12 @@ def test_commands_are_listed_and_taken_back():
         assert cli("commands", "slow").stdout == "no commands\n"
         command_id = json.loads(cli("save", "slow", "--json", "--reason", "a \x1b why").stdout)["command_id"]
         shown = cli("commands", "slow").stdout
-        assert shown.splitlines()[1].startswith(f"{command_id}  save_checkpoint  accepted  -")
+        assert shown.splitlines()[1].startswith(f"{command_id}  save     accepted  -")
         (listed,) = json.loads(cli("--json", "commands").stdout)
         assert (listed["command_id"], listed["state"], listed["reason"]) == (command_id, "accepted", "a \x1b why")
         assert "a \\x1b why" in shown and str(os.getpid()) not in shown
         cancelled = cli("cancel", "slow", command_id)
-        assert (cancelled.returncode, cancelled.stdout) == (0, "slow: save_checkpoint cancelled\n")
+        assert (cancelled.returncode, cancelled.stdout) == (0, "slow: save cancelled\n")
         again = cli("cancel", command_id)
         assert (again.returncode, again.stdout) == (1, "") and "cancelled" in again.stderr
         assert cli("cancel", "slow", "none").returncode == 1

@@ -47,6 +47,24 @@ JOB = Job(job_id="job", host="node", port=None, pid=4242, started_at=0.0, state=
 tricks = pytest.mark.parametrize(("text", "wanted"), TRICKS.values(), ids=TRICKS)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("The graceful_stop expired", "The stop expired"),
+        (
+            "save_and_stop is accepted after 3 s; get_command shows it",
+            "save-stop is accepted after 3 s; forgather-control commands shows it",
+        ),
+        ("no method 'list_commands'", "no method 'commands'"),
+        ("no checkpoint in /runs/save_checkpoint-1", "no checkpoint in /runs/save_checkpoint-1"),
+        ("No job my-save_checkpoint", "No job my-save_checkpoint"),
+    ],
+)
+def test_messages_name_verbs(text, shown):
+    """The words of the wire are those of programs; what stands in a path or a job's id stays."""
+    assert output.in_verbs(text) == shown
+
+
 @pytest.fixture(autouse=True)
 def utc(monkeypatch):
     """One time zone, wherever the tests run."""
@@ -183,8 +201,8 @@ def test_status():
         "[################................]  50.0 %  step 500 of 1000",
         "epoch 1.25   2 steps/s   4m 10s left   last step 0.4 s ago",
         "loss 0.12346   n 3",
-        "save_checkpoint applied at step 7",
-        "save_checkpoint finished at step 7: /c/checkpoint-7",
+        "save applied at step 7",
+        "save finished at step 7: /c/checkpoint-7",
         "abort failed: no",
         f"{process}, started 1970-01-01 00:00:00",
     ]
@@ -242,9 +260,9 @@ def test_speed(speed, wanted):
             {"command": "abort", "result": {"step": 9, "path": None}},
             "job: ended at step 9, no checkpoint was saved for it",
         ),
-        ({"state": "accepted", "applied_at_step": None, "result": None}, "job: save_checkpoint accepted"),
-        ({"state": "applied", "result": None}, "job: save_checkpoint applied at step 7"),
-        ({"state": "failed", "applied_at_step": None}, "job: save_checkpoint failed"),
+        ({"state": "accepted", "applied_at_step": None, "result": None}, "job: save accepted"),
+        ({"state": "applied", "result": None}, "job: save applied at step 7"),
+        ({"state": "failed", "applied_at_step": None}, "job: save failed"),
         ({"result": {"step": 7, "path": "p", "seconds": None}}, "job: saved at step 7 in ?: p"),
     ],
 )
