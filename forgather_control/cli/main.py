@@ -154,7 +154,7 @@ def _ranks(args: argparse.Namespace) -> int:
 def _stacks(args: argparse.Namespace) -> int:
     from ..client import recovery
 
-    rows, missing = recovery.read_stacks(_view(args))
+    rows, missing = recovery.read_stacks(_view(args), args.params.get("internal", False))
     print_answer(args.json, rows, output.stacks_text, rows)
     for rank, why in missing.items():
         complain(f"rank {rank}: {why}")
@@ -165,11 +165,11 @@ def _view(args: argparse.Namespace) -> RankView:
     from ..client import recovery
 
     where = _target(args)
-    timeout = args.params.get("timeout", BUILTIN[args.method].params[0].default)
+    params = {"timeout": BUILTIN[args.method].params[0].default, **args.params}
     if args.connect is not None or where.record is None:
         with Client(where) as job:
-            return recovery.from_reply(job.call(args.method, timeout=timeout))
-    view = recovery.query(where.record, args.method, timeout)
+            return recovery.from_reply(job.call(args.method, **params))
+    view = recovery.query(where.record, args.method, **params)
     if view.problem is not None:
         complain(f"{view.problem}; what can be seen from here:")
     return view

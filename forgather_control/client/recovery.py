@@ -14,7 +14,7 @@ from ..errors import ControlError, FindError, InternalError, JobDead
 from ..jobs import rank_processes
 from ..jobs.rank_processes import RankRecord
 from ..jobs.record import JobRecord, jobs_dir, read_record
-from ..processes import liveness, stack_dump
+from ..processes import liveness, stack_dump, stacks
 from ..processes.terminate import terminate
 from . import api, limits
 
@@ -63,12 +63,12 @@ class RankView(NamedTuple):
     problem: FindError | None = None  #: Why the job did not answer, if so; ``rows`` then come from its records.
 
 
-def query(record: JobRecord, method: str, timeout: float) -> RankView:
+def query(record: JobRecord, method: str, timeout: float, **params: Any) -> RankView:
     """Ask the job for its ranks, by ``ranks`` or ``stacks``; FindError: no answer, and no process is left."""
     known = job_processes(record)
     try:
         with api.connect(record.job_id, timeout + _SLACK) as job:
-            return from_reply(job.call(method, timeout=timeout), known)
+            return from_reply(job.call(method, timeout=timeout, **params), known)
     except FindError as err:
         if not known.left():
             raise
@@ -96,8 +96,12 @@ def from_reply(rows: Any, processes: JobProcesses | None = None) -> RankView:
     return RankView([{**row, "state": states.RANK_ABSENT} if row["rank"] in gone else row for row in rows], known)
 
 
-def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Return the rows with the stacks of silent and unknown ranks of this host, and for others why there are none."""
+def read_stacks(view: RankView, internal: bool = False) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Return the rows with the stacks of silent and unknown ranks of this host, and for others why there are none.
+
+    Args:
+        internal: whether to show the threads of this package, too.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     known = {rank.rank: rank for rank in view.processes.ranks}
@@ -106,10 +110,13 @@ def read_stacks(view: RankView) -> tuple[list[dict[str, Any]], dict[int, str]]:
         found = dict(zip(silent, pool.map(lambda rank: _stacks_of(known.get(rank)), silent)))
     rows = []
     for row in view.rows:
-        stacks = found.get(row["rank"])
-        new = {"stacks": stacks} if isinstance(stacks, str) else {}
-        rows.append({**row, **({"state": states.RANK_ABSENT} if isinstance(stacks, JobDead) else new)})
-    return rows, {rank: str(stacks) for rank, stacks in found.items() if isinstance(stacks, FindError)}
+        text = found.get(row["rank"])
+        if isinstance(text, str):
+            row = {**row, "stacks": text if internal else stacks.without_internal(text)}
+        elif isinstance(text, JobDead):
+            row = {**row, "state": states.RANK_ABSENT}
+        rows.append(row)
+    return rows, {rank: str(why) for rank, why in found.items() if isinstance(why, FindError)}
 
 
 def _stacks_of(rank: RankRecord | None) -> str | FindError:

@@ -9,6 +9,7 @@ and no frame is kept: its locals would keep device memory.
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import threading
 import traceback
@@ -76,6 +77,11 @@ def python_stacks(first: int | None = None) -> str:
     idents = dict.fromkeys(ident for ident in (first, main, *order) if ident in stacks)
     text = _fit([_block(ident, names.get(ident), stacks[ident]) for ident in idents if ident is not None])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a path may hold bytes that are not UTF-8
+
+
+def without_internal(text: str) -> str:
+    """Return stacks without the threads of this package, whose names begin with "forgather-"."""
+    return re.sub(r"(?m)^Thread \S+ forgather-.*\n(?:  .*\n)*\n?", "", text)
 
 
 def _snapshot() -> dict[int, list[_Frame]]:

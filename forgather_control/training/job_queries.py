@@ -178,8 +178,8 @@ class JobQueries:
     def ranks(self, timeout: float) -> Any:
         return self.reporter.ask(self.group, "ranks", timeout)
 
-    def stacks(self, timeout: float) -> Any:
-        return self.reporter.ask(self.group, "stacks", timeout)
+    def stacks(self, timeout: float, internal: bool) -> Any:
+        return self.reporter.ask(self.group, "all stacks" if internal else "stacks", timeout)
 
     def list_jobs(self) -> list[dict[str, Any]]:
         """Return the jobs of the jobs directory, judged by their processes; asking them would block this thread."""

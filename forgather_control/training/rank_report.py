@@ -26,6 +26,7 @@ log = logging.getLogger("forgather_control")
 _UNKNOWN: Final[dict[str, dict[str, Any]]] = {
     "ranks": dict.fromkeys(("step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes")),
     "stacks": {"stacks": None},
+    "all stacks": {"stacks": None},  # those of our own threads, too
 }
 
 
@@ -54,8 +55,9 @@ class RankReporter:
             mine = usage.process_stats()
             report = self._progress.report()
             mine.update(step=report["global_step"], seconds_since_step=report["seconds_since_step"])
-            if what == "stacks":
-                mine["stacks"] = self._stacks()
+            if "stacks" in _UNKNOWN[what]:
+                text = self._stacks()
+                mine["stacks"] = text if what == "all stacks" else stacks.without_internal(text)
             return {name: mine[name] for name in ("host", "pid", *_UNKNOWN[what])}
         except Exception:  # boundary: as above
             log.exception("Internal error: this rank could not answer the query %r.", what)

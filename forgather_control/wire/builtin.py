@@ -123,6 +123,11 @@ _RANK_TIMEOUT: Final = Param(
     {"type": "number", "minimum": 0, "maximum": MAX_RANK_TIMEOUT, "unit": "seconds", "default": 5.0},
     "How long a rank may take to answer, in seconds; one that takes longer is reported as silent.",
 )
+_INTERNAL: Final = Param(
+    "internal",
+    {"type": "boolean", "default": False},
+    "Show the threads of this control, too; their names begin with forgather-.",
+)
 _SINCE: Final = Param(
     "since",
     {"type": ["integer", "null"], "minimum": 0, "default": None},
@@ -163,10 +168,11 @@ _query(
 _query(
     "stacks",
     "ListedStacks",
-    """Print the Python stacks of all threads of every rank, also while training hangs.
+    """Print the Python stacks of the threads of every rank, also while training hangs.
 
 The stacks of ranks that do not answer are read from outside, where they run on this host.""",
     _RANK_TIMEOUT,
+    _INTERNAL,
     verb="stacks",
 )
 _query(

@@ -665,6 +665,7 @@ def test_a_real_job_shows_its_rank_and_its_stacks():
         assert rows[0].keys() >= {"host", "step", "seconds_since_step", "rss_bytes", "device", "device_memory_bytes"}
         done = cli("stacks", "real")
         assert done.returncode == 0 and "MainThread" in done.stdout.splitlines()[1]
+        assert "forgather-control" not in done.stdout and "forgather-control" in cli("stacks", "--internal").stdout
 
 
 def test_a_real_job_that_keeps_the_interpreter_lock(impatient, capsys):

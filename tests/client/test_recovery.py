@@ -193,7 +193,9 @@ def test_stacks_of_silent_and_unknown_ranks_are_read_from_outside(jobs_dir):
             view = recovery.query(known, "stacks", 1.0)
         dead.kill()
         rows, why = recovery.read_stacks(view)
+        full, _ = recovery.read_stacks(view, internal=True)
     assert rows[0] == answer[0] and "MainThread" in rows[1]["stacks"] and rows[1]["state"] == "unknown"
+    assert "forgather-stacks" in full[1]["stacks"] and "forgather-stacks" not in rows[1]["stacks"]
     assert [one["stacks"] for one in rows[2:]] == [None] * 5 and rows[2]["state"] == "absent"
     assert why.keys() == {2, 3, 4, 5}
     assert "gone" in why[2] and "another.example.org" in why[3] and "has no stack dumper" in why[4] and why[4] == why[5]

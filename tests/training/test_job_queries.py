@@ -222,10 +222,10 @@ def test_time_is_a_change(facts):
 
 
 def test_figures_are_asked_for_seldom(facts):
-    """However fast training steps, the system is asked seldom; figures that it does not know are left out."""
+    """However fast training steps, the system is asked seldom; figures that it does not know are null."""
     for _ in range(100):
         facts.step += 1
-        assert facts.read().keys() == {"step", "at", "rss"}
+        assert facts.read().keys() == {"step", "at", "rss", "device"}
     assert facts.asked == 1
     facts.at += PROCESS_STATS_AGE
     assert facts.read()["rss"] == 2

@@ -101,6 +101,26 @@ def test_the_stacks_begin_with_the_thread_that_trains(reporter):
     assert "test_the_stacks_begin_with_the_thread_that_trains" in first and "MainThread" in first
 
 
+def test_the_threads_of_the_control_are_hidden_unless_asked_for(reporter):
+    """Those of training are all there, and whole, in both answers."""
+    stop = threading.Event()
+    names = ("forgather-control", "loader", "forgather-receiver")
+    threads = [threading.Thread(target=stop.wait, name=name) for name in names]
+    for thread in threads:
+        thread.start()
+    try:
+        shown, full = (
+            reporter.ask(Ranks(reporter, "silent"), what, 5.0)[0]["stacks"] for what in ("stacks", "all stacks")
+        )
+    finally:
+        stop.set()
+    for thread in threads:
+        thread.join()
+    assert shown.count("forgather-") == 0 and all(name in full for name in names)
+    kept = [block for block in full.split("\n\n") if " forgather-" not in block]
+    assert "loader" in kept[-1] and shown.rstrip("\n").split("\n\n") == [block.rstrip("\n") for block in kept]
+
+
 def test_stacks_of_many_ranks_fit_into_one_reply(reporter, monkeypatch):
     """Each has its share of the room."""
     monkeypatch.setattr("forgather_control.training.limits.MAX_STACKS", 1000)
