@@ -14,6 +14,9 @@ Two things may clear ``should_save`` between ``on_step_end`` and the save: a cal
 ``on_save``, and the flag is set again at the next chance, then without an evaluation in between. The same two may set
 the flag after an abort cleared it; so after an abort the hooks return a control object that ignores changes.
 
+A trainer whose class has a ``_save_checkpoint`` of its own may save in the background: where a checkpoint lacks the
+file that transformers writes last, the command is finished when that is there.
+
 Forgather's trainer saves by a schedule that no flag can change. At a step where a save is due, commands are applied
 after that save, in ``on_save``, and it counts as theirs. At the end of its data it calls ``on_step_end`` once more,
 without a step, and saves nothing after it.
@@ -21,9 +24,12 @@ without a step, and saves nothing after it.
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 from .. import states
+from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
 from . import huggingface_trainer as facts
 
@@ -50,6 +56,7 @@ class TrainerControlCallback(Adapter):
         self._evaluated_at: int | None = None
         self._saved_at = 0
         self._forced_at: int | None = None
+        self._own_code = False  # whether the trainer writes checkpoints by code of its own
         self._evaluation = facts.ExtraEvaluation()
         self._best: str | None = None  # of the state of an aborted run, which must load and delete nothing
         self._own_control: Any = None  # of the trainer, in an aborted run
@@ -72,6 +79,7 @@ class TrainerControlCallback(Adapter):
             no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
             evaluation_counter=facts.evaluation_counter(state, trainer, kwargs.get("lr_scheduler")),
         )
+        self._own_code = facts.saves_by_own_code(trainer)
         self._saved_at = state.global_step  # where it was resumed from, if it was
         self._period = facts.save_period(args, state, control)
         return control
@@ -148,7 +156,12 @@ class TrainerControlCallback(Adapter):
         if not counts:
             return
         path = facts.checkpoint_path(args.output_dir, state, control)
-        if path is None:  # on other ranks, for example, because there is no shared disk
+        look = functools.partial(facts.written, args.output_dir, copy.copy(state), control)
+        if self._own_code and self._run.is_main and look()[0] is None:
+            save = self._run.begin_save(state.global_step)
+            if save.applied:
+                background_saves.watch(self._run, save, look, evaluated)
+        elif path is None:  # on other ranks, for example, because there is no shared disk
             self._save_missed(f"no directory checkpoint-{state.global_step} was found in {args.output_dir}")
         else:
             self._run.saved(state.global_step, path, evaluated)

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -63,6 +64,27 @@ def checkpoint_path(output_dir: str, state: Any, control: Any) -> str | None:
         found = [path for path in glob.glob(pattern) if os.path.isdir(path)]
         if found:
             return os.path.abspath(max(found, key=os.path.getmtime))
+    return None
+
+
+def saves_by_own_code(trainer: Any) -> bool:
+    """Return whether a trainer's checkpoints are written by code of its own, so perhaps in the background."""
+    method = getattr(type(trainer), "_save_checkpoint", None)
+    return method is not None and method.__module__.partition(".")[0] != "transformers"
+
+
+def written(output_dir: str, state: Any, control: Any) -> tuple[str | None, object]:
+    """Return the path of this step's checkpoint, once transformers' last file is in it, and what is in it by now."""
+    path = checkpoint_path(output_dir, state, control)
+    if path is None:
+        return None, None
+    found = {name: _size(name) for name in glob.iglob(f"{glob.escape(path)}/**", recursive=True)}
+    return path if os.path.join(path, "trainer_state.json") in found else None, found
+
+
+def _size(path: str) -> int | None:
+    with suppress(OSError):  # it may be renamed meanwhile
+        return os.path.getsize(path)
     return None
 
 

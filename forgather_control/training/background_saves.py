@@ -1,15 +1,19 @@
 """Saves in the background, as ``dcp.async_save`` and ``AsyncCheckpointIO`` make them: a future tells when one is done.
 
-``follow`` runs on the training thread, what it leaves to the future on any.
+Where there is no future, a file that is written last can be watched. ``follow`` and ``watch`` are called on the
+training thread; the save ends on any.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
+from ..deadline import Deadline
 from ..errors import ControlError, InvalidParams
+from . import limits
 from .command_tracker import Save
 from .controller import Controller
 
@@ -35,6 +39,29 @@ def follow(run: Controller, save: Save, path: str, evaluated: bool, future: Any)
             run.fail_save(save, why)
 
     check(future)(end)
+
+
+def watch(run: Controller, save: Save, look: Callable[[], tuple[str | None, object]], evaluated: bool) -> None:
+    """End a save of which nothing but files is known, on a thread that looks at them from time to time.
+
+    Args:
+        look: returns where the checkpoint is complete, once it is, and what changes while it is being written. If that
+            does not change for ``limits.WRITE_TIMEOUT``, the save has failed.
+    """
+
+    def watch() -> None:
+        path, seen = look()
+        deadline = Deadline(limits.WRITE_TIMEOUT)
+        while path is None and not deadline.passed() and not run.ended.wait(limits.WATCH_PERIOD):
+            path, now = look()
+            if now != seen:
+                seen, deadline = now, Deadline(limits.WRITE_TIMEOUT)
+        if path is not None:
+            run.finish_save(save, path, evaluated)
+        else:
+            run.fail_save(save, f"no complete checkpoint-{save.step} was found when nothing was written any more")
+
+    threading.Thread(target=watch, name="forgather-watch", daemon=True).start()
 
 
 def finish(run: Controller, save: Save, path: str, evaluated: bool) -> None:

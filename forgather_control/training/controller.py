@@ -87,7 +87,7 @@ class Controller:
         self._orphaned: str | None = None
         self._warned = False  # of ranks that never joined
         self._call: stacks.Call | None = None  # of the trainer, in which the run began
-        self._ended = threading.Event()
+        self.ended = threading.Event()  #: Set once control has ended.
         # What integrations note on the training thread of any rank; see the methods that are behind it.
         self.beat = self.state.progress.beat
         self.evaluated = self._tracker.evaluated
@@ -230,7 +230,7 @@ class Controller:
             self.state.events.publish(states.EVENT_ENDED, step=self.last_step, reason=reason)
             if self._server is not None:
                 self._server.close()
-            self._ended.set()
+            self.ended.set()
 
     def end_if_over(self, reason: str) -> None:
         """End this run if its training is over: its thread is dead, or now begins another run outside its call."""
@@ -238,7 +238,7 @@ class Controller:
         over = self._thread is threading.current_thread() and not nested
         if over or not self._thread.is_alive() or self._orphaned is not None:
             self.close(reason)
-            self._ended.wait(limits.CLOSE_TIMEOUT)  # the server thread may be closing it
+            self.ended.wait(limits.CLOSE_TIMEOUT)  # the server thread may be closing it
 
     def orphan(self, reason: str) -> None:
         """End control because its integration is gone. For finalizers, so on any thread."""

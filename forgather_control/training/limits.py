@@ -47,5 +47,8 @@ EVENT_SAMPLE_PERIOD: Final = 0.2
 
 #: Suffixes that are tried for a generated job id that is taken.
 MAX_SUFFIX: Final = 99
+#: Seconds between two looks at the files of a save in the background, and without a change until it has failed.
+WATCH_PERIOD: Final = 0.2
+WRITE_TIMEOUT: Final = 10.0
 #: Seconds that the end of training may wait for the last replies.
 CLOSE_TIMEOUT: Final = 3.0

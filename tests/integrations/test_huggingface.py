@@ -24,6 +24,7 @@ import pytest
 import forgather_control
 from forgather_control import TrainerControlCallback, connect, get_command, get_job_status
 from forgather_control.client.target import find
+from forgather_control.training import limits
 from forgather_control.training.controller import Controller
 
 from ..support import forgather_loop
@@ -705,6 +706,34 @@ def test_resumed_from_what_save_and_stop_saved(tmp_path, fresh, restore, step):
     assert same(weights(resumed), weights(model))
 
 
+@pytest.mark.parametrize("command", ["save_checkpoint", "save_and_stop"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_trainer_that_saves_in_the_background(tmp_path, command, begun):
+    """A command is finished when the file that is written last is there, and not before, also at the end."""
+    gate, early = threading.Event(), []
+
+    class Background(Trainer):
+        def _save_checkpoint(self, *args: Any) -> None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if begun:
+                folder.mkdir()
+            save = super()._save_checkpoint
+            self.writer = threading.Thread(target=lambda: gate.wait(SOON) and save(*args))
+            self.writer.start()
+
+    def look(state: Any, control: Any) -> None:
+        if at.sent is not None:
+            early.append(get_command(JOB, at.sent.id).state)
+            gate.set()
+
+    at = At(STEPS, command)
+    trainer = make(tmp_path, at, ours(), Watcher(on_epoch_end=look), kind=Background)
+    trainer.train()
+    trainer.writer.join(SOON)
+    assert early == ["applied"]
+    is_saved(at.record(), tmp_path, STEPS)
+
+
 # When it is sent...
 
 
@@ -999,8 +1028,9 @@ class Elsewhere(Trainer):
         Path(self.args.output_dir, "mine").mkdir()
 
 
-def test_a_checkpoint_that_is_nowhere_is_no_success(tmp_path):
-    """on_save without a checkpoint of that step in the output directory fails the command."""
+def test_a_checkpoint_that_is_nowhere_is_no_success(tmp_path, monkeypatch):
+    """on_save without a checkpoint of that step in the output directory fails the command, as none appears later."""
+    monkeypatch.setattr(limits, "WRITE_TIMEOUT", 0.1)
     at = At(3, "save_checkpoint")
     make(tmp_path, at, ours(), kind=Elsewhere).train()
     record = at.record()

@@ -21,6 +21,8 @@ from forgather_control.integrations.huggingface_trainer import (
     locked,
     log_steps,
     no_evaluation,
+    saves_by_own_code,
+    written,
 )
 
 from ..support.forgather_loop import Control, Strategy
@@ -271,3 +273,32 @@ def test_a_scheduled_evaluation_is_left_alone():
     random.random()
     extra.evaluated(ARGS, STATE, {}, hide_best=False)
     assert random.getstate() != state
+
+
+# Saves in the background...
+
+
+def test_a_trainer_that_saves_by_code_of_its_own():
+    """Its class has a method of that name that is not of transformers."""
+    theirs = type("Trainer", (), {"_save_checkpoint": type("f", (), {"__module__": "transformers.trainer"})()})
+    assert not saves_by_own_code(None) and not saves_by_own_code(theirs())
+    assert saves_by_own_code(type("Mine", (theirs,), {"_save_checkpoint": lambda self: None})())
+
+
+def test_a_checkpoint_is_complete_with_its_last_file(tmp_path):
+    """Until then it can be seen that it is being written."""
+    state, control = SimpleNamespace(global_step=3), object()
+    path, seen = tmp_path / "checkpoint-3", []
+    for change in (
+        lambda: None,
+        path.mkdir,
+        (path / "part").mkdir,
+        (path / "part" / "model").touch,
+        lambda: (path / "part" / "model").write_text("x"),
+    ):
+        change()
+        found, now = written(str(tmp_path), state, control)
+        assert found is None and now not in seen
+        seen.append(now)
+    (path / "trainer_state.json").touch()
+    assert written(str(tmp_path), state, control)[0] == str(path)

@@ -907,8 +907,11 @@ def test_a_save_in_the_background_that_fails(tmp_path):
     """The command fails with the writer's error, though there is a file; Lightning raises that error at its end."""
     gate = Gate(OSError(28, "No space left on device"))
     at, opener = At(3, "save_checkpoint"), Watcher(on_train_end=lambda trainer: gate.open.set())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(OSError, match="No space"):
         fit(make(tmp_path, at, ours(), opener, plugins=[AsyncCheckpointIO(gate)]))
+    for number, handler in handlers.items():  # its teardown did not get that far
+        signal.signal(number, handler)
     assert at.record()["error"]["message"] == "OSError: [Errno 28] No space left on device"
 
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 
 from forgather_control.errors import CommandFailed, InvalidParams
-from forgather_control.training.background_saves import check, exists, follow
+from forgather_control.training import limits
+from forgather_control.training.background_saves import check, exists, follow, watch
+from forgather_control.training.command_tracker import Save
+
+from ..support.harness import MS, SOON, until
+
+SAVE = Save(7)
 
 
 class Run:
     """A controller that notes how a save ended."""
 
     def __init__(self) -> None:
-        self.ended = []
+        self.saves, self.ended = [], threading.Event()
 
     def finish_save(self, *facts):
         """As ``Controller``."""
-        self.ended.append(facts)
+        self.saves.append(facts)
 
     fail_save = finish_save
 
@@ -36,13 +44,31 @@ def test_a_save_ends_with_its_future(tmp_path):
     for future, fault in ((Future(), None), (Future(), CommandFailed("no way")), (Future(), ValueError("no"))):
         run = Run()
         follow(run, "save", str(tmp_path), True, future)
-        assert run.ended == []
+        assert run.saves == []
         if fault is None:
             future.set_result(7)
-            assert run.ended == [("save", str(tmp_path), True)]
+            assert run.saves == [("save", str(tmp_path), True)]
         else:
             future.set_exception(fault)
-            assert run.ended == [("save", {"no way": "no way", "no": "ValueError: no"}[str(fault)])]
+            assert run.saves == [("save", {"no way": "no way", "no": "ValueError: no"}[str(fault)])]
+
+
+def test_a_save_ends_when_what_is_watched_for_is_there(monkeypatch):
+    """Once it is complete, however long it is written; or when it is written no more, or the run has ended."""
+    monkeypatch.setattr(limits, "WATCH_PERIOD", 2 * MS)
+    monkeypatch.setattr(limits, "WRITE_TIMEOUT", 2 * SOON)
+    done, writes, run, still, over = [], itertools.count(), Run(), Run(), Run()
+    over.ended.set()
+    watch(over, SAVE, lambda: (None, 0), False)
+    until(lambda: over.saves)
+    monkeypatch.setattr(limits, "WRITE_TIMEOUT", 100 * MS)
+    watch(run, SAVE, lambda: (done[0] if done else None, next(writes)), False)
+    watch(still, SAVE, lambda: (None, 0), False)
+    until(lambda: still.saves)
+    assert still.saves == over.saves and "no complete checkpoint-7" in still.saves[0][1] and run.saves == []
+    done.append("/there")
+    until(lambda: run.saves == [(SAVE, "/there", False)])
+    until(lambda: not any(thread.name == "forgather-watch" for thread in threading.enumerate()))
 
 
 def test_what_is_there(tmp_path):
