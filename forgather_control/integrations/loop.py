@@ -80,6 +80,8 @@ class TrainingJob(Adapter):
         self._depth += 1
         if self._depth == 1:
             self._open(self._start_step, self._max_steps)
+            if self._controller is not None and self._run.is_main and (self._max_steps or 0) < 0:
+                log.warning("Ignored max_steps=%d, which is negative: progress is unknown.", self._max_steps)
         return self
 
     @guarded

@@ -78,6 +78,8 @@ class JobServer:
     def _open_port(self) -> BoundPort | None:
         try:
             wanted = self.options.tcp_options()
+            if wanted is None and (self.options.certfile or self.options.keyfile):
+                log.warning("Ignored certfile and keyfile: TLS needs a port. Give port=, too.")
             return None if wanted is None else wanted.open(self._server)
         except StartError as err:
             log.warning("No control over TCP: %s", err)  # the job can still be controlled from this host

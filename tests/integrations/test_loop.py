@@ -664,6 +664,17 @@ def test_ends_that_are_no_numbers_are_refused_when_they_are_given(options):
         TrainingJob("job", **options)
 
 
+@pytest.mark.parametrize(("end", "count"), [(-1, 1), (0, 0), (None, 0)])
+def test_a_negative_end_is_one_warning(end, count, caplog):
+    """The run is controlled, and its end is unknown."""
+    with TrainingJob("job", max_steps=end) as job:
+        job.step(1)
+        job.step(2)
+        assert forgather_control.get_job_status("job")["max_steps"] is None
+    said = [line.getMessage() for line in caplog.records if line.levelno >= logging.WARNING]
+    assert said == ["Ignored max_steps=-1, which is negative: progress is unknown."] * count
+
+
 def test_a_path_of_bytes_is_a_path(tmp_path):
     """os.PathLike, str or bytes; what is no UTF-8 is shown escaped, never as another name."""
     odd = os.fsencode(tmp_path) + b"/ck\xff"

@@ -205,6 +205,14 @@ def test_the_network_without_tls_is_one_warning(jobs_dir, caplog, pem, tls):
     assert tls or ("without TLS" in warnings(caplog)[0] and "token" in warnings(caplog)[0])
 
 
+@pytest.mark.parametrize("name", ["certfile", "keyfile"])
+def test_a_certificate_without_a_port_is_one_warning(jobs_dir, caplog, name):
+    """TLS would protect nothing; the job is controlled by its socket."""
+    with running_loop(**{name: "/no/file.pem"}):
+        assert published(jobs_dir)["port"] == 0
+    assert warnings(caplog) == ["Ignored certfile and keyfile: TLS needs a port. Give port=, too."]
+
+
 def test_loopback_is_no_warning(jobs_dir, caplog):
     """Other hosts cannot reach it."""
     with running_loop(port="auto", host="localhost"):
