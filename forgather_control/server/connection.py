@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import select
-import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -59,6 +57,11 @@ class Connection(ReplySink):
         self.accepted_at = self.moved_at = time.monotonic()
         #: Nothing more is read: the client has shut down its writing side, or sent a line that is too long.
         self.at_end = False
+        #: Whether lines are ignored that the client may still be sending.
+        self.stopped = False
+        #: When the connection is closed, though the client goes on: set once all is sent. A socket that is closed with
+        #: unread bytes resets the connection, and the client may lose the last reply.
+        self.lingers_until: float | None = None
         #: Whether it is in the server's queue, and the events that the selector watches for.
         self.queued, self.watched = False, 0
         self._file: Kept | None = None
@@ -83,7 +86,10 @@ class Connection(ReplySink):
         return bytes(self._received[:64])
 
     def read(self) -> None:
-        """Receive what has arrived, at most ``max_line`` bytes."""
+        """Receive what has arrived, at most ``max_line`` bytes, and drop it if the connection lingers."""
+        if self.lingers_until is not None:
+            self.broken = self._attempt(self._drop, self.max_line) == b"" or self.broken
+            return
         data = None if self.at_end or self.broken else self._attempt(self._recv, self.max_line)
         if data is not None:
             self.at_end = not data
@@ -106,7 +112,14 @@ class Connection(ReplySink):
     def stop_reading(self) -> None:
         """Read no more, as the start of the next line is not known; what is to be sent is still sent."""
         self._received.clear()
-        self.at_end = True
+        self.at_end = self.stopped = True
+
+    def linger(self) -> bool:
+        """Return whether to wait for the client to end the connection; tell it, once, that all is sent."""
+        if self.stopped and self.lingers_until is None and self.is_idle:
+            self.lingers_until = time.monotonic() + limits.STALL_TIMEOUT
+            self._end_sending()
+        return self.lingers_until is not None
 
     def send(self, data: bytes) -> None:
         """Send what the socket accepts at once and keep the rest."""
@@ -192,7 +205,14 @@ class Connection(ReplySink):
         poller.register(self.sock, 0)
         return any(events & (select.POLLHUP | select.POLLERR) for _fd, events in poller.poll(0))
 
+    def _drop(self, size: int) -> bytes:
+        return socket.socket.recv(self.sock, size, socket.MSG_DONTWAIT)  # below TLS, which is not read any more
+
     # Overridden for TLS...
+
+    def _end_sending(self) -> None:
+        with suppress(OSError):  # the client has gone, as reading tells
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
     def _recv(self, size: int) -> bytes:
         return self.sock.recv(size, socket.MSG_DONTWAIT)
@@ -214,11 +234,16 @@ class TlsConnection(Connection):
         self._tls: ssl.SSLSocket | None = None  # once the handshake is done
 
     def close(self) -> None:
-        """Send the closing alert, so that the client can tell this from a lost connection, and close the socket."""
-        if self._tls is not None and not self.broken and self.is_open():
+        if not self.broken and self.is_open() and self.lingers_until is None:
+            self._end_sending()
+        super().close()
+
+    def _end_sending(self) -> None:
+        """Send the closing alert, so that the client can tell this from a lost connection."""
+        if self._tls is not None:
             with suppress(OSError, ValueError):
                 self._tls.unwrap()  # does not wait for the other's
-        super().close()
+        super()._end_sending()
 
     def _recv(self, size: int) -> bytes:
         tls = self._ready()
@@ -244,94 +269,3 @@ class TlsConnection(Connection):
             self.sock.do_handshake()
             self._tls = self.sock
         return self._tls
-
-
-class Connections:
-    """The open connections of a server: what the selector watches for, and which are closed when."""
-
-    def __init__(self, selector: selectors.BaseSelector) -> None:
-        self._selector = selector
-        self._open: set[Connection] = set()
-        #: Those that have, or had, a subscription.
-        self.subscribed: set[Connection] = set()
-
-    def __iter__(self) -> Iterator[Connection]:
-        """Iterate over a copy, so that connections can be closed meanwhile."""
-        return iter(list(self._open))
-
-    def add(self, connection: Connection) -> None:
-        """Add a connection; beyond a limit, close another one."""
-        if not connection.authenticated:
-            others = [other for other in self if not other.authenticated]
-            if len(others) >= limits.MAX_UNAUTHENTICATED:
-                self.close(min(others, key=lambda other: other.accepted_at))
-        if len(self._open) >= _most_connections():
-            self.close(min(self, key=_eviction_order))
-        stale = self._selector.get_map().get(connection.fd)
-        if stale is not None:  # other code closed a connection, whose number this one has now
-            self.close(stale.data)
-        self._open.add(connection)
-
-    def update(self, connection: Connection) -> None:
-        """Close a connection that is finished, otherwise watch for what it may do next."""
-        finished = connection.at_end and not connection.queued and (connection.is_idle or connection.hung_up())
-        if connection.broken or finished:
-            self.close(connection)
-            return
-        events = selectors.EVENT_WRITE if connection.unsent else 0
-        if not (connection.at_end or connection.queued or connection.unsent > limits.MAX_UNSENT):
-            events |= selectors.EVENT_READ
-        self._watch(connection, events)
-
-    def _watch(self, connection: Connection, events: int) -> None:
-        if events == connection.watched:
-            return
-        if not events:
-            self._selector.unregister(connection.fd)
-        elif connection.watched:
-            self._selector.modify(connection.fd, events, connection)
-        else:
-            connection.note_file()
-            self._selector.register(connection.fd, events, connection)
-        connection.watched = events
-
-    def close(self, connection: Connection) -> None:
-        """Close a connection, if it is open."""
-        if connection in self._open:
-            self._open.remove(connection)
-            self._watch(connection, 0)
-            connection.close()
-
-    def sweep(self) -> None:
-        """Close connections that stopped reading, hung up, did not authenticate in time, or are silent over TCP."""
-        now = time.monotonic()
-        for connection in self:
-            connection.flush()  # a socket may accept bytes long before poll(2) says that it is writable
-            still = now - connection.moved_at
-            stalled = connection.unsent and still > limits.STALL_TIMEOUT
-            late = not connection.authenticated and now - connection.accepted_at > limits.AUTH_TIMEOUT
-            waits = connection.open or connection.subscription
-            silent = connection.peer.via == "tcp" and still > limits.IDLE_TIMEOUT and not waits
-            if stalled or late or silent or not connection.is_open() or (connection.at_end and connection.hung_up()):
-                self.close(connection)
-
-    def streams_due(self, woken: bool) -> list[Connection]:
-        """Return the subscribed connections that can be sent more; all of them may have more if ``woken``."""
-        now = time.monotonic()
-        self.subscribed = {connection for connection in self.subscribed if connection.subscription is not None}
-        for connection in self.subscribed if woken else ():
-            connection.stream_at = now
-        return [connection for connection in self.subscribed if connection.stream_time <= now]
-
-
-def _eviction_order(connection: Connection) -> tuple[bool, bool, float]:
-    """Sort unauthenticated connections first, then idle ones, the longest idle first; half a line is not activity."""
-    busy = connection.open > 0 or connection.unsent > 0 or connection.subscription is not None
-    return connection.authenticated, busy, connection.moved_at
-
-
-def _most_connections() -> int:
-    """Return how many connections leave enough descriptors to training, however low its limit is (getrlimit(2))."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room = limits.MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - limits.RESERVED_FILES
-    return max(8, min(limits.MAX_CONNECTIONS, room))

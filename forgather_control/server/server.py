@@ -30,7 +30,8 @@ from ..wire.limits import MAX_LINE
 from . import limits
 from .auth import TokenAuthenticator, new_token
 from .budget import CpuBudget
-from .connection import Connection, Connections, TlsConnection
+from .connection import Connection, TlsConnection
+from .connections import Connections
 from .dispatcher import Dispatcher, Handler, Peer
 from .listener import Listener, Listeners, UnixListener, open_port
 from .waker import Waker

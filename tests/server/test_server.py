@@ -18,6 +18,7 @@ import time
 import psutil
 import pytest
 
+from forgather_control.deadline import Deadline
 from forgather_control.errors import InvalidParams, NotCancellable
 from forgather_control.server import limits
 from forgather_control.server.dispatcher import PENDING, Deferred
@@ -250,14 +251,34 @@ def test_100_mb_without_a_newline(control, path, unbounded):
     with Wire(path) as wire, Wire(path) as other:
         other.still_answers()
         before = _rss()
-        with pytest.raises(OSError):
-            for _ in range(100):
-                wire.send(chunk)
-        assert wire.reply()["error"]["code"] == -32600
-        with pytest.raises(OSError):
+        for _ in range(100):
             wire.send(chunk)
+        assert wire.reply()["error"]["code"] == -32600 and wire.line() == b""
         other.still_answers()
     assert _rss() - before < 10 << 20
+
+
+def test_a_client_that_is_still_sending_reads_why_it_was_refused(path, answers, unbounded):
+    """Over TCP a socket that is closed with unread bytes would reset the connection; the client may read late."""
+    with serving_tcp(answers, path=path) as control:
+        for where in (path, control.at):
+            with Wire(where) as wire:
+                if where != path:
+                    wire.authenticate()
+                wire.send(_line("echo", id="first") + b"x" * (4 << 20))
+                assert wire.reply()["id"] == "first" and wire.reply()["error"]["code"] == -32600
+                wire.send(_line("echo", id="dropped"))
+                assert wire.line() == b""
+
+
+def test_a_client_that_sends_without_end_is_cut_off(control, path, answers, monkeypatch):
+    """After the time in which others would have read their reply."""
+    monkeypatch.setattr(limits, "STALL_TIMEOUT", 0.2)
+    monkeypatch.setattr(limits, "TICK_PERIOD", 0.1)
+    with Wire(path) as wire, pytest.raises(OSError):
+        deadline = Deadline(SOON)
+        while not deadline.passed():
+            wire.sock.sendall(b"x" * (1 << 20))
 
 
 def test_the_longest_line_and_one_more(control, path):

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",
     "training/job_server": "training/test_controller",
+    "server/connections": "server/test_server",
     "jobs/limits": "system/test_limits",
     "client/limits": "client/test_connection",
     "ranks/limits": "ranks/test_consensus",

@@ -424,6 +424,14 @@ def test_the_longest_line_and_one_more(control):
             assert ("result" in spoke.reply()) == (more <= 0)
 
 
+def test_a_client_that_is_still_sending_reads_why_it_was_refused(control):
+    """As without TLS; the closing alert comes behind the reply."""
+    with wire(control) as spoke:
+        spoke.authenticate()
+        spoke.send(b"x" * (4 << 20))
+        assert spoke.reply()["error"]["code"] == -32600 and spoke.line() == b""
+
+
 def test_old_versions_are_refused(control):
     """TLS 1.2 at least."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
