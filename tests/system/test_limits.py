@@ -301,11 +301,19 @@ def test_the_oldest_record_goes(job):
         assert wire.call("get_command", {"command_id": "1"})["error"]["code"] == CommandNotFound.code
 
 
-def test_the_last_wait_that_fits_and_one_more(job):
+@pytest.fixture
+def quick_job(jobs_dir: Path) -> Iterator[Path]:
+    """As ``job``, and it may take a whole core to answer."""
+    with Process(BUSY.replace("sleep(0.01)", "sleep(1e6)")) as process:
+        assert process.line() == "ready", process.errors
+        yield jobs_dir / "job" / "control.sock"
+
+
+def test_the_last_wait_that_fits_and_one_more(quick_job):
     """1,023 and 1,024 wait in silence; one more is told; who hangs up makes room; the owner is answered meanwhile."""
     waits = lambda count: request("save_checkpoint", id="wait", wait="finished") * count  # noqa: E731
-    with Wire(job) as other:
-        with Wire(job) as wire:
+    with Wire(quick_job) as other:
+        with Wire(quick_job) as wire:
             for count in (limits.MAX_DEFERRED - 1, 1):
                 wire.send(waits(count))
                 assert wire.call("ping", id="next")["id"] == "next"
@@ -318,21 +326,13 @@ def test_the_last_wait_that_fits_and_one_more(job):
                 "what is refused is not carried out"
             )
             assert "result" in other.call("save_checkpoint")
-        until(lambda: waits_in_silence(job, waits(1)))
+        until(lambda: waits_in_silence(quick_job, waits(1)))
 
 
 def waits_in_silence(path: Path, wait: bytes) -> bool:
     with Wire(path) as wire:
         wire.send(wait)
         return wire.call("ping", id="next")["id"] == "next"
-
-
-@pytest.fixture
-def quick_job(jobs_dir: Path) -> Iterator[Path]:
-    """As ``job``, and it may take a whole core to answer."""
-    with Process(BUSY.replace("sleep(0.01)", "sleep(1e6)")) as process:
-        assert process.line() == "ready", process.errors
-        yield jobs_dir / "job" / "control.sock"
 
 
 def batch_of_lists(last: bytes) -> bytes:
