@@ -5,11 +5,13 @@ Options may stand before or after the verb and the JOB: the words are sorted fir
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final, NoReturn
 
+from ..client.target import suggestion
 from ..wire.builtin import BUILTIN
 from . import exit_codes, options
 
@@ -62,7 +64,11 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     if any(word.startswith("--wait=") for word in given):
         parser.error("--wait takes no value; --timeout SECONDS gives up waiting")
     is_odd = any(word.startswith("-") for word in others)
-    args = parser.parse_args([*given, *(["--"] if is_odd else []), *others])
+    args, unknown = parser.parse_known_args([*given, *(["--"] if is_odd else []), *others])
+    if unknown:
+        known = re.findall(r"--[a-z-]+", parser.format_usage())
+        hint = suggestion(unknown[0].partition("=")[0], known, f"{prog} {verb} --help shows all")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
     args.verb = verb
     _check(parser, args)
     args.params = _params(args)
@@ -100,10 +106,7 @@ def _without_verb(prog: str, given: list[str], word: str | None) -> NoReturn:
         parser.parse_args(asks)
         parser.print_help(sys.stderr)
         parser.exit(exit_codes.USAGE, f"\n{prog}: error: a verb is missing\n")
-    from difflib import get_close_matches  # only for a message
-
-    similar = get_close_matches(word, listed, 1)
-    hint = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(listed)}"
+    hint = suggestion(word, listed, f"choose from {', '.join(listed)}")
     parser.error(f"no verb {ascii(word)[:140]}; {hint}")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from .. import states
@@ -43,12 +44,17 @@ def find(job: str | int | None = None) -> JobRecord:
     shown = ascii(name)[:140]
     if latest:
         return _only(latest, f"{shown} names several jobs")
+    hint = suggestion(name, [record.job_id for record in records], "forgather-control list shows what is there")
+    raise NoSuchJob(f"No job {shown} in {root}; {hint}", job=name)
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the end of a message about a word that is not known: one that is similar, if there is one."""
     from difflib import get_close_matches  # only for a message, so not at every start
 
-    ids = [record.job_id for record in records]
-    similar = [*(one for one in ids if one.startswith(name)), *get_close_matches(name, ids, 1)]
-    hint = f"did you mean {similar[0]}?" if similar else "forgather-control list shows what is there"
-    raise NoSuchJob(f"No job {shown} in {root}; {hint}", job=name)
+    known = list(known)
+    similar = [*(one for one in known if one.startswith(word)), *get_close_matches(word, known, 1)]
+    return f"did you mean {similar[0]}?" if similar else otherwise
 
 
 def _only(records: list[JobRecord], problem: str) -> JobRecord:

@@ -18,6 +18,7 @@ Follows https://www.jsonrpc.org/specification, with these decisions where it is 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
@@ -156,7 +157,8 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
         # {"method":"status","method":"abort"} aborts where the last one counts, and reads where the first does.
-        raise InvalidRequest("a name stands twice in one object")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise InvalidRequest(f"the name {ascii(name[:64])} stands twice in one object")
     return found
 
 

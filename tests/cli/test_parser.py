@@ -90,6 +90,22 @@ def test_a_mistyped_verb_gets_a_suggestion(verb, said, capsys):
     assert ended.value.code == 2 and said in shown and "\x1b" not in shown and len(shown) < 800
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["save", "--wiat"], "--wiat; did you mean --wait?"),
+        (["--timeot=5", "save"], "--timeot=5; did you mean --timeout?"),
+        (["stop", "--kill-after", "5"], "--kill-after; forgather control stop --help shows all"),
+        (["save", "one", "two"], "two; forgather control save --help shows all"),
+    ],
+)
+def test_a_mistyped_option_gets_a_suggestion(words, said, capsys):
+    """One of the verb's own, else where they are listed."""
+    with pytest.raises(SystemExit) as ended:
+        parse(*words)
+    assert ended.value.code == 2 and f"unrecognized arguments: {said}\n" in capsys.readouterr().err
+
+
 def test_options_are_not_abbreviated(capsys):
     """``--js`` is no ``--json``: what a later version adds would change its meaning."""
     with pytest.raises(SystemExit):
