@@ -102,7 +102,7 @@ class StoreChannel:
         on_end: called once, on the sender thread, when the channel was closed and nothing more is received, with the
             number of messages that were, and a sender. Not after ``on_lost``.
 
-    Each thread makes its own connections, so that no store delays training. One that is out of reach breaks the channel.
+    Each thread makes its own connections, so that no store delays training. One out of reach breaks the channel.
     """
 
     def __init__(
