@@ -129,6 +129,9 @@ def test_live_is_who_answers_for_this_job(jobs_dir, dead):
     with serving(record.socket, lambda request, sink: {"job_id": "job", "global_step": 7}):
         job = registry.discover(str(jobs_dir), SOON)[0][0]
         assert (job.state, job.global_step, job.to_json()["global_step"]) == ("live", 7, 7)
+    os.unlink(record.socket)
+    with serving(record.socket, lambda request, sink: {"job_id": "job", "metrics": "x" * 900_000}):
+        assert states(jobs_dir, SOON) == {"job": "live"}
     assert states(jobs_dir) == {"job": "foreign"}
 
 

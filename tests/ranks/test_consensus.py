@@ -973,7 +973,8 @@ def test_the_step_is_past_all_answers():
     assert decide(made, 4, 9, 7) == 10
     made = coordinator(3)
     made.receive(Leave(2, 12, None))
-    assert decide(made, 4, 9) == 13
+    made.receive(Leave(1, 5, None))
+    assert decide(made, 4) == 13
     made = coordinator(3)
     made.next(0.0, True)
     for rank, clock in enumerate((4, 9, 20)):
@@ -983,7 +984,7 @@ def test_the_step_is_past_all_answers():
 
 
 def test_patience_and_pauses():
-    """A round that is not answered in time is off; the next one waits, twice as long each time, up to a minute."""
+    """After a round that is off the next one waits, twice as long each time, up to a minute; a commit ends that."""
     made, now, pauses = coordinator(2), 0.0, []
     for _ in range(9):
         assert made.next(now, True) == [Send((0, 1), Prepare(made.number))]
@@ -999,7 +1000,11 @@ def test_patience_and_pauses():
     assert decide(made, 0, 0, now=now) == 1
     made.receive(Applied(made.number, 0, {}))
     made.receive(Applied(made.number, 1, {}))
-    assert made.next(now, False) == [AllApplied(made.number, {}, None)]
+    assert made.next(now, True) == [AllApplied(10, {}, None), Send((0, 1), Prepare(11))]
+    now += limits.READY_TIMEOUT
+    assert made.next(now, True) == [consensus.Decide(made.number, None)]
+    made.decided(Commit(made.number, None, []), (), now)
+    assert made.delay(now, True) == 1
 
 
 def test_an_answer_that_comes_too_late_counts_for_nothing():

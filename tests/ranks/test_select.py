@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from forgather_control import TrainingJob, errors
-from forgather_control.ranks import select
+from forgather_control.ranks import keys, select
 from forgather_control.ranks.group import SingleProcess
 
 from ..support.harness import needs_torch, until
@@ -87,3 +88,12 @@ def test_a_store_in_this_process_that_cannot_be_cloned(without_clone):
     import torch.distributed as dist
 
     assert select._connector(dist, dist.HashStore()) == (None, "a HashStore of this torch cannot be cloned")
+
+
+def test_restarted_workers_have_keys_of_their_own(monkeypatch):
+    """torchrun may give them the store of those before them; each run of a process has its own, too."""
+    monkeypatch.setattr(select, "_opened", Counter())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert [select._prefix("job") for _ in range(2)] == [keys.prefix("job", "2", 1), keys.prefix("job", "2", 2)]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert select._prefix("job") == keys.prefix("job", "0", 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -762,6 +763,47 @@ def test_a_prepare_that_comes_too_late(store, patient):
 
 
 @needs_torch
+def test_a_rank_that_is_lost_takes_part_no_more(store, patient):
+    """A Prepare that reaches it neither holds it nor is answered."""
+    with one_rank(store) as (coordinator, rank):
+        rank.group._lose("it broke")
+        coordinator.send("prepare", 2)
+        coordinator.send("query", 1, "ranks")
+        assert coordinator.hear()[0] == "answer"
+        goes_on(rank)
+
+
+@needs_torch
+def test_a_round_that_the_receiver_began_ends_in_time(store, patient, monkeypatch):
+    """Rank 0's sender, which waits for nothing, learns of the time-out: a rank that is silent does not hold rank 0."""
+    first = Rank(store, 0, 2)
+    other, sender = store(), StoreSender(store)
+    sender.connect()
+    heard = itertools.count(1)
+    hear = lambda: json.loads(other.get(keys.message(1, next(heard))))  # noqa: E731
+    first.begin()
+    try:
+        sender.send([0], ["join", 1, {"pid": 1}])
+        until(lambda: first.delegate.notes("joined"))
+        first.order("save_checkpoint")
+        assert hear() == ["prepare", 1]
+        sender.send([0], ["ready", 1, 1, 0])
+        assert hear()[:2] == ["commit", 1]
+        until(lambda: first.group._coordinator._applied.missing == {1})
+        first.order("save_checkpoint")
+        until(lambda: first.group._channel._queue.empty())
+        monkeypatch.setattr(limits, "READY_TIMEOUT", 50 * MS)
+        sender.send([0], ["applied", 1, 1, {}])
+        assert hear() == ["prepare", 2] and hear() == ["commit", 2, None, []]
+        goes_on(first)
+    finally:
+        first.stop = True
+        sender.send([0], ["leave", 1, 9, None])
+        first.thread.join(SOON)
+        assert not first.thread.is_alive() and not first.errors
+
+
+@needs_torch
 def test_the_store_breaks_as_a_round_is_decided(store, patient):
     """The commands that were taken fail at once; no rank is held; the delegate is told once."""
     with training(store, 2, begin=False) as made:
@@ -975,6 +1017,7 @@ def test_a_question_to_all(store):
         for rank in made:
             rank.begin()
         until(lambda: made[0].group.state(3) == "ended")
+        sent = store().add(keys.count(3), 0)
         first = made[0].group.query("ranks")
         until(lambda: 1 in first.answers)
         second = made[0].group.query("stacks")
@@ -984,6 +1027,7 @@ def test_a_question_to_all(store):
         late.set()
         until(lambda: 2 in first.answers and 2 in second.answers)
         assert (first.answers[2], second.answers[2]) == ({"late": "ranks"}, {"late": "stacks"})
+        assert store().add(keys.count(3), 0) == sent  # no message stays in the inbox of a rank that has ended
         assert made[0].delegate.notes("answers")
         assert made[0].group.description(1) == {"pid": 1} and not any(rank.holds for rank in made)
         at_step.set()

@@ -291,6 +291,15 @@ def test_a_refusal_reaches_who_has_sent_more_meanwhile(control, answers, monkeyp
     assert "abort" not in answers.asked
 
 
+def test_a_penalty_ends_by_itself(answers, monkeypatch):
+    """The reply waits for no tick."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 10 * SOON)
+    monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 50 * MS)
+    with serving_tcp(answers) as control, Wire(control.at) as wire:
+        wire.send(line({**AUTH, "params": {"token": "guess"}}))
+        assert wire.reply()["error"]["code"] == -31025
+
+
 def test_who_leaves_before_the_penalty_costs_nothing(control, monkeypatch):
     """A delayed reply to a client that has left is not an error."""
     monkeypatch.setattr(limits, "AUTH_FAILURE_DELAY", 50 * MS)

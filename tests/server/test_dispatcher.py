@@ -29,6 +29,7 @@ class Talk:
 
     def __init__(self):
         self.given, self.asked, self.polls = {}, [], 0
+        self.crash: BaseException = RuntimeError("secret traceback")
         self.dispatcher = Dispatcher(self.answer)
         ours, self.client = socket.socketpair()
         self.client.settimeout(SOON)
@@ -41,7 +42,7 @@ class Talk:
         return {
             "echo": lambda: request.params,
             "fail": lambda: self._raise(NotCancellable("no", state="applied")),
-            "crash": lambda: self._raise(RuntimeError("secret traceback")),
+            "crash": lambda: self._raise(self.crash),
             "odd": lambda: {"value": object()},
             "circle": _circle,
         }[request.method]()
@@ -52,7 +53,7 @@ class Talk:
     def poll(self, key):
         self.polls += 1
         value = self.given.get(key, PENDING)
-        return self._raise(value) if isinstance(value, Exception) else value
+        return self._raise(value) if isinstance(value, BaseException) else value
 
     def ask(self, *items, batch=False):
         """Send requests ``(id, method, params)``; an id of ``...`` makes a notification."""
@@ -187,9 +188,10 @@ def test_an_error_travels_with_its_facts(talk):
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_a_crash_is_answered_and_logged_and_not_told(talk, caplog, later):
+@pytest.mark.parametrize("crash", [RuntimeError, SystemExit])
+def test_a_crash_is_answered_and_logged_and_not_told(talk, caplog, later, crash):
     """Whatever a method raises, its caller gets -32603 without a word of the traceback, which the log has."""
-    talk.given["x"] = RuntimeError("secret traceback")
+    talk.crash = talk.given["x"] = crash("secret traceback")
     talk.ask((1, "later", "x") if later else (1, "crash"))
     with caplog.at_level(logging.ERROR):
         talk.dispatcher.poll(True)

@@ -259,6 +259,13 @@ def test_another_user_cannot_ask(jobs_dir, quick):
 # Ages, by the clock of the file system...
 
 
+def test_a_request_that_seems_a_little_older_than_the_job_is_taken(desk):
+    """A file system may round its times down."""
+    os.utime(desk.put("abort"), (time.time() - 1.5,) * 2)
+    desk.tick()
+    assert desk.asked == ["abort"]
+
+
 def test_stale_requests_are_refused(desk):
     """Older than the job, or unseen for longer than five minutes: nothing is done, and the reply says why."""
     aged = lambda path, seconds: os.utime(path, (time.time() - seconds,) * 2)  # noqa: E731
@@ -542,13 +549,14 @@ def test_replies_are_kept_within_bounds(desk, monkeypatch):
 
 def test_replies_that_were_taken_leave_room(desk, monkeypatch):
     """Replies that were removed do not count, so a program's many do not push out a person's one."""
+    monkeypatch.setattr(limits, "MAX_REPLY_FILES", 20)
     patient(monkeypatch)
     desk.put("save_checkpoint")
     desk.tick()
     for number in range(limits.MAX_REPLY_FILES * 2):
-        desk.ask("p.json", "echo", number)
+        desk.ask(f"{number}.json", "echo")
         desk.tick()
-        (desk.path / "replies" / "p.json").unlink()
+        (desk.path / "replies" / f"{number}.json").unlink()
     assert desk.lying("replies") == ["save_checkpoint.json"]
 
 

@@ -21,6 +21,7 @@ import pytest
 from forgather_control.deadline import Deadline
 from forgather_control.errors import InvalidParams, NotCancellable
 from forgather_control.server import limits
+from forgather_control.server.budget import CpuBudget
 from forgather_control.server.dispatcher import PENDING, Deferred
 from forgather_control.server.server import Server
 from forgather_control.wire import limits as wire_limits
@@ -728,6 +729,15 @@ def test_a_tick_comes_by_itself_and_under_load(path, answers, monkeypatch):
         seen = len(ticks)
         until(lambda: len(ticks) > seen + 2)
         assert set(ticks) == {"forgather-control"}
+
+
+def test_a_tick_comes_however_far_the_budget_is_overdrawn(path, answers, monkeypatch):
+    """The thread does nothing for a while, but not for longer than a tick."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 10 * MS)
+    monkeypatch.setattr(CpuBudget, "throttle_delay", lambda budget: 10 * SOON)
+    ticks = []
+    with serving(path, answers, lambda: ticks.append(1)):
+        until(lambda: len(ticks) > 3)
 
 
 def test_a_wake_never_blocks(control, path, answers):

@@ -61,7 +61,7 @@ def test_whole_life(queue, changes):
     assert (finished.state, finished.applied_at_step, finished.result) == ("finished", 7, {"path": "p"})
     assert finished.error is None
     assert finished.finished_at >= finished.requested_at == record.requested_at
-    assert changes == [("id", "accepted"), ("id", "applied"), ("id", "finished")]
+    assert changes == [("id", "accepted"), ("id", "applied"), ("id", "finished")] and queue.changes == 3
 
 
 def test_failure_says_why(queue):
