@@ -1,36 +1,7 @@
 """All errors of this package: one base class, one JSON-RPC code for each class.
 
-Each branch says *whose fault* it was::
-
-    ControlError                    -32000
-    ├── WireError                   -31099   the request line; nothing was done
-    │   ├── ParseError              -32700
-    │   ├── InvalidRequest          -32600
-    │   ├── MethodNotFound          -32601
-    │   ├── InvalidParams           -32602   (also a ValueError)
-    │   └── InternalError           -32603
-    ├── CommandError                -32001   the job, about a command
-    │   ├── CommandFailed           -32002
-    │   ├── CommandNotFound         -32003   (also a LookupError)
-    │   ├── NotCancellable          -32004
-    │   ├── TooManyCommands         -32005
-    │   ├── JobEnding               -32006
-    │   ├── DeadlinePassed          -32007   (also a TimeoutError)
-    │   ├── CommandRefused          -32008
-    │   └── CommandExpired          -32009
-    ├── FindError                   -31020   the name of a job, or a job that cannot be reached
-    │   ├── NoSuchJob               -31021   (also a LookupError)
-    │   ├── AmbiguousJob            -31022   (also a LookupError)
-    │   ├── JobDead                 -31023   (also a ConnectionError)
-    │   ├── JobNotAnswering         -31024   (also a TimeoutError)
-    │   └── NotAuthenticated        -31025   (also a PermissionError)
-    └── StartError                  -31040   a job that cannot be made controllable; training continues
-        ├── BadJobId                -31041   (also a ValueError)
-        ├── JobIdTaken              -31042
-        ├── JobsDirUnusable         -31043
-        ├── Unsupported             -31044
-        ├── PortTaken               -31045
-        └── TlsUnusable             -31046
+A branch says what was at fault: the request line (:class:`WireError`), the job or its command (:class:`CommandError`),
+the name or the reach of a job (:class:`FindError`), the start of control in a job (:class:`StartError`).
 
 An error keeps its facts in ``data``, a JSON object that travels with it; ``from_wire`` makes the same class again
 on the other side.
