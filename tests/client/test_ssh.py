@@ -183,7 +183,7 @@ def test_every_verb_works_from_a_host_without_jobs(box):
         assert (saved.returncode, saved.stderr) == (0, "") and saved.stdout.strip().endswith(run.saves[0])
         assert "MainThread" in over("stacks").stdout
         assert json.loads(cli("rpc", "job", "ping", "--ssh", "box").stdout)["job_id"] == "job"
-        assert over("stop").stdout == "job: graceful_stop accepted\n"
+        assert over("stop").stdout == "job: stop accepted\n"
         run.thread.join(SOON)
         assert not run.thread.is_alive()
 
@@ -362,7 +362,7 @@ def test_a_link_that_breaks_off_is_not_a_job_that_died(box):
             out, err = client.communicate(timeout=SOON)
         assert (client.returncode, out) == (4, "")
         assert err.startswith("The ssh connection to box broke off (") and "before job slow answered" in err
-        assert err.endswith("whether its save_checkpoint was carried out is not known\n")
+        assert err.endswith("whether its save was carried out is not known\n")
         until(lambda: not bridge.is_running())
         assert cli("status", "slow").returncode == 0
 
