@@ -368,8 +368,8 @@ def test_no_secret_is_seen_from_outside(attacker, unmoved):
         ("rpc {job} ping", 3),
         ("dial-stdio {job}", 3),
         ("status --connect unix:{home}/control.sock", 1),
-        ("abort --force --connect tcp://127.0.0.1:{port}", 1),
-        ("abort --force --connect tcp://127.0.0.1:{port} {job}", 1),
+        ("abort --force --connect tcp://127.0.0.1:{port}", 2),
+        ("abort --force --connect tcp://127.0.0.1:{port} {job}", 2),
     ],
 )
 def test_the_command_line_tells_another_user_nothing(attacker, unmoved, words, code):
