@@ -7,6 +7,9 @@ with a device. Values on a device are read by a ``DeviceReader``, when a client 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -79,6 +82,34 @@ class DeviceReader:
         self._on_read()
 
 
+class CudaNumber:
+    """A number on a GPU, to be read in order with the stream that computes it.
+
+    Reading changes nothing for training, also while it captures a graph. See "Stream Management" of CUDA's Driver API.
+    """
+
+    def __init__(self, tensor: Any, stream: Any, cuda: Any) -> None:
+        self._tensor, self._stream, self._cuda = tensor, stream, cuda
+
+    @classmethod
+    def of(cls, tensor: Any) -> CudaNumber | str:
+        """Return the number; a text where the tensor was only captured, so that it has no value yet."""
+        cuda = sys.modules["torch"].cuda
+        if cuda.is_current_stream_capturing():
+            return "tensor of a graph that is captured"
+        return cls(tensor, cuda.current_stream(tensor.device), cuda)
+
+    def item(self) -> Any:
+        """Return the value, on a thread that does nothing else: blocks until the stream has computed it."""
+        with contextlib.suppress(OSError, AttributeError):  # else CUDA fails the captures that other threads have begun
+            relaxed = ctypes.c_int(2)
+            ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
+        with self._cuda.stream(self._stream):
+            while self._cuda.is_current_stream_capturing():
+                time.sleep(0.01)
+            return self._tensor.item()
+
+
 def on_host(held: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that can be read without a device, as JSON values."""
     return {name: _plain(value) for name, value in held.items() if _is_small(value)}
@@ -106,7 +137,10 @@ def _light_object(value: Any) -> Any:
     if hasattr(value, "detach"):  # a tensor: not its graph, nothing larger than a number, and not what it is a view of
         if value.numel() != 1:
             return f"tensor of shape {tuple(value.shape)}"[:MAX_TEXT]
-        return value.item() if value.device.type == "cpu" else value.detach().clone()
+        if value.device.type == "cpu":
+            return value.item()
+        number = value.detach().clone()
+        return CudaNumber.of(number) if number.is_cuda else number
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         return value.item() if type(value).__module__ == "numpy" else value
     if isinstance(value, (list, tuple, dict)) and len(value) <= 16:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import sys
 import weakref
+from contextlib import contextmanager
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 
@@ -157,6 +160,67 @@ def test_numpy_view_keeps_nothing_alive():
     del large
     gc.collect()
     assert gone() is None and plain(held) == {"view": 0.0, "all": "ndarray"}
+
+
+# GPUs (tests/system/test_gpu.py has a real one)...
+
+
+class Stream:
+    """A module ``torch.cuda`` with one stream, which captures a graph for as many questions as ``captures`` says."""
+
+    def __init__(self, captures=()):
+        self.entered, self.captures = [], list(captures)
+
+    def current_stream(self, device):
+        return f"stream of {device.type}"
+
+    @contextmanager
+    def stream(self, stream):
+        self.entered.append(stream)
+        yield
+        self.entered.append(None)
+
+    def is_current_stream_capturing(self):
+        return bool(self.captures) and self.captures.pop()
+
+    def item(self):
+        assert self.entered == ["stream of cuda"] and not self.captures
+        return 7.0
+
+
+class OnGpu:
+    """A tensor of one number on a GPU."""
+
+    is_cuda, device = True, SimpleNamespace(type="cuda")
+
+    def __init__(self, cuda):
+        self.item = cuda.item
+
+    def numel(self):
+        return 1
+
+    def detach(self):
+        return self
+
+    clone = detach
+
+
+@pytest.mark.parametrize("captures", [[], [True, True]])
+def test_a_number_on_a_gpu_is_read_on_its_stream_while_nothing_is_captured(monkeypatch, captures):
+    """The stream that computes a number is the one that it is read on, once no graph is being captured."""
+    cuda = Stream()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    held = hold({"loss": OnGpu(cuda)})
+    cuda.captures = captures
+    assert plain(held) == {"loss": 7.0}
+    assert cuda.entered == ["stream of cuda", None]
+
+
+def test_a_captured_tensor_has_no_value(monkeypatch):
+    """What is logged inside the capture of a graph is computed at its replay only."""
+    cuda = Stream([True])
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert hold({"loss": OnGpu(cuda)}) == {"loss": "tensor of a graph that is captured"}
 
 
 # torch...
