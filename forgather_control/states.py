@@ -59,9 +59,9 @@ WHEN_APPLIED: Final = "applied"  #: Every rank has applied it.
 WHEN_SAVED: Final = "saved"  #: Every rank has written its part of a checkpoint.
 WHEN_EVALUATED: Final = "evaluated"  #: Every rank has evaluated.
 WHEN_REPORTED: Final = "reported"  #: Every rank has reported its result.
-WHEN_ENDED: Final = "ended"  #: Training has ended.
-#: Those that each rank reports for itself, after it has applied the command.
-RANK_REPORTS: Final = frozenset((WHEN_SAVED, WHEN_EVALUATED, WHEN_REPORTED))
+WHEN_ENDED: Final = "ended"  #: Training has ended, on every rank unless each reports another event.
+#: Those that each rank reports for itself, after it has applied the command; of several the first.
+RANK_REPORTS: Final = (WHEN_SAVED, WHEN_EVALUATED, WHEN_REPORTED, WHEN_ENDED)
 
 # How a command reached the job: ``requested_by.via`` in its record.
 VIA_SOCKET: Final = "socket"

@@ -38,4 +38,4 @@ def test_final_and_awaited_states_are_states():
     """A command's final states are the last three, and a caller can wait for the first three."""
     assert sorted(states.FINAL_STATES) == ["cancelled", "failed", "finished"]
     assert states.AWAITED_STATES == ("accepted", "applied", "finished")
-    assert {value for name, value in WORDS.items() if name.startswith("WHEN_")} > states.RANK_REPORTS
+    assert {value for name, value in WORDS.items() if name.startswith("WHEN_")} > {*states.RANK_REPORTS}

@@ -51,6 +51,7 @@ class _Applied:
     since: float  # monotonic
     reported: bool = False
     is_saving: bool = False  # a save in the background counts for it, and no other does
+    outcome: Outcome = field(default_factory=dict)  # of a save that came with a stop, reported when training ends
     result: dict[str, Any] | None = None
 
     @property
@@ -175,10 +176,13 @@ class CommandTracker:
 
     def _end_save(self, save: Save, outcome: Outcome) -> None:
         for applied in save.applied:
-            applied.is_saving = False
-            if applied.awaits(states.WHEN_SAVED):
-                self._report(applied, outcome)
+            self._note_saved(applied, outcome)
         self._lock.notify_all()
+
+    def _note_saved(self, applied: _Applied, outcome: Outcome) -> None:
+        applied.is_saving, applied.outcome = False, outcome
+        if applied.awaits(states.WHEN_SAVED):
+            self._report(applied, outcome)
 
     # On the training thread...
 
@@ -214,6 +218,10 @@ class CommandTracker:
         try:
             self._close_reports(reason)
             self._close_saves(reason, seconds if fault is None else 0.0)
+            for applied in self._applied.values():
+                if applied.awaits(states.WHEN_ENDED):
+                    outcome = applied.outcome if reason is None else _failure(CommandFailed(reason))
+                    self.group().report(applied.command_id, outcome)
         finally:
             self.group().close(deadline.left() or 0.0, fault)
 
@@ -232,10 +240,8 @@ class CommandTracker:
         with self._lock:
             for applied in list(self._applied.values()):
                 if applied.is_saving:
-                    applied.is_saving = False
-                    if applied.awaits(states.WHEN_SAVED):
-                        text = f"it is unknown whether the checkpoint was completed: {why}"
-                        self._report(applied, _failure(CommandFailed(text)))
+                    text = f"it is unknown whether the checkpoint was completed: {why}"
+                    self._note_saved(applied, _failure(CommandFailed(text)))
 
     def end(self, step: int, reason: str | None) -> None:
         """Note that training has ended; ``reason`` says why, if it did not end as it should."""

@@ -91,7 +91,7 @@ class Method(NamedTuple):
     @property
     def rank_report(self) -> str | None:
         """The event that every rank reports for itself, if the command finishes with one."""
-        return next(iter(self.finishes_when & states.RANK_REPORTS), None)
+        return next((event for event in states.RANK_REPORTS if event in self.finishes_when), None)
 
     @property
     def summary(self) -> str:

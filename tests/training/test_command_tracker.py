@@ -256,6 +256,39 @@ def test_an_abort_fails_the_saves_before_it():
     assert "abort" in rank.record("save_checkpoint").error["message"] and rank.record("abort").state == "applied"
 
 
+@pytest.mark.parametrize("name", ["graceful_stop", "abort"])
+def test_a_stop_waits_for_the_end_on_every_rank(name):
+    """Each rank reports it when its training has ended, and why if not as it should; rank 0 waits for the others."""
+    for reason, fault in ((None, None), ("training ended by ValueError", "rank 1: training ended by ValueError")):
+        other, rank = Rank(rank=1), Rank()
+        for each in (other, rank):
+            each.apply(name)
+        other.tracker.close(reason, None, SOON)
+        outcome = other.group.sent[-1][2]
+        rank.tracker.close(None, None, SOON)
+        assert [each.group.sent[-1][:2] for each in (rank, other)] == [("report", name)] * 2
+        rank.tracker.end(1, None)
+        assert rank.record(name).state == "applied"
+        rank.group.all_report({1: outcome})
+        assert rank.record(name).state == ("finished" if fault is None else "failed")
+        assert fault is None or rank.record(name).error["message"] == fault
+
+
+def test_a_stop_whose_last_save_fails_has_failed():
+    """The record says why; a save after that, which worked, replaces it."""
+    for last, fault in ((False, "disk full"), (True, None)):
+        rank = Rank()
+        rank.apply("graceful_stop")
+        rank.tracker.fail_save(rank.tracker.begin_save(1), "disk full")
+        if last:
+            rank.saved(1, "/c-1")
+        rank.tracker.close(None, None, SOON)
+        rank.tracker.end(1, None)
+        rank.group.all_report()
+        error = rank.record("graceful_stop").error
+        assert error is None if fault is None else error["message"] == fault
+
+
 def test_a_save_that_fails_takes_no_other_stop_with_it():
     """A save-and-stop failed; a stop beside it is finished when training ends."""
     rank = Rank()
