@@ -231,6 +231,8 @@ def test_only_so_many_may_wait(talk, monkeypatch):
     talk.ask((4, "later", "d"))
     error = talk.reply()
     assert (error["id"], error["error"]["data"]) == (4, {"limit": 2})
+    talk.ask((6, "echo"))
+    assert talk.reply()["result"] == []  # what need not wait is answered
     talk.given["b"] = "b"
     talk.dispatcher.poll(True)
     assert _outcomes(talk.reply()) == {2: "b", 3: error["error"]["code"]}
@@ -250,7 +252,7 @@ def test_a_caller_that_is_gone_is_not_waited_for(talk):
 def test_given_up_everybody_hears_how_it_ended(talk):
     """At the end ready values are sent, the other requests are answered that the job is ending; then none waits."""
     talk.ask((1, "later", "ready"))
-    talk.ask((2, "later", "never"), (3, "echo"), (4, "later", "ready"), (5, "later", "failed"), batch=True)
+    talk.ask((2, "later", "never", 1e9), (3, "echo"), (4, "later", "ready"), (5, "later", "failed"), batch=True)
     talk.given.update(ready="just in time", failed=JobDead("gone"))
     talk.dispatcher.give_up()
     assert talk.reply()["result"] == "just in time"

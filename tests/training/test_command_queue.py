@@ -178,6 +178,7 @@ def test_too_late_to_cancel(queue, stage):
     with pytest.raises(NotCancellable) as caught:
         queue.cancel("id")
     assert caught.value.data == before.to_json() and queue.get("id") == before
+    assert caught.value.message == f"the abort is {'being applied' if stage == 'drained' else f'{stage} already'}"
 
 
 @pytest.mark.parametrize("ask", ["get", "cancel"])

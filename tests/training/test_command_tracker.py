@@ -289,6 +289,34 @@ def test_a_stop_whose_last_save_fails_has_failed():
         assert error is None if fault is None else error["message"] == fault
 
 
+def test_an_abort_waits_for_no_save_in_the_background():
+    """What waits for one has failed, and the end of a run that also stops does not wait either."""
+    rank = Rank()
+    rank.apply("graceful_stop", "save_checkpoint")
+    rank.tracker.begin_save(1)
+    rank.apply("abort", step=2)
+    rank.group.all_report()
+    record = rank.record("save_checkpoint")
+    assert record.state == "failed" and "unknown whether the checkpoint was completed" in record.error["message"]
+    ending = threading.Thread(target=rank.tracker.close, args=(None, None, 10 * SOON), daemon=True)
+    ending.start()
+    ending.join(SOON)
+    assert not ending.is_alive()
+
+
+def test_a_forked_child_starts_anew():
+    """Its tracker has no commands and another queue, even where a thread of the parent held the lock."""
+    rank = Rank()
+    rank.apply("save_checkpoint")
+    held = threading.Thread(target=rank.tracker._lock.acquire)
+    held.start()
+    held.join(SOON)
+    rank.tracker.abandon(queue := CommandQueue(lambda record: None))
+    queue.submit("abort", "id")
+    assert [command.command_id for command in rank.tracker.take()] == ["id"]
+    assert not rank.tracker.begin_save(1).applied
+
+
 def test_a_save_that_fails_takes_no_other_stop_with_it():
     """A save-and-stop failed; a stop beside it is finished when training ends."""
     rank = Rank()
