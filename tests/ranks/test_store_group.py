@@ -335,7 +335,8 @@ def test_many_runs_leave_no_descriptors_and_no_keys():
                     until(lambda made=made: all(rank.applied or rank.stop for rank in made))
             if run == 0:
                 files, stored = len(os.listdir("/proc/self/fd")), base.num_keys()
-        assert (len(os.listdir("/proc/self/fd")), base.num_keys()) == (files, stored)
+        until(lambda: len(os.listdir("/proc/self/fd")) <= files)  # the store's thread closes its ends
+        assert base.num_keys() == stored
     finally:
         gc.enable()
 
