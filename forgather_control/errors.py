@@ -134,7 +134,7 @@ class JobIdTaken(StartError, code=-31042):
 
 
 class JobsDirUnusable(StartError, code=-31043):
-    """The jobs directory cannot be made, is not safe, or belongs to another user."""
+    """The jobs directory cannot be made or listed, is not safe, or belongs to another user."""
 
 
 class Unsupported(StartError, code=-31044):

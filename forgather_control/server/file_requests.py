@@ -1,6 +1,6 @@
 """Control by file, the job's half: take requests out of ``requests/``, dispatch them, and write ``status.json``.
 
-Runs on the server thread, at each tick and when a reply is ready; ``end`` and ``linger`` on the training thread.
+Runs on one thread that may wait for the file system; only ``dispatch`` and ``FileReply.send`` are the server thread's.
 
 The path of a request file: seen ─▶ renamed to a hidden name ─▶ read, removed ─▶ dispatched like a line ─▶ its reply
 written. If the rename fails, because the client took the request back, it is not carried out; after a crash behind the
@@ -46,6 +46,7 @@ class FileRequestServer:
         status: returns the content of ``status.json``.
         version: returns a value that differs when ``status`` has changed; cheap, compared by ``==``.
         methods: the names of the methods; an empty file with such a name is a request.
+        schedule: runs a call on the thread of the files.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class FileRequestServer:
         status: Callable[[], Any],
         version: Callable[[], object],
         methods: Container[str],
+        schedule: Callable[[Callable[[], None]], object] = lambda call: call(),
     ) -> None:
-        self._path, self._dispatch, self._methods = path, dispatch, methods
+        self._path, self._dispatch, self._methods, self._schedule = path, dispatch, methods, schedule
         self._status, self._version = status, version
         self._started_at = time.monotonic()
         self._taken = f".taken-{os.urandom(8).hex()}"  # the name of a request that is being taken
@@ -175,15 +177,18 @@ class FileRequestServer:
 
     def _answer(self, name: str, data: bytes, owner: int, age: float) -> None:
         is_json = name.endswith(SUFFIX)
-        reply = FileReply(name if is_json else name + SUFFIX, is_json, owner, self._replies.post)
+        reply = FileReply(name if is_json else name + SUFFIX, is_json, owner, self._post)
         self._replies.remove(reply.name)  # to an earlier request with this name
-        self._open = [other for other in self._open if other.open]
+        self._open = [other for other in self._open if not other.answered]
         error = self._refusal(name, data, age)
         if error is not None:
             reply.send(jsonrpc.response(None, error))
             return
         self._dispatch(reply, data.removesuffix(b"\n") if is_json else jsonrpc.request(name, {}, name))
         self._open.append(reply)
+
+    def _post(self, reply: FileReply, data: bytes) -> None:
+        self._schedule(lambda: self._replies.post(reply, data))
 
     def _refusal(self, name: str, data: bytes, age: float) -> ControlError | None:
         """Return why a request is not carried out, or ``None``."""
@@ -217,7 +222,7 @@ class FileRequestServer:
             self._status_due = end + max(limits.STATUS_PERIOD, (end - begin) / limits.STATUS_SHARE)
             self._status_stale = end + limits.STATUS_REFRESH
 
-    # The end, on the training thread...
+    # The end...
 
     def end(self) -> bool:
         """Warn no more; return whether a client may still wait for a reply or leave a request."""
@@ -227,7 +232,7 @@ class FileRequestServer:
                 waiting = any(map(self._is_request, os.listdir(requests)))
         except OSError:
             return False
-        return waiting or any(reply.open for reply in self._open) or self._replies.are_awaited()
+        return waiting or not all(reply.answered for reply in self._open) or self._replies.are_awaited()
 
     def linger(self, seconds: float) -> None:
         """Give clients at most so many seconds to read the last replies."""
@@ -249,11 +254,13 @@ class FileReply(ReplySink):
     def __init__(self, name: str, awaited: bool, owner: int, post: Callable[[FileReply, bytes], None]) -> None:
         super().__init__(Peer("file", owner))
         self.name, self.awaited, self._post = name, awaited, post
+        self.answered = False
         #: What is not written yet; the bytes of the file; and when it was written, in ``time.monotonic()`` seconds.
         self.data, self.size, self.written_at = b"", 0, math.inf
 
     def send(self, data: bytes) -> None:
         """Write the reply; a notification has none."""
+        self.answered = True
         if data:
             self._post(self, data)
 
@@ -314,7 +321,7 @@ class ReplyFiles:
             spool.remove(replies, name)
 
     def are_awaited(self) -> bool:
-        """Return whether a program may still be about to read a reply; also on the training thread."""
+        """Return whether a program may still be about to read a reply."""
         limit = time.monotonic() - 2.0  # by then a program has read it, or has ended
         young = {reply.name for reply in list(self._replies.values()) if reply.awaited and reply.written_at > limit}
         if not young:

@@ -1,8 +1,8 @@
 """A line server in one thread: lines from many connections to one handler, and replies back.
 
-All but ``listen``, ``start``, ``wake``, ``close`` and ``abandon`` runs on the server thread. Connections go to a
-selector instead of a thread each, and a request that has to wait is an object to be polled, not a blocked thread. So
-1,000 connections cost no thread, and closing them all at once makes one thread runnable, not a thousand that compete
+All but ``listen``, ``start``, ``call``, ``wake``, ``close`` and ``abandon`` runs on the server thread. Connections go
+to a selector instead of a thread each, and a request that has to wait is an object to be polled, not a blocked thread.
+So 1,000 connections cost no thread, and closing them all at once makes one thread runnable, not a thousand that compete
 with training for the interpreter.
 
 One round::
@@ -13,6 +13,7 @@ One round::
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import selectors
@@ -23,6 +24,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..descriptors import Kept
@@ -51,7 +53,7 @@ class Server:
         last: called on the server thread once, before the waiting requests are answered that the job is ending.
         check: called on the server thread whenever it has waited; returns why it can serve no longer, or ``None``.
 
-    The order of calls: ``listen``, ``start``, (``listen`` again from ``tick``), ``close``.
+    The order of calls: ``listen``, ``start``, (``listen`` again), ``close``.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Server:
         self._authenticator = TokenAuthenticator(new_token())  # without a port, no client has this token
         self._queue: deque[Connection] = deque()  # connections that may have a line or a stream, each once
         self._thread: threading.Thread | None = None
+        self._calls: deque[Callable[[], None]] = deque()  # from other threads
         self._closing = self._woken = False
         #: Why the thread ends by itself, after a last ``tick``; no connection is used from then on.
         self.fault: str | None = None
@@ -82,11 +85,14 @@ class Server:
         _servers.add(self)
 
     def listen(self, path: str) -> None:
-        """Listen at ``path`` instead of the path before, or raise OSError; open connections stay.
-
-        On any thread before ``start``, later on the server thread only.
-        """
-        self._listeners.add(UnixListener(path, self._adopt))
+        """Listen at ``path`` instead of the path before, or raise OSError; open connections stay. On any thread."""
+        if self._closing:
+            raise OSError(errno.ESHUTDOWN, "the server is closed")
+        add = partial(self._listeners.add, UnixListener(path, self._adopt))
+        if self._thread is None:
+            add()
+        else:
+            self.call(add)
 
     def listen_tcp(self, host: str, port: int | None, token: str, tls: ssl.SSLContext | None) -> tuple[str, int]:
         """Listen on a port, too, for clients with the token; return its address and port. Before ``start``.
@@ -103,6 +109,11 @@ class Server:
         thread = threading.Thread(target=self._run, name="forgather-control", daemon=True)
         thread.start()
         self._thread = thread  # only a thread that was started can be joined
+
+    def call(self, call: Callable[[], None]) -> None:
+        """Have a call run on the server thread soon. On any thread; never blocks."""
+        self._calls.append(call)
+        self.wake()
 
     @property
     def is_this_thread(self) -> bool:
@@ -154,6 +165,7 @@ class Server:
                 return
         if delay <= 0:
             self._serve_queue()
+        self._run_calls()
         woken, self._woken = self._woken, False
         for sink in self._dispatcher.poll(woken):
             if isinstance(sink, Connection):
@@ -165,6 +177,10 @@ class Server:
             self._listeners.resume()
             self._connections.sweep()
             self._try_tick()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            _survives(self._calls.popleft())
 
     def _try_tick(self) -> None:
         """Call ``tick``. After n failures in a row, skip the next 2 ** n - 1 (at most 31) calls."""
@@ -269,6 +285,7 @@ class Server:
             connection.stop_reading()
             self._enqueue(connection)
         self._last()
+        self._run_calls()
         self._dispatcher.give_up()
         self._connections.streams_due(woken=True)
         self._tick_at = time.monotonic() + limits.CLOSE_GRACE

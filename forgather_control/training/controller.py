@@ -125,6 +125,8 @@ class Controller:
                     self._group.start(str(err))  # the others may be waiting for rank 0
                 raise
             self._group.start()
+            if self._server is not None:
+                self._server.settle()
         except BaseException:
             self.closed = True
             self._reporter.close()

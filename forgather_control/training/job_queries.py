@@ -1,19 +1,21 @@
 """Answers to requests: dispatch by the method table, read-only answers from a snapshot, commands into the queue.
 
-Runs on the server thread of rank 0 only; nothing here blocks.
+Runs on the server thread of rank 0 only, where nothing may block, except ``host_status`` and the list of jobs.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import CommandExpired, CommandRefused, DeadlinePassed
+from ..errors import CommandExpired, CommandRefused, DeadlinePassed, JobsDirUnusable
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..processes import callers, usage
@@ -28,6 +30,7 @@ from . import limits, metrics
 from .command_queue import CommandQueue
 from .progress import RunState
 from .rank_report import RankReporter
+from .worker import Worker
 
 #: The members of a job's record that ``list_jobs`` answers.
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
@@ -57,6 +60,9 @@ class JobQueries:
         self._status_mark: object = None
         self._status_at = self._stats_at = float("-inf")  # monotonic
         self._stats: dict[str, Any] = {}
+        self._status_lock = threading.Lock()  # guards the four above: status.json has a thread of its own
+        self._scan: Future[tuple[float, list[dict[str, Any]]]] | None = None  # the last list of jobs, and when it began
+        self._list_at = float("-inf")  # not before
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
@@ -140,14 +146,15 @@ class JobQueries:
 
     def host_status(self) -> jsonrpc.Encoded:
         """Return how far the job is, from what is known without a device; written once for each change."""
-        now, mark = time.monotonic(), (self.mark(), self._devices.read_at)
-        if mark != self._status_mark or now - self._status_at >= limits.STATUS_AGE:
-            if now - self._stats_at >= limits.PROCESS_STATS_AGE:
-                self._stats, self._stats_at = usage.process_stats(), now
-            # A change after the mark was read changes the next mark.
-            self._status = jsonrpc.encoded({**self._build_status(), **self._stats})
-            self._status_mark, self._status_at = mark, now
-        return self._status
+        with self._status_lock:
+            now, mark = time.monotonic(), (self.mark(), self._devices.read_at)
+            if mark != self._status_mark or now - self._status_at >= limits.STATUS_AGE:
+                if now - self._stats_at >= limits.PROCESS_STATS_AGE:
+                    self._stats, self._stats_at = usage.process_stats(), now
+                # A change after the mark was read changes the next mark.
+                self._status = jsonrpc.encoded({**self._build_status(), **self._stats})
+                self._status_mark, self._status_at = mark, now
+            return self._status
 
     def mark(self) -> object:
         """Return a value that differs when ``status`` has something new."""
@@ -181,12 +188,38 @@ class JobQueries:
     def stacks(self, timeout: float, internal: bool) -> Any:
         return self.reporter.ask(self.group, "all stacks" if internal else "stacks", timeout)
 
-    def list_jobs(self) -> list[dict[str, Any]]:
-        """Return the jobs of the jobs directory, judged by their processes; asking them would block this thread."""
-        records = registry.scan(jobs_dir())[0]
-        return [
-            {**{name: getattr(record, name) for name in _PUBLIC}, "state": self._judge(record)} for record in records
+    def list_jobs(self) -> Any:
+        """Return the jobs of the jobs directory, judged by their processes: to ask them would take too long.
+
+        Deferred, because the file system may hang: another thread lists them, and rests to use little processor time.
+        """
+        asked, deadline = time.monotonic(), Deadline(limits.LIST_TIMEOUT)
+
+        def poll() -> Any:
+            if self._scan is not None and self._scan.done():
+                began_at, jobs = self._scan.result()
+                if began_at >= asked:
+                    return jobs
+            if self._scan is None or self._scan.done():
+                lister = Worker("forgather-list")
+                self._scan = lister.submit(self._list)
+                self._scan.add_done_callback(lambda _: self.wake())
+                lister.close()
+            if deadline.passed():
+                raise JobsDirUnusable(f"the jobs directory could not be listed within {limits.LIST_TIMEOUT:g} s")
+            return PENDING
+
+        return Deferred(poll, deadline.at) if (answer := poll()) is PENDING else answer
+
+    def _list(self) -> tuple[float, list[dict[str, Any]]]:
+        time.sleep(max(0.0, self._list_at - time.monotonic()))
+        began_at, used = time.monotonic(), time.thread_time()
+        jobs = [
+            {**{name: getattr(record, name) for name in _PUBLIC}, "state": self._judge(record)}
+            for record in registry.scan(jobs_dir())[0]
         ]
+        self._list_at = time.monotonic() + (time.thread_time() - used) / limits.LIST_SHARE
+        return began_at, jobs
 
     def _judge(self, record: JobRecord) -> str:
         if record.job_id == self.state.job_id and record.pid == os.getpid():

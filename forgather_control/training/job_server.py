@@ -1,15 +1,19 @@
 """Rank 0's side towards clients: the control server, the job directory and the request files.
 
-``publish``, ``unpublish`` and ``close`` run on the training thread; the tick runs on the server thread.
+``publish``, ``settle``, ``unpublish`` and ``close`` run on the training thread, the tick on the server thread. Only a
+third thread uses the jobs directory, and neither waits for it long: a file system may hang.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
+from ..deadline import Deadline
 from ..errors import ControlError, JobIdTaken, StartError
 from ..jobs import directory
 from ..processes import threads
@@ -20,6 +24,7 @@ from ..server.tcp import BoundPort
 from . import limits
 from .job_queries import JobQueries
 from .options import ControlOptions
+from .worker import Worker
 
 log = logging.getLogger("forgather_control")
 
@@ -34,10 +39,14 @@ class JobServer:
     on_restored: Callable[[str], None]  #: Called there with the path of the directory after it was repaired.
 
     def __post_init__(self) -> None:
+        self._disk = Worker("forgather-disk")  # first, as it may find no thread
         self._server = Server(self.queries.answer, self._tick, self._last_look, threads.fault)
         self.queries.check_capacity = self._server.check_room
         self.wake = self.queries.wake = self._server.wake
-        self._lock = threading.Lock()  # guards _directory against unpublish() during a tick
+        self._disk_tick: Future[None] | None = None  # the last one, on the server thread
+        self._patience = Deadline(limits.DISK_TIMEOUT)  # of training with the file system, at its start, and at its end
+        self._is_ending = self._warned_slow = False
+        # On the disk thread...
         self._directory: directory.JobDirectory | None = None
         self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
         self._file_requests: FileRequestServer | None = None
@@ -46,19 +55,40 @@ class JobServer:
     def publish(self) -> str:
         """Claim the job id, start to serve, and return the id. From here on the job can be found.
 
+        Where the file system is slow, that happens later: training does not wait for it.
+
         Raises:
             StartError: why the job cannot be controlled.
         """
-        self._directory = mine = self._claim()
+        candidates = self._candidates()
+        published = self._disk.submit(partial(self._publish, self._open_port(), list(candidates)))
+        if published in wait([published], self._patience.left()).done:
+            return str(published.result())
+        log.warning("The jobs directory is slow: the job can be found once it has answered. Training does not wait.")
+        published.add_done_callback(self._published_late)
+        return candidates[0]
+
+    def _published_late(self, published: Future[str]) -> None:
+        if (error := published.exception()) is None:
+            self.queries.state.job_id = published.result()
+        elif not self._is_ending:
+            log.warning("Control is off for this run: %s. Training continues.", error)
+
+    def _publish(self, bound: BoundPort | None, candidates: list[str]) -> str:
+        self._directory = mine = self._claim(bound, candidates)
         self._file_requests = FileRequestServer(
-            mine.path, self._server.dispatch, self.queries.host_status, self.queries.mark, self.queries.methods
+            mine.path,
+            lambda reply, line: self._server.call(lambda: self._server.dispatch(reply, line)),
+            self.queries.host_status,
+            self.queries.mark,
+            self.queries.methods,
+            self._disk.submit,
         )
         self._server.start()
         return mine.job_id
 
-    def _claim(self) -> directory.JobDirectory:
-        bound, candidates = self._open_port(), self._candidates()
-        while True:
+    def _claim(self, bound: BoundPort | None, candidates: list[str]) -> directory.JobDirectory:
+        while not self._is_ending:
             mine = directory.JobDirectory(candidates.pop(0), self._server.listen, self.queries.group.size)
             if bound is not None:
                 mine.offer(*bound)
@@ -68,6 +98,7 @@ class JobServer:
             except JobIdTaken:
                 if not candidates:
                     raise
+        raise StartError("training has ended")
 
     def _candidates(self) -> list[str]:
         if self.options.job_id is not None:
@@ -91,67 +122,91 @@ class JobServer:
         return self._server.fault
 
     def write(self, write: Callable[[str], None]) -> None:
-        """Call ``write`` with the path of the job directory, unless the job is unpublished."""
-        with self._lock:
-            if self._directory is not None:
-                write(self._directory.path)
+        """Have ``write`` called with the path of the job directory, unless the job is unpublished. On any thread."""
+        self._disk.submit(lambda: None if self._directory is None else write(self._directory.path))
+
+    def settle(self) -> None:
+        """Let the writes that belong to the start finish, unless the file system is slow."""
+        wait([self._disk.submit(lambda: None)], self._patience.left())
 
     # On the server thread...
 
     def _tick(self) -> None:
-        if not self.is_controlled() or not self._lock.acquire(blocking=False):
+        if self.is_controlled() and (self._disk_tick is None or self._disk_tick.done()):
+            self._disk_tick = self._disk.submit(self._keep)
+
+    def _last_look(self) -> None:
+        if self._leaving is not None and self._file_requests is not None:
+            wait([self._disk.submit(self._file_requests.take_last)], self._patience.left())
+
+    # On the disk thread...
+
+    def _keep(self) -> None:
+        """Repair the directory, answer request files, and write ``status.json``."""
+        if self._directory is None or self._file_requests is None:
             return
         try:
-            if self._directory is not None and self._file_requests is not None:
-                if self._directory.restore():
-                    log.warning("Restored the job directory, which was damaged.")
-                    self.on_restored(self._directory.path)
-                    self._file_requests.renew()
-                self._file_requests.tick()
+            if self._directory.restore():
+                log.warning("Restored the job directory, which was damaged.")
+                self.on_restored(self._directory.path)
+                self._file_requests.renew()
+            self._file_requests.tick()
         except ControlError as err:
             if str(err) != self._warned:
                 log.warning("Clients cannot find this job at the moment: %s", err)
             self._warned = str(err)
-            if isinstance(err, JobIdTaken) and self._directory is not None:
+            if isinstance(err, JobIdTaken):
                 self._directory.release()
                 self._directory = None  # it is the other job's now
-        finally:
-            self._lock.release()
+        except Exception as err:  # boundary: the next tick tries again
+            log.exception("Internal error in the control of files (recovered): %s", err)
 
-    def _last_look(self) -> None:
+    def _unpublish(self, may_linger: bool) -> None:
+        mine, self._directory = self._directory, None
+        if mine is None:
+            return
+        if may_linger and self._file_requests is not None and self._file_requests.end():
+            with _removing(mine):
+                mine.unlist()
+                self._leaving = mine
+        else:
+            with _removing(mine):
+                mine.remove()
+
+    def _remove_left(self) -> None:
         if self._leaving is not None and self._file_requests is not None:
-            self._file_requests.take_last()
+            self._file_requests.linger(server_limits.CLOSE_GRACE)
+            with _removing(self._leaving):
+                self._leaving.remove()
 
     # End...
 
     def unpublish(self) -> None:
         """Take the job out of the list; clients that wait for a reply by file still find their directory."""
-        mine = self._directory
-        if mine is None:
-            return
-        if not self._lock.acquire(timeout=limits.CLOSE_TIMEOUT):
-            mine.release()  # a tick hangs in the file system: what stays is judged dead, and cleaned up
-            return
-        try:
-            if self._file_requests is not None and self._file_requests.end() and not self._server.is_this_thread:
-                mine.unlist()
-                self._leaving = mine
-            else:
-                mine.remove()
-        except ControlError as err:
-            mine.release()
-            log.warning("The job directory could not be removed: %s", err)
-        finally:
-            self._directory = None
-            self._lock.release()
+        self._is_ending, self._patience = True, Deadline(limits.DISK_TIMEOUT)
+        self._finish(partial(self._unpublish, not self._server.is_this_thread))
 
     def close(self) -> None:
         """Answer what can be answered, close all connections, and remove what is left of the directory."""
         self._server.close(limits.CLOSE_TIMEOUT)
-        if self._leaving is None or self._file_requests is None:
-            return
-        self._file_requests.linger(server_limits.CLOSE_GRACE)
-        try:
-            self._leaving.remove()
-        except ControlError as err:
-            log.warning("The job directory could not be removed: %s", err)
+        self._finish(self._remove_left, server_limits.CLOSE_GRACE)
+        self._disk.close(self._patience.left())
+
+    def _finish(self, call: Callable[[], None], seconds: float = 0.0) -> None:
+        """Run the last calls on the disk thread; wait for them no longer than the file system may take."""
+        done = self._disk.submit(call)
+        if done in wait([done], (self._patience.left() or 0.0) + seconds).done:
+            done.result()
+        elif not self._warned_slow:
+            self._warned_slow = True
+            log.warning("The jobs directory is slow. If this job stays there, forgather-control cleanup removes it.")
+
+
+@contextmanager
+def _removing(mine: directory.JobDirectory) -> Iterator[None]:
+    """Give up a directory of which something cannot be removed: it is then a dead job's."""
+    try:
+        yield
+    except ControlError as err:
+        mine.release()
+        log.warning("The job directory could not be removed: %s", err)

@@ -35,6 +35,10 @@ MAX_STACKS: Final = 4 << 20
 DEVICE_READ_TIMEOUT: Final = 0.5
 DEVICE_VALUE_AGE: Final = 1.0
 
+#: Seconds after which ``list_jobs`` gives up, and the share of one core that it may use.
+LIST_TIMEOUT: Final = 10.0
+LIST_SHARE: Final = 0.01
+
 # Events...
 
 #: Events kept for subscribers that are slow or come late: of the rare kinds, and of progress and metrics.
@@ -45,6 +49,9 @@ EVENT_SAMPLE_PERIOD: Final = 0.2
 
 # Start and end...
 
+#: Seconds that training waits for the jobs directory when it starts, and again when it ends; what is left to do then
+#: is done when the file system answers.
+DISK_TIMEOUT: Final = 1.0
 #: Suffixes that are tried for a generated job id that is taken.
 MAX_SUFFIX: Final = 99
 #: Seconds between two looks at the files of a save in the background, and without a change until it has failed.

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from forgather_control.errors import CommandNotFound, InvalidParams, InvalidRequest, NotAuthenticated, TooManyCommands
+from forgather_control.errors import (
+    CommandNotFound,
+    InvalidParams,
+    InvalidRequest,
+    JobsDirUnusable,
+    NotAuthenticated,
+    TooManyCommands,
+)
 from forgather_control.server import limits
 from forgather_control.training import limits as training_limits
 from forgather_control.training.options import ControlOptions
@@ -154,6 +161,19 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "ranks.test_store_group.test_rank_0_waits_as_long_as_a_rank_lives",
         "training.test_controller.test_how_long_the_end_waits_for_other_ranks",
     ),
+    (
+        "wait for the jobs directory when training starts, and when it ends",
+        f"{training_limits.DISK_TIMEOUT:.0f} s each",
+        "the job is found later; `cleanup` removes what is left of it",
+    ): (
+        "system.test_slow_disk.test_training_starts_and_ends_without_the_disk",
+        "system.test_slow_disk.test_a_job_is_found_once_the_disk_answers",
+    ),
+    (
+        "a list of jobs that the job itself makes (`list_jobs`)",
+        f"{training_limits.LIST_TIMEOUT:.0f} s; {training_limits.LIST_SHARE * 100:.0f} % of one core",
+        f"{JobsDirUnusable.code}; the next list comes later",
+    ): ("system.test_slow_disk.test_clients_are_answered_while_the_disk_hangs",),
     ("processor time", f"{limits.CPU_SHARE * 100:.0f} % of one core", "answers come later"): (
         "server.test_server.test_a_flood_is_held_to_its_share",
     ),

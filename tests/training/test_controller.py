@@ -322,14 +322,19 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch, jobs_dir):
     Controller(ControlOptions("warm-up"), RequestedActions())
     files = len(os.listdir("/proc/self/fd"))
 
+    start = threading.Thread.start
+
     def no_thread(self) -> None:
-        raise RuntimeError("can't start new thread")
+        if self.name == refused:
+            raise RuntimeError("can't start new thread")
+        start(self)
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
-    with pytest.raises(RuntimeError):
-        Controller(ControlOptions("job"), RequestedActions()).start()
-    assert not (jobs_dir / "job").exists()
-    assert len(os.listdir("/proc/self/fd")) == files
+    for refused in ("forgather-disk", "forgather-control"):  # noqa: B007 - read by no_thread
+        with pytest.raises(RuntimeError):
+            Controller(ControlOptions("job"), RequestedActions()).start()
+        assert not (jobs_dir / "job").exists()
+        assert len(os.listdir("/proc/self/fd")) == files
 
 
 @needs_torch
