@@ -271,10 +271,11 @@ def test_a_rank_that_is_not_there_yet(store):
 
 
 @needs_torch
-def test_a_rank_0_that_never_joins(store, monkeypatch, caplog):
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_0_that_never_joins(store, monkeypatch, caplog, size):
     """The first of the other ranks says so, once; all of them train."""
     monkeypatch.setattr(limits, "JOIN_TIMEOUT", 0.1)
-    with training(store, 3, begin=False) as (_, *others), caplog.at_level(logging.WARNING):
+    with training(store, size, begin=False) as (_, *others), caplog.at_level(logging.WARNING):
         for rank in others:
             rank.begin()
         until(lambda: caplog.records)
@@ -738,10 +739,11 @@ def test_a_shutdown_overtakes_the_decision(store, patient):
 
 @needs_torch
 def test_a_shutdown_while_nothing_is_decided(store, patient):
-    """The round is off from then on, and no rank is held."""
+    """The round is off from then on, no rank is held, and the store may go: nothing waits for it any more."""
     with one_rank(store) as (coordinator, rank):
         coordinator.send("leave", 0, 9, None)
         goes_on(rank)
+        until(lambda: not any(thread.is_alive() for thread in rank.group._channel._threads))
         assert (
             coordinator.sender.decide(keys.decision(1), [coordinator.due, coordinator.commands]) == [None, []]
             and not rank.applied
@@ -927,6 +929,7 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
         until(lambda: made[1].holds)
         goes_on(made[1])
         back.set()
+        until(lambda: not any(thread.is_alive() for thread in made[1].group._channel._threads))
         until(lambda: made[0].record(name).is_final)
         assert "rank 1" in made[0].record(name).error
         with pytest.raises(JobEnding, match="rank 1"):
