@@ -370,6 +370,13 @@ def test_another_rank_reports_its_own_save_in_the_background(fault):
     assert (kind, name) == ("report", "id") and outcome.get("error", {}).get("message") == fault
 
 
+def test_another_rank_stops_without_a_save_though_it_knows_of_none():
+    """Rank 0 alone has a checkpoint that is young enough."""
+    rank = Rank(rank=1)
+    rank.tracker.apply([ScheduledCommand("id", "save_and_stop", {"evaluate": "auto"}, skip_save=True)], 4)
+    assert rank.loop.stop and not rank.loop.save and rank.group.sent[-1] == ("report", "id", {})
+
+
 def test_a_rank_without_a_part_in_the_checkpoint_reports_at_once():
     """The others do not wait for it."""
     rank = Rank(rank=1)
