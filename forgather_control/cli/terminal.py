@@ -75,9 +75,9 @@ def confirm(what: str, question: str) -> None:
     if not (sys.stdin is not None and sys.stdin.isatty()):
         text = f"{what} needs confirmation, but stdin is not a terminal. Use --force to skip the question"
         raise Refusal(text, USAGE)
-    sys.stderr.write(f"{output.safe(question)} [y/N] ")
-    sys.stderr.flush()
-    try:
+    try:  # Ctrl-C may come as soon as the question is there
+        sys.stderr.write(f"{output.safe(question)} [y/N] ")
+        sys.stderr.flush()
         answer = sys.stdin.readline()
     except KeyboardInterrupt as err:
         raise Refusal("interrupted; nothing was done", INTERRUPTED) from err
