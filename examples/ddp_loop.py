@@ -30,7 +30,7 @@ with TrainingJob(job_id="ddp_loop", max_steps=1_000_000, signals={"SIGTERM": "sa
         if rank == 0 and step % 10 == 0:
             job.log(loss=loss)
         job.step(step)
-        if rank == 0 and (job.should_save or (job.should_stop and not job.aborted)):
+        if rank == 0 and job.should_save:  # a stop saves, too
             path = folder / f"checkpoint-{step}.pt"
             torch.save(model.module.state_dict(), path)
             job.saved(path)

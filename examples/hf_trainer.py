@@ -38,7 +38,7 @@ def main() -> None:
         max_steps=20_000,
         per_device_train_batch_size=16,
         logging_steps=10,
-        save_strategy="no",
+        save_steps=100_000,  # a stop saves, too
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,

@@ -22,7 +22,7 @@ with TrainingJob(job_id="plain_loop", max_steps=1_000_000) as job:
         if step % 10 == 0:
             job.log(loss=loss)
         job.step(step)
-        if job.should_save or (job.should_stop and not job.aborted):  # a stop saves, too
+        if job.should_save:  # a stop saves, too
             path = folder / f"checkpoint-{step}.pt"
             torch.save(model.state_dict(), path)
             job.saved(path)

@@ -201,7 +201,7 @@ def outcome(job: str, record: dict[str, Any]) -> str:
     at_step = f" at step {result['step']}" if "step" in result else _applied(record)
     took = f"{at_step} in {duration(result.get('seconds'))}: "
     if record["state"] != states.COMMAND_FINISHED:
-        text = f"{name} {record['state']}{_applied(record)}"
+        text = f"{name} {record['state']}{_applied(record)}" + (f"; {record['note']}" if "note" in record else "")
     elif states.WHEN_ENDED in finishes_when:
         text = f"ended{at_step}, " + (f"saved: {path}" if path else "no checkpoint was saved for it")
     elif states.WHEN_SAVED in finishes_when:

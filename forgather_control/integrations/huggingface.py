@@ -77,6 +77,7 @@ class TrainerControlCallback(Adapter):
             state.max_steps,
             facts.log_steps(args, state),
             no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
+            no_stop_save='save_strategy is "no"' if facts.word(args.save_strategy) == "no" else None,
             evaluation_counter=facts.evaluation_counter(state, trainer, kwargs.get("lr_scheduler")),
         )
         self._own_code = facts.saves_by_own_code(trainer)

@@ -32,8 +32,6 @@ class TrainingJob(Adapter):
                     job.saved(save(step))
                 if job.should_stop:
                     break
-        if not job.aborted:
-            save_final_model()
 
     No method raises into the loop, and all of them run on the training thread. With several ranks every rank creates
     its own ``TrainingJob`` after ``init_process_group``, and calls ``step`` for every step. If only rank 0 saves, only
@@ -42,6 +40,7 @@ class TrainingJob(Adapter):
     Args:
         max_steps: the step at which the loop will end, if known, for progress and time left.
         start_step: the steps that are done already, in a loop that was resumed.
+        save_on_stop: set ``should_save`` with ``should_stop``, so that a stop keeps the work; not after an abort.
 
     All others are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
     """
@@ -52,6 +51,7 @@ class TrainingJob(Adapter):
         max_steps: int | None = None,
         *,
         start_step: int = 0,
+        save_on_stop: bool = True,
         port: int | str | None = None,
         host: str = "127.0.0.1",
         enabled: bool = True,
@@ -67,6 +67,7 @@ class TrainingJob(Adapter):
         )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
+        self._save_on_stop = save_on_stop
         self._depth = 0  # of "with" statements around one another
 
     def _reset(self) -> None:
@@ -79,7 +80,8 @@ class TrainingJob(Adapter):
     def __enter__(self) -> TrainingJob:
         self._depth += 1
         if self._depth == 1:
-            self._open(self._start_step, self._max_steps)
+            why = None if self._save_on_stop else "this loop has save_on_stop=False"
+            self._open(self._start_step, self._max_steps, no_stop_save=why)
             if self._controller is not None and self._run.is_main and (self._max_steps or 0) < 0:
                 log.warning("Ignored max_steps=%d, which is negative: progress is unknown.", self._max_steps)
         return self
@@ -113,7 +115,10 @@ class TrainingJob(Adapter):
             requested.no_evaluation = "this loop does not read job.should_evaluate"
         run.phase = states.STATUS_TRAINING
         # A NumPy number, for example, cannot be written as JSON.
+        stopping = requested.stop
         run.step(_whole("step", step), epoch if epoch is None else float(epoch))
+        if requested.stop and not stopping and self._save_on_stop and not requested.skip_save:
+            requested.save = True
 
     @controlled
     def log(self, /, **metrics: Any) -> None:

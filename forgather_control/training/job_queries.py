@@ -96,7 +96,9 @@ class JobQueries:
         by = requested_by(peer)
         record = self.queue.submit(method.name, params["command_id"], own, params["reason"], by)
         self.group.command_queued()
-        return self._wait(record, params["wait"], params["timeout"])
+        saves = "stop" not in method.needs or "save" in method.needs or self.loop.no_stop_save is None
+        note = {} if saves else {"note": f"nothing will be saved: {self.loop.no_stop_save}"}
+        return self._wait(record, params["wait"], params["timeout"], note)
 
     def _check(self, method: Method, own: dict[str, Any], expires_at: float | None) -> None:
         late = 0.0 if expires_at is None else time.time() - expires_at
@@ -108,20 +110,20 @@ class JobQueries:
             if why := self.loop.cannot(need, own):
                 raise CommandRefused(f"{method.name} was refused: {why}", needs=need)
 
-    def _wait(self, record: CommandRecord, until: str, timeout: float | None) -> Any:
+    def _wait(self, record: CommandRecord, until: str, timeout: float | None, note: dict[str, str]) -> Any:
         deadline = Deadline(timeout)
 
         def poll() -> Any:
             now = self.queue.get(record.command_id)
             if now.is_final or now.state == until:
-                return now.to_json()
+                return {**now.to_json(), **note}
             if deadline.passed():
                 text = f"{now.command} is {now.state} after {timeout:g} s, and will still run; get_command shows it"
                 raise DeadlinePassed(text, **now.to_json())
             return PENDING
 
         if until == states.COMMAND_ACCEPTED:
-            return record.to_json()
+            return {**record.to_json(), **note}
         return Deferred(poll, deadline.at) if (answer := poll()) is PENDING else answer
 
     # Queries, as the method table describes them...
@@ -167,6 +169,7 @@ class JobQueries:
         values, missing = self._devices.known(self.state.metrics)
         lacks = {"pending_metrics": missing, "ranks_not_joined": self.group.not_joined()}
         known = {"metrics": values, "world_size": self.group.size, "commands": commands}
+        known["stop_saves"] = self.loop.no_stop_save is None
         known.update((name, names) for name, names in lacks.items() if names)
         return {**self.state.report(), **known}
 

@@ -22,6 +22,9 @@ class TrainingLoop(Protocol):
     The requests only set flags, which the integration carries out: no I/O, no clock, no rank test.
     """
 
+    #: Why this run saves nothing at a stop; ``None`` if it does. Read on the server thread.
+    no_stop_save: str | None
+
     def cannot(self, need: str, params: dict[str, Json]) -> str | None:
         """Say why this run cannot do what a command needs; ``None`` if it can. On the server thread: reads only."""
 
@@ -85,7 +88,10 @@ def save_checkpoint(loop: TrainingLoop, evaluate: Json) -> None:
 
 @_command("graceful_stop", finishes_when={"ended"}, needs=("stop",), verb="stop")
 def graceful_stop(loop: TrainingLoop) -> None:
-    """Finish the current step and end, with a last checkpoint unless save_strategy is "no"."""
+    """Finish the current step and end, with a last checkpoint unless save_strategy is "no".
+
+    Where nothing will be saved, stop_saves is false in status, and the answer has a note.
+    """
     loop.request_stop()
 
 

@@ -321,6 +321,7 @@ def test_graceful_stop_saves_as_the_strategy_says(tmp_path, settings, step):
     trainer.train()
     record = at.record()
     assert trainer.state.global_step == step == record["applied_at_step"]
+    assert record.get("note", "").startswith("nothing will be saved") == (settings["save_strategy"] == "no")
     if settings["save_strategy"] == "no":
         assert files(tmp_path) == at.seen == {}
         assert record["state"] == "finished"

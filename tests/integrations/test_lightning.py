@@ -268,6 +268,7 @@ def test_a_stop_ends_at_its_step(tmp_path, saver, command, step):
     fit(trainer, validate=True)
     record = at.record()
     assert trainer.global_step == step == record["applied_at_step"]
+    assert ("note" in record) == ((saver, command) == ("none", "graceful_stop"))
     if (saver, command) == ("none", "graceful_stop"):
         assert record["state"] == "finished"
         assert record["result"] == {"step": step, "path": None, "seconds": None, "evaluated": False}

@@ -52,6 +52,48 @@ def test_commands_before_the_first_step_are_kept():
         assert [state(job, record).applied_at_step for record in records] == [1, 1]
 
 
+def test_a_stop_asks_for_one_save_of_its_last_step(tmp_path):
+    """should_save comes with should_stop, once; the stop names the checkpoint, or fails where it was not written."""
+    for path, state_wanted in ((tmp_path, "finished"), (tmp_path / "missing", "failed")):
+        with TrainingJob("job") as job:
+            record = give(job, "graceful_stop")
+            assert not job.should_save and forgather_control.get_job_status("job")["stop_saves"]
+            job.step(5)
+            assert job.should_save and job.should_stop
+            job.saved(path)
+            assert not job.should_save and job.should_stop
+            job.step(6)  # a loop that does not end at once
+            assert not job.should_save and job.should_stop
+            with forgather_control.connect("job") as client:
+                events = client.events(kinds=["command"])
+                job.__exit__(None, None, None)
+                last = [event for event in events if event["kind"] == "command"][-1]
+        assert (last["command_id"], last["state"]) == (record.command_id, state_wanted), last
+        assert last["result"]["path"] == (str(tmp_path) if state_wanted == "finished" else None)
+
+
+def test_a_stop_that_saves_nothing_says_so_before():
+    """With save_on_stop=False there is no save; status and the answer say so, but not those of save_and_stop."""
+    with TrainingJob("job", save_on_stop=False) as job, forgather_control.connect("job") as client:
+        assert client.call("status")["stop_saves"] is False
+        why = "nothing will be saved: this loop has save_on_stop=False"
+        assert client.call("graceful_stop")["note"] == why
+        assert "note" not in client.call("save_and_stop", command_id="both")
+        assert client.call("cancel_command", command_id="both")["state"] == "cancelled"
+        job.step(1)
+        assert job.should_stop and not job.should_save
+
+
+@pytest.mark.parametrize("both", [["abort"], ["graceful_stop", "abort"]])
+def test_an_abort_asks_for_no_save(both):
+    """Neither alone nor with a stop."""
+    with TrainingJob("job") as job:
+        for name in both:
+            give(job, name)
+        job.step(1)
+        assert job.should_stop and not job.should_save
+
+
 def test_a_save_is_finished_when_the_loop_says_where(tmp_path):
     """saved(path) finishes the save with step, absolute path and seconds, and takes the flag down."""
     with TrainingJob("job") as job:

@@ -318,7 +318,7 @@ def effects(calls: list[list[str]]) -> list[bool]:
     """What the loop sees of commands applied at one step: should_save, should_stop, aborted."""
     names = {command for _, command in calls}
     aborts = "abort" in names
-    saves = bool(names & {"save_checkpoint", "save_and_stop"}) and not aborts
+    saves = bool(names & {"save_checkpoint", "save_and_stop", "graceful_stop"}) and not aborts
     return [saves, bool(names & {"graceful_stop", "save_and_stop", "abort"}), aborts]
 
 
