@@ -69,22 +69,38 @@ class LightningHooks(Adapter):
     ``-v1`` is added. They hold all that ``trainer.fit(ckpt_path=...)`` needs, and are never deleted. A stop saves a
     last one if the trainer saves any by itself. If a save fails, training continues, or stops if that was requested.
 
-    ``global_step`` counts the steps of all optimizers. A model with manual optimization that does not use Lightning's
-    optimizers makes no steps, and no command is applied.
+    Commands are applied when a batch has ended an optimizer's step, as ``global_step`` tells; at the end of any batch
+    where that does not move, as with manual optimization by bare optimizers, and then batches count as steps.
 
     All arguments are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
     After that no hook raises into the trainer. All hooks run on the training thread.
     """
 
+    _abort_flag: Any = None  # a tensor that copies in spawned processes share
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, which controls nothing and has nothing to restore."""
+        """Return the state of a copy, which controls nothing and has nothing to restore.
+
+        With ddp_spawn, copies train in processes that share memory with this one.
+        """
+        if self._abort_flag is None:
+            self._abort_flag = sys.modules["torch"].zeros(1).share_memory_()
         return {**super().__getstate__(), "_overrides": ExitStack(), "_exception_hooks": ExitStack()}
 
+    @property
+    def aborted(self) -> bool:
+        """Whether this run was aborted, also where a process that Lightning spawned has trained."""
+        return super().aborted or (self._abort_flag is not None and bool(self._abort_flag))
+
     def _reset(self) -> None:
+        if self._abort_flag is not None:
+            self._abort_flag.zero_()
         # What is set in other objects until the run ends, and what even if it ends by an exception.
         self._overrides, self._exception_hooks = ExitStack(), ExitStack()
         self._ending = False
         self._steps = 0  # in this run, of whatever size
+        self._batches = 0  # since global_step moved
+        self._uncounted = 0  # batches that counted as steps, though global_step did not move
         self._fresh = False  # whether there are new metrics to log
 
     @guarded
@@ -116,12 +132,20 @@ class LightningHooks(Adapter):
     @controlled
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Apply the pending commands if this batch ended a step, and carry out what they request."""
-        if trainer.global_step == self._run.last_step:
-            return
+        moved = trainer.global_step + self._uncounted != self._run.last_step
+        self._batches = 0 if moved else self._batches + 1
+        if not moved:
+            # The gradients of this batch would be lost at a stop. But StochasticWeightAveraging ends with an epoch
+            # without steps, and says so by accumulating over all of it.
+            size = trainer.accumulate_grad_batches if module.automatic_optimization else 0
+            if self._batches < size < trainer.num_training_batches:
+                return
+            self._uncounted += 1
         self._steps += 1
         every = trainer.log_every_n_steps
         self._fresh = self._fresh or bool(every and self._steps % every == 0)
-        self._run.step(trainer.global_step, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+        step = trainer.global_step + self._uncounted
+        self._run.step(step, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
         if self._requested.any:
             self._carry_out(trainer, module)
 
@@ -170,6 +194,8 @@ class LightningHooks(Adapter):
             if not self._ending:
                 self._end(trainer)
         if requested.abort:
+            if self._abort_flag is not None:
+                self._abort_flag.fill_(1)
             self._silence(trainer, module)
             return
         # "auto" does not evaluate before a save: Lightning has no load_best_model_at_end.
@@ -213,11 +239,11 @@ class LightningHooks(Adapter):
             return False
         finally:
             self._run.phase = states.STATUS_TRAINING
-        self._report_evaluation(trainer.global_step, found)
+        self._report_evaluation(self._run.last_step, found)
         return True
 
     def _save(self, trainer: Any, evaluated: bool) -> None:
-        self._run.phase, step = states.STATUS_SAVING, trainer.global_step
+        self._run.phase, step = states.STATUS_SAVING, self._run.last_step
         path, trouble = lightning_trainer.write(trainer)
         self._run.phase = states.STATUS_TRAINING
         self._requested.saved()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -249,9 +250,16 @@ class CommandTracker:
             ended = list(self._applied.values())
             self._applied.clear()
         for applied in ended:
-            applied.result = applied.result or {"step": step, "path": None, "seconds": None, "evaluated": False}
-            if self.group().rank == 0 and reason is not None:
-                self.queue.failed(applied.command_id, CommandFailed(reason), applied.result)
+            nothing = {"step": step, "path": None, "seconds": None, "evaluated": False}
+            applied.result, fault = applied.result or nothing, reason
+            if (path := applied.result["path"]) is not None and not os.path.lexists(path):
+                # The trainer has deleted it, as Hugging Face's does where save_total_limit is 1 and another is best.
+                gone, applied.result = f"{path} was saved, and deleted before training ended", nothing
+                log.warning("%s: %s", applied.method.name, gone)
+                if states.WHEN_SAVED in applied.method.finishes_when:
+                    fault = fault or gone
+            if self.group().rank == 0 and fault is not None:
+                self.queue.failed(applied.command_id, CommandFailed(fault), applied.result)
             else:
                 self._finish_when_reported(applied)
 

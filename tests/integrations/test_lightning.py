@@ -37,7 +37,7 @@ from ..support.harness import ROOT, SOON, Process, Wire, needs_lightning, needs_
 try:
     import torch
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
     from lightning.pytorch.loggers import CSVLogger, Logger
     from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -339,6 +339,98 @@ class TwoOptimizers(Tiny):
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.01)]
+
+
+class BareOptimizer(Tiny):
+    """Steps the torch optimizer itself, so that global_step does not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.line(batch).pow(2).mean())
+        optimizer.step()
+
+
+@pytest.mark.parametrize("command", ["save_checkpoint", "graceful_stop", "save_and_stop"])
+def test_batches_count_where_global_step_does_not_move(tmp_path, command):
+    """A command is applied at the end of a batch, and what it saves has that step."""
+    sent: list[Sent] = []
+
+    def send(trainer: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == 3:
+            sent.append(Sent(command))
+
+    trainer = make(tmp_path, Watcher(on_train_batch_start=send), ours())
+    fit(trainer, BareOptimizer())
+    record, saves = sent[0].record(), command != "graceful_stop"
+    assert record["state"] == "finished" and record["applied_at_step"] == record["result"]["step"] == 4, record
+    assert not saves or Path(record["result"]["path"]).exists()
+    assert trainer.global_step == 0
+    assert trainer.fit_loop.total_batch_idx + 1 == (STEPS if command == "save_checkpoint" else 4)
+
+
+def test_a_stop_in_the_epoch_without_steps(tmp_path):
+    """StochasticWeightAveraging ends with an epoch that only averages: a stop ends it at a batch."""
+    sent: list[Sent] = []
+
+    def send(trainer: Any) -> None:
+        if trainer.current_epoch == 2 and not sent:
+            sent.append(Sent("graceful_stop"))
+
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    model = Tiny()
+    model.norm = torch.nn.BatchNorm1d(1)
+    trainer = make(tmp_path, averaging, Watcher(on_train_batch_start=send), ours(), max_epochs=2)
+    fit(trainer, model)
+    record = sent[0].record()
+    assert record["state"] == "finished" and record["applied_at_step"] == trainer.global_step + 1
+    assert trainer.fit_loop.total_batch_idx + 1 < 3 * STEPS_A_EPOCH
+
+
+SPAWNS = """
+import torch
+import lightning.pytorch
+from forgather_control import LightningControlCallback, abort
+
+class Line(lightning.pytorch.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, index):
+        return self.line(batch).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class Abort(lightning.pytorch.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == 3:
+            abort("job")
+
+if __name__ == "__main__":
+    callback = LightningControlCallback("job")
+    for extra in ([Abort()], []):
+        trainer = lightning.pytorch.Trainer(
+            max_epochs=1, accelerator="cpu", strategy="ddp_spawn", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[*extra, callback],
+        )
+        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(8, 2)))
+        print("aborted", callback.aborted)
+"""
+
+
+@pytest.mark.once
+def test_the_launching_script_knows_of_an_abort(tmp_path):
+    """Where Lightning trains in processes that it spawns, aborted is true in the script, until it trains again."""
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNS)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=4 * SOON)
+    assert [line for line in done.stdout.splitlines() if "aborted" in line] == ["aborted True", "aborted False"], done
 
 
 @every_command

@@ -145,13 +145,28 @@ def test_a_stop_is_finished_when_training_has_ended(command):
     rank = Rank()
     rank.apply(command, step=3)
     if command == "save_and_stop":
-        rank.saved(3, "/c-3")
+        rank.saved(3, __file__)
     assert rank.state.ending and rank.record(command).state == "applied" and not rank.group.callbacks
     rank.tracker.end(3, None)
     rank.group.all_report()
-    path = "/c-3" if command == "save_and_stop" else None
+    path = __file__ if command == "save_and_stop" else None
     record = rank.record(command)
     assert (record.state, record.result["path"], record.result["step"]) == ("finished", path, 3)
+
+
+@pytest.mark.parametrize(("command", "state"), [("graceful_stop", "finished"), ("save_and_stop", "failed")])
+def test_a_checkpoint_that_the_trainer_deletes_is_not_named(tmp_path, caplog, command, state):
+    """What a stop saved has gone when training has ended: no path is named, and who asked for a save is told."""
+    rank, path = Rank(), tmp_path / "c"
+    path.touch()
+    rank.apply(command, step=3)
+    rank.saved(3, str(path))
+    path.unlink()
+    rank.tracker.end(3, None)
+    rank.group.all_report()
+    record = rank.record(command)
+    assert (record.state, record.result["path"], record.result["step"]) == (state, None, 3)
+    assert (record.error is None) == (state == "finished") and f"{path} was saved, and deleted before" in caplog.text
 
 
 def test_a_command_may_be_finished_when_it_is_applied():
@@ -281,7 +296,7 @@ def test_a_stop_whose_last_save_fails_has_failed():
         rank.apply("graceful_stop")
         rank.tracker.fail_save(rank.tracker.begin_save(1), "disk full")
         if last:
-            rank.saved(1, "/c-1")
+            rank.saved(1, __file__)
         rank.tracker.close(None, None, SOON)
         rank.tracker.end(1, None)
         rank.group.all_report()
@@ -421,7 +436,7 @@ def test_only_a_signals_save_and_stop_skips_its_save():
 def test_a_stop_that_skips_its_save_names_the_last_checkpoint():
     """It ends as a stop does, and no rank waits for a save."""
     rank = Rank(0, 1e6)
-    rank.saved(2, "/c-2")
+    rank.saved(2, __file__)
     rank.tracker.submit("save_and_stop")
     (command,) = commands = rank.tracker.take()
     rank.tracker.apply(commands, 3)
@@ -429,7 +444,7 @@ def test_a_stop_that_skips_its_save_names_the_last_checkpoint():
     assert rank.group.sent[-1] == ("report", command.command_id, {})
     rank.tracker.end(3, None)
     rank.group.all_report()
-    expected = {"step": 2, "path": "/c-2", "seconds": 0.0, "evaluated": False}
+    expected = {"step": 2, "path": __file__, "seconds": 0.0, "evaluated": False}
     assert rank.queue.get(command.command_id).result == expected
 
 
