@@ -48,6 +48,12 @@ class TrainerControlCallback(Adapter):
     #: Forgather names the callback that stopped its training.
     name = "TrainerControlCallback"
 
+    _faults: facts.SaveFaults | None = None  # of Forgather's saves
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which controls nothing and follows no saves."""
+        return {**super().__getstate__(), "_faults": None}
+
     def _reset(self) -> None:
         self._stopping = self._asked_to_save = self._owed_evaluation = False
         self._late = False  # commands of this step are applied after its scheduled save
@@ -83,7 +89,16 @@ class TrainerControlCallback(Adapter):
         self._own_code = facts.saves_by_own_code(trainer)
         self._saved_at = state.global_step  # where it was resumed from, if it was
         self._period = facts.save_period(args, state, control)
+        if self._controller is not None and facts.is_forgather(control):
+            self._faults = facts.SaveFaults()
+            self._faults.attach()
         return control
+
+    def _close(self, reason: str | None = None, fault: str | None = None) -> None:
+        if self._faults is not None:
+            self._faults.detach()
+            self._faults = None
+        super()._close(reason, fault)
 
     @controlled
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,6 +160,7 @@ class TrainerControlCallback(Adapter):
         self._run.phase = states.STATUS_TRAINING
         self._saved_at = state.global_step
         late, evaluated = self._late, self._evaluated_at == state.global_step
+        fault = None if self._faults is None else self._faults.take()
         if late:
             self._apply(state)
         # A scheduled save without an evaluation does not count for a command that came with it and wants one.
@@ -158,7 +174,9 @@ class TrainerControlCallback(Adapter):
             return
         path = facts.checkpoint_path(args.output_dir, state, control)
         look = functools.partial(facts.written, args.output_dir, copy.copy(state), control)
-        if self._own_code and self._run.is_main and look()[0] is None:
+        if fault is not None:
+            self._run.fail_save(self._run.begin_save(state.global_step), f"the checkpoint {path} is not whole: {fault}")
+        elif self._own_code and self._run.is_main and look()[0] is None:
             save = self._run.begin_save(state.global_step)
             if save.applied:
                 background_saves.watch(self._run, save, look, evaluated)

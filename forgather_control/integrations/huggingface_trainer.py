@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from . import random_state
 
@@ -103,6 +104,37 @@ def save_period(args: Any, state: Any, control: Any) -> int | None:
     steps = {"steps": args.save_steps, "epoch": getattr(state, "epoch_train_steps", None)}
     period = steps.get(word(args.save_strategy))
     return None if period is None else max(1, int(period))
+
+
+class SaveFaults(logging.Handler):
+    """What Forgather could not save: it only logs that a part of a checkpoint is missing, and calls the whole saved.
+
+    Filled and read on the training thread, which saves.
+    """
+
+    #: The modules of its ``src/forgather/ml/trainer`` that write checkpoints.
+    LOGGERS: Final = tuple(f"forgather.ml.trainer.checkpoint_{name}" for name in ("coordinator", "manager"))
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._faults: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()).startswith("Failed to save"):
+            self._faults.append(text)
+
+    def take(self) -> str | None:
+        """Return what failed since the last call, or ``None``."""
+        faults, self._faults = self._faults, []
+        return "; ".join(faults) or None
+
+    def attach(self) -> None:
+        for name in self.LOGGERS:
+            logging.getLogger(name).addHandler(self)
+
+    def detach(self) -> None:
+        for name in self.LOGGERS:
+            logging.getLogger(name).removeHandler(self)
 
 
 def is_forgather(control: Any) -> bool:

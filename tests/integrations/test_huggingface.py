@@ -1174,6 +1174,24 @@ def test_forgather_saves(tmp_path, rules, command, step):
     assert trainer.stopped_by == (None if command == "save_checkpoint" else "TrainerControlCallback")
 
 
+@pytest.mark.parametrize("command", ["save_checkpoint", "save_and_stop", "graceful_stop"])
+def test_forgather_cannot_save_a_part(tmp_path, command):
+    """A checkpoint without its optimizer is not reported as saved: the command fails, and says what is missing."""
+    at, callback = At(3, command), ours()
+    at.before = lambda: pickle.dumps(callback)
+    trainer = loop(tmp_path, at, callback)
+    trainer.unsaved = "optimizer"
+    trainer.train()
+    record = at.record()
+    assert record["state"] == "failed" and record["applied_at_step"] == 3
+    assert "Failed to save optional component 'optimizer': no space left on device" in record["error"]["message"]
+    assert not logging.getLogger("forgather.ml.trainer.checkpoint_coordinator").handlers
+    trainer.unsaved = None
+    at.sent, at.step = None, 5
+    trainer.train()
+    assert at.record()["state"] == "finished"
+
+
 @pytest.mark.parametrize("step", WHERE)
 def test_forgather_aborts(tmp_path, rules, step):
     """Under Forgather's rules nothing is written once abort is applied, and the best model is not loaded.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class Loop:
 
     #: Whether the trainer uses a control object that a hook returns instead of its own.
     uses_returned_control = True
+    #: A component of the checkpoints that cannot be saved.
+    unsaved: str | None = None
 
     def __init__(self, args: Args, callbacks: list[Any], losses: tuple[float, ...], epoch_steps: int = 5) -> None:
         self.args, self.callbacks, self.epoch_steps, self.losses = args, callbacks, epoch_steps, list(losses)
@@ -168,6 +171,9 @@ class Loop:
         path = Path(self.args.output_dir) / "checkpoints" / f"checkpoint-{self.state.global_step}"
         path.mkdir(parents=True, exist_ok=True)
         (path / "weight.json").write_text(json.dumps(self.weight))
+        if self.unsaved is not None:  # an optional component: only the log says so
+            log = logging.getLogger("forgather.ml.trainer.checkpoint_coordinator")
+            log.warning(f"Failed to save optional component '{self.unsaved}': no space left on device")
         best = self.state.best_metric
         if metrics is not None and (best is None or metrics["eval_loss"] < best):
             self.state.best_metric, self.state.best_model_checkpoint = metrics["eval_loss"], str(path)
