@@ -284,7 +284,7 @@ def test_record_blocks(block):
     shown = json.loads(block.text)
     record = shown.get("result", {}) if "jsonrpc" in shown else shown
     properties = RESULTS["save_checkpoint"]["properties"]
-    assert record.keys() == properties.keys()
+    assert record.keys() == {*RESULTS["save_checkpoint"]["required"]}
     assert record["requested_by"].keys() == properties["requested_by"]["properties"].keys()
     assert record["result"].keys() < properties["result"]["properties"].keys()
 
@@ -364,7 +364,7 @@ def test_the_tables_of_the_wire():
     assert first_words(page, "command") == [method.name for method in BUILTIN.values() if method.is_command]
     assert first_words(page, "parameter") == [param.name for param in methods.COMMON]
     record, status = (table(page, "member"), PAGES[page][PAGES[page].index("## Status") :])
-    assert {row[0].strip("`") for row in record} == RESULTS["save_checkpoint"]["properties"].keys()
+    assert {row[0].strip("`") for row in record} == {*RESULTS["save_checkpoint"]["required"]}
     members = re.findall(r"^\| (`.*?`) \|", status[: status.index("## Events")], re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(members))) == RESULTS["status"]["properties"].keys()
     assert set(states.TRAINING_STATUSES) == set(re.search(r"one of `(.*?)`", status)[1].split())
@@ -375,7 +375,7 @@ def test_the_tables_of_the_wire():
 def test_events_have_the_facts_of_the_table(tmp_path):
     """Every kind of event of a job that is saved and stopped."""
     facts = {row[0].strip("`"): set(row[2].strip("`").split()) for row in table("docs/wire.md", "kind")}
-    facts |= {"command": {*RESULTS["save_checkpoint"]["properties"]}, "rank": {"state", "ranks"}}
+    facts |= {"command": {*RESULTS["save_checkpoint"]["required"]}, "rank": {"state", "ranks"}}
     with my_experiment(tmp_path), forgather_control.connect("my_experiment") as client:
         events = client.events(since=0)
         forgather_control.save_checkpoint("my_experiment", wait="finished")
