@@ -51,7 +51,7 @@ def hooks(table: Table) -> None:
     callback = TrainerControlCallback("hf")
     state = SimpleNamespace(global_step=5, max_steps=1000, epoch=0.5)
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
-    callback.on_train_begin(None, state, control, **EXTRA)
+    callback.on_train_begin(SimpleNamespace(save_strategy="no"), state, control, **EXTRA)
     with TrainingJob("plain", max_steps=1000) as job:
         variants = {
             "empty call": lambda: empty(),
