@@ -226,7 +226,7 @@ class Coordinator:
             self._phase, self._deadline = "idle", now  # all were ready, but the commands had been cancelled
         else:
             self._phase, self._deadline = "idle", now + self._delay
-            self._delay = min(2 * self._delay, limits.MAX_RETRY_DELAY)
+            self._delay = min(limits.RETRY_FACTOR * self._delay, limits.MAX_RETRY_DELAY)
         self._early.clear()
         return Send(tuple(sorted(self._asked)), decision)
 

@@ -9,13 +9,15 @@ from typing import Final
 JOIN_TIMEOUT: Final = 20.0
 #: In which all ranks must answer a Prepare. They answer in milliseconds, unless C code holds their interpreter's
 #: lock; to hold training any longer would do more harm than to try again later.
-READY_TIMEOUT: Final = 10.0
+READY_TIMEOUT: Final = 5.0
 #: That a training thread is held before its rank itself proposes to call the round off.
-DECISION_TIMEOUT: Final = 15.0
+DECISION_TIMEOUT: Final = 10.0
 #: That it is then held for the store's answer before the rank leaves the agreement and trains on without control.
 GIVE_UP_TIMEOUT: Final = 10.0
-#: From a round that was called off to the next one, doubled each time up to the maximum.
+#: From a round that was called off to the next one, and the factor by which that grows each time, up to the maximum: a
+#: rank that is stopped holds the others 15 s in the first minute, and less than 5 s in each one after that.
 RETRY_DELAY: Final = 1.0
+RETRY_FACTOR: Final = 8.0
 MAX_RETRY_DELAY: Final = 60.0
 #: That a call of the store may take before the channel counts as broken.
 STORE_TIMEOUT: Final = 30.0

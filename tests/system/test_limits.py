@@ -25,6 +25,7 @@ from forgather_control.errors import (
     NotAuthenticated,
     TooManyCommands,
 )
+from forgather_control.ranks import limits as rank_limits
 from forgather_control.server import limits
 from forgather_control.training import limits as training_limits
 from forgather_control.training.options import ControlOptions
@@ -160,6 +161,15 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "integrations.test_loop.test_a_save_that_never_ends",
         "ranks.test_store_group.test_rank_0_waits_as_long_as_a_rank_lives",
         "training.test_controller.test_how_long_the_end_waits_for_other_ranks",
+    ),
+    (
+        "training that is held so that its ranks agree",
+        f"{rank_limits.READY_TIMEOUT:.0f} s a round; {3 * rank_limits.READY_TIMEOUT:.0f} s in the first minute",
+        f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute; without an "
+        f"answer of the store for {rank_limits.DECISION_TIMEOUT + rank_limits.GIVE_UP_TIMEOUT:.0f} s, control is off",
+    ): (
+        "ranks.test_consensus.test_patience_and_pauses",
+        "ranks.test_store_group.test_a_store_that_answers_one_rank_no_more",
     ),
     (
         "wait for the jobs directory when training starts, and when it ends",
