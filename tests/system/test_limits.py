@@ -44,6 +44,10 @@ KIB = 1 << 10
 FIRST_LINE = f"a first line of {limits.MAX_FIRST_LINE // KIB} KiB"
 KEPT = f"{limits.MAX_REPLY_FILES}, {limits.MAX_REPLY_FILES_BYTES >> 20} MiB, {limits.REPLY_FILE_TIMEOUT / 3600:.0f} h"
 STALE = f"{limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old"
+HELD = (
+    f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute; without an "
+    f"answer of the store for {rank_limits.DECISION_TIMEOUT + rank_limits.GIVE_UP_TIMEOUT:.0f} s, control is off"
+)
 #: The rows of its table: what is limited, the number in the code, what happens beyond it; and the tests of each, at the
 #: limit and beyond it. Tests of this file are named without a module.
 ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
@@ -165,8 +169,7 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     (
         "training that is held so that its ranks agree",
         f"{rank_limits.READY_TIMEOUT:.0f} s a round; {3 * rank_limits.READY_TIMEOUT:.0f} s in the first minute",
-        f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute; without an "
-        f"answer of the store for {rank_limits.DECISION_TIMEOUT + rank_limits.GIVE_UP_TIMEOUT:.0f} s, control is off",
+        HELD,
     ): (
         "ranks.test_consensus.test_patience_and_pauses",
         "ranks.test_store_group.test_a_store_that_answers_one_rank_no_more",
