@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,7 +29,7 @@ from . import limits, metrics
 from .command_queue import CommandQueue
 from .progress import RunState
 from .rank_report import RankReporter
-from .worker import Worker
+from .worker import Task, Worker
 
 #: The members of a job's record that ``list_jobs`` answers.
 _PUBLIC: Final = ("job_id", "host", "port", "pid", "started_at", "world_size", "user", "version")
@@ -61,7 +60,7 @@ class JobQueries:
         self._status_at = self._stats_at = float("-inf")  # monotonic
         self._stats: dict[str, Any] = {}
         self._status_lock = threading.Lock()  # guards the four above: status.json has a thread of its own
-        self._scan: Future[tuple[float, list[dict[str, Any]]]] | None = None  # the last list of jobs, and when it began
+        self._scan: Task[tuple[float, list[dict[str, Any]]]] | None = None  # the last list of jobs, and when it began
         self._list_at = float("-inf")  # not before
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
@@ -199,14 +198,13 @@ class JobQueries:
         asked, deadline = time.monotonic(), Deadline(limits.LIST_TIMEOUT)
 
         def poll() -> Any:
-            if self._scan is not None and self._scan.done():
+            if self._scan is not None and self._scan.wait():
                 began_at, jobs = self._scan.result()
                 if began_at >= asked:
                     return jobs
-            if self._scan is None or self._scan.done():
+            if self._scan is None or self._scan.wait():
                 lister = Worker("forgather-list")
-                self._scan = lister.submit(self._list)
-                self._scan.add_done_callback(lambda _: self.wake())
+                self._scan = lister.submit(self._list, lambda task: self.wake())
                 lister.close()
             if deadline.passed():
                 raise JobsDirUnusable(f"the jobs directory could not be listed within {limits.LIST_TIMEOUT:g} s")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from ..server.tcp import BoundPort
 from . import limits
 from .job_queries import JobQueries
 from .options import ControlOptions
-from .worker import Worker
+from .worker import Task, Worker
 
 log = logging.getLogger("forgather_control")
 
@@ -43,7 +42,7 @@ class JobServer:
         self._server = Server(self.queries.answer, self._tick, self._last_look, threads.fault)
         self.queries.check_capacity = self._server.check_room
         self.wake = self.queries.wake = self._server.wake
-        self._disk_tick: Future[None] | None = None  # the last one, on the server thread
+        self._disk_tick: Task[None] | None = None  # the last one, on the server thread
         self._patience = Deadline(limits.DISK_TIMEOUT)  # of training with the file system, at its start, and at its end
         self._is_ending = self._warned_slow = False
         # On the disk thread...
@@ -62,17 +61,17 @@ class JobServer:
         """
         candidates = self._candidates()
         published = self._disk.submit(partial(self._publish, self._open_port(), list(candidates)))
-        if published in wait([published], self._patience.left()).done:
-            return str(published.result())
+        if published.wait(self._patience.left() or 0.0):
+            return published.result()
         log.warning("The jobs directory is slow: the job can be found once it has answered. Training does not wait.")
-        published.add_done_callback(self._published_late)
+        self._disk.submit(partial(self._published_late, published))
         return candidates[0]
 
-    def _published_late(self, published: Future[str]) -> None:
-        if (error := published.exception()) is None:
+    def _published_late(self, published: Task[str]) -> None:
+        if published.error is None:
             self.queries.state.job_id = published.result()
         elif not self._is_ending:
-            log.warning("Control is off for this run: %s. Training continues.", error)
+            log.warning("Control is off for this run: %s. Training continues.", published.error)
 
     def _publish(self, bound: BoundPort | None, candidates: list[str]) -> str:
         self._directory = mine = self._claim(bound, candidates)
@@ -127,17 +126,17 @@ class JobServer:
 
     def settle(self) -> None:
         """Let the writes that belong to the start finish, unless the file system is slow."""
-        wait([self._disk.submit(lambda: None)], self._patience.left())
+        self._disk.submit(lambda: None).wait(self._patience.left() or 0.0)
 
     # On the server thread...
 
     def _tick(self) -> None:
-        if self.is_controlled() and (self._disk_tick is None or self._disk_tick.done()):
+        if self.is_controlled() and (self._disk_tick is None or self._disk_tick.wait()):
             self._disk_tick = self._disk.submit(self._keep)
 
     def _last_look(self) -> None:
         if self._leaving is not None and self._file_requests is not None:
-            wait([self._disk.submit(self._file_requests.take_last)], self._patience.left())
+            self._disk.submit(self._file_requests.take_last).wait(self._patience.left() or 0.0)
 
     # On the disk thread...
 
@@ -190,12 +189,12 @@ class JobServer:
         """Answer what can be answered, close all connections, and remove what is left of the directory."""
         self._server.close(limits.CLOSE_TIMEOUT)
         self._finish(self._remove_left, server_limits.CLOSE_GRACE)
-        self._disk.close(self._patience.left())
+        self._disk.close(self._patience.left() or 0.0)
 
     def _finish(self, call: Callable[[], None], seconds: float = 0.0) -> None:
         """Run the last calls on the disk thread; wait for them no longer than the file system may take."""
         done = self._disk.submit(call)
-        if done in wait([done], (self._patience.left() or 0.0) + seconds).done:
+        if done.wait((self._patience.left() or 0.0) + seconds):
             done.result()
         elif not self._warned_slow:
             self._warned_slow = True
