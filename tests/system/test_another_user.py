@@ -132,7 +132,7 @@ JOB = (
     + """
 logging.basicConfig(format="%(levelname)s %(message)s")
 weights, step = b"", 0
-with TrainingJob(sys.argv[2], max_steps=10**9, port=0 if sys.argv[3] else None) as job:
+with TrainingJob(sys.argv[2], 10**9, port=0 if sys.argv[3] else None, save_on_stop=False) as job:
     print("ready", flush=True)
     while not job.should_stop:
         step += 1

@@ -348,7 +348,7 @@ def test_a_young_checkpoint_is_spared(age, spared):
     job = Hooks(JOB, signals={"SIGUSR1": "save_and_stop"}, fresh_seconds=age)
     job.begin()
     job.step(1)
-    job._controller.saved(1, "/checkpoint-1")
+    job._controller.saved(1, __file__)
     with Wire(find(JOB).socket) as wire:
         signal.raise_signal(signal.SIGUSR1)
         job.step(2)
@@ -361,7 +361,7 @@ def test_a_young_checkpoint_is_spared(age, spared):
         job.end()
         record = wire.reply()["result"]
     expected = (
-        ("finished", {"step": 1, "path": "/checkpoint-1", "seconds": 0.0, "evaluated": False})
+        ("finished", {"step": 1, "path": __file__, "seconds": 0.0, "evaluated": False})
         if spared
         else ("failed", None)
     )
