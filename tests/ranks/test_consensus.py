@@ -1004,7 +1004,7 @@ def test_patience_and_pauses():
     assert decide(made, 0, 0, now=now) == 1
     made.receive(Applied(made.number, 0, {}))
     made.receive(Applied(made.number, 1, {}))
-    assert made.next(now, True) == [AllApplied(10, {}, None), Send((0, 1), Prepare(11))]
+    assert made.next(now, True) == [AllApplied(6, {}, None), Send((0, 1), Prepare(7))]
     now += limits.READY_TIMEOUT
     assert made.next(now, True) == [consensus.Decide(made.number, None)]
     made.decided(Commit(made.number, None, []), (), now)

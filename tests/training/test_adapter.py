@@ -361,9 +361,7 @@ def test_a_young_checkpoint_is_spared(age, spared):
         job.end()
         record = wire.reply()["result"]
     expected = (
-        ("finished", {"step": 1, "path": __file__, "seconds": 0.0, "evaluated": False})
-        if spared
-        else ("failed", None)
+        ("finished", {"step": 1, "path": __file__, "seconds": 0.0, "evaluated": False}) if spared else ("failed", None)
     )
     assert (record["state"], record["result"]) == expected
 
