@@ -89,7 +89,7 @@ class Server:
         if self._closing:
             raise OSError(errno.ESHUTDOWN, "the server is closed")
         add = partial(self._listeners.add, UnixListener(path, self._adopt))
-        if self._thread is None:
+        if self._thread is None or self.is_this_thread:
             add()
         else:
             self.call(add)
