@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 import weakref
+from _thread import get_ident  # the system's, also once gevent or eventlet has replaced that of threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -118,7 +119,7 @@ class Server:
     @property
     def is_this_thread(self) -> bool:
         """Whether the caller runs on the server thread."""
-        return self._thread is threading.current_thread()
+        return self._thread is not None and self._thread.ident == get_ident()
 
     def close(self, timeout: float) -> None:
         """Answer what can be answered, then close everything.

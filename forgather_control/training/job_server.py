@@ -189,7 +189,7 @@ class JobServer:
         """Answer what can be answered, close all connections, and remove what is left of the directory."""
         self._server.close(limits.CLOSE_TIMEOUT)
         self._finish(self._remove_left, server_limits.CLOSE_GRACE)
-        self._disk.close(self._patience.left() or 0.0)
+        self._disk.close(0.0 if self._server.is_this_thread else self._patience.left() or 0.0)
 
     def _finish(self, call: Callable[[], None], seconds: float = 0.0) -> None:
         """Run the last calls on the disk thread; wait for them no longer than the file system may take."""

@@ -71,7 +71,8 @@ class Worker:
     def close(self, seconds: float = 0.0) -> None:
         """End the thread after the calls before; wait for it at most so many seconds."""
         self._tasks.put(None)
-        self._thread.join(seconds)
+        if seconds > 0:
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
