@@ -2,8 +2,9 @@
 
 Three jobs train (a plain loop; one with a TCP port; two ranks under torchrun) while their files are deleted, damaged
 and replaced by links, their disk fills up, the clock jumps, clients are killed, floods arrive, subscribers come and go,
-the jobs fork and are suspended, other jobs die by ``kill -9``, and ``cleanup --force`` runs without a pause. Meanwhile
-saves are requested in every way, and each accepted one is followed to its end.
+the jobs fork and are suspended, other jobs die by ``kill -9``, execute themselves anew, are begun again, renamed, cut
+off in a save or left without space, and ``cleanup --force`` runs without a pause. Meanwhile saves are requested in
+every way, and each accepted one is followed to its end.
 
 FORGATHER_CHAOS_SECONDS and FORGATHER_CHAOS_SEED set the duration and the seed; ``tox -e chaos`` takes two minutes. The
 seed determines what each thread does, and in which order; what coincides depends on the machine.
@@ -41,6 +42,7 @@ from forgather_control.jobs import private_files, spool
 from forgather_control.states import COMMAND_STATES, EVENT_KINDS, FINAL_STATES
 from forgather_control.wire.records import CommandRecord
 
+from ..support.chaos_runs import Runs
 from ..support.harness import JOB, ROOT, SOON, Process, Wire, cli, needs_torch, until
 from ..support.torchrun import START, Torchrun
 from .test_fuzz import mutated, request
@@ -289,6 +291,7 @@ class Chaos:
         disk: a small file system is mounted at ``jobs``, to be filled.
         sentinel: a folder outside of the jobs directory, the target of links.
         clock: by how much all clocks are shifted, in seconds.
+        runs: where runs that are started for one fault save.
     """
 
     #: How often each is chosen.
@@ -311,17 +314,22 @@ class Chaos:
         "fills_the_disk": 2,
         "jumps_in_time": 6,
         "holds_the_lock": 1,
+        **dict.fromkeys(Runs.FAULTS, 1),
     }
 
-    def __init__(self, jobs: Path, victims: list[Victim], sentinel: Path, clock: mmap.mmap, disk: bool) -> None:
+    def __init__(
+        self, jobs: Path, victims: list[Victim], sentinel: Path, clock: mmap.mmap, disk: bool, runs: Path
+    ) -> None:
         self.jobs, self.victims, self.sentinel, self.clock = jobs, victims, sentinel, clock
         self.over = threading.Event()
         self.done: Counter[str] = Counter()
-        self.faults = {name: often for name, often in self.FAULTS.items() if disk or name != "fills_the_disk"}
+        privileged = ("fills_the_disk", *Runs.PRIVILEGED)
+        self.faults = {name: often for name, often in self.FAULTS.items() if disk or name not in privileged}
         self.sacrifice: Process | None = None
         self.sacrifice_lock = threading.Lock()
         self.disk = threading.Lock()
         self.cleaned: Counter[str] = Counter()
+        self.runs = Runs(jobs, runs, self.disk)
 
     def run(self, number: int) -> None:
         """Make faults in one thread until the time is over."""
@@ -330,7 +338,10 @@ class Chaos:
         dice.shuffle(first)
         while first or not self.over.wait(dice.random() * 0.1):
             fault = first.pop() if first else dice.choices(list(self.faults), list(self.faults.values()))[0]
-            getattr(self, fault)(dice, dice.choice(self.victims))
+            if fault in Runs.FAULTS:
+                getattr(self.runs, fault)()
+            else:
+                getattr(self, fault)(dice, dice.choice(self.victims))
             self.done[fault] += 1
 
     def cleans_up(self) -> None:
@@ -750,7 +761,8 @@ def test_nothing_is_lost_in_chaos(tmp_path, jobs_dir, monkeypatch):
         monkeypatch.setenv("HOME", str(temporary))
         before = fingerprint(sentinel)
         victims = stack.enter_context(trainings(tmp_path, jobs_dir))
-        chaos, commanders = Chaos(jobs_dir, victims, sentinel, clock, disk), [Commander(victim) for victim in victims]
+        chaos = Chaos(jobs_dir, victims, sentinel, clock, disk, tmp_path / "runs")
+        commanders = [Commander(victim) for victim in victims]
         warm = [victim.uses() for victim in victims]
         make_faults(chaos, commanders)
         check_jobs(chaos, commanders)
