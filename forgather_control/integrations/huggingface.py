@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from typing import Any
 
 from .. import states
@@ -82,6 +83,7 @@ class TrainerControlCallback(Adapter):
             state.global_step,
             state.max_steps,
             facts.log_steps(args, state),
+            {**kwargs, "args": args, "state": state, "control": control, "trainer": _weak(trainer)},
             no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
             no_stop_save='save_strategy is "no"' if facts.word(args.save_strategy) == "no" else None,
             evaluation_counter=facts.evaluation_counter(state, trainer, kwargs.get("lr_scheduler")),
@@ -280,3 +282,11 @@ class TrainerControlCallback(Adapter):
         # Without a best checkpoint none is loaded at the end, nor any other deleted in its favour.
         if getattr(state, "best_model_checkpoint", None) is not None:
             self._best, state.best_model_checkpoint = state.best_model_checkpoint, None
+
+
+def _weak(trainer: Any) -> Any:
+    """Return a proxy of the trainer, which holds its callbacks: it must not be kept by one."""
+    try:
+        return weakref.proxy(trainer)
+    except TypeError:  # there is none
+        return trainer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import states
@@ -61,9 +61,13 @@ class TrainingJob(Adapter):
         certfile: str | None = None,
         keyfile: str | None = None,
         close_timeout: float = 60.0,
+        commands: Sequence[Callable[..., Any]] = (),
+        settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = (),
+        rules: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(
-            *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout)
+            *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout),
+            *(commands, settings, rules),
         )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)

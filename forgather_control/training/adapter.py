@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
@@ -80,18 +80,24 @@ class Adapter:
         certfile: str | None = None,
         keyfile: str | None = None,
         close_timeout: float = 60.0,
+        commands: Sequence[Callable[..., Any]] = (),
+        settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = (),
+        rules: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         options = ControlOptions(
-            *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout)
+            *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout),
+            *(commands, settings, rules),
         )
         self._options, self._signals = options, Signals(signals or {})
         self._controller: Controller | None = None
+        #: The trainer's objects by name ("model", "optimizer", ...), while a run is open.
+        self._objects: dict[str, Any] = {}
         self._requested = RequestedActions()
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which controls nothing: a run has one controller, with threads and sockets."""
-        return {**self.__dict__, "_controller": None, "_finalizer": None}
+        return {**self.__dict__, "_controller": None, "_finalizer": None, "_objects": {}}
 
     @property
     def job_id(self) -> str | None:
@@ -122,10 +128,18 @@ class Adapter:
         return self._controller
 
     @guarded
-    def _open(self, step: int, max_steps: int | None, log_steps: int | None = None, **facts: Any) -> None:
+    def _open(
+        self,
+        step: int,
+        max_steps: int | None,
+        log_steps: int | None = None,
+        objects: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
         """Start a run. If it cannot be controlled, ``guarded`` logs one warning and lets it train.
 
         Args:
+            objects: the trainer's, by name, for settings and the script's own commands.
             facts: see ``RequestedActions``.
         """
         self._close("training was started again")
@@ -133,6 +147,7 @@ class Adapter:
         self._requested = RequestedActions(**facts)
         if not self._options.enabled:
             return
+        self._objects = dict(objects or {})
         controller = Controller(self._options, self._requested, step, max_steps, log_steps)
         controller.start()
         self._controller = controller
@@ -163,6 +178,7 @@ class Adapter:
         """End the run, if one is open; see ``Controller.close``."""
         self._signals.restore()
         controller, self._controller = self._controller, None
+        self._objects = {}
         if controller is not None:
             self._finalizer.detach()
             controller.close(reason, fault)

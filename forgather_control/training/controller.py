@@ -23,8 +23,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -37,7 +36,7 @@ from ..ranks.group import RankGroup, SingleProcess
 from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import MethodTable
 from ..wire.records import CommandRecord
-from . import limits
+from . import limits, open_runs
 from .command_queue import CommandQueue
 from .command_tracker import CommandTracker
 from .events import EventLog
@@ -72,6 +71,8 @@ class Controller:
         self._thread = threading.current_thread()
         #: The methods of this job; more can be added until the first step.
         self.methods = MethodTable(BUILTIN)
+        #: Called with each finished step, before commands are applied; must not raise. Training thread only.
+        self.on_step: list[Callable[[int], None]] = []
         self.state = RunState(step, max_steps, self._wake)
         self.state.job_id = options.job_id
         self._group: RankGroup = SingleProcess(self)
@@ -111,7 +112,7 @@ class Controller:
         Raises:
             StartError: why this job cannot be controlled; nothing is left behind.
         """
-        _end_earlier(self._options.job_id)
+        open_runs.end_earlier(self._options.job_id)
         self._call = stacks.training_call()
         try:
             step, poll_steps = self.last_step, self._options.poll_steps
@@ -134,7 +135,7 @@ class Controller:
                 self._server.unpublish()
                 self._server.close()
             raise
-        _controllers.add(self)
+        open_runs.add(self)
 
     def _publish(self) -> None:
         self._queries = JobQueries(
@@ -178,6 +179,8 @@ class Controller:
             Unsupported: at the first step, the job was opened before this process became one of several ranks.
         """
         self.beat(step, epoch)
+        for call in self.on_step:
+            call(step)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # started on one thread, trained on another
         if not self.methods.frozen:
@@ -216,7 +219,7 @@ class Controller:
         if self.closed:
             return
         self.closed = True
-        _controllers.discard(self)
+        open_runs.discard(self)
         ending = JobEnding(reason or "training ended before the command could be applied")
         self._queue.close(ending, pending_only=True)
         may_wait = fault is None and threading.current_thread() is self._thread
@@ -328,23 +331,3 @@ class Controller:
         log.warning("Control is off: %s.", reason)
         self.close(reason)
         return False
-
-
-# As in ``server``: one handler for all, since a fork handler cannot be removed.
-_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
-
-
-def _end_earlier(job_id: str | None) -> None:
-    """End the runs of this id that are over in this process: a cell of a notebook was interrupted and run again."""
-    for controller in list(_controllers):
-        if job_id is not None and controller.job_id == job_id:
-            controller.end_if_over("training was started again under this job id")
-
-
-def _after_fork() -> None:
-    for controller in list(_controllers):
-        controller.abandon()
-    _controllers.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)

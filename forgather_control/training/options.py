@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,12 @@ class ControlOptions:
     #: The most seconds that the end of training waits for saves in the background and for other ranks, where a command
     #: is not finished without them. A command that is not finished then has failed; its error says what is unknown.
     close_timeout: float = 60.0
+    #: Functions that clients can run, as ``user.NAME``; see :mod:`~forgather_control.training.own_commands`.
+    commands: Sequence[Callable[..., Any]] = ()
+    #: Settings that clients can change, beside those of the trainer; see :mod:`~forgather_control.training.settings`.
+    settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = ()
+    #: Rules from the start, each as the parameters of ``add_rule``; see :mod:`~forgather_control.training.rules`.
+    rules: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if self.job_id is not None:

@@ -137,6 +137,7 @@ class Runs:
         with self._disk, self._run("plain") as (name, process), Wire(self._jobs / name / "control.sock") as wire:
             os.kill(process.pid, signal.SIGSTOP)
             try:
+                until(lambda: all(_is_stopped(task) for task in Path(f"/proc/{process.pid}/task").iterdir()))
                 params = {"expires_at": time.time() + 0.1}
                 request = {"jsonrpc": "2.0", "id": 1, "method": "save_checkpoint", "params": params}
                 wire.send(json.dumps(request).encode() + b"\n")
@@ -172,3 +173,7 @@ class Runs:
                     self._stop(name, process)
             finally:
                 subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def _is_stopped(task: Path) -> bool:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"

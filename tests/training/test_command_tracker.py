@@ -201,7 +201,7 @@ def test_a_failing_effect_fails_its_command_and_no_other(error, caplog):
     assert str(error) in record.error["message"] and rank.record("save_checkpoint").state == "applied"
 
 
-@pytest.mark.parametrize("value", [object(), {1: {2}}, b"x"], ids=repr)
+@pytest.mark.parametrize("value", [object(), {1: {2}}, b"x"], ids=["object", "set", "bytes"])
 def test_a_value_that_is_not_json_fails_its_command(value):
     """It could reach neither rank 0 nor a client; control continues."""
     rank = Rank(0, 0.0, method("user.bad", "reported", run=lambda loop: value))
