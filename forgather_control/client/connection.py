@@ -102,7 +102,7 @@ class Client:
             raise reply.error
         return reply.result
 
-    def command(self, name: str, **params: Any) -> "CommandRecord":
+    def command(self, name: str, /, **params: Any) -> "CommandRecord":
         """Give a command and return its record; parameters as on the wire, ``None`` left out.
 
         Raises:
@@ -116,7 +116,7 @@ class Client:
             raise CommandFailed(record.trouble, **record.to_json())
         return record
 
-    def give(self, name: str, **params: Any) -> Any:
+    def give(self, name: str, /, **params: Any) -> Any:
         """As :meth:`command`, but return the record as the job sent it, failed or not.
 
         A job that is too old to keep a ``reason`` does not get it.

@@ -5,18 +5,21 @@ All of it runs on the training thread.
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from .. import states
 from ..errors import InvalidParams
-from ..training import background_saves
+from ..training import background_saves, own_commands
 from ..training.adapter import Adapter, controlled, guarded
 
 log = logging.getLogger("forgather_control")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class TrainingJob(Adapter):
@@ -73,8 +76,10 @@ class TrainingJob(Adapter):
         self._start_step = _whole("start_step", start_step)
         self._save_on_stop = save_on_stop
         self._depth = 0  # of "with" statements around one another
+        self._commands = own_commands.parse_all(commands)  # of all runs
 
     def _reset(self) -> None:
+        self._run_commands: list[own_commands.OwnCommand] = []  # of this run
         self._steps = 0
         # Whether the loop has read should_save since it was set, and should_evaluate; whether it ever read the latter.
         self._saw_save = self._saw_evaluate = self._can_evaluate = False
@@ -89,6 +94,40 @@ class TrainingJob(Adapter):
             if self._controller is not None and self._run.is_main and (self._max_steps or 0) < 0:
                 log.warning("Ignored max_steps=%d, which is negative: progress is unknown.", self._max_steps)
         return self
+
+    @overload
+    def command(self, function: Function, /) -> Function: ...
+
+    @overload
+    def command(self, /, *, name: str) -> Callable[[Function], Function]: ...
+
+    def command(self, function: Any = None, /, *, name: str | None = None) -> Any:
+        """Let clients run a function, as ``user.NAME``. A decorator, to be used on every rank before the first step.
+
+        The function runs on every rank at the end of one step; its value on rank 0 is the command's result. Its
+        parameters are int, float, str, bool, Literal, lists of them, with ``| None`` or not; a first parameter called
+        ``context`` gets what is known of the run. One that is registered inside the with statement belongs to that run.
+
+        Raises:
+            InvalidParams: the function cannot be a command; not after the first step, where nothing is raised.
+        """
+        if function is None:
+            return functools.partial(self._register, name=name)
+        return self._register(function, name)
+
+    def _register(self, function: Any, name: str | None) -> Any:
+        if self._depth and self._steps:
+            log.warning("Ignored the command %s: commands are fixed at the first step.", ascii(function)[:80])
+            return function
+        known = [*self._commands, *self._run_commands]
+        own = own_commands.unique(own_commands.parse(function, name), known)
+        (self._run_commands if self._depth else self._commands).append(own)
+        if self._controller is not None:
+            self._add(own, self._controller)
+        return function
+
+    def _own_commands(self) -> list[own_commands.OwnCommand]:
+        return self._commands
 
     @guarded
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

@@ -254,6 +254,11 @@ class Coordinator:
         return sorted(self._absent - {0})
 
     @property
+    def unacknowledged(self) -> list[int]:
+        """The ranks that have not answered that they applied the last commands."""
+        return sorted(self._applied.missing) if self._phase == "committed" else []
+
+    @property
     def owed(self) -> bool:
         """Whether rank 0 did its part (or may have) of something, and other ranks have not answered that they did."""
         return self._phase in ("preparing", "deciding") or bool(self.missing)

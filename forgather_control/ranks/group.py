@@ -112,6 +112,10 @@ class RankGroup(ABC):
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
         """Tell rank 0 that this rank applied them; ``outcomes``, by command id, are those that are not empty."""
 
+    def interrupted(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
+        """As ``applied``, where this rank's training is about to end by an exception: it must not wait for others."""
+        self.applied(commands, step, outcomes)
+
     def report(self, command_id: str, outcome: Outcome) -> None:
         """Tell rank 0 that this rank's part of a command that awaits reports is complete, or failed."""
         self._tell_coordinator(Reported(self.rank, command_id, outcome))
@@ -151,6 +155,10 @@ class RankGroup(ABC):
     def not_joined(self) -> list[int]:
         """Return the ranks that never joined. Rank 0, any thread."""
         return []
+
+    def unacknowledged(self) -> list[int]:
+        """Return the ranks that may still be applying the last commands that rank 0 began. As above."""
+        return [rank for rank in range(self.size) if rank != self.rank]
 
     def obstacle(self) -> str | None:
         """Return why no command can be agreed on until that changes; ``None`` if nothing is in the way. As above."""
@@ -266,6 +274,10 @@ class PollingGroup(RankGroup):
         if self.rank == 0:
             self._reported.update((command_id, {}) for command_id in self._expect_reports(commands))
             self._delegate.all_applied(commands, step, found, None)
+
+    def interrupted(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
+        if self.size == 1:  # else the others are in the collective of ``applied``, which would wait for them
+            self.applied(commands, step, outcomes)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
         # No poll: it might wait for ranks that do not close.

@@ -227,6 +227,10 @@ class CoordinatorGroup(StoreGroup):
         with self._lock:
             return self._coordinator.absent
 
+    def unacknowledged(self) -> list[int]:
+        with self._lock:
+            return self._coordinator.unacknowledged
+
     def obstacle(self) -> str | None:
         missing = self.not_joined()
         return failures.not_joined(missing) if missing and time.monotonic() >= self._join_by else None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
-from . import metrics
+from . import metrics, own_commands
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
@@ -149,6 +149,8 @@ class Adapter:
             return
         self._objects = dict(objects or {})
         controller = Controller(self._options, self._requested, step, max_steps, log_steps)
+        for own in self._own_commands():
+            self._add(own, controller)
         controller.start()
         self._controller = controller
         try:
@@ -159,6 +161,20 @@ class Adapter:
         self._finalizer: Any = weakref.finalize(self, controller.orphan, "training ended by an exception")
         if controller.is_main:
             log.info("Control this job with: forgather-control status %s", controller.job_id)
+
+    def _own_commands(self) -> list[own_commands.OwnCommand]:
+        """Return the script's own commands that are known when a run starts."""
+        return own_commands.parse_all(self._options.commands)
+
+    def _add(self, own: own_commands.OwnCommand, run: Controller) -> None:
+        """Add a command to a run. The server keeps it, so it must not keep this object: see the finalizer."""
+        mine = weakref.ref(self)
+
+        def context() -> own_commands.Context:
+            found = mine()
+            return own_commands.Context({**(found._objects if found else {}), "step": run.last_step})
+
+        run.methods.add(own.method(context, lambda: run.is_main))
 
     def _report_evaluation(self, step: int, found: Mapping[str, Any]) -> None:
         """Report an evaluation with its metrics, which may be tensors: they are read only if a command waits for it."""

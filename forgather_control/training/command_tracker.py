@@ -11,7 +11,6 @@ effect or in its report, has failed; control continues.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -27,6 +26,7 @@ from ..ranks.group import RankGroup
 from ..wire.builtin import TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import Outcome, ScheduledCommand
+from . import outcomes as results
 from .command_queue import CommandQueue
 from .progress import RunState
 
@@ -106,26 +106,44 @@ class CommandTracker:
 
     def apply(self, commands: list[ScheduledCommand], step: int) -> None:
         """Run the effects of the commands that all ranks apply after this step."""
-        outcomes = {command.command_id: self._run(command) for command in commands}
-        self.group().applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
+        outcomes, interrupt = self._run_all(commands)
+        acknowledge = self.group().applied if interrupt is None else self.group().interrupted
+        acknowledge(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
         for command in commands:
             self._follow(command, outcomes[command.command_id], step)
         if any("abort" in self.methods[command.name].needs for command in commands):
             self._fail_saves("an abort was applied while it was being written")
             self.report(states.WHEN_SAVED, "an abort was applied: no checkpoint is written after it")
             self.report(states.WHEN_EVALUATED, "an abort was applied before the evaluation")
+        if interrupt is not None:
+            raise interrupt
+
+    def _run_all(self, commands: list[ScheduledCommand]) -> tuple[dict[str, Outcome], BaseException | None]:
+        """Run the effects; return their outcomes, and what ended them early, such as Ctrl-C in a script's function."""
+        outcomes: dict[str, Outcome] = {}
+        self.state.running.forget()  # those of the round before
+        try:
+            for command in commands:
+                outcomes[command.command_id] = self._run(command)
+        except BaseException as err:  # it ends training; until then no rank and no client may wait for these commands
+            why = results.failure(CommandFailed(f"interrupted on this rank by {type(err).__name__}"))
+            return {command.command_id: outcomes.get(command.command_id, why) for command in commands}, err
+        return outcomes, None
 
     def _run(self, command: ScheduledCommand) -> Outcome:
+        self.state.running.begin(command)
         try:
             if command.skip_save:
                 self.loop.request_end()
                 return {}
             run = self.methods[command.name].run
             assert run is not None  # every command has one
-            value = _json(command.name, run(self.loop, **command.params))
+            value = results.value(command.name, run(self.loop, **command.params))
         except Exception as err:  # boundary: a failing effect fails its command, never control
             log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
-            return _failure(err)
+            return results.failure(err)
+        finally:
+            self.state.running.end(command)
         return {} if value is None else {"value": value}
 
     def _follow(self, command: ScheduledCommand, outcome: Outcome, step: int) -> None:
@@ -173,7 +191,7 @@ class CommandTracker:
     def fail_save(self, save: Save, fault: str) -> None:
         """Note that a checkpoint will not be complete, and why."""
         with self._lock:
-            self._end_save(save, _failure(CommandFailed(fault)))
+            self._end_save(save, results.failure(CommandFailed(fault)))
 
     def _end_save(self, save: Save, outcome: Outcome) -> None:
         for applied in save.applied:
@@ -205,7 +223,7 @@ class CommandTracker:
         with self._lock:
             for applied in list(self._applied.values()):
                 if applied.awaits(event) and not applied.is_saving:
-                    self._report(applied, {} if fault is None else _failure(CommandFailed(fault)))
+                    self._report(applied, {} if fault is None else results.failure(CommandFailed(fault)))
 
     def close(self, reason: str | None, fault: str | None, seconds: float) -> None:
         """Report what this rank still owes when training ends, and leave the other ranks.
@@ -221,7 +239,7 @@ class CommandTracker:
             self._close_saves(reason, seconds if fault is None else 0.0)
             for applied in self._applied.values():
                 if applied.awaits(states.WHEN_ENDED):
-                    outcome = applied.outcome if reason is None else _failure(CommandFailed(reason))
+                    outcome = applied.outcome if reason is None else results.failure(CommandFailed(reason))
                     self.group().report(applied.command_id, outcome)
         finally:
             self.group().close(deadline.left() or 0.0, fault)
@@ -242,7 +260,7 @@ class CommandTracker:
             for applied in list(self._applied.values()):
                 if applied.is_saving:
                     text = f"it is unknown whether the checkpoint was completed: {why}"
-                    self._note_saved(applied, _failure(CommandFailed(text)))
+                    self._note_saved(applied, results.failure(CommandFailed(text)))
 
     def end(self, step: int, reason: str | None) -> None:
         """Note that training has ended; ``reason`` says why, if it did not end as it should."""
@@ -273,11 +291,11 @@ class CommandTracker:
 
     def _finish_when_reported(self, applied: _Applied) -> None:
         def finish(outcomes: dict[int, Outcome], fault: str | None) -> None:
-            why = fault or _error_text(outcomes)
+            why = fault or results.error_text(outcomes)
             if why is not None:
                 self.queue.failed(applied.command_id, CommandFailed(why), applied.result)
             else:
-                self.queue.finished(applied.command_id, applied.result or _result(applied.method, outcomes))
+                self.queue.finished(applied.command_id, applied.result or results.result(applied.method, outcomes))
 
         if self.group().rank == 0:
             self.group().when_reported(applied.command_id, finish)
@@ -299,16 +317,17 @@ class CommandTracker:
         self, commands: list[ScheduledCommand], step: int, outcomes: dict[int, dict[str, Outcome]], fault: str | None
     ) -> None:
         """Note that all ranks applied the commands, with which outcomes; or not all, and why."""
+        self.state.running.forget()
         for command in commands:
             mine = {rank: found[command.command_id] for rank, found in outcomes.items() if command.command_id in found}
-            why = f"not all ranks applied the {command.name}: {fault}" if fault else _error_text(mine)
+            why = f"not all ranks applied the {command.name}: {fault}" if fault else results.error_text(mine)
             method = self.methods[command.name]
             if why is not None:
                 self.queue.failed(command.command_id, CommandFailed(why))
                 continue
             self.queue.applied(command.command_id, step)
             if method.finishes_when == {states.WHEN_APPLIED}:
-                self.queue.finished(command.command_id, _result(method, mine))
+                self.queue.finished(command.command_id, results.result(method, mine))
 
     def submit(self, command: str) -> None:
         """Queue the command of a signal that some rank received."""
@@ -319,31 +338,3 @@ class CommandTracker:
             self.queue.submit(command, None, method.own_params(method.bind({})), None, _SIGNAL)
         except ControlError as err:
             log.warning("Ignored the signal for %s: %s", command, err)
-
-
-def _result(method: Method, outcomes: dict[int, Outcome]) -> dict[str, Any]:
-    values = {rank: outcomes[rank].get("value") for rank in sorted(outcomes)}
-    return method.combine(values) if method.combine is not None else {"value": values.get(0)}
-
-
-def _json(name: str, value: Any) -> Any:
-    """Return the value of an effect as it arrives at rank 0 and its clients."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError, RecursionError) as err:
-        raise CommandFailed(f"{name} returned a value that is not JSON: {err}") from err
-
-
-def _failure(err: Exception) -> Outcome:
-    message = err.message if isinstance(err, ControlError) else f"{type(err).__name__}: {err}"
-    return {"error": {"code": getattr(err, "code", CommandFailed.code), "message": message[:1000]}}
-
-
-def _error_text(outcomes: dict[int, Outcome]) -> str | None:
-    """Say which ranks failed and why: rank 0's message stands for the same message of others."""
-    messages: dict[str, list[str]] = {}
-    for rank, outcome in sorted(outcomes.items()):
-        if "error" in outcome:
-            messages.setdefault(outcome["error"]["message"], []).append(str(rank))
-    texts = [text if ranks[0] == "0" else f"rank {', '.join(ranks)}: {text}" for text, ranks in messages.items()]
-    return "; ".join(texts) or None

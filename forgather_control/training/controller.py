@@ -36,7 +36,7 @@ from ..ranks.group import RankGroup, SingleProcess
 from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import MethodTable
 from ..wire.records import CommandRecord
-from . import limits, open_runs
+from . import limits, open_runs, outcomes
 from .command_queue import CommandQueue
 from .command_tracker import CommandTracker
 from .events import EventLog
@@ -302,7 +302,7 @@ class Controller:
 
     def _record_changed(self, record: CommandRecord) -> None:
         if self.is_main:
-            self.state.events.publish(states.EVENT_COMMAND, **record.to_json())
+            self.state.events.publish(states.EVENT_COMMAND, **outcomes.brief(record))
 
     # On the server thread...
 

@@ -22,10 +22,10 @@ from ..ranks.group import RankGroup
 from ..server.dispatcher import PENDING, Deferred, Peer, ReplySink, Subscription
 from ..version import PROTOCOL, VERSION
 from ..wire import discovery, jsonrpc
-from ..wire.builtin import TrainingLoop
+from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
-from . import limits, metrics
+from . import limits, metrics, outcomes
 from .command_queue import CommandQueue
 from .progress import RunState
 from .rank_report import RankReporter
@@ -83,7 +83,10 @@ class JobQueries:
         for name in sorted(set().union(*added)):
             ranks = [rank for rank, digests in enumerate(added) if digests.get(name) != added[0].get(name)]
             which = ", ".join(map(str, ranks))
-            text = f"rank {which} did not register it as rank 0 did; register it on every rank alike"
+            text = (
+                f"rank {which} did not register it as rank 0 did, or has not ended its first step; "
+                "register it on every rank alike, before the first step"
+            )
             self._unavailable[name] = text if ranks else ""
 
     def _command(self, method: Method, params: dict[str, Any], peer: Peer, wants_reply: bool) -> Any:
@@ -103,11 +106,15 @@ class JobQueries:
         late = 0.0 if expires_at is None else time.time() - expires_at
         if late > 0:
             raise CommandExpired(f"{method.name} expired {late:.1f} s before the job read it; nothing was done")
-        if why := self._unavailable.get(method.name) or self.group.obstacle():
+        if why := self._unavailable.get(method.name) or self.group.obstacle() or self._not_compared(method.name):
             raise CommandRefused(f"{method.name} cannot be run: {why}")
         for need in method.needs:
             if why := self.loop.cannot(need, own):
                 raise CommandRefused(f"{method.name} was refused: {why}", needs=need)
+
+    def _not_compared(self, name: str) -> str | None:
+        is_known = self.group.size == 1 or name in BUILTIN or name in self._unavailable
+        return None if is_known else "the ranks compare what each registered when their first step has ended"
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None, note: dict[str, str]) -> Any:
         deadline = Deadline(timeout)
@@ -164,9 +171,10 @@ class JobQueries:
     def _build_status(self) -> dict[str, Any]:
         records = self.queue.records()
         recent = [record for record in records if record.is_final][-limits.RECENT_COMMANDS :]
-        commands = [record.to_json() for record in records if not record.is_final or record in recent]
+        commands = [outcomes.brief(record) for record in records if not record.is_final or record in recent]
         values, missing = self._devices.known(self.state.metrics)
-        lacks = {"pending_metrics": missing, "ranks_not_joined": self.group.not_joined()}
+        lacks: dict[str, list[Any]] = {"pending_metrics": missing, "ranks_not_joined": self.group.not_joined()}
+        lacks["running"] = self.state.running.report(self.group)
         known = {"metrics": values, "world_size": self.group.size, "commands": commands}
         known["stop_saves"] = self.loop.no_stop_save is None
         known.update((name, names) for name, names in lacks.items() if names)
@@ -182,7 +190,7 @@ class JobQueries:
         return self.queue.cancel(command_id).to_json()
 
     def list_commands(self) -> list[dict[str, Any]]:
-        return [record.to_json() for record in self.queue.records()]
+        return [outcomes.brief(record) for record in self.queue.records()]
 
     def ranks(self, timeout: float) -> Any:
         return self.reporter.ask(self.group, "ranks", timeout)

@@ -14,6 +14,10 @@ MAX_PENDING: Final = 64
 MAX_RECORDS: Final = 256
 #: Finished commands that ``status`` still shows.
 RECENT_COMMANDS: Final = 5
+#: Most bytes of a command's value as JSON.
+MAX_VALUE: Final = 256 * 1024
+#: Most characters of a value in answers that hold many records, and in events; a longer one is left out of them.
+BRIEF_VALUE: Final = 4096
 
 # Status...
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..jobs.record import check_job_id
 from ..server import tcp
-from . import signals
+from . import own_commands, signals
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class ControlOptions:
             tcp.demand(is_time, name, "a number of seconds from 0 to 1e9", seconds)
         if self.signals is not None:
             signals.parse(self.signals)
+        own_commands.parse_all(self.commands)
         self.tcp_options()
 
     def tcp_options(self) -> tcp.TcpOptions | None:

@@ -13,6 +13,7 @@ from typing import Any
 from .. import states
 from . import limits, metrics
 from .events import EventLog
+from .running_commands import RunningCommands
 
 
 class Progress:
@@ -69,6 +70,7 @@ class RunState:
         self.started_at = time.time()
         self.progress = Progress(step, max_steps)
         self.events = EventLog(on_event, self._sample)
+        self.running = RunningCommands()
         self.ended = False
         #: Whether a command that ends training was applied.
         self.ending = False

@@ -61,6 +61,8 @@ REASON: Final = Param(
 )
 #: The parameters that every command takes: they concern the caller's wait and the record, not the effect.
 COMMON: Final = (WAIT, TIMEOUT, COMMAND_ID, EXPIRES_AT, REASON)
+#: Begins the names of the methods that a training script adds.
+OWN: Final = "user."
 COMMON_NAMES: Final = frozenset(param.name for param in COMMON)
 
 

@@ -37,6 +37,8 @@ def check(schema: Schema, value: Json) -> Json:
     """
     if not _fits(schema, value):
         raise ValueError(expected(schema))
+    if isinstance(value, list) and "items" in schema:
+        return [check(schema["items"], item) for item in value]
     if "number" in _types(schema) and type(value) is int:
         return float(value)
     return int(value) if "integer" in _types(schema) and type(value) is float else value
@@ -58,7 +60,7 @@ def _noun(kind: str, schema: Schema) -> str:
         noun += f" of {schema['unit']}" if "unit" in schema else ""
         noun += f" from {schema['minimum']:g}" if "minimum" in schema else ""
         noun += f" to {schema['maximum']:g}" if "maximum" in schema else ""
-    return noun
+    return f"{noun} whose items are each {expected(schema['items'])}" if kind == "array" and "items" in schema else noun
 
 
 def _types(schema: Schema) -> list[str]:

@@ -360,7 +360,7 @@ def test_the_table_of_options():
 def test_the_tables_of_the_wire():
     """Methods, commands, parameters, members, kinds of events and errors are those of the code."""
     page = "docs/wire.md"
-    assert {*first_words(page, "method")} == {*BUILTIN} | {"rpc.discover"}
+    assert {*first_words(page, "method")} == {*BUILTIN} | {"rpc.discover", "user.NAME"}
     assert first_words(page, "command") == [method.name for method in BUILTIN.values() if method.is_command]
     assert first_words(page, "parameter") == [param.name for param in methods.COMMON]
     record, status = (table(page, "member"), PAGES[page][PAGES[page].index("## Status") :])

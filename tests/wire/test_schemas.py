@@ -52,7 +52,7 @@ def test_text_that_does_not_print_is_refused(value):
         ({"enum": ["auto", True, False], "type": ["string", "boolean"]}, '"auto" or true or false'),
         ({"type": "integer"}, "a whole number"),
         ({"type": ["integer", "null"], "minimum": 1}, "a whole number from 1, or null"),
-        ({"type": "array", "items": {"type": "string"}}, "a list"),
+        ({"type": "array", "items": {"type": "string"}}, "a list whose items are each a string"),
         ({"type": "boolean"}, "true or false"),
         ({"type": "string"}, "a string"),
     ],
@@ -67,6 +67,10 @@ def test_whole_numbers_become_floats_where_a_number_is_wanted():
     assert type(schemas.check({"type": "number"}, 3)) is float
     assert type(schemas.check({"type": "integer"}, 3)) is int
     assert schemas.check({"type": ["number", "null"]}, None) is None
+    assert [type(item) for item in schemas.check({"type": "array", "items": {"type": "number"}}, [3, 1.5])] == [
+        float
+    ] * 2
+    assert [type(item) for item in schemas.check({"type": "array", "items": {"type": "integer"}}, [3.0])] == [int]
 
 
 def test_the_words_of_results_are_those_of_the_code():
