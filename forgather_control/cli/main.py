@@ -187,6 +187,12 @@ def _rpc(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _run(args: argparse.Namespace) -> int:
+    from . import run
+
+    return run.run(args)
+
+
 def _dial(args: argparse.Namespace) -> int:
     from ..client import stdio_proxy
 
@@ -247,5 +253,6 @@ _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "stacks": _stacks,
     "cleanup": _cleanup,
     "rpc": _rpc,
+    "run": _run,
     "dial-stdio": _dial,
 }

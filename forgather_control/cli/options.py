@@ -93,6 +93,7 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--remote": _rules("the jobs of another host, listed by the job at this port", "HOST:PORT", _port),
     "--wait": _rules("return when it is finished"),
     "--timeout": _rules("give up waiting after this time, with exit code 5 (implies --wait)", "SECONDS", _seconds),
+    "--no-wait": _rules("return as soon as the job has accepted it, without its value"),
     "--kill-after": _rules(
         f"wait, then end its processes on this host: by SIGTERM, and by SIGKILL {limits.KILL_GRACE:g} s later",
         "SECONDS", _seconds,

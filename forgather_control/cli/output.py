@@ -4,6 +4,7 @@ Text from a job or a file never reaches a terminal raw: characters that could mo
 text are shown as escapes.
 """
 
+import json
 import math
 import re
 import time
@@ -130,6 +131,7 @@ def status_screen(status: dict[str, Any], unicode: bool) -> str:
         _speed_line(status),
         _pairs(status.get("metrics") or {}),
         *(_command_line(record) for record in status.get("commands") or []),
+        *(_running_line(command) for command in status.get("running") or []),
         _process_line(status),
     ]
     return "\n".join(line for line in lines if line)
@@ -180,16 +182,23 @@ def _command_line(record: dict[str, Any]) -> str:
     return safe(f"{verb(record['command'])} {record['state']}{_applied(record)}" + (f": {note}" if note else ""))
 
 
+def _running_line(command: dict[str, Any]) -> str:
+    ranks, seconds = _ranks(command["ranks"]), duration(command["seconds"])
+    return safe(f"{verb(command['command'])} has run for {seconds}; not acknowledged by {ranks}")
+
+
 def _applied(record: dict[str, Any]) -> str:
     step = record.get("applied_at_step")
     return "" if step is None else f" at step {step}"
 
 
 def _note(record: dict[str, Any]) -> str:
-    """Return what a command's record adds to its state: why it failed, or where its checkpoint is."""
+    """Return what a command's record adds to its state: why it failed, where its checkpoint is, or its value."""
     if record.get("error"):
         return in_verbs(str(record["error"]["message"]))
-    return (record.get("result") or {}).get("path") or ""
+    result = record.get("result") or {}
+    value = "" if result.get("value") is None else json.dumps(result["value"], ensure_ascii=False)
+    return result.get("path") or (value if len(value) <= 60 else value[:57] + "...")
 
 
 def outcome(job: str, record: dict[str, Any]) -> str:

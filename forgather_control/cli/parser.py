@@ -24,6 +24,11 @@ Options may stand before or after the verb.
 _OTHER_VERBS: Final = {
     "cleanup": "Remove what dead jobs of this host left; list it and ask first.",
     "rpc": "Call any method of the job and print its result.",
+    "run": """\
+Run a command of the job's training script and print its value; without NAME, list them with their parameters.
+
+Values are read as the types of the parameters. A list is words between commas, a JSON array, or KEY=VALUE for
+each item. It waits until the command is finished.""",
     "dial-stdio": """\
 Copy between standard input and output and a job's socket. This is what --ssh runs on the other side.
 
@@ -115,6 +120,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     given = vars(args)
     if given.get("kill_after") is not None and (given["wait"] or given["timeout"] is not None):
         parser.error("--kill-after waits by itself: it cannot be combined with --wait or --timeout")
+    if args.verb == "run":
+        _check_run(parser, args)
     if args.ssh is None:
         return
     if args.verb == "cleanup":
@@ -124,6 +131,19 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, other in _NOT_OVER_SSH.items():
         if given.get(name) is not None:
             parser.error(f"--ssh cannot be combined with {other}")
+
+
+def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Find out which word is JOB, which may be left out, and which NAME."""
+    if args.name is not None and "=" in args.name:
+        args.job, args.name, args.values = None, args.job, [args.name, *args.values]
+    for word in args.values:
+        if "=" not in word:
+            parser.error(f"a parameter is KEY=VALUE, not {ascii(word)[:140]}")
+    if "=" in (args.name or args.job or ""):
+        parser.error("the NAME of the command is missing before its parameters")
+    if args.no_wait and (args.wait or args.timeout is not None):
+        parser.error("--no-wait cannot be combined with --wait or --timeout")
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +168,10 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
     elif verb not in ("list", "cleanup"):
         parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
+    if verb == "run":
+        parser.add_argument("name", metavar="NAME", nargs="?", help="of the command")
+        parser.add_argument("values", metavar="KEY=VALUE", nargs="*", help="a parameter of the command")
+        options.add(parser, "--wait", "--timeout", "--no-wait", "--reason")
     method = next((method for method in BUILTIN.values() if method.verb == verb), None)
     if method is not None:
         parser.set_defaults(method=method.name)

@@ -128,6 +128,11 @@ def train_step():
 def validate():
     return {"eval_loss": 0.5}
 
+def sample(prompt: str, n: int = 1, temperature: float = 1.0) -> list[str]:
+    return [f"{prompt} ... at {temperature:g}" for _ in range(n)]
+
+options["commands"] = [sample]
+
 def save(step):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True, exist_ok=True)
@@ -321,7 +326,7 @@ def verbs() -> dict[str, str]:
 def test_the_table_of_verbs():
     """All verbs, each with its words: it can be called without those in brackets, and not without the others."""
     assert list(verbs()) == sorted(verbs(), key=list(verbs()).index)
-    assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {"cleanup", "rpc"}
+    assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {"cleanup", "rpc", "run"}
     for verb, usage in verbs().items():
         required = [word for word in usage.split()[1:] if not word.startswith("[")]
         every = [word.strip("[]") for word in usage.split()[1:]]
