@@ -14,6 +14,7 @@ import logging
 import math
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1328,3 +1329,60 @@ def test_forgather_when_the_save_does_not_come(tmp_path):
     record = at.record()
     assert record["state"] == "finished" and record["applied_at_step"] == 4
     assert trainer.state.global_step == 5 and checkpoints(tmp_path) == {5}
+
+
+# The script's own commands...
+
+
+def test_an_own_command_has_the_trainers_objects(tmp_path):
+    """It runs at its step, on the real objects; training is then that of a run with the same change built in."""
+
+    @torch.no_grad()
+    def scale(context: Any, factor: float, names: list[str] = ()) -> list[Any]:
+        """Multiply all weights."""
+        for weight in context.model.parameters():
+            weight.mul_(factor)
+        rates = [group["lr"] for group in context.optimizer.param_groups]
+        others = [context.trainer.model is context.model, context.lr_scheduler is not None, context.args.max_steps]
+        return [context.step, context.state.global_step, names, len(rates), *others]
+
+    at, control = At(5, "user.scale", factor=0.5, names=["a"]), ours(commands=[scale])
+    given = make(tmp_path / "given", at, control)
+    given.train()
+    record = at.record()
+    assert (record["state"], record["applied_at_step"]) == ("finished", 5), record
+    assert record["result"] == {"value": [5, 5, ["a"], 2, True, True, -1]}
+    built_in: Any = None
+
+    @torch.no_grad()
+    def halve(state: Any, flags: Any) -> None:
+        for weight in built_in.model.parameters() if state.global_step == 5 else ():
+            weight.mul_(0.5)
+
+    built_in = make(tmp_path / "built-in", Watcher(on_step_end=halve))
+    built_in.train()
+    assert given.state.global_step == built_in.state.global_step == STEPS
+    assert same(weights(given.model), weights(built_in.model)) and control._objects == {}
+
+
+def test_an_own_command_that_raises_leaves_the_trainer_alone(tmp_path):
+    """The weights are those of a run without it."""
+    found = []
+    for callbacks in ([], [At(3, "user.fail"), At(4, "user.leave"), ours(commands=[fail, leave])]):
+        trainer = make(tmp_path, *callbacks)
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert same(*found)
+    messages = [at.record()["error"]["message"] for at in callbacks[:2]]
+    assert "this run has no teacher to offer; it has args, control, " in messages[0]
+    assert messages[1].startswith("user.leave called sys.exit('over')")
+
+
+def fail(context: Any) -> None:
+    """Ask for what this trainer has not."""
+    raise ValueError(context.teacher)
+
+
+def leave() -> None:
+    """Call sys.exit."""
+    sys.exit("over")

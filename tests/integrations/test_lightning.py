@@ -1302,3 +1302,33 @@ def test_two_ranks_and_a_full_disk(tmp_path, two_ranks):
     record = forgather_control.graceful_stop(JOB, wait="finished", timeout=SOON)
     assert job.wait(SOON) == 0, (tmp_path / "said").read_text()
     assert ranks_say(tmp_path)[0] == record.applied_at_step
+
+
+# The script's own commands...
+
+
+def test_an_own_command_has_the_trainers_objects(tmp_path):
+    """It runs at its step, on trainer and module; training is then that of a run with the same change built in."""
+
+    @torch.no_grad()
+    def scale(context: Any, factor: float) -> list[Any]:
+        """Multiply all weights."""
+        for weight in context.model.parameters():
+            weight.mul_(factor)
+        return [context.step, context.trainer.global_step, len(context.trainer.optimizers)]
+
+    def leave() -> None:
+        sys.exit(1)
+
+    at, failing = At(5, "user.scale", factor=0.5), At(3, "user.leave")
+    given = fit(make(tmp_path, at, failing, ours(commands=[scale, leave])))
+    record = at.record()
+    assert (record["state"], record["result"]) == ("finished", {"value": [5, 5, 1]})
+    assert failing.record()["error"]["message"].startswith("user.leave called sys.exit(1)")
+
+    @torch.no_grad()
+    def halve(trainer: Any) -> None:
+        for weight in trainer.lightning_module.parameters() if trainer.global_step == 5 else ():
+            weight.mul_(0.5)
+
+    assert same(weights(given), weights(fit(make(tmp_path, Watcher(on_train_batch_end=halve)))))

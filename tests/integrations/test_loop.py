@@ -785,3 +785,196 @@ def test_a_copy_controls_nothing(jobs_dir):
             del copied
         gc.collect()
         assert forgather_control.get_job_status("job")["global_step"] == 0
+
+
+# The script's own commands...
+
+
+def test_own_commands_run_at_the_end_of_a_step():
+    """Applied at that step on the training thread, with the last step in the context; the value is the result."""
+    with TrainingJob("job") as job:
+        here = threading.get_ident()
+
+        @job.command
+        def where(context, text: str = "x") -> list[Any]:
+            return [context.step, threading.get_ident() == here, text]
+
+        record = give(job, "user.where", text="y")
+        assert state(job, record).state == "accepted"
+        job.step(4)
+        done = state(job, record)
+        assert (done.state, done.applied_at_step, done.result) == ("finished", 4, {"value": [4, True, "y"]})
+        assert done.params == {"text": "y"} and done.requested_by["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda: (_ for _ in ()).throw(SystemExit(3)), "called sys.exit(3); training continues"),
+        (lambda: os.environ, "not JSON"),
+        (lambda: "x" * (1 << 18), "more than 262144"),
+        (lambda: 10**400, "beyond the range"),
+    ],
+)
+def test_own_commands_that_fail_leave_training_alone(function, why):
+    """Each failure is that of its command; the next command works."""
+    with TrainingJob("job") as job:
+        job.command(name="bad")(function)
+        job.command(name="good")(lambda: 5)
+        bad, good, save = (give(job, name) for name in ("user.bad", "user.good", "save_checkpoint"))
+        job.step(1)
+        assert state(job, bad).state == "failed" and why in state(job, bad).error["message"]
+        assert state(job, good).result == {"value": 5} and state(job, save).state == "applied" and job.should_save
+
+
+def test_ctrl_c_in_an_own_command_reaches_training():
+    """The commands beside it are told; a loop that goes on can be controlled as before."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with TrainingJob("job", commands=[interrupted]) as job:
+        before, record, after = (give(job, name) for name in ("save_checkpoint", "user.interrupted", "graceful_stop"))
+        with pytest.raises(KeyboardInterrupt):
+            job.step(1)
+        assert job.should_save and not job.should_stop and state(job, before).state == "applied"
+        for each in (record, after):
+            assert state(job, each).error["message"] == "interrupted on this rank by KeyboardInterrupt"
+        stop = give(job, "graceful_stop")
+        job.step(2)
+        assert job.should_stop and state(job, stop).applied_at_step == 2
+
+
+def test_own_commands_that_hang_are_shown(jobs_dir):
+    """status names the command, the rank and the seconds while it runs, and nothing once it is done."""
+    go = threading.Event()
+    with running_loop(commands=[lambda_named(go.wait, "hang")]), forgather_control.connect("job") as client:
+        record = client.call("user.hang")
+        (running,) = until(lambda: client.call("status").get("running"))
+        assert (running["command"], running["ranks"]) == ("user.hang", [0])
+        assert running["command_id"] == record["command_id"] and running["seconds"] >= 0
+        until(lambda: client.call("status")["running"][0]["seconds"] > running["seconds"])
+        stacks = client.call("stacks")[0]["stacks"]
+        assert "hang" in stacks
+        go.set()
+        until(lambda: "running" not in client.call("status"))
+        assert client.call("get_command", command_id=record["command_id"])["state"] == "finished"
+
+
+def lambda_named(call: Any, name: str) -> Any:
+    def f() -> None:
+        call(SOON)
+
+    f.__name__ = name
+    return f
+
+
+def test_a_thousand_own_commands_in_a_row(monkeypatch):
+    """Each is run once, in order, with its own value; memory of records stays bounded."""
+    monkeypatch.setattr(limits, "CPU_SHARE", 1.0)  # else the server would take its time
+    ran = []
+
+    def count(number: int) -> int:
+        ran.append(number)
+        return number * number
+
+    with running_loop(step_seconds=MS, commands=[count]), forgather_control.connect("job") as client:
+        for number in range(1000):
+            record = client.call("user.count", number=number, wait="finished")
+            assert record["result"] == {"value": number * number}
+        assert ran == list(range(1000))
+        assert len(client.call("list_commands")) <= 256 and "running" not in client.call("status")
+
+
+def test_own_commands_at_one_step_run_in_order():
+    """Also equal ones, where they have ids; without ids equal ones share a record."""
+    ran: list[int] = []
+    with TrainingJob("job") as job:
+
+        @job.command
+        def note(number: int) -> int:
+            ran.append(number)
+            return len(ran)
+
+        records = [give(job, "user.note", number=n, command_id=str(i)) for i, n in enumerate([3, 1, 1, 2])]
+        same = [give(job, "user.note", number=7).command_id for _ in range(3)]
+        job.step(1)
+        assert ran == [3, 1, 1, 2, 7] and len(set(same)) == 1
+        assert [state(job, record).result["value"] for record in records] == [1, 2, 3, 4]
+
+
+def test_long_values_stay_out_of_status():
+    """The caller gets the value; status, the list and events say that it is left out."""
+    text = "x" * 200_000
+    with TrainingJob("job") as job, forgather_control.connect("job") as client:
+        job.command(name="long")(lambda: text)
+        events = client.events(kinds=["command"])
+        records = [client.call("user.long", command_id=str(number)) for number in range(10)]
+        job.step(1)
+        assert client.call("get_command", command_id=records[0]["command_id"])["result"] == {"value": text}
+        status = client.call("status")
+        assert len(str(status)) < 20_000 and status["commands"][0]["result"] == {"value_omitted": True}
+        assert {str(record["result"]) for record in client.call("list_commands")} == {"{'value_omitted': True}"}
+        last = next(event for event in events if event["state"] == "finished")
+        assert last["result"] == {"value_omitted": True}
+
+
+def test_wrong_parameters_of_own_commands():
+    """Refused before anything is queued, by name and by position."""
+    with TrainingJob("job") as job, forgather_control.connect("job") as client:
+
+        @job.command
+        def f(n: int, names: list[str] = ()) -> int:
+            return n
+
+        for params in ({}, {"n": "1"}, {"n": 1.5}, {"n": 1, "names": "a"}, {"n": 1, "names": [1]}, {"n": 1, "m": 2}):
+            with pytest.raises(errors.InvalidParams):
+                client.call("user.f", **params)
+        with pytest.raises(errors.InvalidParams):
+            client.call_raw("user.f", ["accepted", None, None, None, None, 1, [], 2])
+        with pytest.raises(errors.MethodNotFound):
+            client.call("user.g")
+        assert client.call("list_commands") == []
+        assert client.call_raw("user.f", ["accepted", None, None, None, None, 1])["params"] == {"n": 1, "names": []}
+
+
+def test_own_commands_by_file(monkeypatch, jobs_dir):
+    """An empty file named after one is a request."""
+    monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)
+    with running_loop(commands=[lambda_named(lambda seconds: None, "hello")]):
+        (jobs_dir / "job" / "requests" / "user.hello").touch()
+        until((jobs_dir / "job" / "replies" / "user.hello.json").exists)
+
+
+def test_an_own_command_may_control_its_own_job():
+    """It sets flags through the client, as any other program; what it asks for is applied at a later step."""
+
+    with TrainingJob("job") as job:
+
+        @job.command
+        def stop_soon() -> str:
+            return forgather_control.graceful_stop("job").state
+
+        record = give(job, "user.stop_soon")
+        job.step(1)
+        assert state(job, record).result == {"value": "accepted"} and not job.should_stop
+        job.step(2)
+        assert job.should_stop
+
+
+def test_an_own_command_that_reports_steps(caplog):
+    """It calls the loop's own methods, also step, in which it runs."""
+    with TrainingJob("job") as job:
+
+        @job.command
+        def odd() -> None:
+            job.log(loss=1.0)
+            job.step(50)
+            job.command(odd)
+
+        record = give(job, "user.odd")
+        job.step(1)
+        assert state(job, record).state == "finished"
+        job.step(51)
+        assert forgather_control.get_job_status("job")["metrics"] == {"loss": 1.0}
