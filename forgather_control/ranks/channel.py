@@ -81,6 +81,7 @@ class StoreSender:
             delete(keys.count(rank))
         for number in range(1, add(keys.ROUNDS, 0) + 1):
             delete(keys.decision(number))
+            delete(keys.verdict(number))
         for key in (keys.ROUNDS, keys.JOINED, keys.LEFT):
             delete(key)
 

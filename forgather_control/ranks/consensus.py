@@ -25,6 +25,13 @@ the decision it stands at the first step end after its Ready, and no earlier ste
 greater than every step in a Ready. Hence every rank is still before its first step end at T or later when it receives
 T, and all apply the list there.
 
+While training is *paused* at a step, every rank waits for the next decision there, and advances to its T without
+training. A rank that was let go for one step, to save or to evaluate, waits again at the end of the next one.
+
+*All or nothing.* A command that some rank could not carry out may have to be undone on the others (an atomic one; it is
+the last of its round). When all have sent Applied, rank 0 writes a second key in the same way: keep, or why not. Each
+training thread is held until it reads that, but proposes "not" after ``SETTLE_TIMEOUT``.
+
 *Why no rank waits for ever.* A held thread waits only for the other ranks' receiver threads, which are not training
 threads: a rank that evaluates, saves or hangs in a collective answers all the same. If one does not answer within
 ``READY_TIMEOUT``, the coordinator proposes "off"; if the coordinator does not decide within ``DECISION_TIMEOUT``, the
@@ -149,10 +156,25 @@ class Participant:
         """Whether the end of a step has to wait."""
         return self.must_wait and self._decision is None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether commands wait for their step."""
+        return self.must_wait and self._decision is not None
+
     def forget(self) -> None:
         """Drop a round that is not decided, because no more will be received of it; one that is decided stands."""
         if self.undecided:
             self.must_wait = False
+
+    def skip(self) -> list[ScheduledCommand] | None:
+        """Return the commands of a decided round, if there is one, while training is paused at every rank.
+
+        All ranks advance to its step: none trains until then. It is greater than the step in every Ready, which they
+        sent before it was decided.
+        """
+        if self.is_decided and self._decision is not None and self._decision.due is not None:
+            self.step = max(self.step, self._decision.due)
+        return self.take()
 
     def take(self) -> list[ScheduledCommand] | None:
         """Return the commands of a decided round if they are due at this step end, else ``None``."""

@@ -19,6 +19,10 @@ STORE_SILENT: Final = "rank %d got no answer from the store within %g s"
 #: Why a rank does not start control: these could not.
 NOT_STARTED: Final = "control could not start on rank %s; the log of that rank says why"
 
+#: Why an atomic command is undone: these ranks could not do it, or did not say in time that they did.
+NOT_DONE: Final = "rank %s could not do it"
+NOT_SETTLED: Final = "not all ranks did it within %g s"
+
 
 def not_joined(ranks: Sequence[int]) -> str:
     """Return why nothing can be agreed on: these ranks did not join in time."""

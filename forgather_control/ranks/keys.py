@@ -50,6 +50,11 @@ def reports(rank: int) -> str:
     return f"{rank}/reports"
 
 
+def verdict(number: int) -> str:
+    """Return the key that says whether what a round did is kept."""
+    return f"verdict/{number}"
+
+
 def decision(number: int) -> str:
     """Return the key of a round's decision."""
     return f"decision/{number}"

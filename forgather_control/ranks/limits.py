@@ -12,6 +12,8 @@ JOIN_TIMEOUT: Final = 20.0
 READY_TIMEOUT: Final = 5.0
 #: That a training thread is held before its rank itself proposes to call the round off.
 DECISION_TIMEOUT: Final = 10.0
+#: That a rank that changed a setting waits for the others to do so before it proposes to undo it.
+SETTLE_TIMEOUT: Final = 10.0
 #: That it is then held for the store's answer before the rank leaves the agreement and trains on without control.
 GIVE_UP_TIMEOUT: Final = 10.0
 #: From a round that was called off to the next one, and the factor by which that grows each time, up to the maximum: a

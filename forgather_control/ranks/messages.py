@@ -34,6 +34,15 @@ class Commit(NamedTuple):
     commands: list[ScheduledCommand]
 
 
+class Settled(NamedTuple):
+    number: int
+    why: str | None  # why what the round did is undone; ``None``: it is kept
+
+
+class Released(NamedTuple):
+    """There will be no more rounds, so that no rank may wait for one."""
+
+
 class Applied(NamedTuple):
     number: int
     rank: int
@@ -67,7 +76,7 @@ class Answer(NamedTuple):
     answer: Any
 
 
-Message = Join | Prepare | Ready | Commit | Applied | Reported | Leave | Request | Query | Answer
+Message = Join | Prepare | Ready | Commit | Settled | Released | Applied | Reported | Leave | Request | Query | Answer
 
 
 def decode_commit(number: int, due: int | None, commands: list[Any]) -> Commit:

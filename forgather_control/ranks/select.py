@@ -13,8 +13,10 @@ from typing import Any, Final
 from ..errors import Unsupported
 from . import keys, limits, poll
 from .channel import Connect
-from .group import PollingGroup, RankGroup, RankGroupDelegate, SingleProcess
-from .store_group import CoordinatorGroup, StoreGroup
+from .coordinator_group import CoordinatorGroup
+from .group import RankGroup, RankGroupDelegate
+from .polling_group import PollingGroup, SingleProcess
+from .store_group import StoreGroup
 
 log = logging.getLogger("forgather_control")
 

@@ -6,28 +6,24 @@ no stream or backend matters, and no rank waits for one that is elsewhere.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
-from .. import states
-from ..deadline import Deadline
 from ..wire.records import Outcome, ScheduledCommand
 from . import consensus, failures, keys, limits, messages
 from .channel import Connect, StoreChannel, StoreSender
-from .group import RankGroup, RankGroupDelegate, RankQuery
-from .messages import Answer, Applied, Commit, Join, Leave, Message, Prepare, Query, Request
+from .group import RankGroup, RankGroupDelegate
+from .messages import Answer, Applied, Commit, Leave, Message, Prepare, Query, Released, Settled
 
 log = logging.getLogger("forgather_control")
 
 
 class StoreGroup(RankGroup):
-    """A rank of several that agree over a store; rank 0 has a :class:`CoordinatorGroup`.
+    """A rank of several that agree over a store; rank 0 has a ``CoordinatorGroup``.
 
     ``_lock`` guards the participant, the coordinator and ``_lost``; nothing is sent, and no method of ``delegate`` is
     called, while it is held. The training thread waits on it for a decision. ``connect`` is to the store that all ranks
@@ -42,6 +38,9 @@ class StoreGroup(RankGroup):
         self._join_by = time.monotonic() + limits.JOIN_TIMEOUT
         self._watches = False  # whether rank 0 joins; on one of the ranks, until that is known
         self._lost: str | None = None  # why this rank takes part no more
+        self._released = False  # whether there will be no more rounds
+        self._number = 0  # of the last round that this rank applied
+        self._settled: tuple[int, str | None] = 0, None  # the last verdict, and of which round
         self._agreement_lost = threading.Lock()  # acquired for good by the thread that tells the delegate so
 
     def start(self, fault: str | None = None) -> None:
@@ -73,8 +72,31 @@ class StoreGroup(RankGroup):
         with self._lock:
             return self._lock.wait_for(lambda: not self._participant.undecided, seconds)
 
+    @property
+    def agrees(self) -> bool:
+        return self._lost is None and not self._released
+
+    def hold(self, seconds: float) -> list[ScheduledCommand]:
+        with self._lock:
+            self._lock.wait_for(lambda: self._participant.is_decided or not self.agrees, seconds)
+            return self._participant.skip() or []
+
     def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
-        self._tell_coordinator(Applied(self._participant.number, self.rank, outcomes))
+        self._number = self._participant.number
+        self._tell_coordinator(Applied(self._number, self.rank, outcomes))
+
+    def settle(self) -> str | None:
+        if not self._await_verdict(limits.SETTLE_TIMEOUT):
+            self._channel.post(self._give_up_settling)
+            if not self._await_verdict(limits.GIVE_UP_TIMEOUT):
+                return failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
+        with self._lock:
+            number, why = self._settled
+            return why if number == self._number else self._lost
+
+    def _await_verdict(self, seconds: float) -> bool:
+        with self._lock:
+            return self._lock.wait_for(lambda: self._settled[0] == self._number or self._lost is not None, seconds)
 
     def close(self, seconds: float, fault: str | None = None) -> None:
         self._channel.post(lambda sender: self._leave(failures.control_failed(self.rank, fault), sender))
@@ -103,12 +125,17 @@ class StoreGroup(RankGroup):
                     self._send((0,), ready, sender)
             case Commit():
                 self._commit(message)
+            case Settled(number, why):
+                self._note_verdict(number, why)
+            case Released():
+                self._release()
             case Query(number, what):
                 self._send((0,), Answer(number, self.rank, self._delegate.answer(what)), sender)
             case Leave():  # of rank 0: a held rank reads what stands in the store, so that all obey the same decision
                 self._give_up(sender)
                 with self._lock:
                     self._lost = self._lost or "rank 0 has ended"
+                    self._lock.notify_all()
                 self._channel.close(0.0)
 
     def _commit(self, decision: Commit) -> None:
@@ -119,7 +146,21 @@ class StoreGroup(RankGroup):
     def _give_up(self, sender: StoreSender) -> None:
         """Propose to call off a round that holds this rank; all obey the first proposal, and this one reads it here."""
         if self._participant.undecided:
-            self._commit(_propose(sender, self._participant.number))
+            self._commit(propose(sender, self._participant.number))
+
+    def _give_up_settling(self, sender: StoreSender) -> None:
+        number = self._number
+        self._note_verdict(number, settle(sender, number, failures.NOT_SETTLED % limits.SETTLE_TIMEOUT))
+
+    def _note_verdict(self, number: int, why: str | None) -> None:
+        with self._lock:
+            self._settled = number, why
+            self._lock.notify_all()
+
+    def _release(self) -> None:
+        with self._lock:
+            self._released = True
+            self._lock.notify_all()
 
     def _enter(self, sender: StoreSender) -> None:
         self._watches = sender.add(keys.JOINED, 1) == 1
@@ -166,163 +207,12 @@ class StoreGroup(RankGroup):
         self._send((0,), Leave(self.rank, self._participant.step, why), sender)
 
 
-class CoordinatorGroup(StoreGroup):
-    """Rank 0: it also coordinates the rounds, driven by the messages to it and its clock, and sends the queries."""
-
-    def __init__(self, delegate: RankGroupDelegate, rank: int, size: int, connect: Connect, step: int) -> None:
-        super().__init__(delegate, rank, size, connect, step)
-        self._coordinator = consensus.Coordinator(size)
-        self._commands: list[ScheduledCommand] = []  # of the last committed round
-        self._step = step  # at which rank 0 applied the last commands
-        self._query_numbers = itertools.count(1)
-        self._queries: weakref.WeakValueDictionary[int, RankQuery] = weakref.WeakValueDictionary()
-
-    def applied(self, commands: list[ScheduledCommand], step: int, outcomes: dict[str, Outcome]) -> None:
-        self._step = step
-        self._expect_reports(commands)
-        super().applied(commands, step, outcomes)
-
-    def close(self, seconds: float, fault: str | None = None) -> None:
-        """Begin no more rounds, and wait for what the other ranks owe; what they have not reported then has failed."""
-        coordinator = self._coordinator
-        self._channel.post(lambda sender: self._close_coordinator(fault))
-        if self._holds(lambda: coordinator.closed, limits.CLOSE_TIMEOUT):  # else the store hangs
-            deadline, gone = Deadline(seconds), False
-            while not self._holds(lambda: not coordinator.owed, min(limits.LOOK_PERIOD, deadline.left() or 0.0)):
-                if gone or deadline.passed():
-                    break
-                gone = bool(missing := self._missing()) and all(map(self._delegate.is_gone, missing))
-        super().close(seconds, fault)
-        missing = self._missing()
-        why = self._lost or failures.not_reported(missing or range(1, self.size))
-        if missing or self._lost:
-            self._fail_missing(why)
-        for command_id in list(self._results):
-            self._complete(command_id, {}, why)
-
-    def _missing(self) -> list[int]:
-        with self._lock:
-            return self._coordinator.missing
-
-    def _holds(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Return whether that became true in time; also once nothing more is received."""
-        with self._lock:
-            return bool(self._lock.wait_for(lambda: self._lost or condition(), seconds))
-
-    def command_queued(self) -> None:
-        self._channel.post(lambda sender: None)  # ``_on_idle`` is called after each task
-
-    def query(self, what: str) -> RankQuery:
-        """Send a query to every rank that takes part; it answers on its receiver thread, whatever its training does."""
-        query, number = super().query(what), next(self._query_numbers)
-        self._queries[number] = query
-        self._channel.post(lambda sender: self._send(self._others(), Query(number, what), sender))
-        return query
-
-    def state(self, rank: int) -> states.RankState:
-        with self._lock:
-            return self._coordinator.state(rank)
-
-    def not_joined(self) -> list[int]:
-        with self._lock:
-            return self._coordinator.absent
-
-    def unacknowledged(self) -> list[int]:
-        with self._lock:
-            return self._coordinator.unacknowledged
-
-    def obstacle(self) -> str | None:
-        missing = self.not_joined()
-        return failures.not_joined(missing) if missing and time.monotonic() >= self._join_by else None
-
-    def _others(self) -> list[int]:
-        """The other ranks that take part."""
-        return [rank for rank in range(1, self.size) if self.state(rank) == states.RANK_SILENT]
-
-    # On the threads of the channel...
-
-    def _handle(self, message: Message, sender: StoreSender) -> None:
-        match message:
-            case Request(command):
-                self._delegate.submit(command)
-            case Answer(number, rank, answer):
-                if (query := self._queries.get(number)) is not None:
-                    query.answers[rank] = answer
-                    self._delegate.answers_changed()
-            case Prepare() | Commit() | Query():
-                super()._handle(message, sender)
-            case _:
-                with self._lock:
-                    self._coordinator.receive(message)
-        if isinstance(message, Join):
-            self._channel.post(lambda sender: self._join(message))  # one thread, so that the last one stays the last
-        elif isinstance(message, Leave) and message.fault is not None:
-            self._lose_agreement(message.fault)
-
-    def _lose(self, why: str) -> None:
-        super()._lose(why)
-        self._fail_missing(why)
-
-    def _fail_missing(self, why: str) -> None:
-        """Fail what is not known to be done by all ranks, because rank 0 receives nothing any more."""
-        with self._lock:
-            actions = self._coordinator.lose(why)
-        for action in actions:
-            self._tell(action)
-
-    def _leave(self, why: str | None, sender: StoreSender) -> None:
-        self._send(self._others(), Leave(self.rank, self._participant.step, why), sender)
-
-    def _on_idle(self, sender: StoreSender) -> float | None:
-        """Carry out the coordinator's actions; return the seconds after which a time-out may cause more."""
-        while True:
-            pending = self._delegate.pending
-            with self._lock:
-                now = time.monotonic()
-                actions = self._coordinator.next(now, pending)
-                delay = self._coordinator.delay(now, pending)
-                self._lock.notify_all()  # close may wait for the event that came before
-            if not actions:
-                return delay
-            self._carry_out(actions, sender)
-
-    def _carry_out(self, actions: list[consensus.Action], sender: StoreSender) -> None:
-        for action in actions:
-            match action:
-                case consensus.Send(ranks, message):
-                    self._send(ranks, message, sender)
-                    self.command_queued()  # the sender thread may have to wait for another deadline now
-                case consensus.Decide(number, due):
-                    self._decide(number, due, sender)
-                case _:
-                    self._tell(action)
-
-    def _tell(self, action: consensus.Action) -> None:
-        match action:
-            case consensus.AllApplied(_, outcomes, fault):
-                self._delegate.all_applied(self._commands, self._step, outcomes, fault)
-            case consensus.AllReported():
-                self._complete(*action)
-
-    def _decide(self, number: int, due: int | None, sender: StoreSender) -> None:
-        commands = self._delegate.take() if due is not None else []
-        decision = None
-        try:
-            decision = _propose(sender, number, due if commands else None, commands)
-        finally:  # also where the store has gone: they must not be lost
-            if commands and (decision is None or decision.due is None):
-                self._delegate.put_back(commands)
-        awaiting = self._awaiting(decision.commands)
-        with self._lock:
-            self._commands = decision.commands
-            send = self._coordinator.decided(decision, awaiting, time.monotonic())
-        self._carry_out([send], sender)
-
-    def _close_coordinator(self, fault: str | None) -> None:
-        with self._lock:
-            self._coordinator.close(failures.control_failed(self.rank, fault))
+def settle(sender: StoreSender, number: int, why: str | None) -> str | None:
+    """Propose to keep what a round did, or why not; return what was proposed first."""
+    stands: str | None = sender.decide(keys.verdict(number), why)
+    return stands
 
 
-def _propose(sender: StoreSender, number: int, due: int | None = None, commands: Iterable[Any] = ()) -> Commit:
+def propose(sender: StoreSender, number: int, due: int | None = None, commands: Iterable[Any] = ()) -> Commit:
     """Propose a round's decision, "off" unless more is given; return the one that was proposed first."""
     return messages.decode_commit(number, *sender.decide(keys.decision(number), [due, list(commands)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forgather_control.ranks import limits
-from forgather_control.ranks.group import PollingGroup, SingleProcess
+from forgather_control.ranks.polling_group import PollingGroup, SingleProcess
 from forgather_control.wire.records import ScheduledCommand
 
 from ..support.harness import SOON

@@ -16,6 +16,8 @@ EXAMPLES = [
     messages.Ready(1, 2, 30),
     messages.Commit(1, 31, [ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"}, True)]),
     messages.Commit(2, None, []),
+    messages.Settled(1, "rank 1 could not do it"),
+    messages.Released(),
     messages.Applied(1, 2, {"id": {"value": [1, "text"]}}),
     messages.Reported(2, "id", {"error": {"code": 1, "message": "full"}}),
     messages.Leave(1, 40, "it broke"),

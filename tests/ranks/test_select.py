@@ -11,7 +11,7 @@ import pytest
 
 from forgather_control import TrainingJob, errors
 from forgather_control.ranks import keys, select
-from forgather_control.ranks.group import SingleProcess
+from forgather_control.ranks.polling_group import SingleProcess
 
 from ..support.harness import needs_torch, until
 from ..support.ranks_delegate import Delegate

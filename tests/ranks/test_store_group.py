@@ -20,11 +20,12 @@ import pytest
 from forgather_control.errors import JobEnding
 from forgather_control.ranks import failures, keys, limits
 from forgather_control.ranks.channel import StoreSender
-from forgather_control.ranks.store_group import CoordinatorGroup, StoreGroup
+from forgather_control.ranks.coordinator_group import CoordinatorGroup
+from forgather_control.ranks.store_group import StoreGroup
 from forgather_control.wire.records import Outcome, ScheduledCommand
 
 from ..support.harness import MS, SOON, needs_torch, until
-from ..support.ranks_delegate import REPORTED, Delegate, Record
+from ..support.ranks_delegate import ATOMIC, REPORTED, Delegate, Record
 from ..support.ranks_groups import run_ranks
 from .test_poll import check_outcomes
 
@@ -55,7 +56,8 @@ class Rank:
         self.applied: list[tuple[int, Any]] = []
         self.fault: str | None = None
         self.holds = 0
-        self.stop = False
+        self.stop = self.paused = False
+        self.settled: list[str | None] = []  # why atomic commands were undone
         self.thread = threading.Thread(target=self.train, name=f"rank-{rank}")
         self.errors: list[BaseException] = []
 
@@ -81,12 +83,20 @@ class Rank:
         if not self.group.due(step):
             return
         self.holds += 1
-        commands = self.group.receive(step)
-        if not commands:
-            return
+        if commands := self.group.receive(step):
+            self.apply(commands, step)
+        while self.paused and not self.stop and self.group.agrees:
+            if commands := self.group.hold(SOON):
+                self.apply(commands, step)
+
+    def apply(self, commands: list[ScheduledCommand], step: int) -> None:
         outcomes = {command.command_id: self.effect(command, step) for command in commands}
         self.group.applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
         self.applied.append((step, commands))
+        if commands[-1].name in ATOMIC:
+            self.settled.append(self.group.settle())
+        for command in commands:
+            self.paused = {"pause": True, "resume": False}.get(command.name, self.paused)
         self.stop |= any(command.name in STOPS for command in commands)
         for command in commands:
             if command.name in REPORTED:
@@ -188,6 +198,103 @@ class Pack:
         with self.changed:
             self.began[rank] = float("inf")
             self.changed.notify_all()
+
+
+# All or nothing...
+
+
+def broken(command: ScheduledCommand, step: int) -> Outcome:
+    return {"error": {"code": 1, "message": "no"}}
+
+
+@needs_torch
+@pytest.mark.parametrize("ranks", [(), (1,), (0,), (0, 1, 2)], ids=str)
+def test_what_one_rank_cannot_do_is_undone_on_all(store, ranks):
+    """Each rank is told before its next step; without a failure what was done stays."""
+    with training(store, 3, begin=False) as made:
+        for rank in made:
+            rank.effect = broken if rank.rank in ranks else rank.effect
+            rank.begin()
+        ids = [made[0].order("change_settings", number=number) for number in range(3)]
+        until(lambda: all(len(rank.settled) == 3 for rank in made))
+        why = failures.NOT_DONE % ", ".join(map(str, ranks)) if ranks else None
+        assert [rank.settled for rank in made] == [[why] * 3] * 3
+        until(lambda: all(made[0].state(name) != "accepted" for name in ids))
+        assert {len(commands) for _, commands in made[0].applied} == {1}  # each is settled before the next one
+        assert all(rank in made[0].record(ids[0]).outcomes for rank in ranks)
+    same(made)
+
+
+@needs_torch
+def test_a_rank_that_is_late_has_the_change_undone(store, monkeypatch):
+    """The others train on after a while, with what was before; so does the late rank, however late it is."""
+    monkeypatch.setattr(limits, "SETTLE_TIMEOUT", 30 * MS)
+    late = threading.Event()
+    with training(store, 3, begin=False) as made:
+        made[2].effect = lambda command, step: (late.wait(SOON), {})[1]
+        for rank in made:
+            rank.begin()
+        name = made[0].order("change_settings")
+        until(lambda: all(rank.settled for rank in made[:2]))
+        step = made[0].step
+        until(lambda: made[0].step > step + 3)
+        late.set()
+        until(lambda: bool(made[2].settled) and made[0].record(name).is_final)
+        assert all(rank.settled == [failures.NOT_SETTLED % (30 * MS)] for rank in made)
+        assert failures.NOT_SETTLED % (30 * MS) in (made[0].record(name).error or "")
+    same(made)
+
+
+@needs_torch
+def test_a_change_is_undone_where_control_fails_on_a_rank(store):
+    """The rank that leaves owes its answer, and the others do not wait for it."""
+    with training(store, 2, begin=False) as made:
+        made[1].effect = lambda command, step: made[1].group.close(0.0, "it broke") or {}
+        for rank in made:
+            rank.begin()
+        made[0].order("change_settings")
+        until(lambda: bool(made[0].settled))
+        assert made[0].settled == ["rank 1: it broke"]
+
+
+# A pause...
+
+
+@needs_torch
+@pytest.mark.parametrize("size", [2, 4])
+def test_commands_of_a_pause_are_applied_by_ranks_that_stand_still(store, size):
+    """All at one step, in order; after it commands still come at one step on all ranks."""
+    with training(store, size) as made:
+        first = made[0]
+        first.order("pause")
+        until(lambda: all(rank.paused for rank in made))
+        steps = [rank.step for rank in made]
+        assert len(set(steps)) == 1
+        for number in range(5):
+            saved = first.order("save_checkpoint", number=number)
+            until(lambda saved=saved: first.state(saved) == "finished")
+        assert [rank.step for rank in made] == steps
+        first.order("resume")
+        until(lambda: all(rank.step > steps[0] + 20 for rank in made))
+        saved = first.order("save_checkpoint")
+        until(lambda: first.state(saved) == "finished")
+        first.order("pause")
+        until(lambda: all(rank.paused for rank in made))
+        first.order("graceful_stop")
+        until(lambda: not any(rank.thread.is_alive() for rank in made))
+    same(made)
+
+
+@needs_torch
+def test_a_pause_ends_where_no_command_can_be_agreed_on(store):
+    """A rank whose control failed lets all of them go: no resume would reach it."""
+    with training(store, 3) as made:
+        made[0].order("pause")
+        until(lambda: all(rank.paused for rank in made))
+        steps = [rank.step for rank in made]
+        made[2].group._channel.post(lambda sender: made[2].group._leave("rank 2: it broke", sender))
+        until(lambda: all(rank.step > steps[0] for rank in made[:2]))
+        made[2].group._release()
 
 
 # What all ranks do alike...

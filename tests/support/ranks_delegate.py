@@ -14,6 +14,10 @@ from forgather_control.wire.records import Outcome, ScheduledCommand
 REPORTED = frozenset({"save_checkpoint", "save_and_stop", "profile"})
 
 
+#: Those that all ranks carry out, or none.
+ATOMIC = frozenset({"change_settings"})
+
+
 class Record:
     """One command of rank 0's queue."""
 
@@ -104,7 +108,8 @@ class Delegate:
     def take(self) -> list[ScheduledCommand]:
         """Take them."""
         with self._lock:
-            taken, self._queue = self._queue, []
+            size = next((at for at, each in enumerate(self._queue, 1) if each.name in ATOMIC), len(self._queue))
+            taken, self._queue = self._queue[:size], self._queue[size:]
             return taken
 
     def put_back(self, commands: list[ScheduledCommand]) -> None:
@@ -130,6 +135,10 @@ class Delegate:
                 self.finish(command.command_id, error=f"not all ranks applied the {command.name}: {fault}")
             elif not record.is_final:
                 record.state, record.applied_at_step = "applied", step
+
+    def is_atomic(self, name: str) -> bool:
+        """Whether it is."""
+        return name in ATOMIC
 
     def awaits_report(self, name: str) -> bool:
         """Whether it does."""
