@@ -16,6 +16,7 @@ from .. import states
 from ..errors import InvalidParams
 from ..training import background_saves, own_commands
 from ..training.adapter import Adapter, controlled, guarded
+from ..training.settings import Setting
 
 log = logging.getLogger("forgather_control")
 
@@ -162,6 +163,27 @@ class TrainingJob(Adapter):
         run.step(_whole("step", step), epoch if epoch is None else float(epoch))
         if requested.stop and not stopping and self._save_on_stop and not requested.skip_save:
             requested.save = True
+
+    @guarded
+    def setting(
+        self,
+        name: str,
+        get: Callable[[], Any],
+        set: Callable[[Any], Any],
+        minimum: float | None = None,
+        maximum: float | None = None,
+        type: Any = None,
+        doc: str = "",
+    ) -> None:
+        """Declare a value that clients can change, on every rank before its first step; see ``Setting``."""
+        try:
+            setting = Setting(name, get, set, minimum, maximum, type, doc)
+            if self._is_open():
+                self._run.settings.add([setting])
+            else:
+                self._declared.append(setting)
+        except InvalidParams as err:
+            log.warning("Ignored a setting: %s", err)
 
     @controlled
     def log(self, /, **metrics: Any) -> None:

@@ -5,11 +5,12 @@ All of it runs on the training thread.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
@@ -17,6 +18,7 @@ from . import metrics, own_commands
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
+from .settings import Setting, declared
 from .signals import Signals
 
 log = logging.getLogger("forgather_control")
@@ -89,6 +91,7 @@ class Adapter:
             *(commands, settings, rules),
         )
         self._options, self._signals = options, Signals(signals or {})
+        self._declared = declared(settings)
         self._controller: Controller | None = None
         #: The trainer's objects by name ("model", "optimizer", ...), while a run is open.
         self._objects: dict[str, Any] = {}
@@ -97,7 +100,8 @@ class Adapter:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which controls nothing: a run has one controller, with threads and sockets."""
-        return {**self.__dict__, "_controller": None, "_finalizer": None, "_objects": {}}
+        copied = dataclasses.replace(self._requested, settings=None)
+        return {**self.__dict__, "_controller": None, "_finalizer": None, "_objects": {}, "_requested": copied}
 
     @property
     def job_id(self) -> str | None:
@@ -151,6 +155,8 @@ class Adapter:
         controller = Controller(self._options, self._requested, step, max_steps, log_steps)
         for own in self._own_commands():
             self._add(own, controller)
+        controller.settings.add(self._own_settings(controller))
+        controller.settings.add(self._declared)
         controller.start()
         self._controller = controller
         try:
@@ -175,6 +181,10 @@ class Adapter:
             return own_commands.Context({**(found._objects if found else {}), "step": run.last_step})
 
         run.methods.add(own.method(context, lambda: run.is_main))
+
+    def _own_settings(self, run: Controller) -> Iterable[Setting]:
+        """Return the settings of this trainer. On the training thread, before the run starts."""
+        return ()
 
     def _report_evaluation(self, step: int, found: Mapping[str, Any]) -> None:
         """Report an evaluation with its metrics, which may be tensors: they are read only if a command waits for it."""

@@ -14,7 +14,7 @@ from typing import Any
 from ..deadline import Deadline
 from ..errors import ControlError, InvalidParams
 from . import limits
-from .command_tracker import Save
+from .applied_command import Save
 from .controller import Controller
 
 

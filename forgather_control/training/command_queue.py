@@ -130,10 +130,17 @@ class CommandQueue:
 
     # On the thread that decides: the training thread, or with several ranks one of the channel's...
 
-    def drain(self) -> list[CommandRecord]:
-        """Take all pending commands, in the order they came; they can no longer be cancelled."""
+    def drain(self, is_last: Callable[[CommandRecord], bool] = lambda record: False) -> list[CommandRecord]:
+        """Take the pending commands up to the first that ``is_last``, in the order they came, or all.
+
+        They can no longer be cancelled.
+        """
         with self._lock:
-            return [self._records[name] for name in self._take_pending()]
+            records = [self._records[name] for name in self._take_pending()]
+            size = next((at for at, record in enumerate(records, 1) if is_last(record)), len(records))
+            self._pending += [record.command_id for record in records[size:]]
+            self.pending = bool(self._pending)
+            return records[:size]
 
     def put_back(self, commands: list[ScheduledCommand]) -> None:
         """Queue commands again on which the ranks did not agree, before those that came meanwhile."""

@@ -16,7 +16,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Final
 
 from .. import states
@@ -24,13 +25,18 @@ from ..deadline import Deadline
 from ..errors import CommandFailed, CommandRefused, ControlError
 from ..ranks.group import RankGroup
 from ..wire.builtin import TrainingLoop
-from ..wire.methods import Method, MethodTable
+from ..wire.methods import MethodTable
 from ..wire.records import Outcome, ScheduledCommand
 from . import outcomes as results
+from .applied_command import AppliedCommand, Save
 from .command_queue import CommandQueue
 from .progress import RunState
+from .settings import Change
 
 log = logging.getLogger("forgather_control")
+
+#: What an effect did on this rank, and the future of what it does later.
+Done = tuple[Outcome, Future[Any] | None]
 
 #: What did not happen, in messages.
 _EVENTS: Final = {
@@ -40,44 +46,6 @@ _EVENTS: Final = {
 }
 #: What a record says of the caller of a signal's command.
 _SIGNAL: Final[dict[str, Any]] = {"via": states.VIA_SIGNAL, "uid": None, "user": None, "pid": None, "program": None}
-
-
-@dataclass
-class _Applied:
-    """A command that this rank has applied and that is not finished here."""
-
-    command_id: str
-    method: Method
-    step: int
-    since: float  # monotonic
-    reported: bool = False
-    is_saving: bool = False  # a save in the background counts for it, and no other does
-    outcome: Outcome = field(default_factory=dict)  # of a save that came with a stop, reported when training ends
-    result: dict[str, Any] | None = None
-
-    @property
-    def ends(self) -> bool:
-        return states.WHEN_ENDED in self.method.finishes_when
-
-    @property
-    def lacks_save(self) -> bool:
-        return self.awaits(states.WHEN_SAVED) or (self.ends and self.result is None)
-
-    def awaits(self, event: str) -> bool:
-        return self.method.rank_report == event and not self.reported
-
-    def set_result(self, **result: Any) -> None:
-        self.result = {**result, "seconds": round(time.monotonic() - self.since, 6)}
-
-
-@dataclass(eq=False)
-class Save:
-    """A checkpoint that this rank is writing."""
-
-    step: int
-    since: float = field(default_factory=time.monotonic)
-    applied: list[_Applied] = field(default_factory=list)  #: the commands that it counts for
-    is_enough: bool = True  #: Whether no other command waits for a checkpoint that is not begun.
 
 
 @dataclass(eq=False)
@@ -93,7 +61,7 @@ class CommandTracker:
 
     def __post_init__(self) -> None:
         self._checkpoint: tuple[float, dict[str, Any]] | None = None  # the last one: when (monotonic), result
-        self._applied: dict[str, _Applied] = {}
+        self._applied: dict[str, AppliedCommand] = {}
         # Reentrant, because the garbage collector may end this run on a thread that holds it.
         self._lock = threading.Condition(threading.RLock())
 
@@ -106,11 +74,16 @@ class CommandTracker:
 
     def apply(self, commands: list[ScheduledCommand], step: int) -> None:
         """Run the effects of the commands that all ranks apply after this step."""
-        outcomes, interrupt = self._run_all(commands)
+        done, interrupt = self._run_all(commands)
         acknowledge = self.group().applied if interrupt is None else self.group().interrupted
-        acknowledge(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
+        acknowledge(commands, step, {name: outcome for name, (outcome, _) in done.items() if outcome})
+        last = commands[-1]
+        if self.methods[last.name].is_atomic and interrupt is None:
+            why, change = self.group().settle(), done[last.command_id][1]
+            if isinstance(change, Change):
+                change.settle(why)
         for command in commands:
-            self._follow(command, outcomes[command.command_id], step)
+            self._follow(command, *done[command.command_id], step)
         if any("abort" in self.methods[command.name].needs for command in commands):
             self._fail_saves("an abort was applied while it was being written")
             self.report(states.WHEN_SAVED, "an abort was applied: no checkpoint is written after it")
@@ -118,36 +91,40 @@ class CommandTracker:
         if interrupt is not None:
             raise interrupt
 
-    def _run_all(self, commands: list[ScheduledCommand]) -> tuple[dict[str, Outcome], BaseException | None]:
+    def _run_all(self, commands: list[ScheduledCommand]) -> tuple[dict[str, Done], BaseException | None]:
         """Run the effects; return their outcomes, and what ended them early, such as Ctrl-C in a script's function."""
-        outcomes: dict[str, Outcome] = {}
+        done: dict[str, Done] = {}
         self.state.running.forget()  # those of the round before
         try:
             for command in commands:
-                outcomes[command.command_id] = self._run(command)
+                done[command.command_id] = self._run(command)
         except BaseException as err:  # it ends training; until then no rank and no client may wait for these commands
-            why = results.failure(CommandFailed(f"interrupted on this rank by {type(err).__name__}"))
-            return {command.command_id: outcomes.get(command.command_id, why) for command in commands}, err
-        return outcomes, None
+            why = results.failure(CommandFailed(f"interrupted on this rank by {type(err).__name__}")), None
+            return {command.command_id: done.get(command.command_id, why) for command in commands}, err
+        return done, None
 
-    def _run(self, command: ScheduledCommand) -> Outcome:
+    def _run(self, command: ScheduledCommand) -> Done:
         self.state.running.begin(command)
         try:
             if command.skip_save:
                 self.loop.request_end()
-                return {}
+                return {}, None
             run = self.methods[command.name].run
             assert run is not None  # every command has one
-            value = results.value(command.name, run(self.loop, **command.params))
+            value = run(self.loop, **command.params)
+            if isinstance(value, Future):
+                return {}, value
+            value = results.value(command.name, value)
         except Exception as err:  # boundary: a failing effect fails its command, never control
             log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
-            return results.failure(err)
+            return results.failure(err), None
         finally:
             self.state.running.end(command)
-        return {} if value is None else {"value": value}
+        return {} if value is None else {"value": value}, None
 
-    def _follow(self, command: ScheduledCommand, outcome: Outcome, step: int) -> None:
-        applied = _Applied(command.command_id, self.methods[command.name], step, time.monotonic())
+    def _follow(self, command: ScheduledCommand, outcome: Outcome, future: Future[Any] | None, step: int) -> None:
+        method = self.methods[command.name]
+        applied = AppliedCommand(command.command_id, method, step, time.monotonic(), future=future)
         if "error" in outcome:  # the record fails once all ranks have applied; they must not wait for this one's report
             if applied.method.rank_report:
                 self.group().report(command.command_id, outcome)
@@ -158,6 +135,8 @@ class CommandTracker:
             if command.skip_save:
                 applied.result = self._checkpoint[1] if self._checkpoint else None
                 self._report(applied, {})
+            if future is not None:
+                future.add_done_callback(lambda done: self._report_future(applied, done))
 
     def begin_save(self, step: int, until: int | None = None) -> Save:
         """Note that this rank writes a checkpoint of ``step``, or its part of one, whatever caused it.
@@ -173,6 +152,12 @@ class CommandTracker:
             return save
 
     # On any thread...
+
+    def _report_future(self, applied: AppliedCommand, future: Future[Any]) -> None:
+        with self._lock:
+            if applied.awaits(states.WHEN_REPORTED):
+                self._report(applied, results.of_future(applied.method.name, future))
+            self._lock.notify_all()
 
     def finish_save(self, save: Save, path: str, evaluated: bool) -> None:
         """Note that a checkpoint is complete on disk."""
@@ -198,7 +183,7 @@ class CommandTracker:
             self._note_saved(applied, outcome)
         self._lock.notify_all()
 
-    def _note_saved(self, applied: _Applied, outcome: Outcome) -> None:
+    def _note_saved(self, applied: AppliedCommand, outcome: Outcome) -> None:
         applied.is_saving, applied.outcome = False, outcome
         if applied.awaits(states.WHEN_SAVED):
             self._report(applied, outcome)
@@ -222,7 +207,7 @@ class CommandTracker:
         """
         with self._lock:
             for applied in list(self._applied.values()):
-                if applied.awaits(event) and not applied.is_saving:
+                if applied.awaits(event) and not applied.is_busy:
                     self._report(applied, {} if fault is None else results.failure(CommandFailed(fault)))
 
     def close(self, reason: str | None, fault: str | None, seconds: float) -> None:
@@ -252,8 +237,11 @@ class CommandTracker:
 
     def _close_saves(self, reason: str | None, seconds: float) -> None:
         with self._lock:
-            self._lock.wait_for(lambda: not any(each.is_saving for each in self._applied.values()), seconds)
+            self._lock.wait_for(lambda: not any(each.is_busy for each in self._applied.values()), seconds)
             self._fail_saves(f"it was still being written {seconds:g} s after {reason or 'training ended'}")
+            why = CommandFailed(f"its result was not there {seconds:g} s after {reason or 'training ended'}")
+            for applied in [each for each in self._applied.values() if each.awaits(states.WHEN_REPORTED)]:
+                self._report(applied, results.failure(why))
 
     def _fail_saves(self, why: str) -> None:
         with self._lock:
@@ -281,7 +269,7 @@ class CommandTracker:
             else:
                 self._finish_when_reported(applied)
 
-    def _report(self, applied: _Applied, outcome: Outcome) -> None:
+    def _report(self, applied: AppliedCommand, outcome: Outcome) -> None:
         """Report this rank's part of a command; finish the command here unless it waits for the end of training."""
         applied.reported = True
         self.group().report(applied.command_id, outcome)
@@ -289,13 +277,14 @@ class CommandTracker:
             del self._applied[applied.command_id]
             self._finish_when_reported(applied)
 
-    def _finish_when_reported(self, applied: _Applied) -> None:
+    def _finish_when_reported(self, applied: AppliedCommand) -> None:
         def finish(outcomes: dict[int, Outcome], fault: str | None) -> None:
-            why = fault or results.error_text(outcomes)
-            if why is not None:
-                self.queue.failed(applied.command_id, CommandFailed(why), applied.result)
-            else:
+            try:
+                if why := fault or results.error_text(outcomes):
+                    raise CommandFailed(why)
                 self.queue.finished(applied.command_id, applied.result or results.result(applied.method, outcomes))
+            except CommandFailed as err:
+                self.queue.failed(applied.command_id, err, applied.result)
 
         if self.group().rank == 0:
             self.group().when_reported(applied.command_id, finish)
@@ -303,14 +292,17 @@ class CommandTracker:
     # On the thread that decides; rank 0...
 
     def take(self) -> list[ScheduledCommand]:
-        """Take the queued commands; a signal's save_and_stop saves nothing while the last checkpoint is young."""
+        """Take the queued commands, up to the first atomic one, which may have to be undone before the next one.
+
+        A signal's save_and_stop saves nothing while the last checkpoint is young.
+        """
         is_young = self._checkpoint is not None and time.monotonic() - self._checkpoint[0] < self.fresh_seconds
         return [
             ScheduledCommand(
                 *(record.command_id, record.command, record.params),
                 skip_save=is_young and record.command == "save_and_stop" and record.requested_by == _SIGNAL,
             )
-            for record in self.queue.drain()
+            for record in self.queue.drain(lambda record: self.methods[record.command].is_atomic)
         ]
 
     def all_applied(

@@ -32,8 +32,9 @@ from .. import states
 from ..errors import CommandRefused, JobEnding, Unsupported
 from ..processes import stacks, threads
 from ..ranks import failures, select
-from ..ranks.group import RankGroup, SingleProcess
-from ..wire.builtin import BUILTIN, TrainingLoop
+from ..ranks.group import RankGroup
+from ..ranks.polling_group import SingleProcess
+from ..wire.builtin import BUILTIN
 from ..wire.methods import MethodTable
 from ..wire.records import CommandRecord
 from . import limits, open_runs, outcomes
@@ -42,9 +43,12 @@ from .command_tracker import CommandTracker
 from .events import EventLog
 from .job_queries import JobQueries
 from .job_server import JobServer
+from .loop_actions import RequestedActions
 from .options import ControlOptions
+from .pause import Pause
 from .progress import RunState
 from .rank_report import RankReporter
+from .settings import Settings
 
 log = logging.getLogger("forgather_control")
 
@@ -62,7 +66,7 @@ class Controller:
     def __init__(
         self,
         options: ControlOptions,
-        loop: TrainingLoop,
+        loop: RequestedActions,
         step: int = 0,
         max_steps: int | None = None,
         log_steps: int | None = None,
@@ -73,6 +77,7 @@ class Controller:
         self.methods = MethodTable(BUILTIN)
         #: Called with each finished step, before commands are applied; must not raise. Training thread only.
         self.on_step: list[Callable[[int], None]] = []
+        self.settings = Settings(self.on_step, self._wake)  #: What clients can change.
         self.state = RunState(step, max_steps, self._wake)
         self.state.job_id = options.job_id
         self._group: RankGroup = SingleProcess(self)
@@ -85,6 +90,7 @@ class Controller:
         self._queries: JobQueries | None = None  # of rank 0
         self.closed = False  #: Whether control has ended; in a forked child, that of its parent.
         self.pid = os.getpid()  #: Of the process that controls.
+        self._pause = Pause(loop, self.state, self.settings, self._tracker, lambda: self.closed)
         self._orphaned: str | None = None
         self._warned = False  # of ranks that never joined
         self._call: stacks.Call | None = None  # of the trainer, in which the run began
@@ -117,6 +123,7 @@ class Controller:
         try:
             step, poll_steps = self.last_step, self._options.poll_steps
             self._group = select.select_group(self, self._options.job_id or "", step, poll_steps, self._log_steps)
+            self._loop.settings, self._loop.no_pause = self.settings, self._group.no_hold
             try:
                 threads.check()
                 if self.is_main:
@@ -138,9 +145,8 @@ class Controller:
         open_runs.add(self)
 
     def _publish(self) -> None:
-        self._queries = JobQueries(
-            self.state, self._queue, self._group, self._reporter, self.methods, self._loop, self._look
-        )
+        parts = self.state, self._queue, self._group, self._reporter, self.methods, self._loop, self.settings
+        self._queries = JobQueries(*parts, self._look)
         self._server = JobServer(self._options, self._queries, self._is_controlled, self._reporter.write)
         self.state.job_id = self._server.publish()
         facts = {"job_id": self.job_id, "pid": os.getpid(), "step": self.last_step, "world_size": self._group.size}
@@ -179,8 +185,9 @@ class Controller:
             Unsupported: at the first step, the job was opened before this process became one of several ranks.
         """
         self.beat(step, epoch)
-        for call in self.on_step:
-            call(step)
+        if self.on_step:
+            for call in (*self.on_step,):
+                call(step)
         if threading.get_ident() != self._thread.ident:
             self._thread = threading.current_thread()  # started on one thread, trained on another
         if not self.methods.frozen:
@@ -190,6 +197,8 @@ class Controller:
                 self._group.describe({"methods": added})
         if self._group.due(step) and (commands := self._group.receive(step)):
             self._tracker.apply(commands, step)
+        if self._loop.paused:
+            self._pause.hold(self._group, step)
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
@@ -222,6 +231,8 @@ class Controller:
         open_runs.discard(self)
         ending = JobEnding(reason or "training ended before the command could be applied")
         self._queue.close(ending, pending_only=True)
+        if threading.current_thread() is self._thread:
+            self.settings.read_back()
         may_wait = fault is None and threading.current_thread() is self._thread
         try:
             self._tracker.close(reason, fault, self._options.close_timeout if may_wait else limits.CLOSE_TIMEOUT)
@@ -266,6 +277,10 @@ class Controller:
     def pending(self) -> bool:
         """Whether commands wait to be applied."""
         return self._queue.pending
+
+    def is_atomic(self, name: str) -> bool:
+        """Return whether all ranks carry out a command, or none."""
+        return self.methods[name].is_atomic
 
     def awaits_report(self, name: str) -> bool:
         """Return whether a command finishes by reports of all ranks."""

@@ -29,6 +29,7 @@ from . import limits, metrics, outcomes
 from .command_queue import CommandQueue
 from .progress import RunState
 from .rank_report import RankReporter
+from .settings import Settings
 from .worker import Task, Worker
 
 #: The members of a job's record that ``list_jobs`` answers.
@@ -45,6 +46,7 @@ class JobQueries:
     reporter: RankReporter
     methods: MethodTable
     loop: TrainingLoop
+    settings: Settings
     on_request: Callable[[], None]  #: Called before each request.
 
     def __post_init__(self) -> None:
@@ -191,6 +193,16 @@ class JobQueries:
 
     def list_commands(self) -> list[dict[str, Any]]:
         return [outcomes.brief(record) for record in self.queue.records()]
+
+    def list_settings(self) -> Any:
+        """Return the settings with their values, deferred until the training thread has read those, for a moment."""
+        number, deadline = self.settings.want_snapshot(), Deadline(limits.SETTINGS_TIMEOUT)
+
+        def poll() -> Any:
+            is_read = self.settings.snapshots > number or deadline.passed()
+            return self.settings.snapshot if is_read else PENDING
+
+        return Deferred(poll, deadline.at)
 
     def ranks(self, timeout: float) -> Any:
         return self.reporter.ask(self.group, "ranks", timeout)

@@ -51,6 +51,13 @@ MAX_SAMPLE_EVENTS: Final = 50
 #: Seconds between two samples of progress and metrics for subscribers.
 EVENT_SAMPLE_PERIOD: Final = 0.2
 
+# Pause and settings...
+
+#: Longest wait in seconds of a paused training thread until it looks for what a signal handler asked for.
+HOLD_PERIOD: Final = 0.2
+#: Seconds that an answer of ``list_settings`` waits for the next step, which reads the values.
+SETTINGS_TIMEOUT: Final = 1.0
+
 # Start and end...
 
 #: Seconds that training waits for the jobs directory when it starts, and again when it ends; what is left to do then

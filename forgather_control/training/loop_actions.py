@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ..errors import CommandRefused
+from .settings import Change, Settings
 
 #: When to evaluate before a save, the stronger request last.
 _EVALUATE_FIRST: Final = (False, "auto", True)
@@ -28,6 +30,10 @@ class RequestedActions:
     evaluate: bool = False
     counted: bool = False  #: the evaluation counts like a scheduled one
     abort: bool = False
+    paused: bool = False
+    resume_at: float | None = None  #: when a pause ends by itself, in ``time.monotonic()`` seconds
+    no_pause: str | None = None  #: why training cannot be paused; ``None`` if it can
+    settings: Settings | None = None  #: of a run that is controlled
 
     @property
     def any(self) -> bool:
@@ -55,6 +61,24 @@ class RequestedActions:
     def request_abort(self) -> None:
         self.abort = True
 
+    @property
+    def holds(self) -> bool:
+        """Whether training is paused, and has nothing to carry out that needs the loop."""
+        return self.paused and not self.any
+
+    def request_pause(self, seconds: float | None = None) -> None:
+        """Raise CommandRefused if this run cannot: ``cannot`` has not checked the command of a signal."""
+        if self.no_pause is not None:
+            raise CommandRefused(self.no_pause)
+        self.paused, self.resume_at = True, None if seconds is None else time.monotonic() + seconds
+
+    def request_resume(self) -> None:
+        self.paused, self.resume_at = False, None
+
+    def change_settings(self, changes: dict[str, Any]) -> Change:
+        assert self.settings is not None
+        return self.settings.change(changes)
+
     def saved(self) -> None:
         """Clear the request of a save, because it is done or has failed."""
         self.save = self.evaluate_first = False
@@ -64,6 +88,10 @@ class RequestedActions:
         self.evaluate = self.counted = self.evaluate_first = False
 
     def cannot(self, need: str, params: dict[str, Any]) -> str | None:
+        if need == "pause":
+            return self.no_pause
+        if need == "settings" and self.settings is not None:
+            return self.settings.cannot(params["changes"])
         evaluates = need == "evaluate" or (need == "save" and params.get("evaluate") is True)
         if evaluates and self.no_evaluation is not None:
             return self.no_evaluation

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from .controller import Controller
+
+class Run(Protocol):
+    """A controller, as far as it matters here; it documents its methods."""
+
+    @property
+    def job_id(self) -> str | None: ...
+    def end_if_over(self, reason: str) -> None: ...
+    def abandon(self) -> None: ...
+
 
 # As in ``server``: one handler for all, since a fork handler cannot be removed.
-_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 #: Note that a run has started, and that it has ended. On the training thread.
-add, discard = _controllers.add, _controllers.discard
+add, discard = _runs.add, _runs.discard
 
 
 def end_earlier(job_id: str | None) -> None:
     """End the runs of this id that are over in this process: a cell of a notebook was interrupted and run again."""
-    for controller in list(_controllers):
-        if job_id is not None and controller.job_id == job_id:
-            controller.end_if_over("training was started again under this job id")
+    for run in list(_runs):
+        if job_id is not None and run.job_id == job_id:
+            run.end_if_over("training was started again under this job id")
 
 
 def _after_fork() -> None:
-    for controller in list(_controllers):
-        controller.abandon()
-    _controllers.clear()
+    for run in list(_runs):
+        run.abandon()
+    _runs.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

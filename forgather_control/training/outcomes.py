@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from ..errors import CommandFailed, ControlError
@@ -59,9 +60,18 @@ def _text(err: BaseException) -> str:
 
 
 def result(method: Method, outcomes: dict[int, Outcome]) -> dict[str, Any]:
-    """Return the result of a command that no rank failed."""
+    """Return the result of a command that no rank failed; CommandFailed: the ranks did not do the same."""
     values = {rank: outcomes[rank].get("value") for rank in sorted(outcomes)}
     return method.combine(values) if method.combine is not None else {"value": values.get(0)}
+
+
+def of_future(name: str, future: Future[Any]) -> Outcome:
+    """Return the outcome of an effect that returned a future, which is done."""
+    try:
+        found = value(name, future.result())
+    except (Exception, CancelledError) as err:  # boundary: the effect's
+        return failure(err)
+    return {} if found is None else {"value": found}
 
 
 def error_text(outcomes: dict[int, Outcome]) -> str | None:

@@ -43,6 +43,16 @@ class Progress:
             self._sample_at = now + limits.SPEED_SAMPLE_PERIOD
             self._samples = (*self._samples[1 - limits.SPEED_SAMPLES :], (now, step))
 
+    def skip(self, seconds: float) -> None:
+        """Leave out the last seconds of the speed, because training was paused. On the training thread."""
+        self._samples = tuple((at + seconds, step) for at, step in self._samples)
+        step, epoch, last = self._last
+        self._last = step, epoch, None if last is None else last + seconds
+
+    def set_end(self, max_steps: int | None) -> None:
+        """Note that training ends at another step. On the training thread."""
+        self._max_steps = max_steps if max_steps and max_steps > 0 else None
+
     def report(self) -> dict[str, Any]:
         """Return the figures of ``status``; ``None`` where one is unknown. On the server thread."""
         (step, epoch, at), samples, end = self._last, self._samples, self._max_steps
@@ -74,25 +84,32 @@ class RunState:
         self.ended = False
         #: Whether a command that ends training was applied.
         self.ending = False
+        #: Whether training is paused, also while it saves or evaluates.
+        self.paused = False
         #: What training is doing: starting, training, evaluating or saving.
         self.phase: states.TrainingStatus = states.STATUS_STARTING
         self._published: states.TrainingStatus = states.STATUS_STARTING
         self.metrics: dict[str, Any] = {}
         self._logged = 0
 
-    def note(self, phase: states.TrainingStatus | None = None, ending: bool = False) -> None:
-        """Note a phase, or that a command that ends training was applied; publish the status if it has changed."""
+    def note(
+        self, phase: states.TrainingStatus | None = None, ending: bool = False, paused: bool | None = None
+    ) -> None:
+        """Note a phase, a pause, or that a command that ends training was applied; publish a status that changed."""
         self.phase, self.ending = phase or self.phase, ending or self.ending
+        self.paused = self.paused if paused is None else paused
         if self.status != self._published:
             self._published = self.status
             self.events.publish(states.EVENT_PHASE, phase=self._published)
 
     @property
     def status(self) -> states.TrainingStatus:
-        """The phase, unless training is stopping or has ended."""
+        """The phase, unless training is paused, is stopping or has ended."""
         if self.ended:
             return states.STATUS_ENDED
-        return states.STATUS_STOPPING if self.ending and self.phase == states.STATUS_TRAINING else self.phase
+        if self.phase != states.STATUS_TRAINING or not (self.ending or self.paused):
+            return self.phase
+        return states.STATUS_STOPPING if self.ending else states.STATUS_PAUSED
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Never a collective, never a synchronisation with a device."""

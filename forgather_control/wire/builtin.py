@@ -7,13 +7,17 @@ state. A *query* is answered at once on the server thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import states
+from ..errors import CommandFailed
 from . import schemas
 from .jsonrpc import Json
-from .limits import MAX_RANK_TIMEOUT
-from .methods import COMMON, Method, MethodTable, Param
+from .limits import MAX_RANK_TIMEOUT, MAX_TIMEOUT
+from .methods import Method, MethodTable, Param, command_params
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 class TrainingLoop(Protocol):
@@ -43,20 +47,29 @@ class TrainingLoop(Protocol):
     def request_abort(self) -> None:
         """End after this step; no checkpoint is written from now on, the best model is not loaded."""
 
+    def request_pause(self, seconds: float | None) -> None:
+        """Hold at this step until ``request_resume``, at most that long."""
+
+    def request_resume(self) -> None:
+        """Continue training if it is paused."""
+
+    def change_settings(self, changes: dict[str, Json]) -> Future[Json]:
+        """Put values in force; the future has what was, is, and is effective after the next step, by name."""
+
 
 #: All built-in methods; a job's table starts as a copy.
 BUILTIN: Final = MethodTable({})
 
 
 def _command(
-    name: str, *params: Param, finishes_when: set[str], needs: tuple[str, ...], verb: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    name: str, *params: Param, finishes_when: set[str], needs: tuple[str, ...], verb: str, **more: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a command; the docstring of its effect is the help text."""
 
-    def declare(run: Callable[..., None]) -> Callable[..., None]:
+    def declare(run: Callable[..., Any]) -> Callable[..., Any]:
         doc = "\n".join(line.strip() for line in (run.__doc__ or "").strip().splitlines())
-        every = (*COMMON, *params)
-        BUILTIN.add(Method(name, doc, every, "CommandRecord", run, frozenset(finishes_when), needs, verb))
+        every, events = command_params(params), frozenset(finishes_when)
+        BUILTIN.add(Method(name, doc, every, "CommandRecord", run, events, needs, verb, **more))
         return run
 
     return declare
@@ -121,6 +134,66 @@ def evaluate(loop: TrainingLoop, counted: bool) -> None:
     loop.request_evaluate(counted)
 
 
+_SECONDS: Final = Param(
+    "seconds",
+    {"type": ["number", "null"], "minimum": 0, "maximum": MAX_TIMEOUT, "unit": "seconds", "default": None},
+    "Resume by itself after so many seconds; null pauses until resume.",
+)
+_CHANGES: Final = Param(
+    "changes",
+    {"type": "object"},
+    'The values by name: numbers, booleans, texts, or factors such as "x0.5".',
+)
+
+
+@_command("pause", _SECONDS, finishes_when={"applied"}, needs=("pause",), verb="pause")
+def pause(loop: TrainingLoop, seconds: float | None) -> None:
+    """Hold all ranks at the end of one step until resume; all other commands still work.
+
+    Pausing a paused job changes nothing but the time after which it resumes by itself. Refused where ranks poll.
+    """
+    loop.request_pause(seconds)
+
+
+@_command("resume", finishes_when={"applied"}, needs=(), verb="resume")
+def resume(loop: TrainingLoop) -> None:
+    """Continue a paused job; without effect on one that is not paused."""
+    loop.request_resume()
+
+
+def _same_settings(values: dict[int, Any]) -> dict[str, Any]:
+    """Return what is in force on all ranks.
+
+    Raises:
+        CommandFailed: the ranks disagree.
+    """
+    first = values[min(values)]
+    for name, value in first.items():
+        found = {rank: each[name]["effective"] for rank, each in values.items()}
+        if any(effective != value["effective"] for effective in found.values()):
+            texts = ", ".join(f"{effective} on rank {rank}" for rank, effective in found.items())
+            raise CommandFailed(f"the ranks disagree: {name} is {texts}")
+    return dict(first)
+
+
+@_command(
+    "change_settings",
+    _CHANGES,
+    finishes_when={"reported"},
+    needs=("settings",),
+    verb="set",
+    combine=_same_settings,
+    is_atomic=True,
+)
+def change_settings(loop: TrainingLoop, changes: dict[str, Json]) -> Future[Json]:
+    """Change settings of the job on all ranks at one step, all or none; without a value, list them.
+
+    A value that does not fit is refused, never clamped. The result has for each name what was in force (old), what was
+    put in force (new), and what is after the next step of the optimizer (effective).
+    """
+    return loop.change_settings(changes)
+
+
 # Queries...
 
 _KNOWN_ID: Final = Param("command_id", schemas.COMMAND_ID, "The id in the command's record.")
@@ -163,6 +236,11 @@ _query(
 _query("get_command", "CommandRecord", "Answer the record of one command.", _KNOWN_ID)
 _query("cancel_command", "CommandRecord", "Cancel a command that is not applied yet.", _KNOWN_ID, verb="cancel")
 _query("list_commands", "CommandRecords", "List the commands that the job keeps, oldest first.", verb="commands")
+_query(
+    "list_settings",
+    "ListedSettings",
+    "List the settings that change_settings can change, with the values that are in force.",
+)
 _query("list_jobs", "ListedJobs", "List the jobs in this host's jobs directory, without their tokens.", verb="list")
 _query(
     "ranks",

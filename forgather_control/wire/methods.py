@@ -4,7 +4,7 @@ Pure data and checks; callable from any thread. The built-in methods are declare
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from .. import states
@@ -66,15 +66,22 @@ OWN: Final = "user."
 COMMON_NAMES: Final = frozenset(param.name for param in COMMON)
 
 
+def command_params(own: Iterable[Param]) -> tuple[Param, ...]:
+    """Return all parameters of a command in positional order: its required ones, ``COMMON``, its optional ones."""
+    own = tuple(own)
+    return (*(p for p in own if p.required), *COMMON, *(p for p in own if not p.required))
+
+
 class Method(NamedTuple):
     """One row of the table."""
 
     name: str
     doc: str  #: Its help; the first paragraph is the summary.
-    params: tuple[Param, ...]  #: In positional order; a command's start with ``COMMON``.
+    params: tuple[Param, ...]  #: In positional order; a command's as ``command_params`` orders them.
     returns: str  #: The title of its answer in ``results.json``.
     #: The effect of a command, on the training thread of every rank: takes a ``builtin.TrainingLoop`` and the command's
-    #: own parameters. A query has none: the method of its name in ``training.job_queries`` answers it.
+    #: own parameters; returns a JSON value, or a future for one that is reported later. A query has none: the method of
+    #: its name in ``training.job_queries`` answers it.
     run: Callable[..., Json] | None = None
     #: The events that must all have happened before a command is finished: every rank has ``applied`` it, ``saved``,
     #: ``evaluated`` or ``reported`` its part, training has ``ended``. Empty: a query.
@@ -84,6 +91,9 @@ class Method(NamedTuple):
     verb: str | None = None  #: Its name in the command line, if it has one.
     #: Makes the result out of every rank's value, by rank; without it the result is rank 0's ``value``.
     combine: Callable[[dict[int, Json]], dict[str, Json]] | None = None
+    #: Whether all ranks carry it out or none: where one cannot, the others undo it before their next step. Its effect
+    #: returns a ``training.settings.Change``.
+    is_atomic: bool = False
 
     @property
     def is_command(self) -> bool:

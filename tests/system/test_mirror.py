@@ -17,10 +17,14 @@ ELSEWHERE = {
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",
+    "training/applied_command": "training/test_command_tracker",
+    "training/open_runs": "training/test_controller",
     "training/job_server": "training/test_controller",
     "server/connections": "server/test_server",
     "jobs/limits": "system/test_limits",
     "client/limits": "client/test_connection",
+    "ranks/polling_group": "ranks/test_group",
+    "ranks/coordinator_group": "ranks/test_store_group",
     "ranks/limits": "ranks/test_consensus",
 }
 #: Test files that belong to no single module.

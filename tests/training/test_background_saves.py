@@ -11,8 +11,8 @@ import pytest
 
 from forgather_control.errors import CommandFailed, InvalidParams
 from forgather_control.training import limits
+from forgather_control.training.applied_command import Save
 from forgather_control.training.background_saves import check, exists, follow, watch
-from forgather_control.training.command_tracker import Save
 
 from ..support.harness import MS, SOON, until
 

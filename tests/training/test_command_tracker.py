@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 
-from forgather_control.errors import CommandRefused, JobEnding
+from forgather_control.errors import CommandFailed, CommandRefused, JobEnding
 from forgather_control.training.command_queue import CommandQueue
 from forgather_control.training.command_tracker import CommandTracker
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.progress import RunState
+from forgather_control.training.settings import Change
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method, MethodTable
 from forgather_control.wire.records import ScheduledCommand
 
-from ..support.harness import SOON
+from ..support.harness import MS, SOON
 
 
 class Group:
@@ -26,11 +28,16 @@ class Group:
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
         self.sent = []
+        self.verdict = None
         self.callbacks = {}
 
     def applied(self, commands, step, outcomes):
         """As ``RankGroup``."""
         self.sent.append(("applied", [command.command_id for command in commands], step, outcomes))
+
+    def settle(self):
+        """As ``RankGroup``."""
+        return self.verdict
 
     def report(self, command_id, outcome):
         """As ``RankGroup``."""
@@ -240,7 +247,7 @@ def test_a_command_that_not_all_ranks_applied_has_failed():
     assert record.state == "failed" and "not all ranks applied the abort: rank 1" in record.error["message"]
 
 
-@pytest.mark.parametrize("command", [method.name for method in BUILTIN.values() if method.is_command])
+@pytest.mark.parametrize("command", [m.name for m in BUILTIN.values() if m.rank_report and not m.is_atomic])
 def test_training_that_raised_fails_what_waited_for_it(command):
     """Each unfinished command says what ended the run."""
     rank = Rank()
@@ -398,6 +405,107 @@ def test_a_rank_without_a_part_in_the_checkpoint_reports_at_once():
     rank.tracker.apply([ScheduledCommand("id", "save_checkpoint", {"evaluate": "auto"})], 4)
     rank.tracker.report("saved")
     assert rank.group.sent[-1] == ("report", "id", {})
+
+
+# Effects that report later, and those that are undone...
+
+
+def later(rank, name="user.later"):
+    """Apply a command whose effect returns a future; return that."""
+    future = Future()
+    rank.methods.frozen = False
+    rank.methods.add(method(name, "reported", run=lambda loop: future))
+    rank.apply(name)
+    return future
+
+
+def test_a_future_reports_its_value():
+    """The command is applied at its step, and finished when the future is done, on any thread."""
+    rank = Rank()
+    future = later(rank)
+    assert rank.record("user.later").state == "applied"
+    thread = threading.Thread(target=future.set_result, args=([1],))
+    thread.start()
+    thread.join(SOON)
+    rank.group.all_report()
+    assert rank.record("user.later").result == {"value": [1]}
+
+
+@pytest.mark.parametrize("value", [ValueError("no"), object(), CommandRefused("no")], ids=["error", "odd", "refused"])
+def test_a_future_that_fails_fails_its_command(value):
+    """Also with a value that is not JSON."""
+    rank = Rank()
+    future = later(rank)
+    future.set_exception(value) if isinstance(value, Exception) else future.set_result(value)
+    rank.group.all_report()
+    record = rank.record("user.later")
+    assert record.state == "failed" and ("no" in record.error["message"] or "JSON" in record.error["message"])
+
+
+def test_the_end_of_training_waits_for_a_future_that_runs():
+    """One that has not begun is not waited for."""
+    rank = Rank()
+    running, idle = later(rank), later(rank, "user.idle")
+    running.set_running_or_notify_cancel()
+    timer = threading.Timer(20 * MS, running.set_result, ["done"])
+    timer.start()
+    rank.tracker.close(None, None, SOON)
+    rank.group.all_report()
+    rank.tracker.end(1, None)
+    assert rank.record("user.later").result == {"value": "done"}
+    assert "before the result was reported" in rank.record("user.idle").error["message"] and not idle.done()
+
+
+def test_a_future_that_hangs_is_given_up_at_the_end_of_training():
+    """The error says after how long."""
+    rank = Rank()
+    later(rank).set_running_or_notify_cancel()
+    rank.tracker.close(None, None, 10 * MS)
+    rank.group.all_report()
+    assert "its result was not there 0.0" in rank.record("user.later").error["message"]
+
+
+@pytest.mark.parametrize("why", [None, "rank 1 could not do it"])
+def test_an_atomic_command_is_settled_before_training_continues(why):
+    """What was done is kept or undone, as all ranks decided."""
+    rank, done = Rank(), []
+    rank.group.verdict = why
+    change = Change(lambda change: done.append("kept"))
+    change.undo += [lambda: done.append("first"), lambda: done.append("second")]
+    rank.methods.add(method("user.atomic", "reported", run=lambda loop: change)._replace(is_atomic=True))
+    rank.apply("user.atomic")
+    assert done == (["kept"] if why is None else ["second", "first"])
+    assert change.done() is (why is not None)
+    if why is None:
+        change.set_result({"speed": 1})
+    rank.group.all_report()
+    record = rank.record("user.atomic")
+    assert record.state == ("finished" if why is None else "failed") and (why is None or why in record.error["message"])
+
+
+def test_an_atomic_command_is_the_last_of_its_round():
+    """The next round takes what is behind it."""
+    rank = Rank()
+    rank.methods.add(method("user.atomic", "reported")._replace(is_atomic=True))
+    for name in ("abort", "user.atomic", "graceful_stop"):
+        rank.queue.submit(name, name)
+    assert [command.name for command in rank.tracker.take()] == ["abort", "user.atomic"]
+    assert rank.queue.pending
+    assert [command.name for command in rank.tracker.take()] == ["graceful_stop"] and not rank.queue.pending
+
+
+def test_ranks_that_disagree_fail_the_command():
+    """The error is that of the method's own comparison."""
+
+    def differ(values):
+        raise CommandFailed(f"the ranks disagree: {values}")
+
+    rank = Rank()
+    rank.methods.add(method("user.odd", "reported", run=lambda loop: Future(), combine=differ))
+    rank.apply("user.odd")
+    rank.tracker.report("reported")
+    rank.group.all_report({1: {"value": 2}})
+    assert rank.record("user.odd").error["message"] == "the ranks disagree: {0: None, 1: 2}"
 
 
 # The queue...

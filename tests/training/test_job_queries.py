@@ -17,6 +17,7 @@ from forgather_control.training.controller import Controller
 from forgather_control.training.limits import PROCESS_STATS_AGE, STATUS_AGE
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
+from forgather_control.training.settings import Setting
 from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method
@@ -136,6 +137,9 @@ def test_every_answer_validates(job, wire, method):
     """Each method's answer fits the result schema that rpc.discover publishes."""
     give(wire, "save_checkpoint", command_id="known")
     params = {"command_id": "known"} if method.name in ("get_command", "cancel_command") else {}
+    if method.name == "change_settings":
+        job.settings.add([Setting("speed", get=lambda: 1, set=lambda value: None)])
+        params = {"changes": {"speed": 2}}
     reply = wire.call(method.name, params)
     jsonschema.validate(reply["result"], schemas.results()[method.returns])
 
@@ -181,7 +185,7 @@ class Facts:
     def __init__(self, monkeypatch):
         self.at, self.step, self.built, self.asked = 1000.0, 0, 0, 0
         monkeypatch.setattr(job_queries, "time", SimpleNamespace(monotonic=lambda: self.at))
-        self.queries = job_queries.JobQueries(*[None] * 7)
+        self.queries = job_queries.JobQueries(*[None] * 8)
         monkeypatch.setattr(job_queries.usage, "process_stats", self.figures)
         monkeypatch.setattr(self.queries, "_build_status", self.tell)
         monkeypatch.setattr(self.queries, "mark", lambda: self.step)

@@ -18,9 +18,12 @@ COMMANDS = {
     "save_and_stop": (["save", "stop"], {"saved", "ended"}, ("save", "stop"), "save-stop"),
     "abort": (["abort"], {"ended"}, ("abort",), "abort"),
     "evaluate": (["evaluate"], {"evaluated"}, ("evaluate",), "evaluate"),
+    "pause": (["pause"], {"applied"}, ("pause",), "pause"),
+    "resume": (["resume"], {"applied"}, (), "resume"),
+    "change_settings": (["change_settings"], {"reported"}, ("settings",), "set"),
 }
 QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks",
-           "stacks", "subscribe", "unsubscribe"}  # fmt: skip
+           "stacks", "list_settings", "subscribe", "unsubscribe"}  # fmt: skip
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
 every_method = pytest.mark.parametrize("name", list(BUILTIN))

@@ -15,7 +15,7 @@ from forgather_control.wire.methods import Method, MethodTable, Param
 
 from ..support.harness import strict
 
-COMMANDS = [method.name for method in BUILTIN.values() if method.is_command]
+COMMANDS = [m.name for m in BUILTIN.values() if m.is_command and not any(param.required for param in m.params)]
 every_command = pytest.mark.parametrize("name", COMMANDS)
 every_method = pytest.mark.parametrize("name", list(BUILTIN))
 
@@ -154,8 +154,11 @@ def test_wrong_patience(name, value):
 
 
 @pytest.mark.parametrize("param", methods.COMMON, ids=lambda param: param.name)
-def test_a_command_starts_with_the_common_parameters(param):
-    """Every command takes them, first and in one order, and none is required."""
+def test_every_command_has_the_common_parameters(param):
+    """They come in one order, behind what is required, and none of them is."""
     place = methods.COMMON.index(param)
-    assert all(BUILTIN[name].params[place] is param for name in COMMANDS)
+    for name in COMMANDS:
+        params = BUILTIN[name].params
+        required = sum(each.required for each in params)
+        assert params[required + place] is param
     assert not param.required and schemas.check(param.schema, param.default) == param.default

@@ -1,0 +1,270 @@
+"""Settings of a run that clients list and change: those of the trainer, and those that the script declares.
+
+Getters and setters run on the training thread only. The server thread reads the declarations and the snapshot of the
+values, both assigned whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from ..errors import CommandFailed, CommandRefused, InvalidParams
+from ..schema import shown
+from ..wire import schemas
+
+log = logging.getLogger("forgather_control")
+
+#: The types of values: the words of JSON Schema, and the classes of Python that stand for them.
+TYPES: Final[dict[type, str]] = {float: "number", int: "integer", bool: "boolean", str: "string"}
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_FACTOR: Final = re.compile(r"x(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that can be changed while training runs.
+
+    Raises:
+        InvalidParams: an argument is wrong.
+    """
+
+    name: str  #: 1 to 64 of ``A-Z a-z 0-9 _ . -``
+    get: Callable[[], Any]  #: Returns the value in force. On the training thread.
+    #: Puts a checked value in force. On the training thread of every rank, at one step. What it raises refuses the
+    #: change. It may return a function that restores the earlier value exactly; else it is called with that value.
+    set: Callable[[Any], Callable[[], None] | None]
+    minimum: float | None = None
+    maximum: float | None = None
+    type: Any = None  #: float, int, bool, str, or JSON's word for one; ``None``: that of its value
+    doc: str = ""  #: One sentence.
+    #: Says why a value cannot be put in force now; ``None`` if it can. On the training thread, before anything changes.
+    check: Callable[[Any], str | None] | None = None
+    note: Callable[[], str | None] | None = None  #: Says what a caller should know after a change.
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise InvalidParams(f"a setting's name must be 1 to 64 of A-Z a-z 0-9 _ . -, not {shown(self.name)}")
+        for part in ("get", "set"):
+            if not callable(getattr(self, part)):
+                raise InvalidParams(f"{part} of the setting {self.name} must be a function")
+        kind = TYPES.get(self.type, self.type) if isinstance(self.type, type) else self.type
+        if kind is not None and kind not in TYPES.values():
+            raise InvalidParams(f"type of the setting {self.name} must be float, int, bool or str, not {self.type!r}")
+        object.__setattr__(self, "type", kind)
+
+    @classmethod
+    def of(cls, found: Setting | Mapping[str, Any]) -> Setting:
+        """Return a setting out of what a script declares."""
+        if isinstance(found, Setting):
+            return found
+        try:
+            return cls(**found)
+        except TypeError as err:
+            raise InvalidParams(f"a setting takes name, get, set, minimum, maximum, type, doc: {err}") from err
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What values must fit."""
+        limits = {"minimum": self.minimum, "maximum": self.maximum}
+        return {"type": self.type or "number", **{name: limit for name, limit in limits.items() if limit is not None}}
+
+    def value(self) -> Any:
+        """Return the value in force as a JSON value; ``None`` if it cannot be read."""
+        try:
+            value = self.get()
+            value = value.item() if hasattr(value, "item") else value
+        except Exception as err:  # boundary: the script's getter
+            log.debug("the setting %s cannot be read", self.name, exc_info=err)
+            return None
+        return value if isinstance(value, (int, float, str)) or value is None else repr(value)[:200]
+
+    def wanted(self, text: Any, old: Any) -> Any:
+        """Return the value that a caller asks for.
+
+        Args:
+            text: the value, or a factor as "x0.5".
+            old: the value in force; ``None`` leaves out what depends on it.
+
+        Raises:
+            CommandRefused: it does not fit.
+        """
+        value = text
+        factor = _FACTOR.fullmatch(text) if isinstance(text, str) and self.type in ("number", "integer") else None
+        if factor is not None:
+            if old is None:
+                return None
+            value = old * float(factor[1])
+        try:
+            return schemas.check(self.schema, value)
+        except ValueError as err:
+            also = ', or a factor such as "x0.5"' if self.type in ("number", "integer") else ""
+            was = f" ({text} of {old})" if factor is not None else ""
+            raise CommandRefused(f"{self.name} must be {err}{also}, not {shown(value)}{was}") from err
+
+    def put(self, value: Any, old: Any) -> Callable[[], None]:
+        """Put a value in force; return a function that restores the earlier one."""
+        undo = self.set(value)
+        return undo if callable(undo) else lambda: void(self.set(old))
+
+
+def declared(found: Sequence[Any] | Mapping[str, Mapping[str, Any]]) -> list[Setting]:
+    """Return the settings that a script declares: as a sequence, or by name.
+
+    Raises:
+        InvalidParams: an argument of one is wrong.
+    """
+    if isinstance(found, Mapping):
+        return [Setting.of({"name": name, **each}) for name, each in found.items()]
+    return [Setting.of(each) for each in found]
+
+
+def void(value: object) -> None:
+    """Take a value and return nothing."""
+
+
+class Change(Future[dict[str, Any]]):
+    """A change that this rank has made, and that all ranks made or none; its result is what is in force then."""
+
+    def __init__(self, keep: Callable[[Change], None]) -> None:
+        super().__init__()
+        self._keep = keep
+        self.values: dict[str, dict[str, Any]] = {}  #: What was, and what was put in force, by name.
+        self.undo: list[Callable[[], None]] = []
+
+    def settle(self, why: str | None) -> None:
+        """Keep the change, or restore what was, and say why."""
+        if why is None:
+            self._keep(self)
+            return
+        problems = []
+        for undo in reversed(self.undo):
+            try:
+                undo()
+            except Exception as err:  # boundary: the script's setter
+                problems.append(f"; an earlier value could not be restored: {type(err).__name__}: {err}")
+        self.set_exception(CommandFailed(f"nothing was changed: {why}{''.join(problems)}"))
+
+
+class Settings:
+    """The settings of one run.
+
+    Args:
+        on_step: the functions that are called with each finished step; see ``Controller``.
+        on_read: called after a snapshot that was asked for; must not block.
+    """
+
+    def __init__(self, on_step: list[Callable[[int], None]], on_read: Callable[[], None]) -> None:
+        self._on_step, self._on_read = on_step, on_read
+        self._settings: dict[str, Setting] = {}
+        self._unread: list[Change] = []  # kept, and not read back yet
+        #: The last snapshot, and how many there were. Read on the server thread.
+        self.snapshot: list[dict[str, Any]] = []
+        self.snapshots = 0
+        self._wanted = False
+
+    def add(self, settings: Iterable[Setting]) -> None:
+        """Declare settings; InvalidParams if a name is taken. On the training thread of every rank."""
+        for setting in settings:
+            if setting.name in self._settings:
+                raise InvalidParams(f"the setting {setting.name} is declared twice")
+            if setting.type is None:
+                setting = replace(setting, type=TYPES.get(type(setting.value()), "number"))
+            self._settings = {**self._settings, setting.name: setting}
+        self._take_snapshot()
+
+    def cannot(self, changes: Mapping[str, Any]) -> str | None:
+        """Say why a change is impossible whatever the values in force are; ``None`` if it is not. On any thread."""
+        try:
+            for name, text in changes.items():
+                self._find(name).wanted(text, None)
+        except CommandRefused as err:
+            return err.message
+        return None if changes else f"no change is given; this run has {self._names()}"
+
+    def change(self, changes: Mapping[str, Any]) -> Change:
+        """Put all values in force, or none. On the training thread of every rank, at one step.
+
+        Raises:
+            CommandRefused: why, and which value; nothing has changed.
+        """
+        change = Change(self._keep)
+        found = [(self._find(name), text) for name, text in changes.items()]
+        plan = []
+        for setting, text in found:
+            old = setting.value()
+            if old is None:
+                raise CommandRefused(f"{setting.name} cannot be changed: its value cannot be read")
+            new = setting.wanted(text, old)
+            if setting.check is not None and (why := setting.check(new)):
+                raise CommandRefused(f"{setting.name} cannot be {shown(new)}: {why}")
+            plan.append((setting, old, new))
+        for setting, old, new in plan:
+            try:
+                change.undo.append(setting.put(new, old))
+            except Exception as err:  # boundary: the script's setter
+                why = f"{setting.name} cannot be {shown(new)}: {getattr(err, 'message', None) or repr(err)}"
+                with suppress(Exception):  # boundary: as above; it may have changed a part
+                    setting.set(old)
+                change.settle(why)
+                raise CommandRefused(str(change.exception())) from err
+            change.values[setting.name] = {"old": old, "new": new}
+        return change
+
+    def read_back(self, step: int | None = None) -> None:
+        """Read what is in force after changes, and take a snapshot if one is asked for. On the training thread."""
+        while self.read_back in self._on_step:
+            self._on_step.remove(self.read_back)
+        unread, self._unread = self._unread, []
+        for change in unread:
+            for name, value in change.values.items():
+                setting = self._settings[name]
+                value["effective"] = setting.value()
+                if setting.note is not None and (note := setting.note()):
+                    value["note"] = note
+        if unread or self._wanted:
+            self._wanted = False
+            self._take_snapshot()
+            self._on_read()
+        for change in unread:
+            change.set_result(change.values)
+
+    def want_snapshot(self) -> int:
+        """Have a snapshot taken after the next step; return the number of the last one. On the server thread."""
+        self._wanted = True
+        self._on_step.append(self.read_back)
+        return self.snapshots
+
+    def _keep(self, change: Change) -> None:
+        self._unread.append(change)
+        self._on_step.append(self.read_back)
+
+    def _take_snapshot(self) -> None:
+        self.snapshot = [
+            {
+                "name": each.name,
+                "value": each.value(),
+                "type": each.type,
+                "minimum": each.minimum,
+                "maximum": each.maximum,
+                "doc": each.doc,
+            }
+            for each in self._settings.values()
+        ]
+        self.snapshots += 1
+
+    def _find(self, name: str) -> Setting:
+        if (setting := self._settings.get(name)) is None:
+            near = difflib.get_close_matches(name, self._settings, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise CommandRefused(f"there is no setting {ascii(name[:64])}; {hint}This run has {self._names()}")
+        return setting
+
+    def _names(self) -> str:
+        return ", ".join(sorted(self._settings)) or "no settings"
