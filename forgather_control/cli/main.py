@@ -85,6 +85,7 @@ def _call(args: argparse.Namespace) -> int:
     screens: dict[str, tuple[Any, ...]] = {
         "status": (output.status_screen, answer, terminal.has_unicode()),
         "list_commands": (output.command_table, answer),
+        "list_settings": (output.settings_table, answer),
         "cancel_command": (output.outcome, name, answer),
     }
     print_answer(args.json, answer, *screens.get(args.method, (output.values, answer)))

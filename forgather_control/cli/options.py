@@ -1,7 +1,7 @@
 """The options of the command line: what each one reads, and how a method's parameter becomes an option."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..client import limits
@@ -111,7 +111,7 @@ def with_values() -> set[str]:
 
 
 def _option(param: methods.Param) -> str:
-    return "--" + param.name.replace("_", "-")
+    return param.option or "--" + param.name.replace("_", "-")
 
 
 def _is_flag(param: methods.Param) -> bool:
@@ -141,6 +141,35 @@ def add_param(parser: argparse.ArgumentParser, param: methods.Param) -> None:
         if param.default is not None:
             doc += f" (default {_word(param.default)})"
         parser.add_argument(_option(param), dest=dest, metavar=choices or unit, type=_reader(param), help=doc)
+
+
+def settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the values that ``NAME=VALUE`` words mean: numbers and booleans where they look like one, else texts.
+
+    Raises:
+        ValueError: a word is wrong.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"a setting is NAME=VALUE, not {ascii(word)[:140]}")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "yes", "false", "no"):
+        return text in ("true", "yes")
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    quoted = len(text) > 1 and text[0] == text[-1] == '"'  # a text that looks like a number
+    return text[1:-1] if quoted else text
 
 
 def plain(doc: str) -> str:

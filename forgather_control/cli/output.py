@@ -56,6 +56,12 @@ _COMMAND_COLUMNS: Final[dict[str, Any]] = {
     "BY": lambda record: _requester(record.get("requested_by") or {}),
     "NOTE": lambda record: _note(record) or record.get("reason") or "",
 }  # fmt: skip
+#: The columns of settings.
+_SETTING_COLUMNS: Final[dict[str, Any]] = {
+    "NAME": "name",
+    "VALUE": lambda setting: number(setting.get("value")),
+    "TYPE": "type", "MINIMUM": "minimum", "MAXIMUM": "maximum", "WHAT": "doc",
+}  # fmt: skip
 #: The columns of ``ranks``, from an object of the job's answer.
 _RANK_COLUMNS: Final[dict[str, Any]] = {
     "RANK": "rank", "HOST": "host", "PID": "pid", "STATE": "state", "STEP": "step", "BEHIND": "behind",
@@ -99,7 +105,7 @@ def _table(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) ->
     for row in rows:
         cells.append([_cell(row.get(show) if isinstance(show, str) else show(row)) for show in columns.values()])
     widths = [max(map(len, column)) for column in zip(*cells)]
-    state, lines = cells[0].index("STATE"), []
+    state, lines = cells[0].index("STATE") if colour else 0, []
     for texts in cells:
         padded = [text.ljust(width) for text, width in zip(texts, widths)]
         if colour and texts[state] in _COLOURS:
@@ -215,6 +221,8 @@ def outcome(job: str, record: dict[str, Any]) -> str:
         text = f"ended{at_step}, " + (f"saved: {path}" if path else "no checkpoint was saved for it")
     elif states.WHEN_SAVED in finishes_when:
         text = f"saved{took}{path}"
+    elif record["command"] == "change_settings":
+        text = f"set{at_step}: " + "; ".join(_setting_change(each, change) for each, change in result.items())
     elif states.WHEN_EVALUATED in finishes_when:
         text = f"evaluated{took}{_pairs(result.get('metrics') or {})}"
     else:
@@ -225,6 +233,17 @@ def outcome(job: str, record: dict[str, Any]) -> str:
 def command_table(records: list[dict[str, Any]]) -> str:
     """Show command records in aligned columns, oldest first."""
     return _table(_COMMAND_COLUMNS, records, colour=False) if records else "no commands"
+
+
+def settings_table(settings: list[dict[str, Any]]) -> str:
+    """Show settings with the values that are in force, in aligned columns."""
+    return _table(_SETTING_COLUMNS, settings, colour=False) if settings else "no settings"
+
+
+def _setting_change(name: str, change: dict[str, Any]) -> str:
+    effective = "" if change["effective"] == change["new"] else f", {number(change['effective'])} after the next step"
+    note = f" ({change['note']})" if change.get("note") else ""
+    return f"{name} {number(change['old'])} -> {number(change['new'])}{effective}{note}"
 
 
 def _requester(by: dict[str, Any]) -> str | None:

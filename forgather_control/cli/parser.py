@@ -122,6 +122,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--kill-after waits by itself: it cannot be combined with --wait or --timeout")
     if args.verb == "run":
         _check_run(parser, args)
+    if args.verb == "set":
+        _check_set(parser, args)
     if args.ssh is None:
         return
     if args.verb == "cleanup":
@@ -144,6 +146,20 @@ def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("the NAME of the command is missing before its parameters")
     if args.no_wait and (args.wait or args.timeout is not None):
         parser.error("--no-wait cannot be combined with --wait or --timeout")
+
+
+def _check_set(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Read the settings; without one, list them."""
+    if args.job is not None and "=" in args.job:
+        args.job, args.values = None, [args.job, *args.values]
+    try:
+        setattr(args, f"{options.PARAM}changes", options.settings(args.values) or None)
+    except ValueError as err:
+        parser.error(str(err))
+    if not args.values:
+        if args.wait or args.timeout is not None:
+            parser.error("--wait and --timeout need a setting to change")
+        args.method = "list_settings"
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +191,9 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
     method = next((method for method in BUILTIN.values() if method.verb == verb), None)
     if method is not None:
         parser.set_defaults(method=method.name)
-        for param in options.own_params(method):
+        if verb == "set":
+            parser.add_argument("values", metavar="NAME=VALUE", nargs="*", help="a setting and its new value")
+        for param in options.own_params(method) if verb != "set" else ():
             options.add_param(parser, param)
     options.add(parser, *_OWN_OPTIONS.get(verb, ("--connect", "--token-file", "--ssh")))
     if verb in ("cleanup", "dial-stdio"):  # only to say why it cannot be

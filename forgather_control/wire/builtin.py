@@ -138,6 +138,7 @@ _SECONDS: Final = Param(
     "seconds",
     {"type": ["number", "null"], "minimum": 0, "maximum": MAX_TIMEOUT, "unit": "seconds", "default": None},
     "Resume by itself after so many seconds; null pauses until resume.",
+    "--for",
 )
 _CHANGES: Final = Param(
     "changes",

@@ -22,6 +22,7 @@ class Param(NamedTuple):
     name: str
     schema: Schema  #: What its value is checked against.
     doc: str  #: One sentence for help and ``rpc.discover``.
+    option: str | None = None  #: Its option in the command line, if that has another name.
 
     @property
     def required(self) -> bool:

@@ -450,3 +450,23 @@ def test_moment_that_is_none(epoch):
 def test_moment():
     """A time of this host's zone, to the second."""
     assert output.moment(1.9) == "1970-01-01 00:00:01"
+
+
+def test_settings():
+    """A line for each; the value that is in force, and what it may be."""
+    setting = {"name": "rate", "value": 1.0, "type": "number", "minimum": None, "maximum": 2.0, "doc": "How fast."}
+    assert [line.split() for line in output.settings_table([setting]).splitlines()] == [
+        ["NAME", "VALUE", "TYPE", "MINIMUM", "MAXIMUM", "WHAT"],
+        ["rate", "1", "number", "-", "2.0", "How", "fast."],
+    ]
+    assert output.settings_table([]) == "no settings"
+
+
+def test_a_change_of_settings():
+    """What was, what is, what came of it."""
+    record = {"command": "change_settings", "state": "finished", "applied_at_step": 7, "result": {}}
+    record["result"]["rate"] = {"old": 1.0, "new": 0.5, "effective": 0.49, "note": "cosine keeps its shape"}
+    record["result"]["size"] = {"old": 1, "new": 2, "effective": 2}
+    assert output.outcome("job", record) == (
+        "job: set at step 7: rate 1 -> 0.5, 0.49 after the next step (cosine keeps its shape); size 1 -> 2"
+    )

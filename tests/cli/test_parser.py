@@ -21,7 +21,7 @@ def test_every_verb_of_the_table_is_there():
     """Each with its method, and those that the table does not know beside them."""
     for method in BUILTIN.values():
         if method.verb is not None:
-            words = [param.name for param in method.params if param.required]
+            words = ["a=1"] if method.verb == "set" else [param.name for param in method.params if param.required]
             args = parse(method.verb, *words)
             assert (args.verb, args.method, args.json, args.ssh) == (method.verb, method.name, False, None)
     assert parse("cleanup").verb == "cleanup" and parse("rpc", "job", "ping").json_params == "{}"
@@ -210,3 +210,38 @@ def test_the_list_of_verbs(capsys):
         parse()
     assert ended.value.code == 2 and "a verb is missing" in (shown := capsys.readouterr().err)
     assert "save-stop" in shown  # the verbs to choose from
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["a=1"], {"a": 1}),
+        (["a=1e-4", "b=x0.5"], {"a": 1e-4, "b": "x0.5"}),
+        (["a=true", "b=no"], {"a": True, "b": False}),
+        (['a="5"', "b=", "c=x=y"], {"a": "5", "b": "", "c": "x=y"}),
+    ],
+)
+def test_the_words_of_set(words, changes):
+    """With JOB and without; numbers and booleans are what they look like."""
+    for job in ([], ["job"]):
+        args = parse("set", *job, *words)
+        assert (args.job, args.method, args.params) == ((job or [None])[0], "change_settings", {"changes": changes})
+
+
+def test_set_without_a_value_lists():
+    """As a query, which cannot be waited for."""
+    args = parse("set", "job")
+    assert (args.job, args.method, args.params) == ("job", "list_settings", {})
+
+
+@pytest.mark.parametrize("words", [["job", "more"], ["job", "=1"], ["a=1", "a=2"], ["job", "--wait"], ["a=1", "job"]])
+def test_wrong_words_of_set(words, capsys):
+    """One line says which word."""
+    with pytest.raises(SystemExit):
+        parse("set", *words)
+    assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_pause_for():
+    """The option of the contract."""
+    assert parse("pause", "--for", "30").params == {"seconds": 30.0}

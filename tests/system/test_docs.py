@@ -131,7 +131,9 @@ def validate():
 def sample(prompt: str, n: int = 1, temperature: float = 1.0) -> list[str]:
     return [f"{prompt} ... at {temperature:g}" for _ in range(n)]
 
-options["commands"] = [sample]
+heat = {"temperature": 1.0}
+setting = {"get": lambda: heat["temperature"], "set": lambda value: heat.update(temperature=value)}
+options |= {"commands": [sample], "settings": {"temperature": setting}}
 
 def save(step):
     path = folder / f"checkpoint-{step}"
