@@ -1,7 +1,9 @@
 """Hugging Face's Trainer with one more callback: ``python examples/hf_trainer.py [OUTPUT_DIR]``.
 
 A tiny GPT-2 learns the source code of the standard library, byte by byte. Nothing is downloaded. Needs ``pip install
-transformers accelerate``.
+transformers accelerate``. While it trains, see what it has learned::
+
+    forgather-control run hf_trainer sample prompt="def "
 """
 
 import sys
@@ -29,6 +31,20 @@ class Library(torch.utils.data.Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
+@torch.no_grad()
+def sample(context, prompt: str = "def ", length: int = 40) -> str:
+    """Continue a text with the model as it is now, with the likeliest bytes."""
+    model = context.model
+    tokens = torch.tensor([list(prompt.encode() or b"\n")])
+    model.eval()
+    try:
+        for _ in range(length):
+            tokens = torch.cat([tokens, model(tokens[:, -64:]).logits[:, -1:].argmax(-1)], dim=1)
+    finally:
+        model.train()
+    return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
 def main() -> None:
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -43,7 +59,7 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    callback = TrainerControlCallback(job_id="hf_trainer")
+    callback = TrainerControlCallback(job_id="hf_trainer", commands=[sample])
     trainer = Trainer(model=model, args=args, train_dataset=Library(), callbacks=[callback])
     trainer.train()
     print("aborted" if callback.aborted else "ended", "at step", trainer.state.global_step)

@@ -53,6 +53,7 @@ def main() -> None:
             control("list")
             control("save", JOB, "--timeout=40")
             control("status", JOB)
+            control("run", JOB, "sample", "prompt=import ", "length=60")
             control("save-stop", JOB, "--timeout=40")
             job.wait(20)
             job = start(checkpoints, "--resume")

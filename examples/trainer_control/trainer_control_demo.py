@@ -6,6 +6,7 @@ Start it in one terminal, and control it from another::
     forgather-control list
     forgather-control status
     forgather-control save --wait
+    forgather-control run sample prompt="def main("
     forgather-control stop --wait
 
 Started again with ``--resume``, it continues from its newest checkpoint.
@@ -63,6 +64,22 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, text: torch.T
     return loss
 
 
+@torch.no_grad()
+def generate(model: nn.Module, prompt: str, length: int, temperature: float, seed: int) -> str:
+    """Return a text that begins with ``prompt``; training goes on as it would have without it."""
+    tokens = torch.tensor(list(prompt.encode() or b"\n"))
+    dice = torch.Generator().manual_seed(seed)  # of its own: training's random numbers stay as they are
+    model.eval()
+    try:
+        for _ in range(length):
+            logits = model(tokens[-CONTEXT:].unsqueeze(0))[0, -1]
+            chances = torch.softmax(logits / max(temperature, 1e-6), dim=0)
+            tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=dice)])
+    finally:
+        model.train()
+    return bytes(tokens.tolist()).decode(errors="replace")
+
+
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     """Write ``folder/checkpoint-STEP``, which exists only once it is complete."""
     path = folder / f"checkpoint-{step}"
@@ -107,6 +124,12 @@ def main() -> None:
     start = resume(options.output_dir, model, optimizer) if options.resume else 0
     step, saved_at = start, start
     with TrainingJob(options.job_id, options.max_steps, start_step=start) as job:
+
+        @job.command
+        def sample(prompt: str = "def ", length: int = 100, temperature: float = 0.7, seed: int = 0) -> str:
+            """Continue a text with the model as it is now."""
+            return generate(model, prompt, length, temperature, seed)
+
         for step in range(start + 1, options.max_steps + 1):
             loss = train_step(model, optimizer, text)
             if step % 10 == 0 or step == start + 1:

@@ -967,6 +967,19 @@ def test_no_round_begins_before_all_have_joined():
     assert made.next(0.0, True) == [Send((0, 1), Prepare(1))]
 
 
+def test_who_has_not_acknowledged():
+    """From the decision until each rank has answered that it applied the commands, or has left."""
+    made = coordinator(3)
+    assert made.unacknowledged == []
+    decide(made, 1, 2, 3)
+    assert made.unacknowledged == [0, 1, 2]
+    made.receive(Applied(1, 1, {}))
+    made.receive(Leave(2, 5, None))
+    assert made.unacknowledged == [0]
+    made.receive(Applied(1, 0, {}))
+    assert made.next(0.0, False) == [AllApplied(1, {}, None)] and made.unacknowledged == []
+
+
 def test_the_step_is_past_all_answers():
     """Also past the last step of a rank that left: the others must not apply what it has passed."""
     made = coordinator(3)

@@ -47,6 +47,23 @@ def test_what_it_holds_all_hold(delegate, group):
     assert told == [({}, None)]
 
 
+def test_a_rank_whose_training_is_interrupted(delegate, group):
+    """One rank alone still has its commands applied; one of several that poll does not wait for the others."""
+    name = delegate.order("user.sample")
+    commands = group.receive(1)
+    group.interrupted(commands, 1, {name: {"error": {"code": 1, "message": "Ctrl-C"}}})
+    assert delegate.notes("applied") == [(commands, 1, {0: {name: {"error": {"code": 1, "message": "Ctrl-C"}}}}, None)]
+    asked = []
+    PollingGroup(Delegate(1), 1, 2, 1, asked.append).interrupted(commands, 1, {})
+    assert asked == []
+
+
+def test_ranks_that_have_not_acknowledged(group):
+    """Of ranks that poll none is known to have applied anything before all have."""
+    assert group.unacknowledged() == []
+    assert PollingGroup(Delegate(1), 1, 3, 1, lambda message: {}).unacknowledged() == [0, 2]
+
+
 def test_a_command_that_awaits_its_report(delegate, group):
     """Those that wait for the report are called with it, and those that come later, too."""
     name = delegate.order("save_checkpoint")

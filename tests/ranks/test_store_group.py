@@ -356,6 +356,20 @@ def test_an_idle_step_holds_no_rank(store):
 
 
 @needs_torch
+def test_a_rank_that_takes_long_is_known(store):
+    """The effect of a command lasts on one rank; rank 0 knows which, and none once it is done."""
+    go = threading.Event()
+    with training(store, 3) as made:
+        made[2].effect = lambda command, step: {"value": go.wait(SOON)}
+        name = made[0].order("user.sample")
+        until(lambda: made[0].group.unacknowledged() == [2])
+        assert made[0].state(name) == "accepted"
+        go.set()
+        until(lambda: made[0].state(name) != "accepted" and made[0].group.unacknowledged() == [])
+        made[0].order("graceful_stop")
+
+
+@needs_torch
 def test_a_rank_that_is_not_there_yet(store):
     """Commands wait for it, and no rank is held; once it joins they are applied."""
     with training(store, 3, begin=False) as made:

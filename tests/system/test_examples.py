@@ -49,7 +49,15 @@ def test_the_tour_shows_each_command_and_what_it_said():
         [sys.executable, EXAMPLES / "trainer_control" / "tour.py"], capture_output=True, text=True, timeout=5 * SOON
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("$ forgather-control list", "live ", "saved at step", "resumed from", "ended at step", "no jobs in"):
+    for shown in (
+        "$ forgather-control list",
+        "live ",
+        "saved at step",
+        "\nimport ",
+        "resumed from",
+        "ended at step",
+        "no jobs in",
+    ):
         assert shown in done.stdout, done.stdout
 
 
@@ -59,6 +67,8 @@ def test_the_demo_saves_resumes_and_aborts(tmp_path):
     job = start(DEMO, "--job-id", "demo", "--output-dir", str(tmp_path))
     until(lambda: live("demo"), 2 * SOON)
     saved = forgather_control.save_checkpoint("demo", wait="finished", timeout=SOON)
+    texts = [cli("run", "demo", "sample", "prompt=def ", "length=20", f"seed={seed}").stdout for seed in (1, 2)]
+    assert all(text.startswith("def ") and len(text) > 20 for text in texts) and texts[0] != texts[1]
     stopped = forgather_control.save_and_stop("demo", wait="finished", timeout=SOON)
     assert f"ended at step {stopped.result['step']}" in job.communicate(timeout=SOON)[0]
     kept = sorted(path.name for path in tmp_path.iterdir())
@@ -108,6 +118,9 @@ def test_the_hugging_face_example_is_controlled(tmp_path):
     """The real Trainer saves on request although its save_strategy is "no"."""
     job = start(EXAMPLES / "hf_trainer.py", str(tmp_path))
     until(lambda: live("hf_trainer"), 4 * SOON)
+    with forgather_control.connect("hf_trainer") as client:
+        sampled = client.command("user.sample", prompt="x = ", length=8, wait="finished", timeout=SOON)
+    assert sampled.result["value"].startswith("x = ") and len(sampled.result["value"].encode()) >= 12
     record = forgather_control.save_and_stop("hf_trainer", wait="finished", timeout=SOON)
     assert (Path(record.result["path"]) / "trainer_state.json").exists()
     assert f"ended at step {record.result['step']}" in job.communicate(timeout=2 * SOON)[0]

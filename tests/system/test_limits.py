@@ -83,6 +83,16 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"the oldest final one is dropped ({CommandNotFound.code})",
     ): ("test_the_oldest_record_goes",),
     (
+        "the value of a command of the script",
+        f"{training_limits.MAX_VALUE // KIB} KiB of JSON",
+        "the command has failed",
+    ): ("training.test_outcomes.test_what_json_carries", "training.test_outcomes.test_what_json_does_not_carry"),
+    (
+        "such a value in `status`, `list_commands` and events",
+        f"{training_limits.BRIEF_VALUE:,} characters",
+        "`value_omitted` stands for it; `get_command` has it",
+    ): ("training.test_outcomes.test_a_long_value_is_left_out_of_lists",),
+    (
         "waiting requests; those by file",
         f"{limits.MAX_DEFERRED:,}; {limits.MAX_FILES_WAITING}",
         f"{TooManyCommands.code}",

@@ -353,6 +353,25 @@ def test_a_save_that_fails_takes_no_other_stop_with_it():
     assert rank.record("graceful_stop").state == "finished"
 
 
+def test_an_interrupt_reaches_training_and_leaves_nobody_waiting():
+    """What ran before it is applied, the rest has failed on this rank; then it is raised."""
+
+    def interrupted(loop):
+        raise KeyboardInterrupt
+
+    rank = Rank(0, 0.0, method("user.bad", "applied", run=interrupted))
+    rank.group.interrupted = lambda *told: rank.group.sent.append(("interrupted", *told[1:]))
+    for name in ("graceful_stop", "user.bad", "save_checkpoint"):
+        rank.queue.submit(name, name)
+    with pytest.raises(KeyboardInterrupt):
+        rank.tracker.apply(rank.tracker.take(), 4)
+    word, step, outcomes = rank.group.sent[0]
+    assert (word, step, set(outcomes)) == ("interrupted", 4, {"user.bad", "save_checkpoint"})
+    assert outcomes["user.bad"]["error"]["message"] == "interrupted on this rank by KeyboardInterrupt"
+    assert rank.loop.stop and not rank.loop.save and rank.state.ending
+    assert rank.group.sent[1][:2] == ("report", "save_checkpoint")
+
+
 # Another rank...
 
 

@@ -112,6 +112,18 @@ def test_a_command_that_ranks_do_not_share_is_refused(job, wire):
     assert give(wire, "user.ask")["state"] == "accepted"
 
 
+def test_own_commands_wait_for_the_comparison(job, wire, monkeypatch):
+    """Of several ranks one may lack it, which shows at their first step; built-in commands are accepted before."""
+    monkeypatch.setattr(job._group, "size", 2)
+    error = wire.call("user.ask")["error"]
+    assert (
+        error["code"] == -32008 and "compare what each registered when their first step has ended" in error["message"]
+    )
+    assert give(wire, "save_checkpoint")["state"] == "accepted"
+    job._queries.compare([{"user.ask": "1"}, {"user.ask": "1"}])
+    assert give(wire, "user.ask")["state"] == "accepted"
+
+
 def test_a_method_that_a_rank_did_not_register_is_unavailable(job):
     """The reason names the ranks; methods that all registered alike are available."""
     job._queries.compare(
