@@ -18,6 +18,7 @@ from typing import Any, Final
 from ..errors import CommandFailed, CommandRefused, InvalidParams
 from ..schema import shown
 from ..wire import schemas
+from . import outcomes
 
 log = logging.getLogger("forgather_control")
 
@@ -209,7 +210,7 @@ class Settings:
             try:
                 change.undo.append(setting.put(new, old))
             except Exception as err:  # boundary: the script's setter
-                why = f"{setting.name} cannot be {shown(new)}: {getattr(err, 'message', None) or repr(err)}"
+                why = f"{setting.name} cannot be {shown(new)}: {outcomes.failure(err)['error']['message']}"
                 with suppress(Exception):  # boundary: as above; it may have changed a part
                     setting.set(old)
                 change.settle(why)

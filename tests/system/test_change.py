@@ -1,0 +1,155 @@
+"""A running job is changed: settings, pauses and own commands of real ranks, at one step, and exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from forgather_control import CommandRefused, connect
+
+from ..support.harness import SOON, cli, needs_torch, until
+from ..support.torchrun import START, Torchrun
+
+pytestmark = needs_torch
+
+#: Seconds after which a collective of the ranks fails, and how much longer a pause lasts.
+GROUP_TIMEOUT = 2.0
+
+
+class Ranks:
+    """A plain loop on some ranks under torchrun, and a client of it."""
+
+    def __init__(self, folder, size):
+        self.folder, self.size = folder, size
+        self.torchrun = Torchrun("-m", "tests.support.ranks_change", str(folder), str(GROUP_TIMEOUT), ranks=size)
+
+    def __enter__(self):
+        self.torchrun.__enter__()
+        until(lambda: cli("status", "changed").returncode == 0, START)
+        self.client = connect("changed")
+        self.torchrun.until(lambda: self.status()["global_step"] > 0)
+        return self
+
+    def __exit__(self, *error):
+        self.client.close()
+        self.torchrun.__exit__(*error)
+
+    def status(self):
+        """How far it is."""
+        return self.client.call("status")
+
+    def do(self, command, **params):
+        """Give a command; its record, once it is finished."""
+        return self.client.call(command, wait="finished", timeout=START, **params)
+
+    def pause(self):
+        """Hold all ranks; the step at which they hold."""
+        step = self.do("pause")["applied_at_step"]
+        until(lambda: self.status()["status"] == "paused")
+        return step
+
+    def end(self):
+        """Stop it; what each rank says."""
+        self.do("graceful_stop")
+        assert self.torchrun.end(START) == 0
+        return [json.loads((self.folder / f"rank-{rank}.json").read_text()) for rank in range(self.size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_pause_outlasts_the_time_out_of_the_process_group(tmp_path, jobs_dir, size):
+    """All ranks hold at one step, commands work, and the weights are those of a run without a pause."""
+    with Ranks(tmp_path, size) as ranks:
+        step = ranks.pause()
+        assert ranks.do("change_settings", changes={"rate": "x0.5"})["applied_at_step"] == step
+        assert ranks.do("user.add", a=1, b=2)["result"] == {"value": 3}
+        assert ranks.do("save_checkpoint")["result"]["path"] == str(tmp_path / "checkpoint")
+        until(lambda: ranks.status()["seconds_since_step"] > 1.5 * GROUP_TIMEOUT)
+        assert ranks.status()["status"] == "paused" and ranks.status()["global_step"] <= step + 1
+        states = {row["step"] for row in ranks.client.call("ranks")}
+        assert len(states) == 1
+        ranks.do("resume")
+        ranks.torchrun.until(lambda: ranks.status()["global_step"] > step + 10)
+        said = ranks.end()
+    assert said == [said[0]] * size and said[0]["same"] and said[0]["changes"] == [step]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_change_is_made_at_one_step_and_read_back(tmp_path, jobs_dir, size):
+    """The weights are those of a run that had it built in."""
+    with Ranks(tmp_path, size) as ranks:
+        record = ranks.do("change_settings", changes={"rate": 2e-3}, reason="faster")
+        assert record["result"] == {"rate": {"old": 1e-3, "new": 2e-3, "effective": 2e-3}}
+        step = record["applied_at_step"]
+        ranks.torchrun.until(lambda: ranks.status()["global_step"] > step + 5)
+        said = ranks.end()
+    assert said == [said[0]] * size and said[0]["same"] and said[0]["changes"] == [step]
+
+
+def test_what_one_rank_refuses_no_rank_does(tmp_path, jobs_dir):
+    """The setter of rank 1 raises: no rank has trained a step with the other value, and the error says why."""
+    with Ranks(tmp_path, 2) as ranks:
+        record = ranks.do("change_settings", changes={"rate": 0.5, "picky": 2})
+        assert record["state"] == "failed" and record["error"]["message"] == (
+            "rank 1: nothing was changed: picky cannot be 2.0: ValueError: rank 1 does not want it"
+        )
+        with pytest.raises(CommandRefused, match=r"rate must be a number from 0"):
+            ranks.do("change_settings", changes={"rate": -1})
+        assert ranks.do("change_settings", changes={"picky": 0.5})["state"] == "finished"
+        said = ranks.end()
+    assert said == [said[0]] * 2 and said[0]["same"] and said[0]["rates"] == [1e-3]
+
+
+def test_ranks_that_disagree_fail_the_change(tmp_path, jobs_dir):
+    """The error names the values that are in force on each."""
+    with Ranks(tmp_path, 2) as ranks:
+        record = ranks.do("change_settings", changes={"rank": 3})
+        assert record["error"]["message"] == "the ranks disagree: rank is 0.0 on rank 0, 1.0 on rank 1"
+        ranks.end()
+
+
+def test_two_clients_change_one_setting_at_once(tmp_path, jobs_dir):
+    """One after the other, each with what the other left."""
+    with Ranks(tmp_path, 2) as ranks, connect("changed") as other:
+        asked = [client.give("change_settings", changes={"rate": "x0.5"}, command_id=name) for client, name in
+                 ((ranks.client, "a"), (other, "b"))]  # fmt: skip
+        assert {record["state"] for record in asked} == {"accepted"}
+        until(lambda: all(ranks.client.call("get_command", command_id=name)["state"] == "finished" for name in "ab"))
+        first, second = (ranks.client.call("get_command", command_id=name)["result"]["rate"] for name in "ab")
+        assert (first["old"], first["new"], second["old"], second["new"]) == (1e-3, 5e-4, 5e-4, 2.5e-4)
+        assert ranks.end()[0]["same"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_paused_job_that_loses_a_rank_ends_as_one_that_trains(tmp_path, jobs_dir, rank):
+    """The launcher notices, and ends the others: nothing hangs."""
+    with Ranks(tmp_path, 2) as ranks:
+        ranks.pause()
+        pids = [row["pid"] for row in ranks.client.call("ranks")]
+        os.kill(pids[rank], signal.SIGKILL)
+        assert ranks.torchrun.end(START) != 0
+
+
+def test_a_paused_job_that_gets_sigterm_ends(tmp_path, jobs_dir):
+    """As a job that trains."""
+    with Ranks(tmp_path, 2) as ranks:
+        ranks.pause()
+        ranks.torchrun.popen.terminate()
+        assert ranks.torchrun.end(START) != 0
+
+
+def test_the_command_line_of_all_that(tmp_path, jobs_dir):
+    """As a user types it."""
+    with Ranks(tmp_path, 1) as ranks:
+        assert "rate   0.001  number  0 " in cli("set").stdout
+        assert "set at step" in cli("set", "rate=x2", "--wait").stdout
+        assert cli("set", "changed", "rate=-1").returncode == 1
+        wrong = cli("set", "changed", "rat=1")
+        assert (wrong.returncode, "did you mean rate?" in wrong.stderr) == (1, True)
+        assert "pause finished at step" in cli("pause", "--wait").stdout
+        assert cli("run", "changed", "add", "a=2").stdout == "3\n"
+        assert "changed  paused" in cli("status").stdout
+        assert "resume finished" in cli("resume", "--timeout", str(SOON)).stdout
+        ranks.end()
