@@ -116,8 +116,9 @@ class CommandTracker:
                 return {}, value
             value = results.value(command.name, value)
         except Exception as err:  # boundary: a failing effect fails its command, never control
-            log.warning("%s failed at its step: %s", command.name, err, exc_info=not isinstance(err, ControlError))
-            return results.failure(err), None
+            failure, is_theirs = results.failure(err), not isinstance(err, ControlError)
+            log.warning("%s failed at its step: %s", command.name, failure["error"]["message"], exc_info=is_theirs)
+            return failure, None
         finally:
             self.state.running.end(command)
         return {} if value is None else {"value": value}, None

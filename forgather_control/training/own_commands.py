@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 import signal
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from ..wire import schemas
 from ..wire.builtin import TrainingLoop
 from ..wire.methods import COMMON, COMMON_NAMES, OWN, Method, Param
 from ..wire.schemas import Schema
+from . import outcomes
 
 #: The first parameter that receives the trainer's objects.
 _CONTEXT: Final = "context"
@@ -66,12 +68,13 @@ class OwnCommand(NamedTuple):
                 given[_CONTEXT] = context()
             try:
                 value = self.function(**given)
-            except SystemExit as err:
-                if _is_of_signal_handler(err):
+                return outcomes.value(self.name, value) if is_main() else None
+            except BaseException as err:
+                if isinstance(err, Exception) or not _is_own_end(err):
                     raise
-                text = f"{self.name} called sys.exit({'' if err.code is None else shown(err.code)}); training continues"
-                raise CommandFailed(text) from err
-            return value if is_main() else None
+                code = shown(err.args[0]) if err.args and err.args != (None,) else ""
+                what = f"called sys.exit({code})" if isinstance(err, SystemExit) else f"raised {type(err).__name__}"
+                raise CommandFailed(f"{self.name} {what}; training continues") from err
 
         finishes_when = frozenset({states.WHEN_APPLIED})
         return Method(self.name, self.doc, (*COMMON, *self.params), "CommandRecord", run, finishes_when)
@@ -212,11 +215,15 @@ def _nullable(schema: Schema) -> Schema:
     return {**schema, **more, "type": [*kinds, "null"]}
 
 
-def _is_of_signal_handler(err: BaseException) -> bool:
-    """Return whether a signal handler raised an exception, by which the script ends training; it is not the command's.
+def _is_own_end(err: BaseException) -> bool:
+    """Return whether a function meant to end itself by this: sys.exit, or a cancelled event loop of its own.
 
-    Handlers run between any two instructions, so a frame of one of them is in the traceback.
+    Ctrl-C is meant for training, and so is what a signal handler of the script raises: handlers run between any two
+    instructions, so a frame of one of them is in the traceback then.
     """
+    asyncio = sys.modules.get("asyncio")
+    if not isinstance(err, SystemExit) and not (asyncio is not None and isinstance(err, asyncio.CancelledError)):
+        return False
     codes = set()
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
@@ -225,6 +232,6 @@ def _is_of_signal_handler(err: BaseException) -> bool:
     trace = err.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code in codes:
-            return True
+            return False
         trace = trace.tb_next
-    return False
+    return True

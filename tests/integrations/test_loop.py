@@ -939,6 +939,22 @@ def test_wrong_parameters_of_own_commands():
         assert client.call_raw("user.f", ["accepted", None, None, None, None, 1])["params"] == {"n": 1, "names": []}
 
 
+def test_own_commands_run_while_paused():
+    """At the step of the pause, on the training thread; the job stays paused."""
+
+    def where(context: Any) -> list[Any]:
+        return [context.step, threading.current_thread().name]
+
+    with running_loop(commands=[where]) as run, forgather_control.connect("job") as client:
+        step = client.command("pause", wait="finished", timeout=SOON).applied_at_step
+        for _ in range(3):
+            record = client.command("user.where", wait="finished", timeout=SOON)
+            assert record.result == {"value": [step, run.thread.name]} and record.applied_at_step == step
+            assert client.call("status")["status"] == "paused"
+        client.command("resume", wait="finished", timeout=SOON)
+        until(lambda: run.steps > step)
+
+
 def test_own_commands_by_file(monkeypatch, jobs_dir):
     """An empty file named after one is a request."""
     monkeypatch.setattr(limits, "TICK_PERIOD", 20 * MS)

@@ -156,6 +156,13 @@ def play(run: Torchrun, job_id: str, folder: Path) -> None:
             client.call("user.only1")
         hangs(run, client, 0, folder)
         hangs(run, client, 1, folder)
+        if job_id == "store":
+            paused = client.command("pause", wait="finished", timeout=SOON).applied_at_step
+            record = client.command("user.scale", factor=1.0, wait="finished", timeout=SOON)
+            assert record.result["value"][0] == [paused, paused] and client.call("status")["status"] == "paused"
+            client.command("resume", wait="finished", timeout=SOON)
+        else:
+            client.command("user.scale", factor=1.0, wait="finished", timeout=SOON)
         for where in (0, 1) if job_id == "store" else ():
             said = failure(client.command, "user.interrupt", where=where)
             assert said.endswith("interrupted on this rank by KeyboardInterrupt") and ("rank 1: " in said) == where
@@ -166,7 +173,7 @@ def play(run: Torchrun, job_id: str, folder: Path) -> None:
     run.until(lambda: len(re.findall(f"^over {job_id} ", run.output, re.M)) == 2)
     over = sorted(re.findall(rf"^over {job_id} (.*)", run.output, re.M))
     assert [line.split()[0] for line in over] == ["0", "1"] and over[0][2:] == over[1][2:]
-    assert over[0].endswith(" 2 True"), over
+    assert over[0].endswith(" 3 True"), over
 
 
 def hangs(run: Torchrun, client: Any, where: int, folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import signal
 import threading
 import typing
+from concurrent.futures import Future
 from typing import Any, Literal, Optional
 
 import jsonschema
@@ -303,14 +305,41 @@ def test_an_exit_in_a_signal_handler_is_not_the_commands(clothes):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_ctrl_c_goes_through():
-    """It is meant for the training."""
+def test_a_cancelled_event_loop_is_a_failure():
+    """asyncio's error is no Exception, and ends no training either."""
 
     def f():
-        raise KeyboardInterrupt
+        raise asyncio.CancelledError
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(CommandFailed, match=r"user.f raised CancelledError; training continues"):
         run(f)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, type("GreenletExit", (BaseException,), {})])
+def test_ctrl_c_goes_through(error):
+    """It is meant for the training, and so is what others raise into its thread."""
+
+    def f():
+        raise error
+
+    with pytest.raises(error):
+        run(f)
+
+
+def test_a_future_is_no_value():
+    """Neither one of threads nor a coroutine: the function has to wait for it."""
+
+    async def later(): ...
+
+    def coroutine():
+        found.append(later())
+        return found[0]
+
+    found = []
+    for f in (Future, coroutine):
+        with pytest.raises(CommandFailed, match="returned a value that is not JSON"):
+            run(f if f is coroutine else lambda: Future(), name="f")
+    found[0].close()
 
 
 def test_a_loop_registers_its_functions(jobs_dir, caplog):
