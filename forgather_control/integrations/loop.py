@@ -17,6 +17,7 @@ from ..errors import InvalidParams
 from ..training import background_saves, own_commands
 from ..training.adapter import Adapter, controlled, guarded
 from ..training.settings import Setting
+from .optimizer_settings import OptimizerSettings
 
 log = logging.getLogger("forgather_control")
 
@@ -176,14 +177,31 @@ class TrainingJob(Adapter):
         doc: str = "",
     ) -> None:
         """Declare a value that clients can change, on every rank before its first step; see ``Setting``."""
+        self._declare("setting", lambda: [Setting(name, get, set, minimum, maximum, type, doc)])
+
+    @guarded
+    def optimizer(self, optimizer: Any, scheduler: Any = None) -> None:
+        """Let clients change ``learning_rate`` and ``weight_decay``. On every rank, before its first step.
+
+        Args:
+            optimizer: one of torch, or a sequence of them, whose rates are multiplied by the same factor.
+            scheduler: what steps its rates, or a sequence; ``None`` if nothing does.
+        """
+        self._declare("optimizer", OptimizerSettings(lambda: optimizer, lambda: scheduler).settings)
+        if self._is_open():
+            self._objects.update(optimizer=optimizer, lr_scheduler=scheduler)
+
+    def _declare(self, what: str, make: Callable[[], list[Setting]]) -> None:
         try:
-            setting = Setting(name, get, set, minimum, maximum, type, doc)
-            if self._is_open():
-                self._run.settings.add([setting])
-            else:
-                self._declared.append(setting)
+            for setting in make():
+                if self._is_open():
+                    self._run.settings.add([setting])
+                elif any(known.name == setting.name for known in self._declared):
+                    raise InvalidParams(f"the setting {setting.name} is declared twice")
+                else:
+                    self._declared.append(setting)
         except InvalidParams as err:
-            log.warning("Ignored a setting: %s", err)
+            log.warning("Ignored the %s: %s", what, err)
 
     @controlled
     def log(self, /, **metrics: Any) -> None:

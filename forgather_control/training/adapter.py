@@ -155,8 +155,7 @@ class Adapter:
         controller = Controller(self._options, self._requested, step, max_steps, log_steps)
         for own in self._own_commands():
             self._add(own, controller)
-        controller.settings.add(self._own_settings(controller))
-        controller.settings.add(self._declared)
+        self._add_settings(controller)
         controller.start()
         self._controller = controller
         try:
@@ -181,6 +180,18 @@ class Adapter:
             return own_commands.Context({**(found._objects if found else {}), "step": run.last_step})
 
         run.methods.add(own.method(context, lambda: run.is_main))
+
+    def _add_settings(self, run: Controller) -> None:
+        """Declare the settings of the script, and those of the trainer that they do not replace."""
+        declared = {setting.name for setting in self._declared}
+        try:
+            own = [setting for setting in self._own_settings(run) if setting.name not in declared]
+        except Exception as err:  # boundary: objects of a trainer that are unlike those we know
+            log.warning(
+                "The settings of this trainer cannot be changed: %s: %s", type(err).__name__, err, exc_info=True
+            )
+            own = []
+        run.settings.add([*own, *self._declared])
 
     def _own_settings(self, run: Controller) -> Iterable[Setting]:
         """Return the settings of this trainer. On the training thread, before the run starts."""

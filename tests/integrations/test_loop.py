@@ -10,6 +10,7 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 import forgather_control
-from forgather_control import TrainingJob, errors
+from forgather_control import TrainingJob, connect, errors
 from forgather_control.server import limits
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
@@ -994,3 +995,136 @@ def test_an_own_command_that_reports_steps(caplog):
         assert state(job, record).state == "finished"
         job.step(51)
         assert forgather_control.get_job_status("job")["metrics"] == {"loss": 1.0}
+
+
+# Settings...
+
+
+class Trained:
+    """A small real model that a plain loop trains; the rate is changed by a client, or by the loop itself."""
+
+    def __init__(self, scheduler: Callable[[Any], Any] | None = None) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        first, second = (list(layer.parameters()) for layer in self.model)
+        groups = [{"params": first, "lr": 0.1}, {"params": second, "lr": 0.02, "weight_decay": 0.3}]
+        self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        self.data = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(self.data).pow(2).mean().backward()
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def multiply(self, factor: float, decay: float) -> None:
+        """Do to an optimizer with a StepLR what a client asks for."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+            group["weight_decay"] *= decay
+        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+
+    def load(self, state: Any) -> None:
+        for name, value in state.items():
+            getattr(self, name).load_state_dict(value)
+
+    def state(self) -> Any:
+        names = ("model", "optimizer", "scheduler")
+        return copy.deepcopy({name: getattr(self, name).state_dict() for name in names})
+
+    def weights(self) -> list[list[float]]:
+        return [weight.tolist() for weight in self.model.parameters()]
+
+
+def steps_of(optimizer: Any) -> Any:
+    import torch
+
+    return torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+
+
+@needs_torch
+def test_settings_of_an_optimizer_change_training_as_if_built_in(jobs_dir):
+    """Weights are those of a loop that had the change in its code; also of one that was resumed after it."""
+    one, built_in = Trained(steps_of), Trained(steps_of)
+    with TrainingJob("job", max_steps=20) as job, connect("job") as client:
+        job.optimizer(one.optimizer, one.scheduler)
+        for step in range(1, 21):
+            one.step()
+            built_in.step()
+            if step == 7:
+                record = client.command("change_settings", changes={"learning_rate": 0.2, "weight_decay": "x0.5"})
+                built_in.multiply(0.2 / 0.05, 0.5)
+            job.step(step)
+            if step == 12:
+                saved = one.state()
+        found = state(job, record).result
+    assert found == {
+        "learning_rate": {"old": 0.05, "new": 0.2, "effective": 0.2},
+        "weight_decay": {"old": 0.3, "new": 0.15, "effective": 0.15},
+    }
+    assert one.weights() == built_in.weights()
+    resumed = Trained(steps_of)
+    resumed.load(saved)
+    for _ in range(13, 21):
+        resumed.step()
+    assert resumed.weights() == one.weights()
+    assert [group["lr"] for group in resumed.optimizer.param_groups] == [
+        group["lr"] for group in one.optimizer.param_groups
+    ]
+
+
+@needs_torch
+def test_an_optimizer_is_told_before_or_inside(jobs_dir, caplog):
+    """The script's own settings come first."""
+    one = Trained()
+    before = TrainingJob("job", settings={"weight_decay": {"get": lambda: 7.0, "set": lambda value: None}})
+    before.optimizer(one.optimizer)
+    assert [line.getMessage() for line in caplog.records] == [
+        "Ignored the optimizer: the setting weight_decay is declared twice"
+    ]
+    with before as job, connect("job") as client:
+        listed = {found["name"]: found["value"] for found in client.call("list_settings")}
+    assert listed == {"learning_rate": 0.1, "weight_decay": 7.0}
+    with TrainingJob("job") as job:
+        job.optimizer(one.optimizer)
+        job.optimizer(one.optimizer)
+    assert "the setting learning_rate is declared twice" in caplog.text
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda one: ("adam",), "an optimizer must have param_groups"),
+        (lambda one: (one.scheduler, one.optimizer), "an optimizer must have param_groups"),
+        (lambda one: (one.optimizer, "cosine"), "a scheduler must have step()"),
+        (lambda one: ([],), "no optimizer is given"),
+        (lambda one: (None,), "no optimizer is given"),
+    ],
+)
+def test_what_is_no_optimizer_is_one_warning(given, words, caplog):
+    """Training continues, and so does control."""
+    with TrainingJob("job") as job:
+        job.optimizer(*given(Trained(steps_of)))
+        job.step(1)
+        assert words in caplog.text and job._controller is not None
+
+
+@needs_torch
+def test_own_commands_find_the_optimizer_that_the_job_was_told_of():
+    """By the names that other frameworks have for them."""
+
+    def rate(context) -> float:
+        return context.optimizer.param_groups[0]["lr"] * (context.lr_scheduler is None)
+
+    one = Trained()
+    with TrainingJob("job", commands=[rate]) as job:
+        job.optimizer(one.optimizer)
+        record = give(job, "user.rate")
+        job.step(1)
+        assert until(lambda: state(job, record).result) == {"value": 0.1}

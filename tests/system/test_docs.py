@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -225,7 +226,10 @@ def test_options_blocks(block):
 @of_kind("loop")
 def test_loop_blocks(block, tmp_path):
     """Each loop trains to its end, with functions of ours."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}], step=lambda: None)
+    scheduler = SimpleNamespace(optimizer=optimizer, step=lambda: None)
     space = {"train_step": lambda: 0.5, "validate": dict, "save": lambda step: tmp_path, "__name__": "docs"}
+    space |= {"optimizer": optimizer, "scheduler": scheduler}
     exec(compile(block.text, block.page, "exec"), space)
     assert space["step"] == 1000 and not space["job"].aborted
 

@@ -1,0 +1,137 @@
+"""Rates of optimizers and schedulers, multiplied: every scheduler of torch and of transformers.
+
+A run whose rate is changed at some step is compared, over 50 further steps, with a run without the change whose rates
+are multiplied from that step on.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ..support.harness import needs_torch, needs_transformers
+from ..support.schedules import NAMES, RATES, change, follows, given, now, of_torch, optimizer, step
+
+try:
+    from torch.optim import lr_scheduler as made
+except ImportError:  # every test here is skipped then
+    pass
+try:
+    from transformers import SchedulerType, get_scheduler
+except ImportError:
+    pass
+
+pytestmark = [needs_torch, pytest.mark.filterwarnings("ignore::UserWarning:torch.*")]
+
+OF_TRANSFORMERS = {
+    "linear": [{}],
+    "cosine": [{}],
+    "cosine_with_restarts": [{"num_cycles": 3}],
+    "polynomial": [{"lr_end": 1e-3, "power": 2.0}],
+    "constant": [{}],
+    "constant_with_warmup": [{}],
+    "inverse_sqrt": [{}, {"timescale": 30}],
+    "reduce_lr_on_plateau": [{"patience": 2, "min_lr": 1e-3}],
+    "cosine_with_min_lr": [{"min_lr": 1e-3}, {"min_lr_rate": 0.2}],
+    "cosine_warmup_with_min_lr": [{"min_lr_rate": 0.2, "warmup_lr_rate": 0.1}],
+    "warmup_stable_decay": [{"num_decay_steps": 20, "min_lr_ratio": 0.1}],
+    "greedy": [{"patience": 2, "min_lr": 1e-3, "max_lr": 0.2, "smooth": True, "reset_start": 2}],
+}
+
+
+def test_every_scheduler_of_torch_is_here():
+    """A class that a later torch adds must be added to these tests."""
+    assert set(NAMES) == set(of_torch())
+    assert {name.split()[0] for name in NAMES} == {*made.__all__, "SWALR"} - {"LRScheduler"}
+
+
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("changed_at", [1, 7, 20])
+@pytest.mark.parametrize("name", NAMES)
+def test_schedulers_of_torch_follow(name, changed_at, as_tensors):
+    """All groups keep their ratios, and the schedule its shape, for the next 50 steps."""
+    follows(of_torch()[name], changed_at, as_tensors=as_tensors)
+    follows(of_torch()[name], changed_at, 2.5, as_tensors)
+
+
+@needs_transformers
+def test_every_scheduler_of_transformers_is_here():
+    """A type that a later version adds must be added to these tests."""
+    assert {each.value for each in SchedulerType} == OF_TRANSFORMERS.keys()
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, each in OF_TRANSFORMERS.items() for options in each]
+)
+@pytest.mark.parametrize("changed_at", [1, 7, 20])
+def test_schedulers_of_transformers_follow(name, options, changed_at):
+    """As those of torch do."""
+
+    def make(optimizer):
+        optimizer.defaults["lr"] = RATES[0]
+        return get_scheduler(name, optimizer, 5, 70, dict(options) or None)
+
+    follows(make, changed_at)
+    follows(make, changed_at, 1.7)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CyclicLR exp_range"])
+def test_restored_exactly(name, as_tensors):
+    """After an undo, groups, schedulers and all later rates are bit for bit what they were."""
+
+    def run(disturb):
+        one = optimizer(as_tensors=as_tensors)
+        scheduler = of_torch()[name](one)
+        for number in range(7):
+            step(one, scheduler, number)
+        tensors = [group["lr"] for group in one.param_groups]
+        if disturb:
+            undone = given(one, scheduler).change({"learning_rate": 0.0123, "weight_decay": "x3"})
+            undone.settle("rank 1 could not do it")
+        assert not as_tensors or all(a["lr"] is b for a, b in zip(one.param_groups, tensors))
+        found = [now(one) + now(one, "weight_decay")]
+        for number in range(7, 30):
+            step(one, scheduler, number)
+            found.append(now(one))
+        return found
+
+    assert run(True) == run(False)
+
+
+class Wrapper:
+    """An optimizer around another."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, []
+
+    def step(self):
+        self.optimizer.step()
+
+
+class Container(Wrapper):
+    """An optimizer of several, as Forgather's Multiopt and torchtitan's container."""
+
+    def __init__(self, *optimizers):
+        self.optimizers, self.param_groups = list(optimizers), [*optimizers[0].param_groups]
+
+
+class Schedulers:
+    """A container of schedulers, as torchtitan's."""
+
+    def __init__(self, *schedulers):
+        self.schedulers = schedulers
+
+    def step(self):
+        for each in self.schedulers:
+            each.step()
+
+
+def test_wrapped_and_contained():
+    """What is inside is changed, once."""
+    one, other = optimizer(), optimizer()
+    both = Schedulers(made.StepLR(one, 3), made.StepLR(other, 3))
+    changed = change(given(Container(Wrapper(one), other), both), learning_rate="x2")
+    assert changed["learning_rate"]["effective"] == 0.2
+    assert now(one) == now(other) == pytest.approx([0.2, 0.04, 0.006])
+    assert both.schedulers[0].base_lrs == both.schedulers[1].base_lrs == now(one)
