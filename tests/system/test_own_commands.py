@@ -11,7 +11,7 @@ import pytest
 
 from forgather_control import CommandFailed, CommandRefused, connect, errors
 
-from ..support.harness import SOON, needs_torch
+from ..support.harness import SOON, needs_lightning, needs_torch, needs_transformers
 from ..support.torchrun import START, Torchrun
 
 pytestmark = [needs_torch, pytest.mark.once]
@@ -111,13 +111,13 @@ say("end", rank)
 """
 
 
-def client_of(run: Torchrun, job_id: str) -> Any:
-    """A connection to a job whose ranks have compared what they registered."""
+def client_of(run: Torchrun, job_id: str, command: str, **params: Any) -> Any:
+    """A connection to a job whose ranks have compared what they registered, so that a first command is accepted."""
 
     def found() -> Any:
         try:
             with connect(job_id) as client:
-                client.command("user.fail", where=-1, wait="finished", timeout=SOON)
+                client.command(command, wait="finished", timeout=SOON, **params)
         except (errors.FindError, errors.MethodNotFound, CommandRefused):
             return False
         return True
@@ -135,7 +135,7 @@ def failure(call: Callable[..., Any], *words: Any, **params: Any) -> str:
 
 def play(run: Torchrun, job_id: str, folder: Path) -> None:
     """Send every command to two ranks, then stop them; both have then trained alike."""
-    with client_of(run, job_id) as client:
+    with client_of(run, job_id, "user.fail", where=-1) as client:
         record = client.command("user.scale", factor=0.5, names=["a"], wait="finished", timeout=SOON)
         step = record.applied_at_step
         assert record.result == {"value": [[step, step], ["a"], 0]}
@@ -200,3 +200,26 @@ def test_own_commands_on_two_ranks(tmp_path):
         play(run, "polled", tmp_path)
         assert run.end(START) == 0
         assert "Control is off" not in run.output
+
+
+@needs_transformers
+@needs_lightning
+@pytest.mark.timeout(300)
+def test_own_commands_in_trainers_on_two_ranks(tmp_path):
+    """Both trainers' objects are there on each rank; the weights are those of a run with the same changes built in."""
+    objects = {
+        "hugging_face": {"model", "optimizer", "lr_scheduler", "state", "args", "trainer", "step"},
+        "lightning": {"model", "trainer", "step"},
+    }
+    with Torchrun("-m", "tests.support.ranks_own_commands", str(tmp_path), ranks=2) as run:
+        for name, expected in objects.items():
+            with client_of(run, name, "user.scale", factor=1.0) as client:
+                for factor in (0.5, 1.5):
+                    record = client.command("user.scale", factor=factor, wait="finished", timeout=SOON)
+                    steps, found = record.result["value"]
+                    assert steps == [record.applied_at_step] * 2 and expected <= set(found)
+                client.call("graceful_stop", wait="applied")
+            run.until(lambda name=name: len(re.findall(f"^over {name} ", run.output, re.M)) == 2)
+            over = sorted(re.findall(rf"^over {name} (.*)", run.output, re.M))
+            assert over[0][2:] == over[1][2:] and over[0].endswith(" 3 True"), over
+        assert run.end(START) == 0
