@@ -17,7 +17,7 @@ from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..wire import jsonrpc
 from ..wire.builtin import BUILTIN
-from . import output, parser, terminal
+from . import command_output, output, parser, terminal
 from .exit_codes import DONE, INTERRUPTED, NO_ANSWER, REFUSED, USAGE, exit_code
 from .terminal import Refusal, complain, print_answer, print_json, print_text
 
@@ -84,9 +84,9 @@ def _call(args: argparse.Namespace) -> int:
         answer, name = job.call(args.method, **args.params), job.name
     screens: dict[str, tuple[Any, ...]] = {
         "status": (output.status_screen, answer, terminal.has_unicode()),
-        "list_commands": (output.command_table, answer),
-        "list_settings": (output.settings_table, answer),
-        "cancel_command": (output.outcome, name, answer),
+        "list_commands": (command_output.command_table, answer),
+        "list_settings": (command_output.settings_table, answer),
+        "cancel_command": (command_output.outcome, name, answer),
     }
     print_answer(args.json, answer, *screens.get(args.method, (output.values, answer)))
     return DONE
@@ -121,7 +121,7 @@ def _report(args: argparse.Namespace, job: str, record: Any) -> int:
 
     trouble = CommandRecord.from_json(record).trouble
     if trouble is None:
-        print_answer(args.json, record, output.outcome, job, record)
+        print_answer(args.json, record, command_output.outcome, job, record)
         return DONE
     if args.json:
         print_json(record)
@@ -194,6 +194,22 @@ def _run(args: argparse.Namespace) -> int:
     return run.run(args)
 
 
+def _when(args: argparse.Namespace) -> int:
+    command = args.command
+    with Client(_target(args)) as job:
+        if command is not None and command.verb == "run":
+            from . import run
+
+            do, params = run.as_rule(job, command)
+            args.params.update(do=do, params=params)
+        answer, name = job.call(args.method, **args.params), job.name
+    rules = answer if isinstance(answer, list) else [answer]
+    head = "" if args.method == "list_rules" else f"{name}: rule {answer['id']} "
+    text = {"list_rules": "", "remove_rule": "removed", "add_rule": "added"}[args.method]
+    print_answer(args.json, answer, command_output.rules_text, head + text, rules)
+    return DONE
+
+
 def _dial(args: argparse.Namespace) -> int:
     from ..client import stdio_proxy
 
@@ -255,5 +271,6 @@ _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "cleanup": _cleanup,
     "rpc": _rpc,
     "run": _run,
+    "when": _when,
     "dial-stdio": _dial,
 }

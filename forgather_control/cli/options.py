@@ -78,6 +78,13 @@ def _rules(doc: str, metavar: str = "", read: Callable[[str], Any] = str, **more
 
 _seconds = _reader(methods.TIMEOUT)
 
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a rule")
+    return int(text)
+
+
 #: The options that several verbs have, as ``add_argument`` takes them.
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--json": _rules("print what the wire said, one JSON text"),
@@ -99,6 +106,7 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "SECONDS", _seconds,
     ),
     "--reason": _rules("why; kept in the command's record", "TEXT", _reader(methods.REASON), dest=PARAM + "reason"),
+    "--remove": _rules("remove the rule of this number", "N", _number),
     "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip
 

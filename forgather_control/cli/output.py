@@ -47,21 +47,6 @@ _JOB_COLUMNS: Final[dict[str, Any]] = {
     "STARTED": lambda job: moment(job["started_at"]),
     "STEP": lambda job: _step(job["status"] or {}),
 }  # fmt: skip
-#: The columns of ``commands``, from a command's record.
-_COMMAND_COLUMNS: Final[dict[str, Any]] = {
-    "ID": "command_id",
-    "COMMAND": lambda record: verb(record.get("command")),
-    "STATE": "state", "STEP": "applied_at_step",
-    "REQUESTED": lambda record: moment(record.get("requested_at")),
-    "BY": lambda record: _requester(record.get("requested_by") or {}),
-    "NOTE": lambda record: _note(record) or record.get("reason") or "",
-}  # fmt: skip
-#: The columns of settings.
-_SETTING_COLUMNS: Final[dict[str, Any]] = {
-    "NAME": "name",
-    "VALUE": lambda setting: number(setting.get("value")),
-    "TYPE": "type", "MINIMUM": "minimum", "MAXIMUM": "maximum", "WHAT": "doc",
-}  # fmt: skip
 #: The columns of ``ranks``, from an object of the job's answer.
 _RANK_COLUMNS: Final[dict[str, Any]] = {
     "RANK": "rank", "HOST": "host", "PID": "pid", "STATE": "state", "STEP": "step", "BEHIND": "behind",
@@ -99,7 +84,7 @@ def _cell(value: Any) -> str:
     return "-" if value is None else safe(value)
 
 
-def _table(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) -> str:
+def align(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) -> str:
     """Align cells in columns; with ``colour``, states get theirs."""
     cells = [list(columns)]
     for row in rows:
@@ -121,7 +106,7 @@ def job_table(found: list[Job], colour: bool, place: str = "") -> str:
     """Show jobs in aligned columns; or that there are none at a place, if it is given."""
     if place and not found:
         return f"no jobs {safe(place)}"
-    return _table(_JOB_COLUMNS, [job._asdict() for job in found], colour)
+    return align(_JOB_COLUMNS, [job._asdict() for job in found], colour)
 
 
 def _step(status: dict[str, Any]) -> Any:
@@ -135,7 +120,7 @@ def status_screen(status: dict[str, Any], unicode: bool) -> str:
         f"{safe(status['job_id'])}  {safe(status['status'])}",
         _progress_line(status, unicode),
         _speed_line(status),
-        _pairs(status.get("metrics") or {}),
+        pairs(status.get("metrics") or {}),
         *(_command_line(record) for record in status.get("commands") or []),
         *(_running_line(command) for command in status.get("running") or []),
         _process_line(status),
@@ -184,8 +169,8 @@ def _process_line(status: dict[str, Any]) -> str:
 
 
 def _command_line(record: dict[str, Any]) -> str:
-    note = _note(record)
-    return safe(f"{verb(record['command'])} {record['state']}{_applied(record)}" + (f": {note}" if note else ""))
+    why = note(record)
+    return safe(f"{verb(record['command'])} {record['state']}{applied(record)}" + (f": {why}" if why else ""))
 
 
 def _running_line(command: dict[str, Any]) -> str:
@@ -193,64 +178,19 @@ def _running_line(command: dict[str, Any]) -> str:
     return safe(f"{verb(command['command'])} has run for {seconds}; not acknowledged by {ranks}")
 
 
-def _applied(record: dict[str, Any]) -> str:
+def applied(record: dict[str, Any]) -> str:
+    """Say at which step a command was applied, if it was."""
     step = record.get("applied_at_step")
     return "" if step is None else f" at step {step}"
 
 
-def _note(record: dict[str, Any]) -> str:
+def note(record: dict[str, Any]) -> str:
     """Return what a command's record adds to its state: why it failed, where its checkpoint is, or its value."""
     if record.get("error"):
         return in_verbs(str(record["error"]["message"]))
     result = record.get("result") or {}
     value = "" if result.get("value") is None else json.dumps(result["value"], ensure_ascii=False)
     return result.get("path") or (value if len(value) <= 60 else value[:57] + "...")
-
-
-def outcome(job: str, record: dict[str, Any]) -> str:
-    """Say in one line what became of a command; how it ended depends on what its method finishes with."""
-    name, result = verb(record["command"]), record.get("result") or {}
-    method = BUILTIN.get(record["command"])
-    finishes_when = method.finishes_when if method is not None else frozenset()
-    path = result.get("path")
-    at_step = f" at step {result['step']}" if "step" in result else _applied(record)
-    took = f"{at_step} in {duration(result.get('seconds'))}: "
-    if record["state"] != states.COMMAND_FINISHED:
-        text = f"{name} {record['state']}{_applied(record)}" + (f"; {record['note']}" if "note" in record else "")
-    elif states.WHEN_ENDED in finishes_when:
-        text = f"ended{at_step}, " + (f"saved: {path}" if path else "no checkpoint was saved for it")
-    elif states.WHEN_SAVED in finishes_when:
-        text = f"saved{took}{path}"
-    elif record["command"] == "change_settings":
-        text = f"set{at_step}: " + "; ".join(_setting_change(each, change) for each, change in result.items())
-    elif states.WHEN_EVALUATED in finishes_when:
-        text = f"evaluated{took}{_pairs(result.get('metrics') or {})}"
-    else:
-        text = f"{name} finished{at_step}" + (f": {_pairs(result)}" if result else "")
-    return safe(f"{job}: {text}")
-
-
-def command_table(records: list[dict[str, Any]]) -> str:
-    """Show command records in aligned columns, oldest first."""
-    return _table(_COMMAND_COLUMNS, records, colour=False) if records else "no commands"
-
-
-def settings_table(settings: list[dict[str, Any]]) -> str:
-    """Show settings with the values that are in force, in aligned columns."""
-    return _table(_SETTING_COLUMNS, settings, colour=False) if settings else "no settings"
-
-
-def _setting_change(name: str, change: dict[str, Any]) -> str:
-    effective = "" if change["effective"] == change["new"] else f", {number(change['effective'])} after the next step"
-    note = f" ({change['note']})" if change.get("note") else ""
-    return f"{name} {number(change['old'])} -> {number(change['new'])}{effective}{note}"
-
-
-def _requester(by: dict[str, Any]) -> str | None:
-    """Name the user and the process that gave a command, as far as the job knows them."""
-    user = by.get("user") or ("" if by.get("uid") is None else f"uid {by['uid']}")
-    process = "" if by.get("pid") is None else f"{by.get('program') or 'pid'} {by['pid']}"
-    return ", ".join(part for part in (user, process, by.get("via")) if part) or None
 
 
 # Ranks...
@@ -268,7 +208,7 @@ def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
             for state, remark in _RANK_REMARKS.items()
         },
     }
-    table = _table(_RANK_COLUMNS, [{**row, "behind": behind.get(row["rank"])} for row in rows], colour)
+    table = align(_RANK_COLUMNS, [{**row, "behind": behind.get(row["rank"])} for row in rows], colour)
     return "\n".join([table, *(f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks)])
 
 
@@ -306,10 +246,11 @@ def values(answer: Any) -> str:
     """Show the answer of a method that has no screen of its own: a line for each member or item."""
     if isinstance(answer, dict):
         return "\n".join(f"{safe(name)}: {number(value)}" for name, value in answer.items())
-    return "\n".join(_pairs(item) if isinstance(item, dict) else safe(item) for item in answer)
+    return "\n".join(pairs(item) if isinstance(item, dict) else safe(item) for item in answer)
 
 
-def _pairs(members: dict[str, Any]) -> str:
+def pairs(members: dict[str, Any]) -> str:
+    """Show members with their names in one line."""
     return "   ".join(f"{safe(name)} {number(value)}" for name, value in members.items())
 
 

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, Final, NoReturn
 
 from ..client.target import suggestion
+from ..errors import ControlError
+from ..wire import conditions
 from ..wire.builtin import BUILTIN
 from . import exit_codes, options
 
@@ -64,6 +66,9 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     if not others or others[0] not in verbs:
         _without_verb(prog, given, others[0] if others else None)
     verb = others.pop(0)
+    inner: list[str] = []
+    if verb == "when":
+        given, others, inner = _split_rule(given, others)
     parser = _parser(f"{prog} {verb}", options.plain(verbs[verb]))
     _add_words(parser, verb)
     if any(word.startswith("--wait=") for word in given):
@@ -75,6 +80,8 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
         hint = suggestion(unknown[0].partition("=")[0], known, f"{prog} {verb} --help shows all")
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
     args.verb = verb
+    if verb == "when":
+        _read_rule(parser, args, inner, prog)
     _check(parser, args)
     args.params = _params(args)
     return args
@@ -162,6 +169,65 @@ def _check_set(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         args.method = "list_settings"
 
 
+#: The options of ``when`` itself; all others belong to its command.
+_OF_RULES: Final = (
+    "--not-before",
+    "--remove",
+    "--json",
+    "--connect",
+    "--token-file",
+    "--ssh",
+    "--version",
+    "-h",
+    "--help",
+)
+#: What a condition contains, and no job id.
+_IN_CONDITIONS: Final = r"[\s<>=!]"
+
+
+def _split_rule(given: list[str], others: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the options and words of ``when``, and the words of its command."""
+    at = next((at for at, word in enumerate(others) if re.search(_IN_CONDITIONS, word)), len(others))
+    own: list[str] = []
+    inner = others[at + 1 :]
+    with_values, rest = options.with_values(), iter(given)
+    for word in rest:
+        value = [each for each in [next(rest, None)] if each is not None] if word in with_values else []
+        (own if word.partition("=")[0] in _OF_RULES else inner).extend([word, *value])
+    return own, others[: at + 1], inner
+
+
+def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner: list[str], prog: str) -> None:
+    """Read JOB, EXPR and the command; without EXPR, list or remove."""
+    if args.job is not None and re.search(_IN_CONDITIONS, args.job):
+        args.job, args.when = None, args.job
+    args.command, given = None, vars(args)
+    if args.when is None:
+        if inner or given[f"{options.PARAM}not_before"] is not None:
+            parser.error("the EXPR of the rule is missing, such as 'eval_loss > 2.0 for 3'")
+        args.method = "list_rules" if args.remove is None else "remove_rule"
+        if args.remove is not None:
+            setattr(args, f"{options.PARAM}id", args.remove)
+        return
+    if args.remove is not None:
+        parser.error("--remove stands without EXPR")
+    try:
+        conditions.parse(args.when)
+    except ControlError as err:
+        parser.error(str(err))
+    commands = [method.verb for method in BUILTIN.values() if method.is_command and method.verb] + ["run"]
+    if not inner or inner[0] not in commands:
+        parser.error(f"after EXPR comes what to do: {', '.join(commands)}")
+    verb, *words = inner
+    args.command = parse([verb, args.job or "job", *words], prog)  # a job id stands before its other words
+    if args.command.params.keys() & {"wait", "timeout"} or vars(args.command).get("kill_after") is not None:
+        parser.error("a rule gives its command later: it cannot wait for it")
+    setattr(args, f"{options.PARAM}when", args.when)
+    if verb != "run":
+        setattr(args, f"{options.PARAM}do", args.command.method)
+        setattr(args, f"{options.PARAM}params", args.command.params)
+
+
 def _params(args: argparse.Namespace) -> dict[str, Any]:
     """Return the parameters of the call."""
     given = vars(args)
@@ -188,13 +254,18 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("name", metavar="NAME", nargs="?", help="of the command")
         parser.add_argument("values", metavar="KEY=VALUE", nargs="*", help="a parameter of the command")
         options.add(parser, "--wait", "--timeout", "--no-wait", "--reason")
+    if verb == "when":
+        parser.add_argument("when", metavar="EXPR", nargs="?", help="a condition, followed by a verb and its words")
+        parser.usage = f"{parser.prog} [OPTIONS] [JOB] [EXPR VERB ...]"
+        options.add(parser, "--remove")
     method = next((method for method in BUILTIN.values() if method.verb == verb), None)
     if method is not None:
         parser.set_defaults(method=method.name)
         if verb == "set":
             parser.add_argument("values", metavar="NAME=VALUE", nargs="*", help="a setting and its new value")
-        for param in options.own_params(method) if verb != "set" else ():
-            options.add_param(parser, param)
+        for param in options.own_params(method):
+            if verb not in ("set", "when") or param.name == "not_before":
+                options.add_param(parser, param)
     options.add(parser, *_OWN_OPTIONS.get(verb, ("--connect", "--token-file", "--ssh")))
     if verb in ("cleanup", "dial-stdio"):  # only to say why it cannot be
         options.add(parser, "--ssh", help=argparse.SUPPRESS)

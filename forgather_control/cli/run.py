@@ -14,7 +14,7 @@ from ..client.connection import Client
 from ..errors import InternalError, MethodNotFound
 from ..wire import schemas
 from ..wire.methods import COMMON_NAMES, OWN
-from . import output
+from . import command_output, output
 from .exit_codes import DONE, REFUSED, USAGE
 from .terminal import Refusal, complain, print_answer, print_json
 
@@ -42,6 +42,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(record)
     return complain(f"{job.name}: {trouble}", REFUSED)
+
+
+def as_rule(job: Client, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Return the method and the parameters of a command that a rule gives."""
+    if args.name is None:
+        raise Refusal("the NAME of the command is missing", USAGE)
+    method = find(own(job.call("rpc.discover")), args.name, job.name)
+    return method["name"], {**args.params, **values(method, args.values)}
 
 
 # The commands of a job...
@@ -173,7 +181,7 @@ def outcome(job: str, record: dict[str, Any]) -> str:
     """Show the value of a command: text as it is, a list line by line, the rest as JSON; or what became of it."""
     value = (record.get("result") or {}).get("value")
     if record["state"] != states.COMMAND_FINISHED or value is None:
-        return output.outcome(job, {**record, "result": None})
+        return command_output.outcome(job, {**record, "result": None})
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return "\n".join(map(output.safe_lines, value))
     return output.safe_lines(value) if isinstance(value, str) else output.safe(json.dumps(value, ensure_ascii=False))

@@ -86,6 +86,7 @@ class TrainerControlCallback(Adapter):
             {**kwargs, "args": args, "state": state, "control": control, "trainer": _weak(trainer)},
             no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
             no_stop_save='save_strategy is "no"' if facts.word(args.save_strategy) == "no" else None,
+            nan_filter=facts.nan_filter(args),
             evaluation_counter=facts.evaluation_counter(state, trainer, kwargs.get("lr_scheduler")),
         )
         self._own_code = facts.saves_by_own_code(trainer)

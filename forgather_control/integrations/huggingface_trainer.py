@@ -40,6 +40,14 @@ def no_evaluation(args: Any, trainer: Any, eval_dataloader: Any) -> str | None:
     return "the trainer has no eval_dataset"
 
 
+def nan_filter(args: Any) -> str | None:
+    """Return why the logged loss is never NaN; ``None`` if it may be."""
+    filters = getattr(args, "logging_nan_inf_filter", False)
+    return (
+        "the trainer replaces NaN in the loss that it logs, unless logging_nan_inf_filter is false" if filters else None
+    )
+
+
 def evaluation_counter(state: Any, trainer: Any, lr_scheduler: Any) -> str | None:
     """Return the name of what counts evaluations, so that an extra one would change training; ``None`` if nothing does.
 

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
 from . import metrics, own_commands
+from . import rules as rules_of_runs
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
@@ -91,7 +92,7 @@ class Adapter:
             *(commands, settings, rules),
         )
         self._options, self._signals = options, Signals(signals or {})
-        self._declared = declared(settings)
+        self._declared, self._rules = declared(settings), rules_of_runs.declared(rules)
         self._controller: Controller | None = None
         #: The trainer's objects by name ("model", "optimizer", ...), while a run is open.
         self._objects: dict[str, Any] = {}
@@ -158,6 +159,8 @@ class Adapter:
         self._add_settings(controller)
         controller.start()
         self._controller = controller
+        if controller.is_main:
+            controller.rules.declare(self._rules, controller.methods)
         try:
             self._signals.install(controller.request)
         except ControlError as err:
@@ -192,7 +195,6 @@ class Adapter:
             )
             own = []
         run.settings.add([*own, *self._declared])
-
     def _own_settings(self, run: Controller) -> Iterable[Setting]:
         """Return the settings of this trainer. On the training thread, before the run starts."""
         return ()

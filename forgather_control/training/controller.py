@@ -48,6 +48,7 @@ from .options import ControlOptions
 from .pause import Pause
 from .progress import RunState
 from .rank_report import RankReporter
+from .rules import Rules
 from .settings import Settings
 
 log = logging.getLogger("forgather_control")
@@ -80,6 +81,7 @@ class Controller:
         self.settings = Settings(self.on_step, self._wake)  #: What clients can change.
         self.state = RunState(step, max_steps, self._wake)
         self.state.job_id = options.job_id
+        self.rules = Rules(self.state, self.on_step, lambda: loop.nan_filter)  #: of rank 0
         self._group: RankGroup = SingleProcess(self)
         self._queue = CommandQueue(self._record_changed)
         self._tracker = CommandTracker(
@@ -146,7 +148,7 @@ class Controller:
 
     def _publish(self) -> None:
         parts = self.state, self._queue, self._group, self._reporter, self.methods, self._loop, self.settings
-        self._queries = JobQueries(*parts, self._look)
+        self._queries = JobQueries(*parts, self.rules, self._look)
         self._server = JobServer(self._options, self._queries, self._is_controlled, self._reporter.write)
         self.state.job_id = self._server.publish()
         facts = {"job_id": self.job_id, "pid": os.getpid(), "step": self.last_step, "world_size": self._group.size}
@@ -202,7 +204,9 @@ class Controller:
 
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
-        self.state.log(logs)
+        held = self.state.log(logs)
+        if self.rules.waits:
+            self.rules.logged(held)
 
     def saved(self, step: int, path: str, evaluated: bool = False) -> None:
         """Note that a checkpoint, or this rank's part of it, is complete on disk, and if the save evaluated first."""

@@ -25,10 +25,11 @@ from ..wire import discovery, jsonrpc
 from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
-from . import limits, metrics, outcomes
+from . import limits, metrics, outcomes, rules
 from .command_queue import CommandQueue
 from .progress import RunState
 from .rank_report import RankReporter
+from .rules import Rules
 from .settings import Settings
 from .worker import Task, Worker
 
@@ -47,6 +48,7 @@ class JobQueries:
     methods: MethodTable
     loop: TrainingLoop
     settings: Settings
+    rules: Rules
     on_request: Callable[[], None]  #: Called before each request.
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class JobQueries:
         self._status_lock = threading.Lock()  # guards the four above: status.json has a thread of its own
         self._scan: Task[tuple[float, list[dict[str, Any]]]] | None = None  # the last list of jobs, and when it began
         self._list_at = float("-inf")  # not before
+        if self.rules is not None:
+            self.rules.give = self._give
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
@@ -117,6 +121,14 @@ class JobQueries:
     def _not_compared(self, name: str) -> str | None:
         is_known = self.group.size == 1 or name in BUILTIN or name in self._unavailable
         return None if is_known else "the ranks compare what each registered when their first step has ended"
+
+    def _give(self, name: str, params: dict[str, Any], reason: str, by: dict[str, Any]) -> CommandRecord:
+        """Give the command of a rule. On the training thread."""
+        method = self.methods[name]
+        self._check(method, params, None)
+        record = self.queue.submit(name, None, params, reason, by)
+        self.group.command_queued()
+        return record
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None, note: dict[str, str]) -> Any:
         deadline = Deadline(timeout)
@@ -176,6 +188,7 @@ class JobQueries:
         commands = [outcomes.brief(record) for record in records if not record.is_final or record in recent]
         values, missing = self._devices.known(self.state.metrics)
         lacks: dict[str, list[Any]] = {"pending_metrics": missing, "ranks_not_joined": self.group.not_joined()}
+        lacks["rules"] = self.rules.listed()
         lacks["running"] = self.state.running.report(self.group)
         known = {"metrics": values, "world_size": self.group.size, "commands": commands}
         known["stop_saves"] = self.loop.no_stop_save is None
@@ -203,6 +216,20 @@ class JobQueries:
             return self.settings.snapshot if is_read else PENDING
 
         return Deferred(poll, deadline.at)
+
+    def add_rule(self, when: str, do: str, params: dict[str, Any], not_before: int | None) -> dict[str, Any]:
+        assert self._sink is not None
+        method = self.methods[do]
+        own = rules.check(method, params)
+        self._check(method, {name: value for name, value in own.items() if name != "reason"}, None)
+        by = {**requested_by(self._sink.peer), "via": states.VIA_RULE}
+        return self.rules.add(when, do, own, not_before, by)
+
+    def remove_rule(self, id: int) -> dict[str, Any]:
+        return self.rules.remove(id)
+
+    def list_rules(self) -> list[dict[str, Any]]:
+        return self.rules.listed()
 
     def ranks(self, timeout: float) -> Any:
         return self.reporter.ask(self.group, "ranks", timeout)

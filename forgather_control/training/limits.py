@@ -19,6 +19,11 @@ MAX_VALUE: Final = 256 * 1024
 #: Most characters of a value in answers that hold many records, and in events; a longer one is left out of them.
 BRIEF_VALUE: Final = 4096
 
+# Rules...
+
+#: Rules that are kept, those that have fired, too.
+MAX_RULES: Final = 32
+
 # Status...
 
 #: Longest age in seconds of an answer of ``status`` while nothing but the time changes.

@@ -23,6 +23,7 @@ class RequestedActions:
     no_evaluation: str | None = None  #: why this run cannot evaluate on request; ``None`` if it can
     evaluation_counter: str | None = None  #: what counts evaluations, so that an extra one would change training
     no_stop_save: str | None = None  #: why a stop saves nothing; ``None`` if it does
+    nan_filter: str | None = None  #: why the trainer logs no NaN for its loss; ``None`` if it does
     stop: bool = False
     skip_save: bool = False  #: stop without a last checkpoint
     save: bool = False

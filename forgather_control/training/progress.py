@@ -35,6 +35,11 @@ class Progress:
         """The last finished step."""
         return self._last[0]
 
+    @property
+    def epoch(self) -> float | None:
+        """The passes over the data at that step, if they are known."""
+        return self._last[1]
+
     def beat(self, step: int, epoch: float | None = None) -> None:
         """Note that a step is finished. On the training thread, every step."""
         now = time.monotonic()
@@ -111,10 +116,12 @@ class RunState:
             return self.phase
         return states.STATUS_STOPPING if self.ending else states.STATUS_PAUSED
 
-    def log(self, logs: Mapping[Any, Any]) -> None:
-        """Keep the latest value of each name. Never a collective, never a synchronisation with a device."""
-        self.metrics = metrics.merge(self.metrics, metrics.hold(logs))
+    def log(self, logs: Mapping[Any, Any]) -> dict[str, Any]:
+        """Keep the latest value of each name; return them. Never a collective, nor a synchronisation with a device."""
+        held = metrics.hold(logs)
+        self.metrics = metrics.merge(self.metrics, held)
         self._logged += 1
+        return held
 
     def mark(self) -> object:
         """Return a value that differs when ``report`` has something new; cheap."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import states
 from ..errors import CommandFailed
-from . import schemas
+from . import conditions, schemas
 from .jsonrpc import Json
 from .limits import MAX_RANK_TIMEOUT, MAX_TIMEOUT
 from .methods import Method, MethodTable, Param, command_params
@@ -237,6 +237,29 @@ _query(
 _query("get_command", "CommandRecord", "Answer the record of one command.", _KNOWN_ID)
 _query("cancel_command", "CommandRecord", "Cancel a command that is not applied yet.", _KNOWN_ID, verb="cancel")
 _query("list_commands", "CommandRecords", "List the commands that the job keeps, oldest first.", verb="commands")
+_WHEN: Final = Param(
+    "when",
+    {"type": "string", "minLength": 1, "maxLength": conditions.MAX_LENGTH},
+    "A condition such as eval_loss > 2.0 for 3; its names are metrics that are logged, step, epoch and hours.",
+)
+_DO: Final = Param("do", {"type": "string", "minLength": 1}, "The command to give, by the name of its method.")
+_DO_PARAMS: Final = Param("params", {"type": "object", "default": {}}, "The command's own parameters, and its reason.")
+_NOT_BEFORE: Final = Param(
+    "not_before",
+    {"type": ["integer", "null"], "minimum": 0, "unit": "steps", "default": None},
+    "The step before which the rule does nothing.",
+)
+_query(
+    "add_rule",
+    "Rule",
+    """Give a command once, as soon as a condition is true; without a condition, list the rules.
+
+The rule lives in the job: it needs no client, and ends with the job.""",
+    *(_WHEN, _DO, _DO_PARAMS, _NOT_BEFORE),
+    verb="when",
+)
+_query("remove_rule", "Rule", "Remove a rule.", Param("id", {"type": "integer"}, "Its number, as list_rules shows it."))
+_query("list_rules", "Rules", "List the rules of the job, those that have fired, too.")
 _query(
     "list_settings",
     "ListedSettings",

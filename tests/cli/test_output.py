@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from forgather_control import states
-from forgather_control.cli import output
+from forgather_control.cli import command_output, output
 from forgather_control.jobs.registry import Job
 from forgather_control.wire import builtin
 
@@ -130,7 +130,7 @@ def test_status_is_safe(text, wanted):
 def test_outcome_is_safe(text, wanted, state, command):
     """No path and no job's name gets to the terminal raw."""
     record = {**RECORD, "command": command, "state": state, "result": {"step": text, "path": text, "seconds": 1}}
-    shown = harmless(output.outcome(text, record), 1)
+    shown = harmless(command_output.outcome(text, record), 1)
     assert shown.count(wanted) == (3 if state == "finished" else 1)
 
 
@@ -268,7 +268,7 @@ def test_speed(speed, wanted):
 )
 def test_outcome(record, wanted):
     """One line says what became of the command, and where the checkpoint is."""
-    assert output.outcome("job", {**RECORD, **record}) == wanted
+    assert command_output.outcome("job", {**RECORD, **record}) == wanted
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_outcome_of_other_commands(record, wanted):
     evaluate = builtin.BUILTIN["save_checkpoint"]._replace(name="evaluate", finishes_when=frozenset({"evaluated"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(builtin.BUILTIN, "evaluate", evaluate)
-        assert output.outcome("job", {**RECORD, **record}) == wanted
+        assert command_output.outcome("job", {**RECORD, **record}) == wanted
 
 
 def test_command_table():
@@ -298,13 +298,13 @@ def test_command_table():
         {**RECORD, "state": "failed", "error": {"code": 1, "message": "no"}, "requested_by": {**by, "user": None}},
         {**RECORD, "state": "accepted", "result": None, "applied_at_step": None, "reason": "maintenance"},
     ]
-    assert [line.split(maxsplit=4)[4:] for line in output.command_table(rows).splitlines()] == [
+    assert [line.split(maxsplit=4)[4:] for line in command_output.command_table(rows).splitlines()] == [
         ["REQUESTED            BY                            NOTE"],
         ["1970-01-01 00:00:01  alice, python3 42, socket     /c/checkpoint-7"],
         ["1970-01-01 00:00:01  uid 1000, python3 42, socket  no"],
         ["1970-01-01 00:00:01  -                             maintenance"],
     ]
-    assert output.command_table([]) == "no commands"
+    assert command_output.command_table([]) == "no commands"
 
 
 @tricks
@@ -312,7 +312,7 @@ def test_commands_are_safe(text, wanted):
     """Nothing that a caller put into a command gets to the terminal raw."""
     by = dict.fromkeys(("via", "user", "pid", "program"), text)
     record = {**dict.fromkeys(RECORD, text), "result": None, "error": None, "reason": text, "requested_by": by}
-    shown = harmless(output.command_table([record]), 2)
+    shown = harmless(command_output.command_table([record]), 2)
     assert shown.count(wanted) == 9
     assert harmless(output.values({text: text}), 1).count(wanted) == 2
 
@@ -455,11 +455,11 @@ def test_moment():
 def test_settings():
     """A line for each; the value that is in force, and what it may be."""
     setting = {"name": "rate", "value": 1.0, "type": "number", "minimum": None, "maximum": 2.0, "doc": "How fast."}
-    assert [line.split() for line in output.settings_table([setting]).splitlines()] == [
+    assert [line.split() for line in command_output.settings_table([setting]).splitlines()] == [
         ["NAME", "VALUE", "TYPE", "MINIMUM", "MAXIMUM", "WHAT"],
         ["rate", "1", "number", "-", "2.0", "How", "fast."],
     ]
-    assert output.settings_table([]) == "no settings"
+    assert command_output.settings_table([]) == "no settings"
 
 
 def test_a_change_of_settings():
@@ -467,6 +467,6 @@ def test_a_change_of_settings():
     record = {"command": "change_settings", "state": "finished", "applied_at_step": 7, "result": {}}
     record["result"]["rate"] = {"old": 1.0, "new": 0.5, "effective": 0.49, "note": "cosine keeps its shape"}
     record["result"]["size"] = {"old": 1, "new": 2, "effective": 2}
-    assert output.outcome("job", record) == (
+    assert command_output.outcome("job", record) == (
         "job: set at step 7: rate 1 -> 0.5, 0.49 after the next step (cosine keeps its shape); size 1 -> 2"
     )

@@ -21,7 +21,8 @@ def test_every_verb_of_the_table_is_there():
     """Each with its method, and those that the table does not know beside them."""
     for method in BUILTIN.values():
         if method.verb is not None:
-            words = ["a=1"] if method.verb == "set" else [param.name for param in method.params if param.required]
+            special = {"set": ["a=1"], "when": ["step > 1", "stop"]}
+            words = special.get(method.verb) or [param.name for param in method.params if param.required]
             args = parse(method.verb, *words)
             assert (args.verb, args.method, args.json, args.ssh) == (method.verb, method.name, False, None)
     assert parse("cleanup").verb == "cleanup" and parse("rpc", "job", "ping").json_params == "{}"
@@ -245,3 +246,57 @@ def test_wrong_words_of_set(words, capsys):
 def test_pause_for():
     """The option of the contract."""
     assert parse("pause", "--for", "30").params == {"seconds": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "job", "params"),
+    [
+        (["run1", "loss > 2", "save-stop"], "run1", {"when": "loss > 2", "do": "save_and_stop", "params": {}}),
+        (["loss>2 for 3", "abort", "--reason", "no"], None,
+         {"when": "loss>2 for 3", "do": "abort", "params": {"reason": "no"}}),
+        (["--not-before", "5", "run1", "loss is nan", "save", "--evaluate", "yes"], "run1",
+         {"when": "loss is nan", "not_before": 5, "do": "save_checkpoint", "params": {"evaluate": True}}),
+        (["run1", "step >= 5", "set", "a=x0.1", "b=2"], "run1",
+         {"when": "step >= 5", "do": "change_settings", "params": {"changes": {"a": "x0.1", "b": 2}}}),
+        (["step >= 5", "set", "a=1"], None,
+         {"when": "step >= 5", "do": "change_settings", "params": {"changes": {"a": 1}}}),
+        (["run1", "step >= 5", "pause", "--for", "60"], "run1",
+         {"when": "step >= 5", "do": "pause", "params": {"seconds": 60.0}}),
+    ],
+)  # fmt: skip
+def test_the_words_of_when(words, job, params):
+    """JOB may be left out; the command has its own words and options."""
+    args = parse("when", *words)
+    assert (args.job, args.method, args.params) == (job, "add_rule", params)
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "params"),
+    [([], "list_rules", {}), (["run1"], "list_rules", {}), (["run1", "--remove", "3"], "remove_rule", {"id": 3})],
+)
+def test_when_lists_and_removes(words, method, params):
+    """Without EXPR."""
+    args = parse("when", *words)
+    assert (args.method, args.params) == (method, params)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["run1", "loss >", "stop"], "needs a number, at the end"),
+        (["run1", "loss > 1"], "after EXPR comes what to do: save, stop"),
+        (["run1", "loss > 1", "status"], "after EXPR comes what to do"),
+        (["run1", "loss > 1", "save", "--wait"], "it cannot wait"),
+        (["run1", "loss > 1", "abort", "--kill-after", "3"], "it cannot wait"),
+        (["run1", "loss > 1", "stop", "--remove", "3"], "--remove stands without EXPR"),
+        (["run1", "--not-before", "3"], "the EXPR of the rule is missing"),
+        (["run1", "--remove", "x"], "is not the number of a rule"),
+        (["run1", "loss > 1", "save", "--evaluate", "perhaps"], "perhaps"),
+        (["run1", "loss > 1", "stop", "now"], "now"),
+    ],
+)
+def test_wrong_words_of_when(words, text, capsys):
+    """One line says what is wrong."""
+    with pytest.raises(SystemExit):
+        parse("when", *words)
+    assert text in capsys.readouterr().err

@@ -17,6 +17,7 @@ ELSEWHERE = {
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",
+    "cli/command_output": "cli/test_output",
     "training/applied_command": "training/test_command_tracker",
     "training/open_runs": "training/test_controller",
     "training/job_server": "training/test_controller",

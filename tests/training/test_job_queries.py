@@ -152,6 +152,9 @@ def test_every_answer_validates(job, wire, method):
     if method.name == "change_settings":
         job.settings.add([Setting("speed", get=lambda: 1, set=lambda value: None)])
         params = {"changes": {"speed": 2}}
+    if "rule" in method.name and method.name != "list_rules":
+        params = {"when": "step > 1", "do": "abort"} if method.name == "add_rule" else {"id": 1}
+        give(wire, "add_rule", when="loss > 1", do="abort")
     reply = wire.call(method.name, params)
     jsonschema.validate(reply["result"], schemas.results()[method.returns])
 
@@ -197,7 +200,7 @@ class Facts:
     def __init__(self, monkeypatch):
         self.at, self.step, self.built, self.asked = 1000.0, 0, 0, 0
         monkeypatch.setattr(job_queries, "time", SimpleNamespace(monotonic=lambda: self.at))
-        self.queries = job_queries.JobQueries(*[None] * 8)
+        self.queries = job_queries.JobQueries(*[None] * 9)
         monkeypatch.setattr(job_queries.usage, "process_stats", self.figures)
         monkeypatch.setattr(self.queries, "_build_status", self.tell)
         monkeypatch.setattr(self.queries, "mark", lambda: self.step)

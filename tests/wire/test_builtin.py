@@ -23,7 +23,8 @@ COMMANDS = {
     "change_settings": (["change_settings"], {"reported"}, ("settings",), "set"),
 }
 QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks",
-           "stacks", "list_settings", "subscribe", "unsubscribe"}  # fmt: skip
+           "stacks", "list_settings", "add_rule", "remove_rule",
+           "list_rules", "subscribe", "unsubscribe"}  # fmt: skip
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
 every_method = pytest.mark.parametrize("name", list(BUILTIN))

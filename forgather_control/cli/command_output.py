@@ -1,0 +1,89 @@
+"""Command records, settings and rules as text for a terminal."""
+
+import json
+from typing import Any, Final
+
+from .. import states
+from ..wire.builtin import BUILTIN
+from . import output
+
+#: The columns of ``commands``, from a command's record.
+_COMMAND_COLUMNS: Final[dict[str, Any]] = {
+    "ID": "command_id",
+    "COMMAND": lambda record: output.verb(record.get("command")),
+    "STATE": "state", "STEP": "applied_at_step",
+    "REQUESTED": lambda record: output.moment(record.get("requested_at")),
+    "BY": lambda record: _requester(record.get("requested_by") or {}),
+    "NOTE": lambda record: output.note(record) or record.get("reason") or "",
+}  # fmt: skip
+#: The columns of settings.
+_SETTING_COLUMNS: Final[dict[str, Any]] = {
+    "NAME": "name",
+    "VALUE": lambda setting: output.number(setting.get("value")),
+    "TYPE": "type", "MINIMUM": "minimum", "MAXIMUM": "maximum", "WHAT": "doc",
+}  # fmt: skip
+
+
+def outcome(job: str, record: dict[str, Any]) -> str:
+    """Say in one line what became of a command; how it ended depends on what its method finishes with."""
+    name, result = output.verb(record["command"]), record.get("result") or {}
+    method = BUILTIN.get(record["command"])
+    finishes_when = method.finishes_when if method is not None else frozenset()
+    path = result.get("path")
+    at_step = f" at step {result['step']}" if "step" in result else output.applied(record)
+    took = f"{at_step} in {output.duration(result.get('seconds'))}: "
+    if record["state"] != states.COMMAND_FINISHED:
+        text = f"{name} {record['state']}{output.applied(record)}" + (f"; {record['note']}" if "note" in record else "")
+    elif states.WHEN_ENDED in finishes_when:
+        text = f"ended{at_step}, " + (f"saved: {path}" if path else "no checkpoint was saved for it")
+    elif states.WHEN_SAVED in finishes_when:
+        text = f"saved{took}{path}"
+    elif record["command"] == "change_settings":
+        text = f"set{at_step}: " + "; ".join(_setting_change(each, change) for each, change in result.items())
+    elif states.WHEN_EVALUATED in finishes_when:
+        text = f"evaluated{took}{output.pairs(result.get('metrics') or {})}"
+    else:
+        text = f"{name} finished{at_step}" + (f": {output.pairs(result)}" if result else "")
+    return output.safe(f"{job}: {text}")
+
+
+def command_table(records: list[dict[str, Any]]) -> str:
+    """Show command records in aligned columns, oldest first."""
+    return output.align(_COMMAND_COLUMNS, records, colour=False) if records else "no commands"
+
+
+def settings_table(settings: list[dict[str, Any]]) -> str:
+    """Show settings with the values that are in force, in aligned columns."""
+    return output.align(_SETTING_COLUMNS, settings, colour=False) if settings else "no settings"
+
+
+def _setting_change(name: str, change: dict[str, Any]) -> str:
+    effective = (
+        "" if change["effective"] == change["new"] else f", {output.number(change['effective'])} after the next step"
+    )
+    note = f" ({change['note']})" if change.get("note") else ""
+    return f"{name} {output.number(change['old'])} -> {output.number(change['new'])}{effective}{note}"
+
+
+def _requester(by: dict[str, Any]) -> str | None:
+    """Name the user and the process that gave a command, as far as the job knows them."""
+    user = by.get("user") or ("" if by.get("uid") is None else f"uid {by['uid']}")
+    process = "" if by.get("pid") is None else f"{by.get('program') or 'pid'} {by['pid']}"
+    return ", ".join(part for part in (user, process, by.get("via")) if part) or None
+
+
+def rules_text(head: str, rules: list[dict[str, Any]]) -> str:
+    """Show rules, two lines for each."""
+    lines = [head] if head else []
+    for rule in rules:
+        given = " ".join(f"{name}={_given(value)}" for name, value in rule["params"].items() if value is not None)
+        fired = "" if rule["fired_at_step"] is None else f", fired at step {rule['fired_at_step']}"
+        begins = "" if rule["not_before"] is None else f", not before step {rule['not_before']}"
+        lines.append(f"{rule['id']}: when {rule['when']}, {output.verb(rule['do'])} {given}".rstrip() + begins + fired)
+        if rule["note"]:
+            lines.append(f"   {rule['note']}")
+    return "\n".join(map(output.safe, lines)) or "no rules"
+
+
+def _given(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
