@@ -195,6 +195,7 @@ class Adapter:
             )
             own = []
         run.settings.add([*own, *self._declared])
+
     def _own_settings(self, run: Controller) -> Iterable[Setting]:
         """Return the settings of this trainer. On the training thread, before the run starts."""
         return ()

@@ -205,7 +205,7 @@ class Controller:
     def log(self, logs: Mapping[Any, Any]) -> None:
         """Keep the latest value of each name. Any rank; never a collective, never a synchronisation."""
         held = self.state.log(logs)
-        if self.rules.waits:
+        if self.rules.waiting:
             self.rules.logged(held)
 
     def saved(self, step: int, path: str, evaluated: bool = False) -> None:

@@ -1,14 +1,15 @@
 """Rules of a run: when a condition becomes true, a command is given, whether or not a client is there.
 
-They live on rank 0 of the job, and end with it. Clients add them on the server thread; the training thread feeds them
-with each log and, while a rule is about steps, with each step. ``_lock`` guards the list, and is held for microseconds;
-no device is read.
+They live on rank 0 of the job, and end with it. Clients add them on the server thread; from then on the training thread
+alone feeds them, with each log and, while a rule is about steps, with each step. ``_lock`` guards the list and what is
+listed, and is held for microseconds; the two tuples of rules that wait are assigned whole. No device is read.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,14 +45,20 @@ class Rule:
     reason: str
     not_before: int | None
     requested_by: dict[str, Any]
+    begun: bool = False  # whether ``not_before`` is over
     note: str | None = None
     fired_at_step: int | None = None
     command_id: str | None = None
 
     @property
+    def earliest(self) -> float:
+        """The step before which it need not be looked at after a step."""
+        return self.watch.condition.earliest if self.begun else float(self.not_before or 0)
+
+    @property
     def counts_steps(self) -> bool:
         """Whether it must be looked at after each step."""
-        return self.not_before is not None or not self.watch.condition.names.isdisjoint(STEP_NAMES)
+        return not self.begun or not self.watch.condition.names.isdisjoint(STEP_NAMES)
 
 
 class Rules:
@@ -72,8 +79,10 @@ class Rules:
         self._rules: list[Rule] = []
         self._numbers = itertools.count(1)
         self._began = time.monotonic()
-        #: Whether a rule waits for a metric. Read by the training thread without the lock.
-        self.waits = False
+        #: The rules that wait for a metric.
+        self.waiting: tuple[Rule, ...] = ()
+        self._waiting_steps: tuple[Rule, ...] = ()
+        self._earliest = -math.inf  # the step before which none of those can fire
 
     # On the server thread, or on the training thread before the first step...
 
@@ -95,10 +104,13 @@ class Rules:
                 raise CommandRefused(f"there are {limits.MAX_RULES} rules already; remove_rule makes room")
             number = next(self._numbers)
             rule = Rule(number, watch, do, params, reason or f"rule {number}: {when}", not_before, requested_by)
-            self._rules.append(rule)
-            self._watch_steps()
-        self._feed([rule], {**self._state.metrics, **self._step_values(self._state.progress.step)})
+        step = self._state.progress.step
+        if not_before is None or step >= not_before:
+            rule.begun = True
+            self._feed(rule, {**self._state.metrics, **self._step_values(step)})
         with self._lock:
+            self._rules.append(rule)
+            self._sort()
             return self._listed(rule)
 
     def declare(self, rules: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> None:
@@ -130,7 +142,7 @@ class Rules:
             for rule in self._rules:
                 if rule.number == number:
                     self._rules.remove(rule)
-                    self._watch_steps()
+                    self._sort()
                     return self._listed(rule)
             known = ", ".join(str(rule.number) for rule in self._rules) or "none"
         raise InvalidParams(f"there is no rule {number}; there is {known}", parameter="id")
@@ -144,38 +156,34 @@ class Rules:
 
     def logged(self, held: Mapping[str, Any]) -> None:
         """Note values that were logged. Those that only a device knows are left out."""
-        with self._lock:
-            rules = [rule for rule in self._rules if not rule.watch.condition.names.isdisjoint(held)]
-        if rules:
-            self._feed(rules, held)
+        for rule in self.waiting:
+            if rule.begun:
+                self._feed(rule, held)
 
     def _stepped(self, step: int) -> None:
-        with self._lock:
-            rules = [rule for rule in self._rules if rule.fired_at_step is None and rule.counts_steps]
+        if step < self._earliest:
+            return
         values = self._step_values(step)
-        for rule in rules:
-            begins = rule.not_before is not None and step >= rule.not_before
-            if begins:
-                rule.not_before = None  # from now on it is fed as the others are, first with what is known
-            self._feed([rule], {**self._state.metrics, **values} if begins else values)
+        for rule in self._waiting_steps:
+            if rule.begun:
+                self._feed(rule, values)
+            elif step >= (rule.not_before or 0):  # from now on it is fed as the others are, first with what is known
+                rule.begun = True
+                self._feed(rule, {**self._state.metrics, **values})
+                with self._lock:
+                    self._sort()
 
-    # On both...
+    # On the training thread, or before a rule waits...
 
     def _step_values(self, step: int) -> dict[str, Any]:
         return {"step": step, "epoch": self._state.progress.epoch, "hours": (time.monotonic() - self._began) / 3600}
 
-    def _feed(self, rules: Sequence[Rule], values: Mapping[str, Any]) -> None:
-        step = self._state.progress.step
-        for rule in rules:
-            with self._lock:
-                is_early = rule.not_before is not None and step < rule.not_before
-                if rule.fired_at_step is not None or is_early or not rule.watch.holds(values):
-                    continue
-                rule.fired_at_step = step
-                self._watch_steps()
-            self._fire(rule)
-
-    def _fire(self, rule: Rule) -> None:
+    def _feed(self, rule: Rule, values: Mapping[str, Any]) -> None:
+        if not rule.watch.holds(values) or rule.fired_at_step is not None:
+            return
+        with self._lock:
+            rule.fired_at_step = self._state.progress.step
+            self._sort()
         assert self.give is not None
         try:
             rule.command_id = self.give(rule.do, rule.params, rule.reason, rule.requested_by).command_id
@@ -186,13 +194,15 @@ class Rules:
 
     # With the lock held...
 
-    def _watch_steps(self) -> None:
-        waiting = [rule for rule in self._rules if rule.fired_at_step is None]
-        self.waits = any(not rule.watch.condition.names <= set(STEP_NAMES) for rule in waiting)
-        is_watched, must_be = self._stepped in self._on_step, any(rule.counts_steps for rule in waiting)
-        if must_be and not is_watched:
+    def _sort(self) -> None:
+        rules = [rule for rule in self._rules if rule.fired_at_step is None]
+        self.waiting = tuple(rule for rule in rules if not rule.watch.condition.names <= set(STEP_NAMES))
+        self._waiting_steps = steps = tuple(rule for rule in rules if rule.counts_steps)
+        self._earliest = min((rule.earliest for rule in steps), default=math.inf)
+        is_watched = self._stepped in self._on_step
+        if steps and not is_watched:
             self._on_step.append(self._stepped)
-        elif is_watched and not must_be:
+        elif is_watched and not steps:
             self._on_step.remove(self._stepped)
 
     def _listed(self, rule: Rule) -> dict[str, Any]:

@@ -60,6 +60,15 @@ class Condition(NamedTuple):
         """What it is about."""
         return frozenset(term.name for term in self.terms)
 
+    @property
+    def earliest(self) -> float:
+        """The step before which it cannot hold, whatever the values of earlier steps are."""
+        counted = any(term.times > 1 for term in self.terms if term.name in STEP_NAMES)
+        if self.is_any or counted:
+            return -math.inf
+        numbers = [term.number for term in self.terms if term.name == "step" and term.op in (">", ">=", "==")]
+        return max((number for number in numbers if number is not None), default=-math.inf)
+
     def __str__(self) -> str:
         return (" or " if self.is_any else " and ").join(map(str, self.terms))
 

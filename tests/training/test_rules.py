@@ -91,13 +91,13 @@ def test_idle_steps_know_nothing_of_rules_about_metrics(loop):
     """And none of those that have fired."""
     run = loop.job._controller
     loop.add("loss > 2")
-    assert run.on_step == [] and run.rules.waits
+    assert run.on_step == [] and run.rules.waiting
     loop.add("step >= 2")
     assert len(run.on_step) == 1
     loop.steps(3)
     assert run.on_step == []
     loop.steps(loss=3.0)
-    assert not run.rules.waits
+    assert not run.rules.waiting
 
 
 def test_not_before(loop):
@@ -108,7 +108,10 @@ def test_not_before(loop):
     loop.steps()
     assert loop.rules()[0]["fired_at_step"] is None
     loop.steps(loss=3.0)
-    assert loop.rules()[0]["fired_at_step"] == 3 and loop.job._controller.on_step == []
+    assert (loop.rules()[0]["fired_at_step"], loop.rules()[0]["not_before"]) == (
+        3,
+        3,
+    ) and loop.job._controller.on_step == []
 
 
 def test_two_rules_at_one_log_act_in_order(loop):

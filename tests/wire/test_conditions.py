@@ -128,3 +128,21 @@ def test_what_was_seen():
     watch = Watch(parse("a > 0 and b > 0"))
     watch.holds({"a": 0, "c": 1})
     assert watch.seen == {"a"} and watch.condition.names == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("step >= 5", 5),
+        ("step > 5 and loss > 1 and step == 7", 7),
+        ("step < 5", -math.inf),
+        ("step >= 5 or loss > 1", -math.inf),
+        ("step >= 5 for 2", -math.inf),
+        ("step >= 5 and epoch > 1 for 2", -math.inf),
+        ("step >= 5 and loss > 1 for 2", 5),
+        ("loss > 5", -math.inf),
+    ],
+)
+def test_the_step_before_which_it_cannot_hold(text, step):
+    """So that steps before it need no look."""
+    assert parse(text).earliest == step
