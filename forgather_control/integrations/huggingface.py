@@ -27,12 +27,16 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from .. import states
 from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
+from ..training.controller import Controller
+from ..training.settings import Setting
 from . import huggingface_trainer as facts
+from .huggingface_settings import TrainerSettings
 
 
 class TrainerControlCallback(Adapter):
@@ -96,6 +100,12 @@ class TrainerControlCallback(Adapter):
             self._faults = facts.SaveFaults()
             self._faults.attach()
         return control
+
+    def _own_settings(self, run: Controller) -> Iterable[Setting]:
+        return TrainerSettings(self._objects, run.state.progress, self._saves_after).settings()
+
+    def _saves_after(self, steps: int | None) -> None:
+        self._period = steps
 
     def _close(self, reason: str | None = None, fault: str | None = None) -> None:
         if self._faults is not None:

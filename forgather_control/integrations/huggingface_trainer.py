@@ -32,6 +32,21 @@ def find_trainer(callback: Any) -> Any:
     return None
 
 
+def loop_locals(*names: str) -> dict[str, Any] | None:
+    """Return the local variables of the innermost calling function that has all of these names.
+
+    How far a trainer's loop can go, and after how many steps it acts, is kept nowhere else.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if all(name in frame.f_code.co_varnames or name in frame.f_code.co_cellvars for name in names):
+            found = frame.f_locals
+            if all(name in found for name in names):
+                return {name: found[name] for name in names}
+        frame = frame.f_back
+    return None
+
+
 def no_evaluation(args: Any, trainer: Any, eval_dataloader: Any) -> str | None:
     """Return why this trainer cannot evaluate on request; ``None`` if it can (Forgather passes its data)."""
     can = word(getattr(args, "eval_strategy", "no")) != "no" or eval_dataloader is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 #: What groups hold: the rate, and the numbers that OneCycleLR and SWALR keep there.
@@ -48,6 +49,8 @@ SCHEDULER_RATES: Final = frozenset(
         "_swa_lrs",
     ]
 )
+#: What schedulers, and functions that compute their factors, call the number of steps that they were made for.
+_LENGTHS: Final = ("num_training_steps", "num_decay_steps", "total_steps", "max_steps", "total_iters", "T_max")
 #: The least change of a rate that ReduceLROnPlateau and GreedyLR make: theirs only, as it is often something else.
 _LEAST_CHANGE: Final = "eps"
 
@@ -104,6 +107,23 @@ def _held(scheduler: Any) -> Iterator[Any]:
         yield value
         if isinstance(value, (list, tuple)):
             yield from value
+
+
+def shape(schedulers: Iterable[Any]) -> str | None:
+    """Return in words for how many steps schedules were made; ``None`` if none tells."""
+    found = {f"{type(one).__name__} has {name}={steps}" for one in family(schedulers) for name, steps in _lengths(one)}
+    return ", ".join(sorted(found)) or None
+
+
+def _lengths(scheduler: Any) -> Iterator[tuple[str, int]]:
+    held = dict(getattr(scheduler, "__dict__", {}))
+    for function in held.get("lr_lambdas") or ():
+        held.update(getattr(function, "keywords", {}))  # of a partial, as transformers makes them
+        closure = getattr(function, "__closure__", None) or ()
+        names = function.__code__.co_freevars if closure else ()
+        with suppress(ValueError):  # a variable without a value yet
+            held.update({name: cell.cell_contents for name, cell in zip(names, closure)})
+    yield from ((name, held[name]) for name in _LENGTHS if type(held.get(name)) is int)
 
 
 class Scaling:

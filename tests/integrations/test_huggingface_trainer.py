@@ -20,6 +20,7 @@ from forgather_control.integrations.huggingface_trainer import (
     find_trainer,
     locked,
     log_steps,
+    loop_locals,
     no_evaluation,
     saves_by_own_code,
     written,
@@ -302,3 +303,19 @@ def test_a_checkpoint_is_complete_with_its_last_file(tmp_path):
         seen.append(now)
     (path / "trainer_state.json").touch()
     assert written(str(tmp_path), state, control)[0] == str(path)
+
+
+def test_local_variables_of_a_loop():
+    """Those of the innermost caller that has all of them; none where nobody has."""
+
+    def outer():
+        epochs, steps = 1, 2
+        return inner(), epochs + steps
+
+    def inner():
+        epochs = 3
+        found = loop_locals("epochs", "steps"), loop_locals("epochs"), loop_locals("epochs", "x1y2")
+        return found, epochs
+
+    (found, _), _ = outer()
+    assert found == ({"epochs": 1, "steps": 2}, {"epochs": 3}, None)

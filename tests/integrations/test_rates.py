@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from forgather_control.integrations.rates import shape
+
 from ..support.harness import needs_torch, needs_transformers
-from ..support.schedules import NAMES, RATES, change, follows, given, now, of_torch, optimizer, step
+from ..support.schedules import NAMES, RATES, change, follows, given, now, of_torch, optimizer, sequence, step
 
 try:
     from torch.optim import lr_scheduler as made
@@ -135,3 +137,25 @@ def test_wrapped_and_contained():
     assert changed["learning_rate"]["effective"] == 0.2
     assert now(one) == now(other) == pytest.approx([0.2, 0.04, 0.006])
     assert both.schedulers[0].base_lrs == both.schedulers[1].base_lrs == now(one)
+
+
+class Sized:
+    """A function of a schedule with a length of its own."""
+
+    def __init__(self, total_steps):
+        self.lengths = lambda number: number / total_steps
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda o: made.StepLR(o, 5), None),
+        (lambda o: made.CosineAnnealingLR(o, 30), "CosineAnnealingLR has T_max=30"),
+        (lambda o: made.OneCycleLR(o, 0.1, total_steps=80), "OneCycleLR has total_steps=80"),
+        (lambda o: made.LambdaLR(o, Sized(70).lengths), "LambdaLR has total_steps=70"),
+        (sequence, "CosineAnnealingLR has T_max=30, LinearLR has total_iters=10"),
+    ],
+)
+def test_the_shape_of_a_schedule(make, words):
+    """For how many steps it was made, where it tells."""
+    assert shape([make(optimizer())]) == words

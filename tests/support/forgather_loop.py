@@ -2,8 +2,9 @@
 
 The rules that matter here: one control object (with slots) for the trainer's whole life, unless a hook returns another;
 flags are cleared only when they are acted on; hooks are called only where they exist; a schedule counts steps since
-the last save and reads no flag; a last save follows the loop unless training was aborted; the best model is loaded at
-the end even then, if there is one.
+the last save and reads no flag, and its period is read once, into a counter that is a local variable of the loop; the
+end is an attribute of the trainer, and the data begin anew until then; a last save follows the loop unless training was
+aborted; the best model is loaded at the end even then, if there is one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Args:
     load_best_model_at_end: bool = False
     max_steps: int = 10
     logging_steps: int = 3
+    logging_strategy: Strategy = Strategy.STEPS
+    max_grad_norm: float | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +78,10 @@ class Loop:
     #: A component of the checkpoints that cannot be saved.
     unsaved: str | None = None
 
+    #: What its hooks receive; the scheduler makes a step with each of the trainer's.
+    optimizer: Any = None
+    lr_scheduler: Any = None
+
     def __init__(self, args: Args, callbacks: list[Any], losses: tuple[float, ...], epoch_steps: int = 5) -> None:
         self.args, self.callbacks, self.epoch_steps, self.losses = args, callbacks, epoch_steps, list(losses)
         self.control = Control()
@@ -91,7 +98,8 @@ class Loop:
             if handler is None:
                 continue
             before = self.control.should_training_stop or self.control.should_abort_without_save
-            returned = handler(args=self.args, state=self.state, control=self.control, eval_dataloader=data, **more)
+            more |= {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "eval_dataloader": data}
+            returned = handler(args=self.args, state=self.state, control=self.control, **more)
             if returned is not None and self.uses_returned_control:
                 self.control = returned
             if not before and (self.control.should_training_stop or self.control.should_abort_without_save):
@@ -101,20 +109,22 @@ class Loop:
         self.state = State(self.args.max_steps, self.epoch_steps)
         self.stopped_by = None
         args = self.args
-        self.save_every = Every(args.save_strategy, args.save_steps, self.epoch_steps)
-        self.eval_every = Every(args.eval_strategy, args.eval_steps, self.epoch_steps)
-        self.log_every = Every(Strategy.STEPS, args.logging_steps, self.epoch_steps)
+        self.max_steps = args.max_steps
+        periodic_save = Every(args.save_strategy, args.save_steps, self.epoch_steps)
+        periodic_eval = Every(args.eval_strategy, args.eval_steps, self.epoch_steps)
+        periodic_log = Every(args.logging_strategy, args.logging_steps, self.epoch_steps)
+        counters = periodic_log, periodic_eval, periodic_save
         self.dispatch("on_train_begin")
-        while not self.epoch():
+        while not self.epoch(*counters):
             pass
         if not self.control.should_abort_without_save:
-            self.finish()
+            self.finish(*counters)
         if self.args.load_best_model_at_end:
             self.load_best_model()
         self.log({"train_runtime": 1.0})
         self.dispatch("on_train_end")
 
-    def epoch(self) -> bool:
+    def epoch(self, *counters: Every) -> bool:
         """One pass over the data; whether it was the last."""
         self.control.should_epoch_stop = False
         self.dispatch("on_epoch_begin")
@@ -125,35 +135,38 @@ class Loop:
                 self.dispatch("on_step_end")  # without a step
                 break
             self.weight += 1
+            if self.lr_scheduler is not None:
+                self.optimizer.step()
+                self.lr_scheduler.step()
             self.state.global_step += 1
             self.state.epoch = self.state.global_step / self.epoch_steps
             self.dispatch("on_step_end")
-            self.log_evaluate_save()
+            self.log_evaluate_save(*counters)
             stop = self.control.should_training_stop or self.control.should_abort_without_save
-            if stop or self.state.global_step >= self.args.max_steps:
+            if stop or self.state.global_step >= self.max_steps:
                 self.control.should_epoch_stop = True
                 break
         self.dispatch("on_epoch_end")
         return self.control.should_epoch_stop
 
-    def finish(self) -> None:
-        if self.save_every.count != 0 and self.args.save_strategy != Strategy.NO:
+    def finish(self, periodic_log: Every, periodic_eval: Every, periodic_save: Every) -> None:
+        if periodic_save.count != 0 and self.args.save_strategy != Strategy.NO:
             self.control.should_evaluate |= self.args.load_best_model_at_end
             self.control.should_save = True
-        self.log_evaluate_save()
+        self.log_evaluate_save(periodic_log, periodic_eval, periodic_save)
 
-    def log_evaluate_save(self) -> None:
-        if self.log_every.due() or self.control.should_log:
-            self.log_every.count, self.control.should_log = 0, False
+    def log_evaluate_save(self, periodic_log: Every, periodic_eval: Every, periodic_save: Every) -> None:
+        if periodic_log.due() or self.control.should_log:
+            periodic_log.count, self.control.should_log = 0, False
             self.log({"loss": 1.0 / self.state.global_step})
         metrics = None
-        evaluate = self.eval_every.due() or self.control.should_evaluate
-        save = self.save_every.due() or self.control.should_save
+        evaluate = periodic_eval.due() or self.control.should_evaluate
+        save = periodic_save.due() or self.control.should_save
         if evaluate:
-            self.eval_every.count, self.control.should_evaluate = 0, False
+            periodic_eval.count, self.control.should_evaluate = 0, False
             metrics = self.evaluate()
         if save:
-            self.save_every.count, self.control.should_save = 0, False
+            periodic_save.count, self.control.should_save = 0, False
             self.save(metrics)
 
     def log(self, logs: dict[str, Any]) -> None:
