@@ -16,16 +16,14 @@ from ..errors import InvalidParams
 from ..training.progress import Progress
 from ..training.settings import Setting
 from . import huggingface_trainer as facts
-from . import rates
 from .optimizer_settings import OptimizerSettings
+from .trainer_settings import END_DOC, NORM_DOC, assign, note_of_end
 
 _PERIODS: Final = {
     "logging_steps": ("logging_strategy", "periodic_log", "Steps between two logs."),
     "eval_steps": ("eval_strategy", "periodic_eval", "Steps between two evaluations."),
     "save_steps": ("save_strategy", "periodic_save", "Steps between two checkpoints."),
 }
-_NORM_DOC: Final = "The norm to which gradients are clipped; 0 clips none."
-_END_DOC: Final = "The step at which training ends."
 _READ_ONCE: Final = "this trainer reads it only when training begins"
 
 
@@ -66,13 +64,13 @@ class TrainerSettings:
         except InvalidParams:  # the trainer has no optimizer that we know
             pass
         if hasattr(self._args, "max_grad_norm"):
-            yield Setting("max_grad_norm", self._norm, self._set_norm, 0, None, float, _NORM_DOC, self._cannot_clip)
+            yield Setting("max_grad_norm", self._norm, self._set_norm, 0, None, float, NORM_DOC, self._cannot_clip)
         for name, (_, _, doc) in _PERIODS.items():
             if hasattr(self._args, name):
                 yield self._period(name, doc)
         end = self._state, "max_steps"
         yield Setting(
-            *("max_steps", lambda: getattr(*end), self._set_end, 1, None, int, _END_DOC),
+            *("max_steps", lambda: getattr(*end), self._set_end, 1, None, int, END_DOC),
             *(self._cannot_end, self._note_of_end),
         )
 
@@ -82,7 +80,7 @@ class TrainerSettings:
         return float(self._args.max_grad_norm or 0.0)
 
     def _set_norm(self, norm: float) -> Callable[[], None]:
-        return _assign((self._args, "max_grad_norm", norm))
+        return assign((self._args, "max_grad_norm", norm))
 
     def _cannot_clip(self, norm: float) -> str | None:
         if getattr(self._trainer, "is_deepspeed_enabled", False):
@@ -106,7 +104,7 @@ class TrainerSettings:
                 places.append((self._state, name, steps))
             if counter in self._counters:
                 places.append((self._counters[counter], "period", steps))
-            before, undo = get(), _assign(*places)
+            before, undo = get(), assign(*places)
             self._tell(name, steps)
 
             def restore() -> None:
@@ -152,7 +150,7 @@ class TrainerSettings:
             places.append((self._args, "max_steps", steps))
         if self._is_forgather:
             places.append((self._trainer, "max_steps", steps))
-        before, undo = self._state.max_steps, _assign(*places)
+        before, undo = self._state.max_steps, assign(*places)
         self._progress.set_end(steps)
 
         def restore() -> None:
@@ -175,18 +173,4 @@ class TrainerSettings:
         return None
 
     def _note_of_end(self) -> str | None:
-        shape = rates.shape([] if self._scheduler is None else [self._scheduler])
-        return shape and f"the schedule of the learning rate keeps its shape: {shape}"
-
-
-def _assign(*places: tuple[Any, str, Any]) -> Callable[[], None]:
-    """Set attributes of objects; return a function that restores what was."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for owner, name, value in places:
-        setattr(owner, name, value)
-
-    def undo() -> None:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-    return undo
+        return note_of_end([] if self._scheduler is None else [self._scheduler])

@@ -20,17 +20,20 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from .. import states
 from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
+from ..training.controller import Controller
+from ..training.settings import Setting
 from . import lightning_trainer
+from .lightning_settings import LightningSettings
 from .lightning_trainer import disable, override
 
 log = logging.getLogger("forgather_control")
@@ -115,13 +118,16 @@ class LightningHooks(Adapter):
             _put_sigterm_back(trainer)
         self._open(
             trainer.global_step,
-            _max_steps(trainer, module),
+            lightning_trainer.max_steps(trainer, module),
             trainer.log_every_n_steps or None,
             {"trainer": trainer, "model": module},
             no_evaluation=lightning_trainer.no_evaluation(trainer),
             no_stop_save=None if lightning_trainer.saves_by_itself(trainer) else "this trainer saves no checkpoints",
             evaluation_counter=lightning_trainer.evaluation_counter(trainer),
         )
+
+    def _own_settings(self, run: Controller) -> Iterable[Setting]:
+        return LightningSettings(self._objects["trainer"], self._objects["model"], run.state.progress).settings()
 
     @controlled
     def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
@@ -278,16 +284,6 @@ def _put_sigterm_back(trainer: Any) -> None:
     before = getattr(connector, "_original_handlers", {}).get(signal.SIGTERM)
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
-
-
-def _max_steps(trainer: Any, module: Any) -> int | None:
-    """Return the step at which training ends, if known. The data are loaded already, so this is cheap."""
-    try:
-        # With manual optimization a batch may have any number of steps.
-        steps = trainer.estimated_stepping_batches if module.automatic_optimization else trainer.max_steps
-        return int(steps) if 0 < steps < math.inf else None
-    except Exception:  # boundary: some schedules cannot be estimated, and raise
-        return None
 
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import os
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -113,6 +114,24 @@ def _folder(trainer: Any) -> str:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
             root = os.path.join(logger.save_dir or root, str(logger.name), version)
     return os.path.join(root, "checkpoints")
+
+
+def max_steps(trainer: Any, module: Any) -> int | None:
+    """Return the step at which training ends, if known. The data are loaded already, so this is cheap."""
+    try:
+        # With manual optimization a batch may have any number of steps.
+        steps = trainer.estimated_stepping_batches if module.automatic_optimization else trainer.max_steps
+        return int(steps) if 0 < steps < math.inf else None
+    except Exception:  # boundary: some schedules cannot be estimated, and raise
+        return None
+
+
+def last_step(trainer: Any, module: Any) -> int | None:
+    """Return the step at which training would end for its number of epochs alone, if known."""
+    batches = trainer.num_training_batches
+    if not module.automatic_optimization or batches == math.inf or max_steps(trainer, module) is None:
+        return None
+    return int(math.ceil(batches / trainer.accumulate_grad_batches) * max(trainer.max_epochs, 1))
 
 
 def no_evaluation(trainer: Any) -> str | None:
