@@ -40,6 +40,8 @@ def outcome(job: str, record: dict[str, Any]) -> str:
         text = f"saved{took}{path}"
     elif record["command"] == "change_settings":
         text = f"set{at_step}: " + "; ".join(_setting_change(each, change) for each, change in result.items())
+    elif record["command"] == "profile":
+        return _profile(job, result)
     elif states.WHEN_EVALUATED in finishes_when:
         text = f"evaluated{took}{output.pairs(result.get('metrics') or {})}"
     else:
@@ -63,6 +65,24 @@ def _setting_change(name: str, change: dict[str, Any]) -> str:
     )
     note = f" ({change['note']})" if change.get("note") else ""
     return f"{name} {output.number(change['old'])} -> {output.number(change['new'])}{effective}{note}"
+
+
+#: The columns of a profile.
+_OPERATION_COLUMNS: Final[dict[str, Any]] = {
+    "OPERATION": "name", "DEVICE": "device", "CALLS": "calls",
+    "SELF MS": lambda row: f"{row['self_ms']:.3f}",
+    "TOTAL MS": lambda row: f"{row['total_ms']:.3f}",
+}  # fmt: skip
+
+
+def _profile(job: str, result: dict[str, Any]) -> str:
+    note = f"; {result['note']}" if result.get("note") else ""
+    cost = output.duration(result["seconds_lost"])
+    lines = [f"{job}: profiled {result['steps']} steps, which cost training {cost}{note}"]
+    sizes = zip(result["paths"], result["sizes"])
+    lines += [f"rank {rank}: {path}, {output.mebibytes(size)}" for rank, (path, size) in enumerate(sizes)]
+    table = output.align(_OPERATION_COLUMNS, result["operations"], colour=False) if result["operations"] else ""
+    return "\n".join([*map(output.safe, lines), *([table] if table else [])])
 
 
 def _requester(by: dict[str, Any]) -> str | None:

@@ -121,6 +121,7 @@ class LightningHooks(Adapter):
             lightning_trainer.max_steps(trainer, module),
             trainer.log_every_n_steps or None,
             {"trainer": trainer, "model": module},
+            trainer.default_root_dir,
             no_evaluation=lightning_trainer.no_evaluation(trainer),
             no_stop_save=None if lightning_trainer.saves_by_itself(trainer) else "this trainer saves no checkpoints",
             evaluation_counter=lightning_trainer.evaluation_counter(trainer),

@@ -45,6 +45,7 @@ class TrainingJob(Adapter):
     Args:
         max_steps: the step at which the loop will end, if known, for progress and time left.
         start_step: the steps that are done already, in a loop that was resumed.
+        output_dir: where profiles are written, in a directory ``profiles``; ``None``: the working directory.
         save_on_stop: set ``should_save`` with ``should_stop``, so that a stop keeps the work; not after an abort.
 
     All others are :class:`~forgather_control.training.options.ControlOptions`, which documents and checks them.
@@ -57,6 +58,7 @@ class TrainingJob(Adapter):
         *,
         start_step: int = 0,
         save_on_stop: bool = True,
+        output_dir: str | os.PathLike[str] | None = None,
         port: int | str | None = None,
         host: str = "127.0.0.1",
         enabled: bool = True,
@@ -76,7 +78,7 @@ class TrainingJob(Adapter):
         )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
-        self._save_on_stop = save_on_stop
+        self._save_on_stop, self._output_dir = save_on_stop, output_dir
         self._depth = 0  # of "with" statements around one another
         self._commands = own_commands.parse_all(commands)  # of all runs
 
@@ -92,7 +94,7 @@ class TrainingJob(Adapter):
         self._depth += 1
         if self._depth == 1:
             why = None if self._save_on_stop else "this loop has save_on_stop=False"
-            self._open(self._start_step, self._max_steps, no_stop_save=why)
+            self._open(self._start_step, self._max_steps, output_dir=self._output_dir, no_stop_save=why)
             if self._controller is not None and self._run.is_main and (self._max_steps or 0) < 0:
                 log.warning("Ignored max_steps=%d, which is negative: progress is unknown.", self._max_steps)
         return self

@@ -19,6 +19,7 @@ from . import rules as rules_of_runs
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
+from .profiler import Profiler
 from .settings import Setting, declared
 from .signals import Signals
 
@@ -101,7 +102,7 @@ class Adapter:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which controls nothing: a run has one controller, with threads and sockets."""
-        copied = dataclasses.replace(self._requested, settings=None)
+        copied = dataclasses.replace(self._requested, settings=None, profiler=None)
         return {**self.__dict__, "_controller": None, "_finalizer": None, "_objects": {}, "_requested": copied}
 
     @property
@@ -139,12 +140,14 @@ class Adapter:
         max_steps: int | None,
         log_steps: int | None = None,
         objects: Mapping[str, Any] | None = None,
+        output_dir: Any = None,
         **facts: Any,
     ) -> None:
         """Start a run. If it cannot be controlled, ``guarded`` logs one warning and lets it train.
 
         Args:
             objects: the trainer's, by name, for settings and the script's own commands.
+            output_dir: where the trainer writes; profiles go there. ``None``: the working directory.
             facts: see ``RequestedActions``.
         """
         self._close("training was started again")
@@ -157,6 +160,8 @@ class Adapter:
         for own in self._own_commands():
             self._add(own, controller)
         self._add_settings(controller)
+        folder = os.path.abspath(os.fspath(output_dir or "."))
+        self._requested.profiler = Profiler(controller.on_step, controller.state, folder, lambda: controller.rank)
         controller.start()
         self._controller = controller
         if controller.is_main:

@@ -83,6 +83,7 @@ class Controller:
         self.state.job_id = options.job_id
         self.rules = Rules(self.state, self.on_step, lambda: loop.nan_filter)  #: of rank 0
         self._group: RankGroup = SingleProcess(self)
+        self.rank = 0  #: This one.
         self._queue = CommandQueue(self._record_changed)
         self._tracker = CommandTracker(
             self._queue, self.methods, self.state, loop, lambda: self._group, options.fresh_seconds
@@ -111,6 +112,8 @@ class Controller:
         self.describe, self.answer = self._reporter.describe, self._reporter.answer
         self.is_gone = self._reporter.is_gone
         self.answers_changed = self._wake
+        self.is_atomic = lambda name: self.methods[name].is_atomic
+        self.awaits_report = lambda name: self.methods[name].rank_report is not None
 
     # Start...
 
@@ -126,6 +129,7 @@ class Controller:
             step, poll_steps = self.last_step, self._options.poll_steps
             self._group = select.select_group(self, self._options.job_id or "", step, poll_steps, self._log_steps)
             self._loop.settings, self._loop.no_pause = self.settings, self._group.no_hold
+            self.rank = self._group.rank
             try:
                 threads.check()
                 if self.is_main:
@@ -162,7 +166,7 @@ class Controller:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which keeps the records and the files."""
-        return self._group.rank == 0
+        return self.rank == 0
 
     @property
     def last_step(self) -> int:
@@ -236,7 +240,7 @@ class Controller:
         ending = JobEnding(reason or "training ended before the command could be applied")
         self._queue.close(ending, pending_only=True)
         if threading.current_thread() is self._thread:
-            self.settings.read_back()
+            self._loop.close()
         may_wait = fault is None and threading.current_thread() is self._thread
         try:
             self._tracker.close(reason, fault, self._options.close_timeout if may_wait else limits.CLOSE_TIMEOUT)
@@ -281,14 +285,6 @@ class Controller:
     def pending(self) -> bool:
         """Whether commands wait to be applied."""
         return self._queue.pending
-
-    def is_atomic(self, name: str) -> bool:
-        """Return whether all ranks carry out a command, or none."""
-        return self.methods[name].is_atomic
-
-    def awaits_report(self, name: str) -> bool:
-        """Return whether a command finishes by reports of all ranks."""
-        return self.methods[name].rank_report is not None
 
     def submit(self, command: str) -> None:
         """Queue the command of a signal that some rank received."""

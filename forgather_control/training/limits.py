@@ -19,6 +19,13 @@ MAX_VALUE: Final = 256 * 1024
 #: Most characters of a value in answers that hold many records, and in events; a longer one is left out of them.
 BRIEF_VALUE: Final = 4096
 
+# Profiles...
+
+#: Seconds after which a profile ends though steps are left: what it records is kept in memory.
+PROFILE_SECONDS: Final = 60.0
+#: Seconds that the table of operations may take.
+TABLE_TIMEOUT: Final = 300.0
+
 # Rules...
 
 #: Rules that are kept, those that have fired, too.

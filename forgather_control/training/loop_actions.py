@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ..errors import CommandRefused
+from .profiler import Profiler
 from .settings import Change, Settings
 
 #: When to evaluate before a save, the stronger request last.
@@ -35,6 +37,7 @@ class RequestedActions:
     resume_at: float | None = None  #: when a pause ends by itself, in ``time.monotonic()`` seconds
     no_pause: str | None = None  #: why training cannot be paused; ``None`` if it can
     settings: Settings | None = None  #: of a run that is controlled
+    profiler: Profiler | None = None  #: as above
 
     @property
     def any(self) -> bool:
@@ -76,6 +79,17 @@ class RequestedActions:
     def request_resume(self) -> None:
         self.paused, self.resume_at = False, None
 
+    def request_profile(self, steps: int) -> Future[Any]:
+        assert self.profiler is not None
+        return self.profiler.start(steps)
+
+    def close(self) -> None:
+        """Give commands that report later their results, because training ends."""
+        if self.settings is not None:
+            self.settings.read_back()
+        if self.profiler is not None:
+            self.profiler.end(not self.abort)
+
     def change_settings(self, changes: dict[str, Any]) -> Change:
         assert self.settings is not None
         return self.settings.change(changes)
@@ -89,6 +103,8 @@ class RequestedActions:
         self.evaluate = self.counted = self.evaluate_first = False
 
     def cannot(self, need: str, params: dict[str, Any]) -> str | None:
+        if need == "profile" and self.profiler is not None:
+            return self.profiler.obstacle()
         if need == "pause":
             return self.no_pause
         if need == "settings" and self.settings is not None:

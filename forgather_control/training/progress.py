@@ -58,13 +58,18 @@ class Progress:
         """Note that training ends at another step. On the training thread."""
         self._max_steps = max_steps if max_steps and max_steps > 0 else None
 
+    @property
+    def speed(self) -> float | None:
+        """The steps per second of the last minute, if they are known."""
+        (step, _, at), samples = self._last, self._samples
+        if at is None or not samples:
+            return None
+        since, first = samples[0]
+        return (step - first) / (at - since) if at > since and step > first else None
+
     def report(self) -> dict[str, Any]:
         """Return the figures of ``status``; ``None`` where one is unknown. On the server thread."""
-        (step, epoch, at), samples, end = self._last, self._samples, self._max_steps
-        speed = None
-        if at is not None and samples:
-            since, first = samples[0]
-            speed = (step - first) / (at - since) if at > since and step > first else None
+        (step, epoch, at), speed, end = self._last, self.speed, self._max_steps
         return {
             "global_step": step,
             "epoch": epoch,

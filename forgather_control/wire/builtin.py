@@ -53,6 +53,9 @@ class TrainingLoop(Protocol):
     def request_resume(self) -> None:
         """Continue training if it is paused."""
 
+    def request_profile(self, steps: int) -> Future[Json]:
+        """Record the next steps; the future has the path, the size and the cost of the trace."""
+
     def change_settings(self, changes: dict[str, Json]) -> Future[Json]:
         """Put values in force; the future has what was, is, and is effective after the next step, by name."""
 
@@ -193,6 +196,33 @@ def change_settings(loop: TrainingLoop, changes: dict[str, Json]) -> Future[Json
     put in force (new), and what is after the next step of the optimizer (effective).
     """
     return loop.change_settings(changes)
+
+
+_STEPS: Final = Param(
+    "steps",
+    {"type": "integer", "minimum": 1, "maximum": 50, "unit": "steps", "default": 5},
+    "How many steps to record.",
+)
+
+
+def _profile_of_all(values: dict[int, Any]) -> dict[str, Any]:
+    """Return one path per rank, and the operations of rank 0."""
+    ranks = sorted(values)
+    first = values[ranks[0]]
+    note = {"note": first["note"]} if first["note"] else {}
+    known = {"paths": [values[rank]["path"] for rank in ranks], "sizes": [values[rank]["bytes"] for rank in ranks]}
+    lost = max(value["seconds_lost"] for value in values.values())
+    return {**known, "steps": first["steps"], "seconds_lost": lost, "operations": first["operations"], **note}
+
+
+@_command("profile", _STEPS, finishes_when={"reported"}, needs=("profile",), verb="profile", combine=_profile_of_all)
+def profile(loop: TrainingLoop, steps: int) -> Future[Json]:
+    """Record the next steps of all ranks with torch's profiler, and write one trace for each rank.
+
+    The result has the paths of the traces, the ten longest operations of rank 0, and the seconds that training lost.
+    Refused while another profile is under way.
+    """
+    return loop.request_profile(steps)
 
 
 # Queries...

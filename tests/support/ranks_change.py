@@ -65,7 +65,7 @@ def main(folder: str, seconds: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=float(seconds)))
     training, rates, path = Training(), [], Path(folder) / "checkpoint"
     one_of_each = {"rank": float(dist.get_rank())}
-    with TrainingJob("changed", save_on_stop=False) as job:
+    with TrainingJob("changed", save_on_stop=False, output_dir=folder) as job:
         job.setting("rate", get=lambda: training.rate, set=lambda value: setattr(training, "rate", value), minimum=0)
         job.setting("picky", get=lambda: 1.0, set=picky)
         job.setting("rank", get=lambda: one_of_each["rank"], set=lambda value: None, type=float)

@@ -102,6 +102,31 @@ def test_what_one_rank_refuses_no_rank_does(tmp_path, jobs_dir):
     assert said == [said[0]] * 2 and said[0]["same"] and said[0]["rates"] == [1e-3]
 
 
+def test_a_profile_of_all_ranks(tmp_path, jobs_dir):
+    """One trace for each, of the same steps; the weights stay those of a run without it."""
+    with Ranks(tmp_path, 2) as ranks:
+        record = ranks.do("profile", steps=3)
+        step, result = record["applied_at_step"], record["result"]
+        assert result["paths"] == [
+            str(tmp_path / "profiles" / f"changed-step{step}-rank{rank}.json") for rank in (0, 1)
+        ]
+        assert [os.stat(path).st_size for path in result["paths"]] == result["sizes"] and result["operations"]
+        assert "SELF MS" in cli("profile", "changed", "--steps", "2", "--wait").stdout
+        said = ranks.end()
+    assert said == [said[0]] * 2 and said[0]["same"]
+
+
+def test_a_rule_acts_on_all_ranks(tmp_path, jobs_dir):
+    """At one step, as any other command."""
+    with Ranks(tmp_path, 2) as ranks:
+        assert cli("when", "changed", "step >= 1", "set", "rate=x0.5").returncode == 0
+        until(lambda: [record["state"] for record in ranks.client.call("list_commands")] == ["finished"])
+        (record,) = ranks.client.call("list_commands")
+        assert record["requested_by"]["via"] == "rule" and record["result"]["rate"]["effective"] == 5e-4
+        said = ranks.end()
+    assert said == [said[0]] * 2 and said[0]["same"] and said[0]["changes"] == [record["applied_at_step"]]
+
+
 def test_ranks_that_disagree_fail_the_change(tmp_path, jobs_dir):
     """The error names the values that are in force on each."""
     with Ranks(tmp_path, 2) as ranks:

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": (["evaluate"], {"evaluated"}, ("evaluate",), "evaluate"),
     "pause": (["pause"], {"applied"}, ("pause",), "pause"),
     "resume": (["resume"], {"applied"}, (), "resume"),
+    "profile": (["profile"], {"reported"}, ("profile",), "profile"),
     "change_settings": (["change_settings"], {"reported"}, ("settings",), "set"),
 }
 QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks",
