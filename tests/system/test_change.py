@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import pytest
 
 from forgather_control import CommandRefused, connect
 
-from ..support.harness import SOON, cli, needs_torch, until
+from ..support.harness import SOON, cli, needs_lightning, needs_torch, needs_transformers, until
 from ..support.torchrun import START, Torchrun
 
 pytestmark = needs_torch
@@ -178,3 +179,31 @@ def test_the_command_line_of_all_that(tmp_path, jobs_dir):
         assert "changed  paused" in cli("status").stdout
         assert "resume finished" in cli("resume", "--timeout", str(SOON)).stdout
         ranks.end()
+
+
+@needs_transformers
+@needs_lightning
+@pytest.mark.once
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_learning_rate_of_ranks(tmp_path, jobs_dir, size):
+    """In a plain loop and both trainers, the weights of each rank are those of a run with the same changes built in."""
+    with Torchrun("-m", "tests.support.ranks_rates", str(tmp_path), ranks=size) as run:
+        for name in ("plain", "hugging_face", "lightning"):
+            run.until(lambda name=name: cli("status", name).returncode == 0)
+            with connect(name) as client:
+                run.until(lambda client=client: client.call("status")["global_step"] > 0)
+                for value in ("x0.5", 0.07, "x2"):
+                    record = client.command(
+                        "change_settings", changes={"learning_rate": value}, wait="finished", timeout=START
+                    )
+                    change = record.result["learning_rate"]
+                    assert 0.9 * change["new"] < change["effective"] < change["new"]  # the schedule has made a step
+                client.call("graceful_stop", wait="applied")
+            run.until(lambda name=name: len(re.findall(rf"^over {name} ", run.output, re.M)) == size)
+        assert run.end(START) == 0
+        output = run.output
+    for name in ("plain", "hugging_face", "lightning"):
+        said = sorted(re.findall(rf"^over {name} (\d) (.*)$", output, re.M))
+        assert [rank for rank, _ in said] == ["0", "1"][:size] and len({rest for _, rest in said}) == 1
+        assert said[0][1].endswith(" 3 True"), said
