@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from ..integrations import test_huggingface, test_lightning
 
+#: The number of ranks; a single one has no process group.
+SIZE = int(os.environ["WORLD_SIZE"])
 #: Steps and factors of the run that was controlled.
 CHANGES: list[tuple[int, float]] = []
 
@@ -27,8 +29,11 @@ def scale(context: Any, factor: float = 0.5) -> list[Any]:
     """Multiply all weights; return the step of each rank, and which objects there are."""
     CHANGES.append((context.step, factor))
     multiply(context.model, factor)
-    steps = [torch.zeros(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(steps, torch.tensor([float(context.step)]))
+    steps = [torch.zeros(1) for _ in range(SIZE)]
+    if SIZE > 1:
+        dist.all_gather(steps, torch.tensor([float(context.step)]))
+    else:
+        steps[0] += context.step
     return [[int(step) for step in steps], sorted(vars(context))]
 
 
@@ -55,7 +60,7 @@ def hugging_face(folder: Path, steps: int | None) -> tuple[int, list[Any]]:
     else:
         built_in = lambda state, flags: apply_built_in(state.global_step, trainer.model)  # noqa: E731
         callbacks = [test_huggingface.Watcher(on_step_end=built_in)]
-    options = {"max_steps": steps or 100_000, "logging_strategy": "no", "ddp_backend": "gloo"}
+    options = {"max_steps": steps or 100_000, "logging_strategy": "no", "ddp_backend": "gloo" if SIZE > 1 else None}
     options["lr_scheduler_type"] = "constant"  # whatever the last step is
     trainer = test_huggingface.make(folder / "hf", *callbacks, **options)
     trainer.train_dataset = test_huggingface.data(400)
@@ -71,7 +76,7 @@ def lightning(folder: Path, steps: int | None) -> tuple[int, list[Any]]:
     else:
         built_in = lambda trainer: apply_built_in(trainer.global_step, trainer.lightning_module)  # noqa: E731
         callbacks = [test_lightning.Watcher(on_train_batch_end=built_in)]
-    options = {"max_steps": steps or -1, "max_epochs": -1, "strategy": "ddp", "devices": dist.get_world_size()}
+    options = {"max_steps": steps or -1, "max_epochs": -1, "strategy": "ddp" if SIZE > 1 else "auto", "devices": SIZE}
     trainer = test_lightning.make(folder, *callbacks, **options)
     model = test_lightning.fit(trainer, test_lightning.Tiny(0.0), batches=100)
     return trainer.global_step, test_lightning.weights(model)
@@ -84,9 +89,10 @@ def main(folder: str) -> None:
         steps, controlled = train(Path(folder), None)
         _, built_in = train(Path(folder), steps)
         alike = test_huggingface.same(controlled, built_in)
-        words = "over", train.__name__, dist.get_rank(), steps, len(CHANGES), alike
+        words = "over", train.__name__, os.environ["RANK"], steps, len(CHANGES), alike
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
-    dist.destroy_process_group()
+    if SIZE > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

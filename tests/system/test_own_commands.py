@@ -11,7 +11,7 @@ import pytest
 
 from forgather_control import CommandFailed, CommandRefused, connect, errors
 
-from ..support.harness import SOON, needs_lightning, needs_torch, needs_transformers
+from ..support.harness import SOON, needs_lightning, needs_torch, needs_transformers, until
 from ..support.torchrun import START, Torchrun
 
 pytestmark = [needs_torch, pytest.mark.once]
@@ -202,24 +202,46 @@ def test_own_commands_on_two_ranks(tmp_path):
         assert "Control is off" not in run.output
 
 
+def change(client: Any, size: int) -> None:
+    """Pause, save, change a rate and change it back, resume, let a rule fire, profile: the weights stay the same."""
+    step = client.command("pause", wait="finished", timeout=SOON).applied_at_step
+    for factor in ("x2", "x0.5"):  # exact in binary
+        changes = {"learning_rate": factor}
+        record = client.command("change_settings", changes=changes, wait="finished", timeout=SOON)
+        assert record.applied_at_step == step and record.result["learning_rate"]["effective"] in (0.1, 0.2)
+    saved = client.command("save_checkpoint", wait="finished", timeout=START).result
+    assert saved["step"] == step and Path(saved["path"]).exists()
+    until(lambda: client.call("status")["status"] == "paused")
+    assert client.call("status")["global_step"] <= step + 1
+    client.command("resume", wait="finished", timeout=SOON)
+    rule = client.call("add_rule", when="step >= 1", do="user.scale", params={"factor": 1.0})
+    until(lambda: client.call("get_command", command_id=rule["command_id"])["state"] == "finished")
+    record = client.command("profile", steps=2, wait="finished", timeout=START)
+    paths = record.result["paths"]
+    assert len(paths) == size and all(f"step{record.applied_at_step}-rank" in path for path in paths)
+    assert all(Path(path).exists() for path in paths) and record.result["operations"]
+
+
 @needs_transformers
 @needs_lightning
 @pytest.mark.timeout(300)
-def test_own_commands_in_trainers_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("size", [1, 2])
+def test_trainers_are_changed_on_all_ranks(tmp_path, size):
     """Both trainers' objects are there on each rank; the weights are those of a run with the same changes built in."""
     objects = {
         "hugging_face": {"model", "optimizer", "lr_scheduler", "state", "args", "trainer", "step"},
         "lightning": {"model", "trainer", "step"},
     }
-    with Torchrun("-m", "tests.support.ranks_own_commands", str(tmp_path), ranks=2) as run:
+    with Torchrun("-m", "tests.support.ranks_own_commands", str(tmp_path), ranks=size) as run:
         for name, expected in objects.items():
             with client_of(run, name, "user.scale", factor=1.0) as client:
                 for factor in (0.5, 1.5):
                     record = client.command("user.scale", factor=factor, wait="finished", timeout=SOON)
                     steps, found = record.result["value"]
-                    assert steps == [record.applied_at_step] * 2 and expected <= set(found)
+                    assert steps == [record.applied_at_step] * size and expected <= set(found)
+                change(client, size)
                 client.call("graceful_stop", wait="applied")
-            run.until(lambda name=name: len(re.findall(f"^over {name} ", run.output, re.M)) == 2)
+            run.until(lambda name=name: len(re.findall(f"^over {name} ", run.output, re.M)) == size)
             over = sorted(re.findall(rf"^over {name} (.*)", run.output, re.M))
-            assert over[0][2:] == over[1][2:] and over[0].endswith(" 3 True"), over
+            assert over[0][2:] == over[-1][2:] and over[0].endswith(" 4 True"), over
         assert run.end(START) == 0
