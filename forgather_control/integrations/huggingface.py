@@ -88,7 +88,7 @@ class TrainerControlCallback(Adapter):
             state.max_steps,
             facts.log_steps(args, state),
             {**kwargs, "args": args, "state": state, "control": control, "trainer": _weak(trainer)},
-            args.output_dir,
+            getattr(args, "output_dir", None),
             no_evaluation=facts.no_evaluation(args, trainer, kwargs.get("eval_dataloader")),
             no_stop_save='save_strategy is "no"' if facts.word(args.save_strategy) == "no" else None,
             nan_filter=facts.nan_filter(args),

@@ -24,7 +24,7 @@ from job import allow_files
 from others import Kept, connected, status_anew
 from rows import Aim, Rounds, Samples, Table, each_of, seconds
 
-from forgather_control import TrainerControlCallback, TrainingJob
+from forgather_control import TrainerControlCallback, TrainingJob, connect
 
 #: Rounds, and calls of each variant in one.
 ROUNDS, CALLS = 40, 3_000
@@ -52,21 +52,47 @@ def hooks(table: Table) -> None:
     state = SimpleNamespace(global_step=5, max_steps=1000, epoch=0.5)
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
     callback.on_train_begin(SimpleNamespace(save_strategy="no"), state, control, **EXTRA)
-    with TrainingJob("plain", max_steps=1000) as job:
+    with TrainingJob("plain", max_steps=1000) as job, TrainingJob("full") as full, TrainingJob("ruled") as ruled:
+        register(full, "step >= 1000000000")
+        register(ruled, *[f"loss > {number} for 3" for number in range(10, 20)])
         variants = {
             "empty call": lambda: empty(),
             "empty hook with the Trainer's arguments": lambda: empty(args=None, state=state, control=control, **EXTRA),
             "TrainingJob.step": lambda: job.step(5),
             "TrainerControlCallback.on_step_end": lambda: callback.on_step_end(None, state, control, **EXTRA),
+            "TrainingJob.step with a setting, a command and a rule": lambda: full.step(5),
             "TrainingJob.log of two floats": lambda: job.log(loss=0.5, rate=1e-3),
+            "TrainingJob.log beside ten rules": lambda: ruled.log(loss=0.5, rate=1e-3),
         }
         found = timed(variants)
     callback.on_train_end(None, state, control, **EXTRA)
     table.group("a step with nothing pending, and a log")
     for name, samples in found.items():
         table.samples(name, samples, "us")
-    for name in ("TrainingJob.step", "TrainerControlCallback.on_step_end"):
-        table.samples(f"{name}, over an empty call", minus(found[name], found["empty call"]), "us", Aim(2.0))
+    for name, most in OVER_AN_EMPTY_CALL.items():
+        table.samples(f"{name}, over an empty call", minus(found[name], found["empty call"]), "us", Aim(most))
+
+
+#: Microseconds that a call may cost.
+OVER_AN_EMPTY_CALL = {
+    "TrainingJob.step": 2.0,
+    "TrainerControlCallback.on_step_end": 2.0,
+    "TrainingJob.step with a setting, a command and a rule": 2.0,
+    "TrainingJob.log beside ten rules": 20.0,
+}
+
+
+def register(job: TrainingJob, *conditions: str) -> None:
+    """Give a run all that clients may use, before its first step."""
+    job.setting("speed", get=lambda: 1.0, set=lambda value: None)
+    job.command(empty_command)
+    with connect(job.job_id) as client:
+        for condition in conditions:
+            client.call("add_rule", when=condition, do="save_checkpoint")
+
+
+def empty_command() -> None:
+    """A command of the script."""
 
 
 def subscriber(table: Table) -> None:

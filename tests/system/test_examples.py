@@ -142,7 +142,10 @@ def test_the_sweep_keeps_the_best_run():
     """The diverging and the slow run are aborted, the best one is stopped."""
     done = subprocess.run([sys.executable, EXAMPLES / "sweep.py"], capture_output=True, text=True, timeout=5 * SOON)
     assert done.returncode == 0, done.stderr
-    assert "sweep-10: loss inf, abort finished" in done.stdout and done.stdout.endswith("best: sweep-0.01\n")
+    assert (
+        "sweep-10: aborted by its own rule" in done.stdout and "sweep-0.01: learning rate 0.01 -> 0.001" in done.stdout
+    )
+    assert re.search(r"paused by rule 2.*\nbest: sweep-0.01, graceful_stop finished at step \d+\n$", done.stdout)
 
 
 def wire_lines() -> tuple[list[str], list[str]]:
