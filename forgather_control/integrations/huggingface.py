@@ -37,6 +37,7 @@ from ..training.controller import Controller
 from ..training.settings import Setting
 from . import huggingface_trainer as facts
 from .huggingface_settings import TrainerSettings
+from .trainer_settings import tell_resumed
 
 
 class TrainerControlCallback(Adapter):
@@ -61,6 +62,7 @@ class TrainerControlCallback(Adapter):
 
     def _reset(self) -> None:
         self._stopping = self._asked_to_save = self._owed_evaluation = False
+        self._known_changes: dict[str, Any] = {}  # that the state has, as checkpoints hold it
         self._late = False  # commands of this step are applied after its scheduled save
         self._period: int | None = None  # steps after which the trainer saves, whatever the flags
         # The steps of the last evaluation, of the last save, and of the last save on request.
@@ -97,6 +99,9 @@ class TrainerControlCallback(Adapter):
         self._own_code = facts.saves_by_own_code(trainer)
         self._saved_at = state.global_step  # where it was resumed from, if it was
         self._period = facts.save_period(args, state, control)
+        if self._controller is not None:
+            tell_resumed(facts.changed_settings(state), self._run)
+            self._known_changes = self._run.settings.changed
         if self._controller is not None and facts.is_forgather(control):
             self._faults = facts.SaveFaults()
             self._faults.attach()
@@ -131,6 +136,9 @@ class TrainerControlCallback(Adapter):
         self._late = self._period is not None and state.global_step - self._saved_at >= self._period
         finish = self._run.beat if self._late else self._run.step
         finish(state.global_step, state.epoch)
+        if self._run.settings.changed is not self._known_changes:
+            self._known_changes = self._run.settings.changed
+            facts.note_changes(state, self._known_changes)
         self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
             self._run.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING

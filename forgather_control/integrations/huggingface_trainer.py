@@ -14,6 +14,22 @@ from types import FrameType
 from typing import Any, Final
 
 from . import random_state
+from .trainer_settings import CHANGED
+
+
+def note_changes(state: Any, changed: Mapping[str, Any]) -> None:
+    """Note in the trainer's log of the run, which its checkpoints hold, what clients have changed."""
+    if isinstance(history := getattr(state, "log_history", None), list):
+        history.append({"step": state.global_step, CHANGED: dict(changed)})
+
+
+def changed_settings(state: Any) -> dict[str, Any]:
+    """Return what clients had changed before the checkpoint from which a run is resumed."""
+    found: dict[str, Any] = {}
+    for entry in getattr(state, "log_history", None) or ():
+        if isinstance(entry, dict) and isinstance(entry.get(CHANGED), dict):
+            found |= entry[CHANGED]
+    return found
 
 
 def find_trainer(callback: Any) -> Any:

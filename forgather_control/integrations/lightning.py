@@ -25,7 +25,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import states
 from ..training import background_saves
@@ -35,8 +35,12 @@ from ..training.settings import Setting
 from . import lightning_trainer
 from .lightning_settings import LightningSettings
 from .lightning_trainer import disable, override
+from .trainer_settings import CHANGED, tell_resumed
 
 log = logging.getLogger("forgather_control")
+
+#: Of what we keep in a checkpoint.
+_KEY: Final = "forgather_control"
 
 
 def _callback_class() -> Any:
@@ -79,6 +83,7 @@ class LightningHooks(Adapter):
     After that no hook raises into the trainer. All hooks run on the training thread.
     """
 
+    _earlier_changes: dict[str, Any] | None = None  # of settings, before the checkpoint to resume from
     _abort_flag: Any = None  # a tensor that copies in spawned processes share
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,6 +115,7 @@ class LightningHooks(Adapter):
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Restore what an aborted run that ended with an exception may have left behind."""
         self._restore()
+        self._earlier_changes = None
 
     @guarded
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -126,6 +132,8 @@ class LightningHooks(Adapter):
             no_stop_save=None if lightning_trainer.saves_by_itself(trainer) else "this trainer saves no checkpoints",
             evaluation_counter=lightning_trainer.evaluation_counter(trainer),
         )
+        if self._controller is not None:
+            tell_resumed(self._earlier_changes, self._run)
 
     def _own_settings(self, run: Controller) -> Iterable[Setting]:
         return LightningSettings(self._objects["trainer"], self._objects["model"], run.state.progress).settings()
@@ -178,8 +186,17 @@ class LightningHooks(Adapter):
 
     @controlled
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
-        """Note that the trainer saves."""
+        """Note that the trainer saves, and, in the checkpoint, what clients have changed."""
         self._run.phase = states.STATUS_SAVING
+        if changed := {**(self._earlier_changes or {}), **self._run.settings.changed}:
+            checkpoint[_KEY] = {CHANGED: changed}
+
+    @guarded
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
+        """Note what clients had changed before the checkpoint from which training is resumed."""
+        found = checkpoint.get(_KEY)
+        changed = found.get(CHANGED) if isinstance(found, dict) else None
+        self._earlier_changes = changed if isinstance(changed, dict) else None
 
     @guarded
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:

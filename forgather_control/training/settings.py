@@ -169,6 +169,8 @@ class Settings:
         self.snapshot: list[dict[str, Any]] = []
         self.snapshots = 0
         self._wanted = False
+        #: What clients have put in force, by name; assigned whole.
+        self.changed: dict[str, Any] = {}
 
     def add(self, settings: Iterable[Setting]) -> None:
         """Declare settings; InvalidParams if a name is taken. On the training thread of every rank."""
@@ -243,6 +245,7 @@ class Settings:
         return self.snapshots
 
     def _keep(self, change: Change) -> None:
+        self.changed = {**self.changed, **{name: value["new"] for name, value in change.values.items()}}
         self._unread.append(change)
         self._on_step.append(self.read_back)
 

@@ -27,6 +27,7 @@ from .test_huggingface import (  # noqa: F401
     ours,
     quick_collections,
     same,
+    warnings,
     weights,
 )
 
@@ -133,6 +134,25 @@ def test_learning_rate_survives_a_resume(tmp_path):
     assert same(weights(one.model), weights(other.model)) and effective(at)
     found = [entry["learning_rate"] for entry in other.state.log_history if entry.get("step") == 9]
     assert found == pytest.approx([0.05 * 0.2])
+
+
+def test_a_resumed_run_names_earlier_changes(tmp_path, caplog):
+    """In one line, with what is in force now: the periods of the state, the rest of the arguments."""
+    first, second = change(2, max_grad_norm=2, logging_steps=2), change(4, max_grad_norm="x2", max_steps=9)
+    save = At(6, "save_checkpoint")
+    trainer = make(tmp_path / "one", first, second, save, ours())
+    trainer.train()
+    assert warnings(caplog) == []
+    path = save.record()["result"]["path"]
+    make(tmp_path / "other", ours()).train(resume_from_checkpoint=path)
+    (line,) = warnings(caplog)
+    assert line == (
+        "Training is resumed from a checkpoint after changes of its settings: "
+        "logging_steps was set to 2, and is 2 now; max_grad_norm was set to 4.0, and is 1.0 now; "
+        "max_steps was set to 9, and is 10 now."
+    )
+    trainer.train()  # anew
+    assert len(warnings(caplog)) == 1
 
 
 @pytest.mark.parametrize("kind", ["ReduceLROnPlateau", "greedy"])

@@ -26,6 +26,7 @@ from .test_lightning import (  # noqa: F401
     ours,
     quiet,
     same,
+    warnings,
     weights,
 )
 
@@ -128,6 +129,35 @@ def test_learning_rate_survives_a_resume(tmp_path):
     other = fit(make(tmp_path / "other", look, ours()), Scheduled(), ckpt_path=path)
     assert same(weights(one), weights(other)) and effective(at)
     assert rates == pytest.approx([5e-4 + (0.01 - 5e-4) * (1 + math.cos(math.pi * 7 / 20)) / 2])
+
+
+def test_a_resumed_run_names_earlier_changes(tmp_path, caplog):
+    """In one line, with what is in force now; so does one that is resumed from that."""
+    at, save = change(3, max_grad_norm=2, learning_rate="x0.5"), At(6, "save_checkpoint")
+    trainer = make(tmp_path / "one", at, save, ours())
+    fit(trainer)
+    path, line = (
+        save.record()["result"]["path"],
+        (
+            "Training is resumed from a checkpoint after changes of its settings: "
+            "learning_rate was set to 0.05, and is 0.05 now; max_grad_norm was set to 2.0, and is 0.0 now."
+        ),
+    )
+    assert warnings(caplog) == [] and torch.load(path)["forgather_control"]
+    save = At(8, "save_checkpoint")
+    fit(make(tmp_path / "other", save, ours()), ckpt_path=path)
+    assert warnings(caplog) == [line]
+    fit(make(tmp_path / "third", ours()), ckpt_path=save.record()["result"]["path"])
+    assert warnings(caplog) == [line] * 2
+    fit(make(tmp_path / "fourth", save, ours()))
+    assert len(warnings(caplog)) == 2 and "forgather_control" not in torch.load(make_plain(tmp_path))
+
+
+def make_plain(out: Any) -> Any:
+    """The path of a checkpoint of a run without changes."""
+    save = At(2, "save_checkpoint")
+    fit(make(out / "plain", save, ours()))
+    return save.record()["result"]["path"]
 
 
 def test_several_optimizers(tmp_path):
