@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from typing import Any, Final
@@ -65,7 +66,18 @@ def write(trainer: Any) -> tuple[str, str | None]:
         strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
     if not strategy.reduce_boolean_decision(trouble is None):
         trouble = trouble or "another rank could not save its part"
+        if trainer.is_global_zero and "://" not in path:
+            _remove_part(path)  # training must not be resumed from it
     return path, trouble
+
+
+def _remove_part(path: str) -> None:
+    """Remove what a failed save left: nothing else had that name."""
+    with suppress(OSError):
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
 
 
 def background_save(trainer: Any) -> Future[None] | None:

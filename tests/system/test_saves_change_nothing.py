@@ -16,6 +16,7 @@ import pytest
 
 import forgather_control
 
+from ..support import forgather_loop
 from ..support.harness import needs_lightning, needs_torch, needs_transformers
 
 pytestmark = needs_torch
@@ -174,7 +175,51 @@ def lightning(out: Path, saves: Saves) -> dict[str, Any]:
     return outcome(model, trainer.optimizers[0], trainer.global_step, **more)
 
 
+class Trains:
+    """A callback that does what Forgather's trainer does in a step, and sends the saves."""
+
+    name = "Trains"
+
+    def __init__(self, model: Any, optimizer: Any, saves: Saves) -> None:
+        self.model, self.optimizer, self.saves, self.next = model, optimizer, saves, 0
+
+    def on_step_begin(self, state: Any, **kwargs: Any) -> None:
+        """Compute the gradients of the step that follows."""
+        import torch
+
+        if self.next != state.global_step + 1:  # at the end of the data it is called without a step
+            self.next = state.global_step + 1
+            self.saves(self.next)
+        self.optimizer.zero_grad()
+        self.model(torch.randn(4, 2)).square().mean().backward()
+
+    def on_train_end(self, **kwargs: Any) -> None:
+        """Look at the records, while the job is there."""
+        self.saves.all_finished()
+
+
+def forgather(out: Path, saves: Saves) -> dict[str, Any]:
+    """A stand-in for Forgather's trainer, with its best model, and a schedule of the learning rate."""
+    import torch
+
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    steps = forgather_loop.Strategy.STEPS
+    args = forgather_loop.Args(
+        str(out), max_steps=STEPS, save_strategy=steps, save_steps=10, eval_strategy=steps, eval_steps=10,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    callbacks = [Trains(model, optimizer, saves), forgather_control.TrainerControlCallback("job")]
+    trainer = forgather_loop.Loop(args, callbacks, tuple(10.0 - number for number in range(6)))
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.9)
+    trainer.train()
+    left = {"evaluations_left": len(trainer.losses), "best": trainer.state.best_metric}
+    return outcome(model, optimizer, trainer.state.global_step, **left)
+
+
 TRAINERS = [
+    pytest.param(forgather, id="forgather"),
     pytest.param(loop, id="loop"),
     pytest.param(huggingface, id="huggingface", marks=needs_transformers),
     pytest.param(lightning, id="lightning", marks=needs_lightning),
