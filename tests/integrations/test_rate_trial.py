@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from forgather_control.errors import CommandRefused
@@ -136,3 +138,46 @@ def test_with_accelerate():
     mine = accelerator.prepare(Own(one, absolute))
     with pytest.raises(CommandRefused, match="the scheduler Own would overwrite it"):
         change(given(prepared, mine), learning_rate=0.2)
+
+
+def test_a_scheduler_that_cannot_be_copied():
+    """It cannot be tried, so the change is refused."""
+    one = optimizer()
+    scheduler = Own(one, from_base, guard=threading.Lock())
+    with pytest.raises(CommandRefused, match="the scheduler Own is not known, and could not be tried: TypeError"):
+        change(given(one, scheduler), learning_rate=0.5)
+
+
+def test_models_are_not_copied():
+    """A scheduler may hold one, or a method of it."""
+    copies = []
+
+    class Model(torch.nn.Linear):
+        def __deepcopy__(self, memo):
+            copies.append(self)
+            return self
+
+        def plan(self, scheduler):
+            return from_base(scheduler)
+
+    one, model = optimizer(), Model(1, 1)
+    scheduler = Own(one, model.plan, model=model, layers=[model])
+    change(given(one, scheduler), learning_rate=0.5)
+    assert now(one)[0] == 0.5 and not copies and scheduler.last_epoch == 0
+
+
+def test_a_trial_leaves_the_optimizer_alone():
+    """Its groups, its state and its step are not those that the copies use."""
+    steps = []
+
+    def nosy(scheduler):
+        scheduler.optimizer.step()
+        scheduler.optimizer.param_groups[0]["seen"] = True
+        return from_base(scheduler)
+
+    one = optimizer()
+    scheduler = Own(one, from_base)
+    scheduler.rates = nosy
+    one.register_step_post_hook(lambda *args: steps.append(args))
+    change(given(one, scheduler), learning_rate=0.5)
+    assert not steps and "seen" not in one.param_groups[0] and now(one)[0] == 0.5

@@ -6,12 +6,15 @@ are multiplied from that step on.
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 
 from forgather_control.integrations.rates import shape
 
 from ..support.harness import needs_torch, needs_transformers
-from ..support.schedules import NAMES, RATES, change, follows, given, now, of_torch, optimizer, sequence, step
+from ..support.schedules import LATER, NAMES, RATES, change, follows, given, now, of_torch, optimizer, sequence, step
 
 try:
     from torch.optim import lr_scheduler as made
@@ -55,6 +58,12 @@ def test_schedulers_of_torch_follow(name, changed_at, as_tensors):
     follows(of_torch()[name], changed_at, 2.5, as_tensors)
 
 
+def of_transformers(name, optimizer, options):
+    """A scheduler of a type."""
+    optimizer.defaults["lr"] = RATES[0]
+    return get_scheduler(name, optimizer, 5, 70, dict(options) or None)
+
+
 @needs_transformers
 def test_every_scheduler_of_transformers_is_here():
     """A type that a later version adds must be added to these tests."""
@@ -68,11 +77,7 @@ def test_every_scheduler_of_transformers_is_here():
 @pytest.mark.parametrize("changed_at", [1, 7, 20])
 def test_schedulers_of_transformers_follow(name, options, changed_at):
     """As those of torch do."""
-
-    def make(optimizer):
-        optimizer.defaults["lr"] = RATES[0]
-        return get_scheduler(name, optimizer, 5, 70, dict(options) or None)
-
+    make = functools.partial(of_transformers, name, options=options)
     follows(make, changed_at)
     follows(make, changed_at, 1.7)
 
@@ -99,6 +104,41 @@ def test_restored_exactly(name, as_tensors):
         return found
 
     assert run(True) == run(False)
+
+
+def survives(make):
+    """Assert that a run resumed from states after a change goes on as the run that was changed."""
+    one = optimizer()
+    scheduler = make(one)
+    for number in range(7):
+        step(one, scheduler, number)
+    change(given(one, scheduler), learning_rate="x0.37")
+    for number in range(7, 12):
+        step(one, scheduler, number)
+    other = optimizer()
+    resumed = make(other)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    for number in range(12, 12 + LATER):
+        assert now(other) == now(one), number
+        step(one, scheduler, number)
+        step(other, resumed, number)
+    assert now(other) == now(one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_change_survives_in_the_states_of_torch(name):
+    """Those of the optimizer and of the scheduler hold all that was multiplied."""
+    survives(of_torch()[name])
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, each in OF_TRANSFORMERS.items() for options in each]
+)
+def test_a_change_survives_in_the_states_of_transformers(name, options):
+    """As with those of torch."""
+    survives(lambda optimizer: of_transformers(name, optimizer, options))
 
 
 class Wrapper:
