@@ -15,11 +15,11 @@ from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
 from . import metrics, own_commands
-from . import rules as rules_of_runs
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
 from .profiler import Profiler
+from .rule import declared as declared_rules
 from .settings import Setting, declared
 from .signals import Signals
 
@@ -93,7 +93,7 @@ class Adapter:
             *(commands, settings, rules),
         )
         self._options, self._signals = options, Signals(signals or {})
-        self._declared, self._rules = declared(settings), rules_of_runs.declared(rules)
+        self._declared, self._rules = declared(settings), declared_rules(rules)
         self._controller: Controller | None = None
         #: The trainer's objects by name ("model", "optimizer", ...), while a run is open.
         self._objects: dict[str, Any] = {}

@@ -81,7 +81,7 @@ class Controller:
         self.settings = Settings(self.on_step, self._wake)  #: What clients can change.
         self.state = RunState(step, max_steps, self._wake)
         self.state.job_id = options.job_id
-        self.rules = Rules(self.state, self.on_step, lambda: loop.nan_filter)  #: of rank 0
+        self.rules = Rules(self.state, self.on_step, loop)  #: of rank 0
         self._group: RankGroup = SingleProcess(self)
         self.rank = 0  #: This one.
         self._queue = CommandQueue(self._record_changed)

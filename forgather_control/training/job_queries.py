@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,10 +26,11 @@ from ..wire import discovery, jsonrpc
 from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
-from . import limits, metrics, outcomes, rules
+from . import limits, metrics, outcomes
 from .command_queue import CommandQueue
 from .progress import RunState
 from .rank_report import RankReporter
+from .rule import Rule, check
 from .rules import Rules
 from .settings import Settings
 from .worker import Task, Worker
@@ -66,8 +68,8 @@ class JobQueries:
         self._status_lock = threading.Lock()  # guards the four above: status.json has a thread of its own
         self._scan: Task[tuple[float, list[dict[str, Any]]]] | None = None  # the last list of jobs, and when it began
         self._list_at = float("-inf")  # not before
-        if self.rules is not None:
-            self.rules.give = self._give
+        self.rules.give = self._give
+        self.rules.can_give = lambda name: self._not_compared(name) is None
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
@@ -104,7 +106,7 @@ class JobQueries:
         by = requested_by(peer)
         record = self.queue.submit(method.name, params["command_id"], own, params["reason"], by)
         self.group.command_queued()
-        saves = "stop" not in method.needs or "save" in method.needs or self.loop.no_stop_save is None
+        saves = not method.ends_unsaved or self.loop.no_stop_save is None
         note = {} if saves else {"note": f"nothing will be saved: {self.loop.no_stop_save}"}
         return self._wait(record, params["wait"], params["timeout"], note)
 
@@ -122,11 +124,10 @@ class JobQueries:
         is_known = self.group.size == 1 or name in BUILTIN or name in self._unavailable
         return None if is_known else "the ranks compare what each registered when their first step has ended"
 
-    def _give(self, name: str, params: dict[str, Any], reason: str, by: dict[str, Any]) -> CommandRecord:
-        """Give the command of a rule. On the training thread."""
-        method = self.methods[name]
-        self._check(method, params, None)
-        record = self.queue.submit(name, None, params, reason, by)
+    def _give(self, name: str, params: dict[str, Any], why: str, by: dict[str, Any]) -> CommandRecord:
+        """Give the command of a rule, which has a record of its own. On the training thread, too."""
+        self._check(self.methods[name], params, None)
+        record = self.queue.submit(name, uuid.uuid4().hex, params, why, by)
         self.group.command_queued()
         return record
 
@@ -180,7 +181,7 @@ class JobQueries:
 
     def mark(self) -> object:
         """Return a value that differs when ``status`` has something new."""
-        return self.state.mark(), self.queue.changes
+        return self.state.mark(), self.queue.changes, self.rules.changes
 
     def _build_status(self) -> dict[str, Any]:
         records = self.queue.records()
@@ -219,11 +220,10 @@ class JobQueries:
 
     def add_rule(self, when: str, do: str, params: dict[str, Any], not_before: int | None) -> dict[str, Any]:
         assert self._sink is not None
-        method = self.methods[do]
-        own = rules.check(method, params)
-        self._check(method, {name: value for name, value in own.items() if name != "reason"}, None)
         by = {**requested_by(self._sink.peer), "via": states.VIA_RULE}
-        return self.rules.add(when, do, own, not_before, by)
+        rule = Rule(when, do, check(self.methods[do], params), not_before, by)
+        self._check(self.methods[do], rule.params, None)
+        return self.rules.add(rule)
 
     def remove_rule(self, id: int) -> dict[str, Any]:
         return self.rules.remove(id)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..jobs.record import check_job_id
 from ..server import tcp
-from . import own_commands, signals
+from . import own_commands, rule, signals
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class ControlOptions:
     commands: Sequence[Callable[..., Any]] = ()
     #: Settings that clients can change, beside those of the trainer; see :mod:`~forgather_control.training.settings`.
     settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = ()
-    #: Rules from the start, each as the parameters of ``add_rule``; see :mod:`~forgather_control.training.rules`.
+    #: Rules from the start, each as the parameters of ``add_rule``; see :mod:`~forgather_control.training.rules`. One
+    #: that the run cannot carry out costs a warning at the first step.
     rules: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class ControlOptions:
         if self.signals is not None:
             signals.parse(self.signals)
         own_commands.parse_all(self.commands)
+        rule.declared(self.rules)
         self.tcp_options()
 
     def tcp_options(self) -> tcp.TcpOptions | None:

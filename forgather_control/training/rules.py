@@ -1,30 +1,30 @@
 """Rules of a run: when a condition becomes true, a command is given, whether or not a client is there.
 
-They live on rank 0 of the job, and end with it. Clients add them on the server thread; from then on the training thread
-alone feeds them, with each log and, while a rule is about steps, with each step. ``_lock`` guards the list and what is
-listed, and is held for microseconds; the two tuples of rules that wait are assigned whole. No device is read.
+They live on rank 0 of the job, and end with it. Clients add and remove them on the server thread. The training thread
+feeds them with each log, and with steps only from the step, epoch or hour on at which one of them may change. ``_lock``
+guards all of it and is held for microseconds; commands are given without it. No device is read.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from .. import states
-from ..errors import CommandRefused, ControlError, InvalidParams
-from ..schema import shown
-from ..wire.builtin import BUILTIN
-from ..wire.conditions import STEP_NAMES, Watch, parse
-from ..wire.methods import COMMON_NAMES, OWN, Method
+from ..errors import ControlError, InvalidParams, TooManyCommands
+from ..wire.conditions import STEP_NAMES, number
+from ..wire.methods import MethodTable
 from ..wire.records import CommandRecord
 from . import limits
+from .loop_actions import RequestedActions
 from .progress import RunState
+from .rule import Rule
 
 log = logging.getLogger("forgather_control")
 
@@ -34,107 +34,85 @@ SCRIPT: Final[dict[str, Any]] = {"via": states.VIA_RULE, "uid": None, "user": No
 Give = Callable[[str, dict[str, Any], str, dict[str, Any]], CommandRecord]
 
 
-@dataclass
-class Rule:
-    """One rule; changed under the lock of ``Rules`` only."""
-
-    number: int
-    watch: Watch
-    do: str
-    params: dict[str, Any]
-    reason: str
-    not_before: int | None
-    requested_by: dict[str, Any]
-    begun: bool = False  # whether ``not_before`` is over
-    note: str | None = None
-    fired_at_step: int | None = None
-    command_id: str | None = None
-
-    @property
-    def earliest(self) -> float:
-        """The step before which it need not be looked at after a step."""
-        return self.watch.condition.earliest if self.begun else float(self.not_before or 0)
-
-    @property
-    def counts_steps(self) -> bool:
-        """Whether it must be looked at after each step."""
-        return not self.begun or not self.watch.condition.names.isdisjoint(STEP_NAMES)
-
-
 class Rules:
     """The rules of one run.
 
     Args:
         on_step: the functions that are called with each finished step; see ``Controller``.
-        nan_filter: returns why the trainer logs no NaN for its loss; ``None`` if it does.
+        loop: what the run can do.
     """
 
-    def __init__(
-        self, state: RunState, on_step: list[Callable[[int], None]], nan_filter: Callable[[], str | None]
-    ) -> None:
-        self._state, self._on_step, self._nan_filter = state, on_step, nan_filter
-        #: Gives the command of a rule; set on rank 0 before the run starts.
+    def __init__(self, state: RunState, on_step: list[Callable[[int], None]], loop: RequestedActions) -> None:
+        self._state, self._on_step, self._loop = state, on_step, loop
+        #: Gives the command of a rule, and says whether one could be given now. Set on rank 0 before the run starts.
         self.give: Give | None = None
-        self._lock = threading.Lock()
+        self.can_give: Callable[[str], bool] = lambda do: True
+        # Reentrant, because a signal handler of the script may log while the training thread holds it.
+        self._lock = threading.RLock()
         self._rules: list[Rule] = []
         self._numbers = itertools.count(1)
         self._began = time.monotonic()
-        #: The rules that wait for a metric.
+        #: Counts the changes of what is listed. Read without the lock.
+        self.changes = 0
+        #: The rules that wait for a metric. Read without the lock.
         self.waiting: tuple[Rule, ...] = ()
         self._waiting_steps: tuple[Rule, ...] = ()
-        self._earliest = -math.inf  # the step before which none of those can fire
+        # The last step that those were fed with, and from which step, epoch and time (monotonic) they need the next.
+        self._fed_step = self._next_step = self._next_epoch = self._next_time = math.inf
+        self._is_timed = False  # whether an epoch or a time is
 
     # On the server thread, or on the training thread before the first step...
 
-    def add(
-        self, when: str, do: str, params: dict[str, Any], not_before: int | None, requested_by: dict[str, Any]
-    ) -> dict[str, Any]:
+    def add(self, rule: Rule) -> dict[str, Any]:
         """Add a rule, and fire it at once if its condition holds already; return it as it is listed.
 
-        Args:
-            params: the command's own parameters, checked, and perhaps ``reason``.
-
         Raises:
-            InvalidParams: the condition cannot be read.
-            CommandRefused: there are too many.
+            TooManyCommands: ``MAX_RULES`` are listed.
         """
-        watch, reason = Watch(parse(when)), params.pop("reason", None)
+        limit = limits.MAX_RULES
         with self._lock:
-            if len(self._rules) >= limits.MAX_RULES:
-                raise CommandRefused(f"there are {limits.MAX_RULES} rules already; remove_rule makes room")
-            number = next(self._numbers)
-            rule = Rule(number, watch, do, params, reason or f"rule {number}: {when}", not_before, requested_by)
-        step = self._state.progress.step
-        if not_before is None or step >= not_before:
-            rule.begun = True
-            self._feed(rule, {**self._state.metrics, **self._step_values(step)})
-        with self._lock:
+            if len(self._rules) >= limit:
+                fired = [str(each.number) for each in self._rules if each.fired_at_step is not None]
+                hint = f"remove one, such as {', '.join(fired)}, which fired" if fired else "remove one of them first"
+                raise TooManyCommands(f"there are {limit} rules already; {hint}", limit=limit)
+            rule.number = next(self._numbers)
             self._rules.append(rule)
+            due = [] if rule.is_declared else self._begin(rule)
             self._sort()
+        self._fire(due)
+        with self._lock:
             return self._listed(rule)
 
-    def declare(self, rules: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> None:
-        """Add the rules of a script; one that this run cannot carry out costs a warning. On the training thread.
+    def declare(self, rules: Sequence[Mapping[str, Any]], methods: MethodTable) -> None:
+        """Add the rules of a script, which begin with the first step. On the training thread.
 
-        Those that give a command of the script are added after the first step, by which that is registered.
+        By then its commands and settings are known, too; a rule that this run cannot carry out costs a warning.
         """
-
-        def add(found: Sequence[Mapping[str, Any]]) -> None:
-            for rule in found:
-                try:
-                    params = check(methods[rule["do"]], rule["params"])
-                    self.add(rule["when"], rule["do"], params, rule["not_before"], SCRIPT)
-                except ControlError as err:
-                    log.warning("Ignored the rule %s: %s", ascii(rule["when"]), err)
+        found = [Rule(**copy.deepcopy(rule), requested_by=SCRIPT, is_declared=True) for rule in rules]
+        for rule in found:
+            self.add(rule)
 
         def first_step(step: int) -> None:
             self._on_step.remove(first_step)
-            add(own)
+            for rule in found:
+                self._check_declared(rule, methods)
 
-        own = [rule for rule in rules if rule["do"].startswith(OWN)]
-        add([rule for rule in rules if rule not in own])
-        if own:
-            self._on_step.append(first_step)
+        if found:
+            self._on_step.insert(0, first_step)
+
+    def _check_declared(self, rule: Rule, methods: MethodTable) -> None:
+        try:
+            method = methods[rule.do]
+            rule.bind(method)
+            why = next((why for need in method.needs if (why := self._loop.cannot(need, rule.params))), None)
+        except ControlError as err:
+            why = str(err)
+        if why is not None:
+            log.warning("Ignored the rule %s: %s", ascii(str(rule.condition)), why)
+        with self._lock:
+            rule.is_declared = False
+            self._rules = [each for each in self._rules if why is None or each is not rule]
+            self._sort()
 
     def remove(self, number: int) -> dict[str, Any]:
         """Remove a rule; return it. InvalidParams: there is none of this number."""
@@ -156,105 +134,109 @@ class Rules:
 
     def logged(self, held: Mapping[str, Any]) -> None:
         """Note values that were logged. Those that only a device knows are left out."""
-        for rule in self.waiting:
-            if rule.begun:
-                self._feed(rule, held)
+        values = _numbers(held)
+        with self._lock:
+            due = self._due([rule for rule in self.waiting if rule.begun and self._is_new_to(rule)], values)
+        self._fire(due)
 
     def _stepped(self, step: int) -> None:
-        if step < self._earliest:
-            return
-        values = self._step_values(step)
-        for rule in self._waiting_steps:
-            if rule.begun:
-                self._feed(rule, values)
-            elif step >= (rule.not_before or 0):  # from now on it is fed as the others are, first with what is known
-                rule.begun = True
-                self._feed(rule, {**self._state.metrics, **values})
-                with self._lock:
-                    self._sort()
-
-    # On the training thread, or before a rule waits...
-
-    def _step_values(self, step: int) -> dict[str, Any]:
-        return {"step": step, "epoch": self._state.progress.epoch, "hours": (time.monotonic() - self._began) / 3600}
-
-    def _feed(self, rule: Rule, values: Mapping[str, Any]) -> None:
-        if not rule.watch.holds(values) or rule.fired_at_step is not None:
+        if self._fed_step <= step < self._next_step and not (self._is_timed and self._is_time()):
             return
         with self._lock:
-            rule.fired_at_step = self._state.progress.step
-            self._sort()
-        assert self.give is not None
-        try:
-            rule.command_id = self.give(rule.do, rule.params, rule.reason, rule.requested_by).command_id
-            log.info("Rule %d fired: %s, so %s.", rule.number, rule.watch.condition, rule.do)
-        except ControlError as err:
-            rule.note = f"it fired, and its command was refused: {err}"
-            log.warning("Rule %d fired, and its command was refused: %s", rule.number, err)
+            values, due = self._step_values(), []
+            due += self._due([rule for rule in self._waiting_steps if rule.begun], values)
+            for rule in self._waiting_steps:
+                if not (rule.begun or rule.is_declared) and step >= (rule.not_before or 0):
+                    due += self._begin(rule)
+            self._plan(values)
+        self._fire(due)
+
+    def _is_time(self) -> bool:
+        epoch = self._state.progress.epoch
+        return time.monotonic() >= self._next_time or (epoch is not None and epoch >= self._next_epoch)
 
     # With the lock held...
 
+    def _is_new_to(self, rule: Rule) -> bool:
+        """Return whether a log is not the one with which the rule has begun, on another thread."""
+        is_new, rule.added_with = rule.added_with is not self._state.metrics, None
+        return is_new
+
+    def _begin(self, rule: Rule) -> list[Rule]:
+        """Feed a rule with what is known now, unless it is not to begin; return it if it fires."""
+        if self._state.progress.step < (rule.not_before or 0):
+            return []
+        rule.begun, rule.added_with = True, self._state.metrics
+        due = self._due([rule], {**_numbers(rule.added_with), **self._step_values()})
+        self._sort()
+        return due
+
+    def _due(self, rules: Iterable[Rule], values: Mapping[str, float]) -> list[Rule]:
+        """Feed rules; return those that fire now, for ``_fire``."""
+        due = [rule for rule in rules if rule.watch.feed(values) or rule.is_due]
+        if not due:
+            return due
+        for rule in due:
+            rule.is_due = True
+        due = [rule for rule in due if rule.fired_at_step is None and self.can_give(rule.do)]
+        for rule in due:
+            rule.fired_at_step = self._state.progress.step
+        self._sort()
+        return due
+
+    def _step_values(self) -> dict[str, float]:
+        epoch, hours = self._state.progress.epoch, (time.monotonic() - self._began) / 3600
+        return {"step": self._state.progress.step, "hours": hours, **({} if epoch is None else {"epoch": epoch})}
+
     def _sort(self) -> None:
         rules = [rule for rule in self._rules if rule.fired_at_step is None]
-        self.waiting = tuple(rule for rule in rules if not rule.watch.condition.names <= set(STEP_NAMES))
+        self.waiting = tuple(rule for rule in rules if not rule.condition.names <= set(STEP_NAMES))
         self._waiting_steps = steps = tuple(rule for rule in rules if rule.counts_steps)
-        self._earliest = min((rule.earliest for rule in steps), default=math.inf)
-        is_watched = self._stepped in self._on_step
-        if steps and not is_watched:
+        self._fed_step = math.inf  # the next step is looked at
+        self.changes += 1
+        is_called = self._stepped in self._on_step
+        if steps and not is_called:
             self._on_step.append(self._stepped)
-        elif is_watched and not steps:
+        elif is_called and not steps:
             self._on_step.remove(self._stepped)
 
+    def _plan(self, values: Mapping[str, float]) -> None:
+        """Note when the rules about steps need values again: as long as those grow, nothing can change before."""
+        self._fed_step = values["step"]
+        nexts = dict.fromkeys(STEP_NAMES, math.inf)
+        for rule in self._waiting_steps:
+            for name in STEP_NAMES:
+                nexts[name] = min(nexts[name], rule.next_value(name, values.get(name)))
+        self._next_step, self._next_epoch = nexts["step"], nexts["epoch"]
+        self._next_time = self._began + nexts["hours"] * 3600
+        self._is_timed = min(self._next_epoch, self._next_time) < math.inf
+
     def _listed(self, rule: Rule) -> dict[str, Any]:
-        known = {"id": rule.number, "when": str(rule.watch.condition), "do": rule.do, "params": rule.params}
-        fired = {"fired_at_step": rule.fired_at_step, "command_id": rule.command_id}
-        return {**known, "not_before": rule.not_before, **fired, "note": self._note(rule)}
+        return rule.listed(self._state, self._loop)
 
-    def _note(self, rule: Rule) -> str | None:
-        if rule.fired_at_step is not None:
-            return rule.note
-        notes = []
-        for term in rule.watch.condition.terms:
-            if term.number is None and term.name == "loss" and (why := self._nan_filter()):
-                notes.append(why)
-            if term.name in STEP_NAMES or term.name in rule.watch.seen:
-                continue
-            value = self._state.metrics.get(term.name)
-            if value is None:
-                notes.append(f"{term.name} was never logged so far")
-            elif type(value) not in (int, float):
-                notes.append(f"{term.name} is no number of the host, such as loss.item(), so that no rule can see it")
-        return "; ".join(dict.fromkeys([*notes, "the rule ends with this job"]))
+    # Without the lock...
+
+    def _fire(self, due: Iterable[Rule]) -> None:
+        for rule in due:
+            assert self.give is not None
+            try:
+                rule.command_id = self.give(rule.do, rule.params, rule.why, rule.requested_by).command_id
+                log.info("Rule %d fired: %s, so %s.", rule.number, rule.condition, rule.do)
+            except ControlError as err:
+                rule.note = f"it fired, and its command was refused: {err}"
+                log.warning("Rule %d fired, and its command was refused: %s", rule.number, err)
+            self.changes += 1
 
 
-def check(method: Method, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the own parameters of a rule's command, checked, and its ``reason``, if it has one.
-
-    Raises:
-        InvalidParams: they do not fit, or the method is no command.
-    """
-    if not method.is_command:
-        raise InvalidParams(f"a rule gives a command, and {method.name} is none", parameter="do")
-    unfit = sorted((COMMON_NAMES - {"reason"}) & params.keys())
-    if unfit:
-        raise InvalidParams(f"a rule takes no {unfit[0]}: nobody waits for its command", parameter="params")
-    reason = {"reason": params["reason"]} if params.get("reason") is not None else {}
-    return {**method.own_params(method.bind(dict(params))), **reason}
-
-
-def declared(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rules that a script declares, with all parameters of ``add_rule``.
-
-    Raises:
-        InvalidParams: one is wrong, as far as that is known without the commands of the script.
-    """
-    found = []
-    for rule in rules:
-        if not isinstance(rule, Mapping):
-            raise InvalidParams(f"a rule is a mapping with when, do, params and not_before, not {shown(rule)}")
-        bound = BUILTIN["add_rule"].bind(dict(rule))
-        parse(bound["when"])
-        if not bound["do"].startswith(OWN):
-            check(BUILTIN[bound["do"]], bound["params"])
-        found.append(bound)
+def _numbers(held: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values that are numbers on the host, without those named as the numbers of a step."""
+    found = {}
+    for name, value in held.items():
+        kind = type(value)
+        if kind is float or kind is int:
+            found[name] = value
+        elif (known := number(value)) is not None:
+            found[name] = known
+    for name in STEP_NAMES:
+        found.pop(name, None)
     return found

@@ -5,14 +5,15 @@ Pure: a job watches them where it logs, a client where it reads. Grammar::
     condition = term {"and" term} | term {"or" term}
     term = NAME OP NUMBER ["for" N] | NAME "is" "nan" ["for" N]
 
-NAME is ``step``, ``epoch``, ``hours`` (since the start of the run) or a metric; it may contain ``/ . -``. OP is one of
-``< <= > >= == !=``. ``for N`` asks for N values in a row.
+NAME is ``step``, ``epoch``, ``hours`` (since the start of the run) or a metric: it begins with a letter or ``_``, and
+may contain digits and ``/ . - @ : %``. OP is one of ``< <= > >= == !=``. ``for N`` asks for N values in a row.
 """
 
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ..errors import InvalidParams
@@ -23,13 +24,26 @@ STEP_NAMES: Final = ("step", "epoch", "hours")
 MAX_LENGTH: Final = 500
 MAX_TIMES: Final = 1_000_000
 
+#: Each operator with its mirror image, which takes the number first.
 _OPS: Final[dict[str, Callable[[float, float], bool]]] = {
-    "<=": operator.le, ">=": operator.ge, "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt,
+    "<=": operator.ge, ">=": operator.le, "==": operator.eq, "!=": operator.ne, "<": operator.gt, ">": operator.lt,
 }  # fmt: skip
 _NAN: Final = "is nan"
-_TOKEN: Final = r"\s*(<=|>=|==|!=|<|>|[^\s<>=!]+|[=!]+)"
-_NAME: Final = r"[^\W\d][\w/.-]*"
-_NUMBER: Final = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+_TOKEN: Final = r"<=|>=|==|!=|<|>|[^\s<>=!]+|[=!]+"
+_NAME: Final = r"[^\W\d][\w/.@:%-]*"
+_NUMBER: Final = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+_COUNT: Final = f"how often in a row, from 1 to {MAX_TIMES}"
+#: The numbers that travel as texts, because JSON has none for them.
+_WORDS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def number(value: Any) -> float | None:
+    """Return the number that a logged value is, also one of the words that stand for one on the wire; else ``None``."""
+    if isinstance(value, str):
+        return _WORDS.get(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if isinstance(value, float) else int(value)
 
 
 class Term(NamedTuple):
@@ -40,13 +54,28 @@ class Term(NamedTuple):
     number: float | None
     times: int  #: How many values in a row must fulfil it.
 
-    def holds(self, value: float) -> bool:
-        """Return whether a value fulfils it."""
-        return math.isnan(value) if self.number is None else _OPS[self.op](value, self.number)
+    @property
+    def test(self) -> Callable[[float], bool]:
+        """The function that returns whether a number fulfils it."""
+        return _is_nan if self.number is None else partial(_OPS[self.op], self.number)
+
+    def next_value(self, value: float | None) -> float:
+        """Return from which value on it may have another result than now, of values that grow."""
+        if self.times > 1 or value is None or self.number is None:
+            return -math.inf  # each value counts
+        return math.inf if value > self.number else self.number
 
     def __str__(self) -> str:
-        text = f"{self.name} {self.op}" + ("" if self.number is None else f" {self.number:.17g}")
+        text = f"{self.name} {self.op}" + ("" if self.number is None else f" {_digits(self.number)}")
         return text + (f" for {self.times}" if self.times > 1 else "")
+
+
+def _is_nan(value: float) -> bool:
+    return value != value  # math.isnan raises for an integer beyond a double
+
+
+def _digits(value: float) -> str:
+    return repr(value).removesuffix(".0")
 
 
 class Condition(NamedTuple):
@@ -60,14 +89,9 @@ class Condition(NamedTuple):
         """What it is about."""
         return frozenset(term.name for term in self.terms)
 
-    @property
-    def earliest(self) -> float:
-        """The step before which it cannot hold, whatever the values of earlier steps are."""
-        counted = any(term.times > 1 for term in self.terms if term.name in STEP_NAMES)
-        if self.is_any or counted:
-            return -math.inf
-        numbers = [term.number for term in self.terms if term.name == "step" and term.op in (">", ">=", "==")]
-        return max((number for number in numbers if number is not None), default=-math.inf)
+    def next_value(self, name: str, value: float | None) -> float:
+        """Return from which value of a name on, of values that grow, it may have another result than now."""
+        return min((term.next_value(value) for term in self.terms if term.name == name), default=math.inf)
 
     def __str__(self) -> str:
         return (" or " if self.is_any else " and ").join(map(str, self.terms))
@@ -80,34 +104,36 @@ def parse(text: str) -> Condition:
         InvalidParams: it means none; the message says what was expected, and where.
     """
     if len(text) > MAX_LENGTH:
-        raise InvalidParams(f"a condition has at most {MAX_LENGTH} characters, not {len(text)}")
+        raise InvalidParams(f"a condition has at most {MAX_LENGTH} characters, not {len(text)}", parameter="when")
     tokens = _Tokens(text)
-    terms, joints = [tokens.term()], set()
-    while (joint := tokens.next()) is not None:
-        if joint not in ("and", "or"):
-            raise tokens.wrong("and, or, for, or the end", joint)
-        joints.add(joint)
+    terms, joint = [tokens.term()], None
+    while (word := tokens.next()) is not None:
+        if joint is not None and word in ("and", "or") and word != joint:
+            raise tokens.wrong(f"{joint} throughout, as and and or cannot be mixed", word)
+        if word not in ("and", "or"):
+            raise tokens.wrong("and, or, for, or the end" if joint is None else f"{joint}, for, or the end", word)
+        joint = word
         terms.append(tokens.term())
-    if len(joints) > 1:
-        raise InvalidParams(f"a condition joins by and or by or, not by both: {_shown(text)}")
-    return Condition(tuple(terms), "or" in joints)
+    return Condition(tuple(terms), joint == "or")
 
 
 class _Tokens:
     """The words of a text, one after the other."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._tokens, self._at = text, re.findall(_TOKEN, text), 0
+        self._text, self._tokens, self._at = text, list(re.finditer(_TOKEN, text)), 0
 
     def next(self) -> str | None:
-        if self._at == len(self._tokens):
-            return None
+        """Return the next word; ``None`` at the end."""
         self._at += 1
-        return str(self._tokens[self._at - 1])
+        return self._tokens[self._at - 1][0] if self._at <= len(self._tokens) else None
 
     def wrong(self, expected: str, found: str | None) -> InvalidParams:
-        where = "at the end" if found is None else f"not {_shown(found)}"
-        return InvalidParams(f"the condition {_shown(self._text)} needs {expected}, {where}", parameter="when")
+        """Return the error that says what was expected instead of the last word."""
+        at = len(self._text) if found is None else self._tokens[self._at - 1].start()
+        where = "at the end" if found is None else f"not {_shown(found)} (character {at + 1})"
+        text = f"the condition {_shown(self._text)} needs {expected}, {where}"
+        return InvalidParams(text, parameter="when", expected=expected, position=at)
 
     def _take(self, pattern: str, expected: str) -> str:
         token = self.next()
@@ -116,25 +142,32 @@ class _Tokens:
         return token
 
     def term(self) -> Term:
+        """Read one comparison."""
         name = self._take(_NAME, "the name of a metric, step, epoch or hours")
         op, number = self.next(), None
         if op == "is":
             self._take("(?i:nan)", "nan")
             op = _NAN
         elif op in _OPS:
-            number = float(self._take(_NUMBER, "a number"))
+            number = self._number()
         else:
             raise self.wrong(f"one of {' '.join(_OPS)} or is nan", op)
         return Term(name, op, number, self._times())
 
+    def _number(self) -> float:
+        token = self._take(_NUMBER, "a number")
+        if math.isinf(number := float(token)):
+            raise self.wrong("a number up to 1.8e308", token)
+        return number
+
     def _times(self) -> int:
-        if self._at == len(self._tokens) or self._tokens[self._at] != "for":
+        if self._at == len(self._tokens) or self._tokens[self._at][0] != "for":
             return 1
         self._at += 1
-        times = int(self._take(r"\d{1,7}", f"how often in a row, from 1 to {MAX_TIMES}"))
-        if not 1 <= times <= MAX_TIMES:
-            raise self.wrong(f"how often in a row, from 1 to {MAX_TIMES}", str(times))
-        return times
+        token = self._take(r"[0-9]{1,7}", _COUNT)
+        if not 1 <= int(token) <= MAX_TIMES:
+            raise self.wrong(_COUNT, token)
+        return int(token)
 
 
 class Watch:
@@ -142,22 +175,26 @@ class Watch:
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
+        self._tests = [(index, term.name, term.test) for index, term in enumerate(condition.terms)]
+        self._times = [term.times for term in condition.terms]
         self._counts = [0] * len(condition.terms)
-        #: The names that had a value so far.
-        self.seen: set[str] = set()
+        self._enough = any if condition.is_any else all
+        #: The names that had no value so far.
+        self.unseen = set(condition.names)
 
-    def holds(self, values: Mapping[str, Any]) -> bool:
-        """Note new values, each of which counts once; return whether the condition holds now.
+    def feed(self, values: Mapping[str, float]) -> bool:
+        """Note new numbers, each of which counts once; return whether the condition holds now.
 
-        A name without a value, or with one that is no number, keeps its count.
+        A name without a number keeps its count. See ``number`` for what is one.
         """
-        for index, term in enumerate(self.condition.terms):
-            value = values.get(term.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self.seen.add(term.name)
-                self._counts[index] = self._counts[index] + 1 if term.holds(value) else 0
-        held = (count >= term.times for count, term in zip(self._counts, self.condition.terms))
-        return any(held) if self.condition.is_any else all(held)
+        counts = self._counts
+        for index, name, test in self._tests:
+            value = values.get(name)
+            if value is not None:
+                counts[index] = counts[index] + 1 if test(value) else 0
+        if self.unseen:
+            self.unseen -= values.keys()
+        return self._enough(map(operator.ge, counts, self._times))
 
 
 def _shown(text: str) -> str:

@@ -102,6 +102,11 @@ class Method(NamedTuple):
         return bool(self.finishes_when)
 
     @property
+    def ends_unsaved(self) -> bool:
+        """Whether it ends training and leaves it to the trainer whether to save."""
+        return "stop" in self.needs and "save" not in self.needs
+
+    @property
     def rank_report(self) -> str | None:
         """The event that every rank reports for itself, if the command finishes with one."""
         return next((event for event in states.RANK_REPORTS if event in self.finishes_when), None)

@@ -61,3 +61,11 @@ def test_signals_are_checked_when_the_options_are_made(signals):
     """No signal that cannot be handled, no command that there is not."""
     with pytest.raises(InvalidParams):
         ControlOptions(JOB, signals=signals)
+
+
+@pytest.mark.parametrize("rules", [[{"when": "loss", "do": "abort"}], [{"when": "loss > 1", "do": "ping"}], "loss > 1"])
+def test_rules_are_checked_when_the_options_are_made(rules):
+    """As far as they can be without a run."""
+    with pytest.raises(InvalidParams):
+        ControlOptions(JOB, rules=rules)
+    ControlOptions(JOB, rules=[{"when": "loss is nan", "do": "user.sample"}])
