@@ -28,6 +28,7 @@ from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
 from . import limits, metrics, outcomes
 from .command_queue import CommandQueue
+from .metrics_history import MetricsHistory
 from .progress import RunState
 from .rank_report import RankReporter
 from .rule import Rule, check
@@ -70,6 +71,7 @@ class JobQueries:
         self._list_at = float("-inf")  # not before
         self.rules.give = self._give
         self.rules.can_give = lambda name: self._not_compared(name) is None
+        self.state.history = MetricsHistory()
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
     def answer(self, request: jsonrpc.Request, sink: ReplySink) -> Any:
@@ -207,6 +209,10 @@ class JobQueries:
 
     def list_commands(self) -> list[dict[str, Any]]:
         return [outcomes.brief(record) for record in self.queue.records()]
+
+    def metrics_history(self, names: list[str] | None, points: int) -> dict[str, list[list[float]]]:
+        assert self.state.history is not None
+        return self.state.history.report(names, points)
 
     def list_settings(self) -> Any:
         """Return the settings with their values, deferred until the training thread has read those, for a moment."""

@@ -55,6 +55,13 @@ DEVICE_VALUE_AGE: Final = 1.0
 LIST_TIMEOUT: Final = 10.0
 LIST_SHARE: Final = 0.01
 
+# The history of metrics...
+
+#: Points that are kept of all metrics together, 24 bytes each: with what holds them they stay below 1 MiB. So many
+#: metrics share them at first; with twice as many, each has half of them.
+HISTORY_POINTS: Final = 28_672
+HISTORY_NAMES: Final = 16
+
 # Events...
 
 #: Events kept for subscribers that are slow or come late: of the rare kinds, and of progress and metrics.

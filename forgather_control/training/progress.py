@@ -13,6 +13,7 @@ from typing import Any
 from .. import states
 from . import limits, metrics
 from .events import EventLog
+from .metrics_history import MetricsHistory
 from .running_commands import RunningCommands
 
 
@@ -100,6 +101,8 @@ class RunState:
         self.phase: states.TrainingStatus = states.STATUS_STARTING
         self._published: states.TrainingStatus = states.STATUS_STARTING
         self.metrics: dict[str, Any] = {}
+        #: What was logged so far; on rank 0, which answers clients.
+        self.history: MetricsHistory | None = None
         self._logged = 0
 
     def note(
@@ -125,6 +128,8 @@ class RunState:
         """Keep the latest value of each name; return them. Never a collective, nor a synchronisation with a device."""
         held = metrics.hold(logs)
         self.metrics = metrics.merge(self.metrics, held)
+        if self.history is not None:
+            self.history.log(self.progress.step, held)
         self._logged += 1
         return held
 

@@ -13,7 +13,7 @@ from .. import states
 from ..errors import CommandFailed
 from . import conditions, schemas
 from .jsonrpc import Json
-from .limits import MAX_RANK_TIMEOUT, MAX_TIMEOUT
+from .limits import MAX_POINTS, MAX_RANK_TIMEOUT, MAX_TIMEOUT
 from .methods import Method, MethodTable, Param, command_params
 
 if TYPE_CHECKING:
@@ -294,6 +294,24 @@ _query(
     "list_settings",
     "ListedSettings",
     "List the settings that change_settings can change, with the values that are in force.",
+)
+_NAMES: Final = Param(
+    "names",
+    {"type": ["array", "null"], "items": {"type": "string"}, "default": None},
+    "Of which metrics; null: of all.",
+)
+_POINTS: Final = Param(
+    "points",
+    {"type": "integer", "minimum": 1, "maximum": MAX_POINTS, "default": 200},
+    "How many points of each metric to answer at most.",
+)
+_query(
+    "metrics_history",
+    "MetricPointsByName",
+    """Answer the values of each metric over the whole run, each as step, time and value.
+
+Numbers of the host only: values that were logged as tensors of a device are left out.""",
+    *(_NAMES, _POINTS),
 )
 _query("list_jobs", "ListedJobs", "List the jobs in this host's jobs directory, without their tokens.", verb="list")
 _query(

@@ -18,3 +18,5 @@ MAX_REASON: Final = 1000
 #: Longest wait of a caller, and longest wait for the ranks' answers, in seconds.
 MAX_TIMEOUT: Final = 1e9
 MAX_RANK_TIMEOUT: Final = 600
+#: Most points of one metric in an answer of ``metrics_history``.
+MAX_POINTS: Final = 10_000

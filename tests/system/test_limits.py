@@ -43,6 +43,7 @@ KIB = 1 << 10
 
 FIRST_LINE = f"a first line of {limits.MAX_FIRST_LINE // KIB} KiB"
 KEPT = f"{limits.MAX_REPLY_FILES}, {limits.MAX_REPLY_FILES_BYTES >> 20} MiB, {limits.REPLY_FILE_TIMEOUT / 3600:.0f} h"
+WRONG = InvalidParams.code
 STALE = f"{limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old"
 HELD = (
     f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute; without an "
@@ -167,6 +168,15 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         f"{training_limits.MAX_NAMES}; {training_limits.MAX_TEXT}",
         "the oldest names are dropped; the rest is cut off",
     ): ("training.test_metrics.test_names_are_bounded", "training.test_metrics.test_any_name"),
+    (
+        "history of metrics; its names; points of one in an answer",
+        f"1 MiB; {training_limits.MAX_NAMES}; {wire_limits.MAX_POINTS:,}",
+        f"every second point is left out; the name that was not logged for the longest time is dropped; {WRONG}",
+    ): (
+        "training.test_metrics_history.test_memory_is_bounded",
+        "training.test_metrics_history.test_names_are_bounded",
+        "training.test_metrics_history.test_clients_ask_for_it",
+    ),
     (
         "wait at the end of training for unfinished commands",
         f"`close_timeout`, {ControlOptions.close_timeout:.0f} s",

@@ -200,7 +200,7 @@ class Facts:
     def __init__(self, monkeypatch):
         self.at, self.step, self.built, self.asked = 1000.0, 0, 0, 0
         monkeypatch.setattr(job_queries, "time", SimpleNamespace(monotonic=lambda: self.at))
-        self.queries = job_queries.JobQueries(*[None] * 7, SimpleNamespace(), None)
+        self.queries = job_queries.JobQueries(SimpleNamespace(), *[None] * 6, SimpleNamespace(), None)
         monkeypatch.setattr(job_queries.usage, "process_stats", self.figures)
         monkeypatch.setattr(self.queries, "_build_status", self.tell)
         monkeypatch.setattr(self.queries, "mark", lambda: self.step)

@@ -25,7 +25,7 @@ COMMANDS = {
 }
 QUERIES = {"ping", "authenticate", "status", "get_command", "cancel_command", "list_commands", "list_jobs", "ranks",
            "stacks", "list_settings", "add_rule", "remove_rule",
-           "list_rules", "subscribe", "unsubscribe"}  # fmt: skip
+           "list_rules", "metrics_history", "subscribe", "unsubscribe"}  # fmt: skip
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
 every_method = pytest.mark.parametrize("name", list(BUILTIN))
