@@ -1,6 +1,5 @@
 """Command records, settings and rules as text for a terminal."""
 
-import json
 from typing import Any, Final
 
 from .. import states
@@ -96,14 +95,7 @@ def rules_text(head: str, rules: list[dict[str, Any]]) -> str:
     """Show rules, two lines for each."""
     lines = [head] if head else []
     for rule in rules:
-        given = " ".join(f"{name}={_given(value)}" for name, value in rule["params"].items() if value is not None)
-        fired = "" if rule["fired_at_step"] is None else f", fired at step {rule['fired_at_step']}"
-        begins = "" if rule["not_before"] is None else f", not before step {rule['not_before']}"
-        lines.append(f"{rule['id']}: when {rule['when']}, {output.verb(rule['do'])} {given}".rstrip() + begins + fired)
+        lines.append(output.rule_line(rule))
         if rule["note"]:
             lines.append(f"   {rule['note']}")
     return "\n".join(map(output.safe, lines)) or "no rules"
-
-
-def _given(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -123,6 +123,7 @@ def status_screen(status: dict[str, Any], unicode: bool) -> str:
         pairs(status.get("metrics") or {}),
         *(_command_line(record) for record in status.get("commands") or []),
         *(_running_line(command) for command in status.get("running") or []),
+        *(f"rule {rule_line(rule)}" for rule in status.get("rules") or [] if rule["fired_at_step"] is None),
         _process_line(status),
     ]
     return "\n".join(line for line in lines if line)
@@ -176,6 +177,23 @@ def _command_line(record: dict[str, Any]) -> str:
 def _running_line(command: dict[str, Any]) -> str:
     ranks, seconds = _ranks(command["ranks"]), duration(command["seconds"])
     return safe(f"{verb(command['command'])} has run for {seconds}; not acknowledged by {ranks}")
+
+
+def rule_line(rule: dict[str, Any]) -> str:
+    """Show one rule: its number, its condition, its command, and when it fired."""
+    params = {**rule["params"], **rule["params"].get("changes", {})}
+    given = " ".join(f"{name}={_given(value)}" for name, value in params.items() if _is_shown(name, value))
+    begins = "" if rule["not_before"] is None else f", not before step {rule['not_before']}"
+    fired = "" if rule["fired_at_step"] is None else f", fired at step {rule['fired_at_step']}"
+    return safe(f"{rule['id']}: when {rule['when']}, {verb(rule['do'])} {given}".rstrip() + begins + fired)
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return value is not None and name != "changes"
+
+
+def _given(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def applied(record: dict[str, Any]) -> str:

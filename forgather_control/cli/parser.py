@@ -73,6 +73,8 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     _add_words(parser, verb)
     if any(word.startswith("--wait=") for word in given):
         parser.error("--wait takes no value; --timeout SECONDS gives up waiting")
+    if verb == "when" and len(others) > 2:
+        parser.error("EXPR is one word in quotes, behind JOB: when run1 'eval_loss > 2.0 for 3' save-stop")
     is_odd = any(word.startswith("-") for word in others)
     args, unknown = parser.parse_known_args([*given, *(["--"] if is_odd else []), *others])
     if unknown:
@@ -222,6 +224,10 @@ def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner:
     args.command = parse([verb, args.job or "job", *words], prog)  # a job id stands before its other words
     if args.command.params.keys() & {"wait", "timeout"} or vars(args.command).get("kill_after") is not None:
         parser.error("a rule gives its command later: it cannot wait for it")
+    if args.command.verb == "set" and not args.command.values:
+        parser.error("set needs NAME=VALUE in a rule")
+    if args.command.verb == "run" and args.command.name is None:
+        parser.error("run needs the NAME of a command in a rule")
     setattr(args, f"{options.PARAM}when", args.when)
     if verb != "run":
         setattr(args, f"{options.PARAM}do", args.command.method)

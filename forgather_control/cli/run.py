@@ -46,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
 
 def as_rule(job: Client, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Return the method and the parameters of a command that a rule gives."""
-    if args.name is None:
-        raise Refusal("the NAME of the command is missing", USAGE)
     method = find(own(job.call("rpc.discover")), args.name, job.name)
     return method["name"], {**args.params, **values(method, args.values)}
 

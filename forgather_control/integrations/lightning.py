@@ -110,6 +110,7 @@ class LightningHooks(Adapter):
         self._batches = 0  # since global_step moved
         self._uncounted = 0  # batches that counted as steps, though global_step did not move
         self._fresh = False  # whether there are new metrics to log
+        self._shown: dict[str, Any] = {}  # those that were logged last
 
     @guarded
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
@@ -286,10 +287,15 @@ class LightningHooks(Adapter):
         self._run.save_failed(reason)
 
     def _show(self, trainer: Any) -> None:
-        """Log the metrics; ``callback_metrics`` would compute them again, and may read the device."""
+        """Log the metrics that are new; ``callback_metrics`` would compute them again, and may read the device.
+
+        The trainer keeps those of the last validation beside those of each batch: a rule must count them once.
+        """
         self._fresh = False
         held = getattr(trainer._logger_connector, "_callback_metrics", None)
-        self._run.log(trainer.callback_metrics if held is None else held)
+        metrics = dict(trainer.callback_metrics if held is None else held)
+        shown, self._shown = self._shown, metrics
+        self._run.log({name: value for name, value in metrics.items() if shown.get(name) is not value})
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

@@ -470,3 +470,48 @@ def test_a_change_of_settings():
     assert command_output.outcome("job", record) == (
         "job: set at step 7: rate 1 -> 0.5, 0.49 after the next step (cosine keeps its shape); size 1 -> 2"
     )
+
+
+# Rules...
+
+RULE = {"id": 3, "when": "loss > 2", "do": "save_and_stop", "params": {"evaluate": "auto", "reason": None},
+        "not_before": None, "fired_at_step": None, "command_id": None, "note": "it ends with this job"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "3: when loss > 2, save-stop evaluate=auto"),
+        ({"not_before": 5, "params": {}, "fired_at_step": 9},
+         "3: when loss > 2, save-stop, not before step 5, fired at step 9"),
+        ({"do": "graceful_stop", "params": {}}, "3: when loss > 2, stop"),
+        ({"do": "change_settings", "params": {"changes": {"rate": "x0.5", "size": 2}, "reason": "slow"}},
+         "3: when loss > 2, set reason=slow rate=x0.5 size=2"),
+        ({"do": "user.sample", "params": {"words": ["a", "ü"], "n": 2, "greedy": True, "seed": None}},
+         '3: when loss > 2, user.sample words=["a", "ü"] n=2 greedy=true'),
+    ],
+)  # fmt: skip
+def test_a_rule_is_a_line(changes, wanted):
+    """What it waits for, and what it does then."""
+    assert output.rule_line({**RULE, **changes}) == wanted
+
+
+def test_rules_and_their_notes():
+    """Two lines for each, and those that wait in status."""
+    fired = {**RULE, "id": 4, "fired_at_step": 7, "note": None}
+    assert command_output.rules_text("added", [RULE, fired]).splitlines() == [
+        "added",
+        "3: when loss > 2, save-stop evaluate=auto",
+        "   it ends with this job",
+        "4: when loss > 2, save-stop evaluate=auto, fired at step 7",
+    ]
+    assert command_output.rules_text("", []) == "no rules"
+    shown = output.status_screen({**STATUS, "rules": [RULE, fired]}, unicode=False)
+    assert [line for line in shown.splitlines() if "rule" in line] == [f"rule {output.rule_line(RULE)}"]
+
+
+@tricks
+def test_rules_are_safe(text, wanted):
+    """Nothing of a rule gets to the terminal raw."""
+    rule = {**RULE, "when": text, "do": text, "params": {text: text, "n": [text]}, "note": text}
+    assert harmless(command_output.rules_text(text, [rule]), 3).count(wanted) >= 5

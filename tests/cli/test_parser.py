@@ -293,6 +293,15 @@ def test_when_lists_and_removes(words, method, params):
         (["run1", "--remove", "x"], "is not the number of a rule"),
         (["run1", "loss > 1", "save", "--evaluate", "perhaps"], "perhaps"),
         (["run1", "loss > 1", "stop", "now"], "now"),
+        (["run1", "loss > 1", "set"], "set needs NAME=VALUE in a rule"),
+        (["run1", "loss > 1", "set", "rate"], "a setting is NAME=VALUE"),
+        (["run1", "loss > 1", "run"], "run needs the NAME of a command"),
+        (["run1", "loss > 1", "run", "sample", "n"], "a parameter is KEY=VALUE"),
+        (["run1", "loss > 1", "set", "--timeout", "3", "a=1"], "it cannot wait"),
+        (["run1", "loss >> 1", "stop"], "not '>' (character 7)"),
+        (["run1", "run2", "loss > 1", "stop"], "EXPR is one word in quotes, behind JOB"),
+        (["run1", "loss", "is", "nan", "stop"], "EXPR is one word in quotes, behind JOB"),
+        (["run1", "loss"], "needs one of <= >= == != < > or is nan, at the end"),
     ],
 )
 def test_wrong_words_of_when(words, text, capsys):
