@@ -38,6 +38,10 @@ threads: a rank that evaluates, saves or hangs in a collective answers all the s
 participant proposes it. All obey the proposal that is written first, so no rank applies a round that one rank called
 off. The commands of a round that is off stay queued and are tried again.
 
+*A store that does not answer.* A rank that gets no answer to its proposal within ``GIVE_UP_TIMEOUT`` trains on. When
+the answer comes, a round that is off has done no harm, and one whose T lies ahead is applied there; only if the rank
+has passed T has it missed what the others did, and control is over.
+
 *Ranks that end, give up or die.* A rank whose training ended sends Leave; the others continue without it, and it owes
 no more reports. A rank whose control failed while its training continues ends all agreement: if the others stopped, it
 would wait for them in a collective. A rank that dies silently leaves a round "off" after ``READY_TIMEOUT``; its
@@ -125,6 +129,8 @@ class Participant:
         self.must_wait = False  # whether the end of a step must call ``take``; all that an idle step reads
         self.number = 0  # of the round that waits for its decision or for its step, or the last one there was
         self._decision: Commit | None = None
+        self.overdue = False  # whether it trains on without the decision of the round, which may still come
+        self.missed = False  # whether it has passed the step of that decision
 
     def tick(self, step: int) -> bool:
         """Note the end of a step; return ``must_wait``. On the training thread, every step.
@@ -137,8 +143,8 @@ class Participant:
 
     def prepare(self, number: int) -> Ready:
         """Hold the training thread at its next step end; a Prepare that comes after its round's end changes nothing."""
-        if number > self.number:
-            self.number, self._decision = number, None
+        if number > self.number:  # an overdue round was off, or there would be no other one
+            self.number, self._decision, self.overdue = number, None, False
             self.must_wait = True  # before the step is read: see above
         return Ready(number, self.rank, self.step)
 
@@ -147,9 +153,12 @@ class Participant:
         if decision.number > self.number:  # off before its Prepare came, as are all rounds before it
             self.forget()
             self.number = decision.number
-        elif decision.number == self.number and self.undecided:
+        elif decision.number == self.number and (self.undecided or self.overdue):
             self._decision = decision
             self.must_wait = decision.due is not None
+            # As in ``prepare``, it is set before the step is read: a step end that is not counted here will wait.
+            self.missed = self.overdue and decision.due is not None and self.step >= decision.due
+            self.overdue = False
 
     @property
     def undecided(self) -> bool:
@@ -160,6 +169,11 @@ class Participant:
     def is_decided(self) -> bool:
         """Whether commands wait for their step."""
         return self.must_wait and self._decision is not None
+
+    def overrun(self) -> None:
+        """Train on without the decision, which the store does not tell: it may be back in time."""
+        if self.undecided:
+            self.must_wait, self.overdue = False, True
 
     def forget(self) -> None:
         """Drop a round that is not decided, because no more will be received of it; one that is decided stands."""

@@ -14,15 +14,15 @@ READY_TIMEOUT: Final = 5.0
 DECISION_TIMEOUT: Final = 10.0
 #: That a rank that changed a setting waits for the others to do so before it proposes to undo it.
 SETTLE_TIMEOUT: Final = 10.0
-#: That it is then held for the store's answer before the rank leaves the agreement and trains on without control.
+#: That it is then held for the store's answer before it trains on without one.
 GIVE_UP_TIMEOUT: Final = 10.0
 #: From a round that was called off to the next one, and the factor by which that grows each time, up to the maximum: a
 #: rank that is stopped holds the others 15 s in the first minute, and less than 5 s in each one after that.
 RETRY_DELAY: Final = 1.0
 RETRY_FACTOR: Final = 8.0
 MAX_RETRY_DELAY: Final = 60.0
-#: That a call of the store may take before the channel counts as broken.
-STORE_TIMEOUT: Final = 30.0
+#: That a call of the store may take before the channel counts as broken; one that is frozen for less is survived.
+STORE_TIMEOUT: Final = 120.0
 #: That the receiver's wait for a message may take: longer than any training, and short enough for poll(2), which
 #: counts milliseconds in an int (24.8 days).
 INBOX_TIMEOUT: Final = 20 * 86400.0

@@ -41,6 +41,7 @@ class StoreGroup(RankGroup):
         self._released = False  # whether there will be no more rounds
         self._number = 0  # of the last round that this rank applied
         self._settled: tuple[int, str | None] = 0, None  # the last verdict, and of which round
+        self._undone = 0  # the round that this rank undid before it knew the verdict
         self._agreement_lost = threading.Lock()  # acquired for good by the thread that tells the delegate so
 
     def start(self, fault: str | None = None) -> None:
@@ -61,10 +62,8 @@ class StoreGroup(RankGroup):
         if not self._wait(limits.DECISION_TIMEOUT):
             self._channel.post(self._give_up)
             if not self._wait(limits.GIVE_UP_TIMEOUT):  # training goes before agreement
-                why = failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
-                self._lose(why)
-                self._channel.post(lambda sender: self._leave(why, sender))
-                self._channel.close(0.0)
+                with self._lock:
+                    self._participant.overrun()
         with self._lock:
             return self._participant.take() or []
 
@@ -89,6 +88,8 @@ class StoreGroup(RankGroup):
         if not self._await_verdict(limits.SETTLE_TIMEOUT):
             self._channel.post(self._give_up_settling)
             if not self._await_verdict(limits.GIVE_UP_TIMEOUT):
+                with self._lock:
+                    self._undone = self._number
                 return failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
         with self._lock:
             number, why = self._settled
@@ -124,9 +125,9 @@ class StoreGroup(RankGroup):
                 if ready is not None:
                     self._send((0,), ready, sender)
             case Commit():
-                self._commit(message)
+                self._commit(message, sender)
             case Settled(number, why):
-                self._note_verdict(number, why)
+                self._note_verdict(number, why, sender)
             case Released():
                 self._release()
             case Query(number, what):
@@ -138,24 +139,37 @@ class StoreGroup(RankGroup):
                     self._lock.notify_all()
                 self._channel.close(0.0)
 
-    def _commit(self, decision: Commit) -> None:
+    def _commit(self, decision: Commit, sender: StoreSender) -> None:
         with self._lock:
             self._participant.commit(decision)
+            missed = self._participant.missed
             self._lock.notify_all()
+        if missed:
+            self._miss(sender)
 
     def _give_up(self, sender: StoreSender) -> None:
         """Propose to call off a round that holds this rank; all obey the first proposal, and this one reads it here."""
-        if self._participant.undecided:
-            self._commit(propose(sender, self._participant.number))
+        if self._participant.undecided or self._participant.overdue:
+            self._commit(propose(sender, self._participant.number), sender)
 
     def _give_up_settling(self, sender: StoreSender) -> None:
         number = self._number
-        self._note_verdict(number, settle(sender, number, failures.NOT_SETTLED % limits.SETTLE_TIMEOUT))
+        self._note_verdict(number, settle(sender, number, failures.NOT_SETTLED % limits.SETTLE_TIMEOUT), sender)
 
-    def _note_verdict(self, number: int, why: str | None) -> None:
+    def _note_verdict(self, number: int, why: str | None, sender: StoreSender) -> None:
         with self._lock:
             self._settled = number, why
+            differs = why is None and self._undone == number
             self._lock.notify_all()
+        if differs:
+            self._miss(sender)
+
+    def _miss(self, sender: StoreSender) -> None:
+        """The others did what this rank did not, as the store did not answer it in time: there is no agreement."""
+        why = failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
+        self._lose(why)
+        self._leave(why, sender)
+        self._channel.close(0.0)
 
     def _release(self) -> None:
         with self._lock:

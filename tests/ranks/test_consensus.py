@@ -1212,3 +1212,28 @@ def test_a_dropped_rank_answers_nothing_or_is_at_fault():
     tally.drop(3, "it broke, too")
     assert (tally.missing, tally.answers, tally.fault) == (set(), {0: "done", 1: {}}, "it broke")
     assert tally.ranks == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("due", "missed", "waits"),
+    [(None, False, False), (7, False, True), (6, False, True), (5, True, True), (3, True, True)],
+)
+def test_a_decision_that_comes_after_the_rank_trained_on(due, missed, waits):
+    """Off does no harm, a step ahead is kept, and only one that was passed is missed."""
+    participant = consensus.Participant(1)
+    participant.tick(3)
+    participant.prepare(1)
+    participant.overrun()
+    assert not participant.undecided and not participant.tick(4) and not participant.tick(5)
+    participant.commit(consensus.Commit(1, due, []))
+    assert (participant.missed, participant.must_wait) == (missed, waits)
+
+
+def test_a_new_round_says_that_an_overdue_one_was_off():
+    """Else the others would still wait for this rank's answer."""
+    participant = consensus.Participant(1)
+    participant.prepare(1)
+    participant.overrun()
+    participant.prepare(2)
+    participant.commit(consensus.Commit(1, 9, []))
+    assert participant.undecided and not participant.missed and participant.number == 2

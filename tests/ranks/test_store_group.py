@@ -1058,6 +1058,53 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
         goes_on(*made)
 
 
+class Frozen:
+    """A store whose calls wait until a gate is open; the arrival of some message closes it, once."""
+
+    def __init__(self, real: Any, gate: threading.Event, closed_by: list[bytes]) -> None:
+        self.real, self.gate, self.closed_by = real, gate, closed_by
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            found = getattr(self.real, name)(*args)
+            if name == "get" and self.closed_by and self.closed_by[0] in found:
+                self.closed_by.clear()
+                self.gate.clear()
+                return found
+            assert self.gate.wait(2 * SOON)
+            return found
+
+        return call
+
+
+@needs_torch
+@pytest.mark.parametrize("held", [False, True], ids=["before the round", "in the round"])
+def test_control_comes_back_with_a_store_that_was_frozen(store, hasty, held):
+    """No rank is held for long, and the command that was given meanwhile is applied by all when the store is back."""
+    gate, closed_by = threading.Event(), [b"prepare"] if held else []
+    gate.set()
+    with training(store, 3, begin=False) as made:
+        for rank in made:
+            torn(rank, lambda: Frozen(store(), gate, closed_by))
+            rank.begin()
+        until(lambda: bool(made[0].delegate.notes("joined")))
+        if not held:
+            gate.clear()
+        name = made[0].order("save_checkpoint")
+        until(lambda: not gate.is_set())
+        goes_on(*made)
+        assert not any(rank.group._lost for rank in made)
+        gate.set()
+        hasty()
+        until(lambda: made[0].state(name) == "finished")
+        later = made[0].order("graceful_stop")
+        until(lambda: made[0].record(later).is_final)
+        for rank in made:
+            rank.thread.join(SOON)
+    same(made)
+    assert not any(rank.delegate.notes("lost") for rank in made)
+
+
 @needs_torch
 def test_the_channel_breaks_with_a_list_on_its_way(store, patient):
     """Rank 0 has applied it and receives no more acknowledgements: its record fails at once, not at the end."""
