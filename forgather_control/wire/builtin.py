@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import states
 from ..errors import CommandFailed
-from . import conditions, schemas
+from . import schemas
 from .jsonrpc import Json
-from .limits import MAX_POINTS, MAX_RANK_TIMEOUT, MAX_TIMEOUT
+from .limits import MAX_CONDITION, MAX_POINTS, MAX_RANK_TIMEOUT, MAX_TIMEOUT
 from .methods import Method, MethodTable, Param, command_params
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ _query("cancel_command", "CommandRecord", "Cancel a command that is not applied 
 _query("list_commands", "CommandRecords", "List the commands that the job keeps, oldest first.", verb="commands")
 _WHEN: Final = Param(
     "when",
-    {"type": "string", "minLength": 1, "maxLength": conditions.MAX_LENGTH},
+    {"type": "string", "minLength": 1, "maxLength": MAX_CONDITION},
     "A condition such as eval_loss > 2.0 for 3; its names are metrics that are logged, step, epoch and hours.",
 )
 _DO: Final = Param("do", {"type": "string", "minLength": 1}, "The command to give, by the name of its method.")

@@ -17,13 +17,10 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ..errors import InvalidParams
+from .limits import MAX_CONDITION, MAX_TIMES
 
 #: The numbers that every run has, as far as they are known: at each step.
 STEP_NAMES: Final = ("step", "epoch", "hours")
-#: The longest text of a condition, and the largest N of "for N".
-MAX_LENGTH: Final = 500
-MAX_TIMES: Final = 1_000_000
-
 #: Each operator with its mirror image, which takes the number first.
 _OPS: Final[dict[str, Callable[[float, float], bool]]] = {
     "<=": operator.ge, ">=": operator.le, "==": operator.eq, "!=": operator.ne, "<": operator.gt, ">": operator.lt,
@@ -103,8 +100,8 @@ def parse(text: str) -> Condition:
     Raises:
         InvalidParams: it means none; the message says what was expected, and where.
     """
-    if len(text) > MAX_LENGTH:
-        raise InvalidParams(f"a condition has at most {MAX_LENGTH} characters, not {len(text)}", parameter="when")
+    if len(text) > MAX_CONDITION:
+        raise InvalidParams(f"a condition has at most {MAX_CONDITION} characters, not {len(text)}", parameter="when")
     tokens = _Tokens(text)
     terms, joint = [tokens.term()], None
     while (word := tokens.next()) is not None:

@@ -15,6 +15,9 @@ MAX_BATCH: Final = 100
 #: Longest ``command_id``, and longest ``reason``, in characters.
 MAX_COMMAND_ID: Final = 128
 MAX_REASON: Final = 1000
+#: Longest text of a condition, in characters, and the largest N of its "for N".
+MAX_CONDITION: Final = 500
+MAX_TIMES: Final = 1_000_000
 #: Longest wait of a caller, and longest wait for the ranks' answers, in seconds.
 MAX_TIMEOUT: Final = 1e9
 MAX_RANK_TIMEOUT: Final = 600

@@ -19,6 +19,7 @@ import pytest
 
 from forgather_control.errors import (
     CommandNotFound,
+    CommandRefused,
     InvalidParams,
     InvalidRequest,
     JobsDirUnusable,
@@ -45,9 +46,10 @@ FIRST_LINE = f"a first line of {limits.MAX_FIRST_LINE // KIB} KiB"
 KEPT = f"{limits.MAX_REPLY_FILES}, {limits.MAX_REPLY_FILES_BYTES >> 20} MiB, {limits.REPLY_FILE_TIMEOUT / 3600:.0f} h"
 WRONG = InvalidParams.code
 STALE = f"{limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old"
-HELD = (
-    f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute; without an "
-    f"answer of the store for {rank_limits.DECISION_TIMEOUT + rank_limits.GIVE_UP_TIMEOUT:.0f} s, control is off"
+HELD = f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute"
+FROZEN = (
+    "the rank trains on; control comes back with the store, but is off after "
+    f"{rank_limits.STORE_TIMEOUT:.0f} s, or where other ranks carried out meanwhile what this one could not"
 )
 #: The rows of its table: what is limited, the number in the code, what happens beyond it; and the tests of each, at the
 #: limit and beyond it. Tests of this file are named without a module.
@@ -190,10 +192,25 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "training that is held so that its ranks agree",
         f"{rank_limits.READY_TIMEOUT:.0f} s a round; {3 * rank_limits.READY_TIMEOUT:.0f} s in the first minute",
         HELD,
+    ): ("ranks.test_consensus.test_patience_and_pauses",),
+    (
+        "training that is held by a store that does not answer",
+        f"{rank_limits.DECISION_TIMEOUT + rank_limits.GIVE_UP_TIMEOUT:.0f} s",
+        FROZEN,
     ): (
-        "ranks.test_consensus.test_patience_and_pauses",
         "ranks.test_store_group.test_a_store_that_answers_one_rank_no_more",
+        "ranks.test_store_group.test_control_comes_back_with_a_store_that_was_frozen",
     ),
+    (
+        'rules of a job; characters of a condition; its "for N"',
+        f"{training_limits.MAX_RULES}; {wire_limits.MAX_CONDITION}; {wire_limits.MAX_TIMES:,}",
+        f"{CommandRefused.code}; {WRONG}",
+    ): ("training.test_rules.test_there_are_only_so_many", "wire.test_conditions.test_what_is_refused"),
+    (
+        "recorded steps of a profile; their seconds",
+        f"50; {training_limits.PROFILE_SECONDS:.0f} s",
+        f"{WRONG}; it ends early, and says so",
+    ): ("training.test_profiler.test_wrong_numbers_of_steps", "training.test_profiler.test_it_ends_in_time"),
     (
         "wait for the jobs directory when training starts, and when it ends",
         f"{training_limits.DISK_TIMEOUT:.0f} s each",

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from forgather_control.errors import InvalidParams
-from forgather_control.wire import conditions
+from forgather_control.wire import limits
 from forgather_control.wire.conditions import Condition, Term, Watch, number, parse
 
 from ..support.harness import MS
@@ -129,13 +129,13 @@ def test_hostile_texts_are_refused_quickly():
     for piece in ("a", "1", ".", "=", "1.", "e", " ", "a/", "-", "9e", "<=", "a > 1 and "):
         for text in (piece * 500, f"loss > {piece * 490}", f"a > 1 for {piece * 480}"):
             with suppress(InvalidParams):
-                parse(text[: conditions.MAX_LENGTH])
+                parse(text[: limits.MAX_CONDITION])
     assert time.perf_counter() - begin < 500 * MS
 
 
 NAMES = st.from_regex(r"[a-z_][a-z0-9_/.@:%-]{0,8}", fullmatch=True) | st.sampled_from(["and", "for", "is", "nan"])
 OPS = st.sampled_from(["<", "<=", ">", ">=", "==", "!="])
-TIMES = st.integers(1, conditions.MAX_TIMES)
+TIMES = st.integers(1, limits.MAX_TIMES)
 TERMS = st.builds(Term, NAMES, OPS, st.floats(allow_nan=False, allow_infinity=False), TIMES) | st.builds(
     Term, NAMES, st.just("is nan"), st.none(), TIMES
 )
