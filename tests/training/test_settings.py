@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from forgather_control import TrainingJob, connect
 from forgather_control.errors import CommandRefused, InvalidParams
 from forgather_control.training.settings import Setting, Settings, declared
+
+from ..support.harness import SOON, until
 
 
 class Values:
@@ -194,3 +199,21 @@ def test_declared_by_name_or_in_a_list(values):
     assert (one.name, one.get) == (two.name, two.get)
     with pytest.raises(InvalidParams, match="speed is declared twice"):
         values.settings.add(declared({"speed": rules}))
+
+
+def test_a_change_in_the_step_where_training_ends(jobs_dir):
+    """It is read back at once, as there is no next step."""
+    now, answers = {"speed": 1.0}, []
+
+    def change():
+        with connect("last") as client:
+            answers.append(client.call("change_settings", changes={"speed": 2}, wait="finished", timeout=SOON))
+
+    thread = threading.Thread(target=change)
+    with TrainingJob("last", save_on_stop=False) as job:
+        job.setting("speed", get=lambda: now["speed"], set=lambda value: now.update(speed=value))
+        thread.start()
+        until(lambda: job._controller.pending)
+        job.step(1)
+    thread.join(SOON)
+    assert answers[0]["result"] == {"speed": {"old": 1.0, "new": 2.0, "effective": 2.0}}
