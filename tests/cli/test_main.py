@@ -213,6 +213,7 @@ def on_terminal(words: list[str], answer: str) -> tuple[int, str]:
     """Run the command line on a real pseudo-terminal, and type one answer at its prompt."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in what it runs in the background
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", "forgather_control", *words])
     shown = b""
