@@ -21,6 +21,7 @@ _QUERIES: Final[dict[str, _Errors]] = {
     "get_command": (errors.CommandNotFound,),
     "cancel_command": (errors.CommandNotFound, errors.NotCancellable),
     "authenticate": (errors.NotAuthenticated,),
+    "add_rule": (errors.MethodNotFound, errors.CommandRefused),
 }
 
 

@@ -29,7 +29,7 @@ from forgather_control import errors, states
 from forgather_control.cli import exit_codes, parser
 from forgather_control.jobs.record import JobRecord
 from forgather_control.training.options import ControlOptions
-from forgather_control.wire import discovery, methods
+from forgather_control.wire import conditions, discovery, methods
 from forgather_control.wire.builtin import BUILTIN
 
 from ..support.harness import ROOT, SOON, Process, needs, needs_lightning, needs_torch, needs_transformers, strict
@@ -87,7 +87,7 @@ def first_words(page: str, head: str) -> list[str]:
 
 def test_every_block_is_run_or_says_why_not():
     """Each shell, Python and YAML block has a mark, and each mark is one of those that a test here knows."""
-    kinds = {"shell", "python", "loop", "options", "hugging face", "lightning", "record", "event"}
+    kinds = {"shell", "python", "loop", "options", "hugging face", "lightning", "record", "event", "rule"}
     for block in BLOCKS:
         known = block.kind in kinds or re.match(r"not run: .{10}|run line$|test line$|output of: ", block.mark)
         assert known or (not block.mark and block.language == "text"), block
@@ -298,6 +298,13 @@ def test_record_blocks(block):
     assert record.keys() == {*RESULTS["save_checkpoint"]["required"]}
     assert record["requested_by"].keys() == properties["requested_by"]["properties"].keys()
     assert record["result"].keys() < properties["result"]["properties"].keys()
+
+
+@of_kind("rule")
+def test_rule_blocks(block):
+    """Each rule that is shown has the members of a rule, and a condition as a job shows it."""
+    shown = json.loads(block.text)
+    assert list(shown) == RESULTS["add_rule"]["required"] and str(conditions.parse(shown["when"])) == shown["when"]
 
 
 @of_kind("event")

@@ -19,7 +19,6 @@ import pytest
 
 from forgather_control.errors import (
     CommandNotFound,
-    CommandRefused,
     InvalidParams,
     InvalidRequest,
     JobsDirUnusable,
@@ -204,8 +203,8 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
     (
         'rules of a job; characters of a condition; its "for N"',
         f"{training_limits.MAX_RULES}; {wire_limits.MAX_CONDITION}; {wire_limits.MAX_TIMES:,}",
-        f"{CommandRefused.code}; {WRONG}",
-    ): ("training.test_rules.test_there_are_only_so_many", "wire.test_conditions.test_what_is_refused"),
+        f"{TooManyCommands.code}; {WRONG}",
+    ): ("training.test_rules.test_there_are_only_so_many", "wire.test_conditions.test_the_longest_condition"),
     (
         "recorded steps of a profile; their seconds",
         f"50; {training_limits.PROFILE_SECONDS:.0f} s",

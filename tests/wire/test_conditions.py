@@ -123,6 +123,17 @@ def test_any_text_is_a_condition_or_refused(text):
     assert parse(str(found)) == found and found.names
 
 
+def test_the_longest_condition():
+    """In characters, and one more; and how often in a row."""
+    longest = "a > 1" + " " * (limits.MAX_CONDITION - 5)
+    assert parse(longest) == parse("a > 1")
+    with pytest.raises(InvalidParams, match="at most 500 characters, not 501"):
+        parse(longest + " ")
+    assert parse(f"a > 1 for {limits.MAX_TIMES}").terms[0].times == limits.MAX_TIMES
+    with pytest.raises(InvalidParams, match="from 1 to 1000000"):
+        parse(f"a > 1 for {limits.MAX_TIMES + 1}")
+
+
 def test_hostile_texts_are_refused_quickly():
     """No pattern backtracks over a long text."""
     begin = time.perf_counter()
