@@ -210,6 +210,12 @@ def _when(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _wait(args: argparse.Namespace) -> int:
+    from . import wait
+
+    return wait.run(args)
+
+
 def _dial(args: argparse.Namespace) -> int:
     from ..client import stdio_proxy
 
@@ -271,6 +277,7 @@ _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "cleanup": _cleanup,
     "rpc": _rpc,
     "run": _run,
+    "wait": _wait,
     "when": _when,
     "dial-stdio": _dial,
 }

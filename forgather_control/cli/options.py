@@ -76,6 +76,13 @@ def _rules(doc: str, metavar: str = "", read: Callable[[str], Any] = str, **more
     return {"help": doc, **kind, **more}
 
 
+def _until(text: str) -> str:
+    from ..client.waiting import parse
+
+    _valid(parse, text)
+    return text
+
+
 _seconds = _reader(methods.TIMEOUT)
 
 
@@ -107,6 +114,7 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     ),
     "--reason": _rules("why; kept in the command's record", "TEXT", _reader(methods.REASON), dest=PARAM + "reason"),
     "--remove": _rules("remove the rule of this number", "N", _number),
+    "--until": _rules("a condition, or ended, dead or stalled (default ended)", "EXPR", _until, default="ended"),
     "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip
 

@@ -24,6 +24,12 @@ Options may stand before or after the verb.
 
 #: The help of the verbs that stand for no method.
 _OTHER_VERBS: Final = {
+    "wait": """\
+Return when a condition on the job holds, or the job has ended.
+
+EXPR is NAME OP NUMBER or NAME is nan, each perhaps with "for N" for N values in a row, joined by and or by or.
+NAME is a metric, step, epoch or hours. ended, dead and stalled stand alone; stalled > SECONDS gives a time.
+Exit code 0: it holds; 1: the job ended without it; 4: the job died; 5: --timeout has passed.""",
     "cleanup": "Remove what dead jobs of this host left; list it and ask first.",
     "rpc": "Call any method of the job and print its result.",
     "run": """\
@@ -256,6 +262,8 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
     elif verb not in ("list", "cleanup"):
         parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
+    if verb == "wait":
+        options.add(parser, "--until", "--timeout")
     if verb == "run":
         parser.add_argument("name", metavar="NAME", nargs="?", help="of the command")
         parser.add_argument("values", metavar="KEY=VALUE", nargs="*", help="a parameter of the command")

@@ -32,3 +32,12 @@ SSH_NOISE: Final = 64 * 1024
 SSH_ERRORS: Final = 16 * 1024
 #: Bytes of a list of jobs; 1,000 jobs with their status are two million.
 SSH_LIST: Final = 16 * 1024 * 1024
+#: Seconds between two looks of ``wait`` at a job, that an answer may take, and how many points of a metric it asks for.
+LOOK_PERIOD: Final = 0.5
+LOOK_TIMEOUT: Final = 5.0
+POINTS: Final = 1000
+#: Most bytes of a job's last status that are read.
+MAX_STATUS: Final = 8 << 20
+#: Least seconds without a step after which a job has stalled; and how many times longer while it saves or evaluates.
+STALLED_AFTER: Final = 60.0
+STALLED_FACTOR: Final = 10

@@ -26,6 +26,8 @@ _OPS: Final[dict[str, Callable[[float, float], bool]]] = {
     "<=": operator.ge, ">=": operator.le, "==": operator.eq, "!=": operator.ne, "<": operator.gt, ">": operator.lt,
 }  # fmt: skip
 _NAN: Final = "is nan"
+#: Of a name that stands alone.
+IS_TRUE: Final = ""
 _TOKEN: Final = r"<=|>=|==|!=|<|>|[^\s<>=!]+|[=!]+"
 _NAME: Final = r"[^\W\d][\w/.@:%-]*"
 _NUMBER: Final = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
@@ -54,7 +56,9 @@ class Term(NamedTuple):
     @property
     def test(self) -> Callable[[float], bool]:
         """The function that returns whether a number fulfils it."""
-        return _is_nan if self.number is None else partial(_OPS[self.op], self.number)
+        if self.number is None:
+            return bool if self.op == IS_TRUE else _is_nan
+        return partial(_OPS[self.op], self.number)
 
     def next_value(self, value: float | None) -> float:
         """Return from which value on it may have another result than now, of values that grow."""
@@ -63,7 +67,7 @@ class Term(NamedTuple):
         return math.inf if value > self.number else self.number
 
     def __str__(self) -> str:
-        text = f"{self.name} {self.op}" + ("" if self.number is None else f" {_digits(self.number)}")
+        text = f"{self.name} {self.op}".rstrip() + ("" if self.number is None else f" {_digits(self.number)}")
         return text + (f" for {self.times}" if self.times > 1 else "")
 
 
@@ -94,15 +98,18 @@ class Condition(NamedTuple):
         return (" or " if self.is_any else " and ").join(map(str, self.terms))
 
 
-def parse(text: str) -> Condition:
+def parse(text: str, words: frozenset[str] = frozenset()) -> Condition:
     """Return the condition that a text means.
+
+    Args:
+        words: names that may also stand alone: their value is then 1 where they hold.
 
     Raises:
         InvalidParams: it means none; the message says what was expected, and where.
     """
     if len(text) > MAX_CONDITION:
         raise InvalidParams(f"a condition has at most {MAX_CONDITION} characters, not {len(text)}", parameter="when")
-    tokens = _Tokens(text)
+    tokens = _Tokens(text, words)
     terms, joint = [tokens.term()], None
     while (word := tokens.next()) is not None:
         if joint is not None and word in ("and", "or") and word != joint:
@@ -117,8 +124,9 @@ def parse(text: str) -> Condition:
 class _Tokens:
     """The words of a text, one after the other."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, words: frozenset[str]) -> None:
         self._text, self._tokens, self._at = text, list(re.finditer(_TOKEN, text)), 0
+        self._words = words
 
     def next(self) -> str | None:
         """Return the next word; ``None`` at the end."""
@@ -141,6 +149,8 @@ class _Tokens:
     def term(self) -> Term:
         """Read one comparison."""
         name = self._take(_NAME, "the name of a metric, step, epoch or hours")
+        if name in self._words and self._peek() in (None, "and", "or", "for"):
+            return Term(name, IS_TRUE, None, self._times())
         op, number = self.next(), None
         if op == "is":
             self._take("(?i:nan)", "nan")
@@ -151,6 +161,9 @@ class _Tokens:
             raise self.wrong(f"one of {' '.join(_OPS)} or is nan", op)
         return Term(name, op, number, self._times())
 
+    def _peek(self) -> str | None:
+        return self._tokens[self._at][0] if self._at < len(self._tokens) else None
+
     def _number(self) -> float:
         token = self._take(_NUMBER, "a number")
         if math.isinf(number := float(token)):
@@ -158,7 +171,7 @@ class _Tokens:
         return number
 
     def _times(self) -> int:
-        if self._at == len(self._tokens) or self._tokens[self._at][0] != "for":
+        if self._peek() != "for":
             return 1
         self._at += 1
         token = self._take(r"[0-9]{1,7}", _COUNT)

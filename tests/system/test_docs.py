@@ -339,7 +339,12 @@ def verbs() -> dict[str, str]:
 def test_the_table_of_verbs():
     """All verbs, each with its words: it can be called without those in brackets, and not without the others."""
     assert list(verbs()) == sorted(verbs(), key=list(verbs()).index)
-    assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {"cleanup", "rpc", "run"}
+    assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {
+        "cleanup",
+        "rpc",
+        "run",
+        "wait",
+    }
     for verb, usage in verbs().items():
         required = [word for word in usage.split()[1:] if not word.startswith("[")]
         every = [word.strip("[]") for word in usage.split()[1:]]
