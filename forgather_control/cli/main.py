@@ -113,7 +113,31 @@ def _command(args: argparse.Namespace) -> int:
     if kill_after is not None and where.record is not None:
         return _abort_or_kill(args, where.record, kill_after)
     with Client(where) as job:
-        return _report(args, job.name, job.give(args.method, **args.params))
+        return _report(args, job.name, _given(args, where, job))
+
+
+def _given(args: argparse.Namespace, where: Target, job: Client) -> Any:
+    """Give a command; where that waits, a terminal shows what for, and a deadline what has not happened."""
+    waits = "wait" in args.params
+    try:
+        if not waits or args.json or not terminal.can_rewrite():
+            return job.give(args.method, **args.params)
+        import uuid
+
+        from . import progress_line
+
+        params = {"command_id": uuid.uuid4().hex, **args.params}
+        with progress_line.shown(where, args.method, params["command_id"]):
+            return job.give(args.method, **params)
+    except DeadlinePassed as err:
+        if "state" in err.data and not args.json:
+            from . import progress_line
+
+            why = progress_line.why_open(job.call("status"), err.data.get("command_id"))
+            verb = output.verb(args.method)
+            text = f"{verb} is still running ({why}); forgather-control commands {job.name} shows what becomes of it"
+            raise Refusal(text, exit_code(err)) from err
+        raise
 
 
 def _report(args: argparse.Namespace, job: str, record: Any) -> int:

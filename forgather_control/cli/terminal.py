@@ -65,6 +65,11 @@ def has_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def can_rewrite() -> bool:
+    """Whether stderr is a terminal on which a line can be written again."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+
+
 def has_unicode() -> bool:
     """Whether stdout can print any character."""
     return (sys.stdout.encoding or "").lower().startswith("utf")
