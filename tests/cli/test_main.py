@@ -168,7 +168,8 @@ def test_exit_codes_with_jobs_that_resist(jobs_dir):
     with job_process("slow-one", step_seconds=SOON) as slow, job_process("slow-two", step_seconds=SOON):
         assert cli("status").returncode == 2 and cli("status", "slow").returncode == 3
         late = cli("save", "slow-one", "--timeout=0.2")
-        said = "save is accepted after 0.2 s, and will still run; forgather-control commands shows it\n"
+        why = "accepted, waiting for the end of step 1"
+        said = f"save is still running ({why}); forgather-control commands slow-one shows what becomes of it\n"
         assert (late.returncode, late.stderr) == (5, said)
         assert cli("rpc", "slow-one", "cancel_command", '{"command_id":"none"}').returncode == 1
         assert cli("rpc", "slow-one", "ping", "[1]").returncode == 1
