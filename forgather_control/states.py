@@ -32,6 +32,15 @@ JOB_RUNNING: Final = "running"  #: Its process runs, and its socket was not trie
 JobState = Literal["live", "silent", "dead", "foreign", "running"]
 JOB_STATES: Final[tuple[str, ...]] = get_args(JobState)
 
+# How a job has ended, as ``list --ended`` shows it.
+ENDING_FINISHED: Final = "finished"  #: Training reached its end.
+ENDING_STOPPED: Final = "stopped"  #: A command ended it.
+ENDING_ABORTED: Final = "aborted"  #: An abort ended it.
+ENDING_FAILED: Final = "failed"  #: It was ended by an error, or control was.
+ENDING_DIED: Final = "died"  #: Its process ended without a word, for example by ``kill -9``.
+Ending = Literal["finished", "stopped", "aborted", "failed", "died"]
+ENDINGS: Final[tuple[str, ...]] = get_args(Ending)
+
 # A rank of a job, as ``ranks`` and ``stacks`` answer.
 RANK_ANSWERING: Final = "answering"  #: It answered.
 RANK_SILENT: Final = "silent"  #: It did not answer in time.

@@ -1,4 +1,4 @@
-"""Remove the directories of dead jobs, under the lock of the jobs directory. Any thread.
+"""Remove the directories of dead jobs, under the lock of the jobs directory; keep their event logs. Any thread.
 
 A directory is removed only if its record names it, the process in the record is proven to be gone, and no process
 answers for the job. Links are not followed.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from .. import states
 from ..deadline import Deadline, lock_file
 from ..errors import JobsDirUnusable
-from . import limits, private_files
+from . import ended, limits, private_files
 from .record import SOCKET, JobRecord, check_job_id, read_record
 from .registry import ask, judge
 
@@ -78,6 +78,7 @@ def remove_dead(root: str, job_id: str) -> bool:
         beside = record._replace(socket=os.path.join(root, job_id, SOCKET))
         if beside != record and not is_dead(beside, root, directory):
             return False
+        ended.keep(root, job_id, record.started_at, directory)
         _remove(root, parent, job_id, directory)
         return True
 
@@ -115,24 +116,10 @@ def _opened(root: str, job_id: str) -> Iterator[tuple[int, int]]:
 
 def _remove(root: str, parent: int, job_id: str, directory: int) -> None:
     try:
-        _empty(directory)
+        private_files.empty(directory)
         os.rmdir(job_id, dir_fd=parent)
     except FileNotFoundError:
         pass
     except (OSError, RecursionError) as err:
         reason = getattr(err, "strerror", None) or "it is nested too deeply"
         raise JobsDirUnusable(f"{os.path.join(root, job_id)} cannot be removed ({reason})") from err
-
-
-def _empty(directory: int) -> None:
-    """Remove all entries of a directory through its descriptor, so that no link is followed."""
-    with os.scandir(directory) as entries:
-        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_directory in found:
-        with contextlib.suppress(FileNotFoundError):  # its reader has removed it meanwhile
-            if is_directory:
-                with private_files.opened(name, directory) as inner:
-                    _empty(inner)
-                os.rmdir(name, dir_fd=directory)
-            else:
-                os.unlink(name, dir_fd=directory)

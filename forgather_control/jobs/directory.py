@@ -29,7 +29,7 @@ from ..errors import ControlError, JobDead, JobIdTaken, JobsDirUnusable
 from ..processes import launcher, liveness
 from ..version import PROTOCOL, VERSION
 from ..wire import addresses, jsonrpc
-from . import cleanup, job_lock, limits, missing, private_files, record, registry, spool
+from . import cleanup, ended, job_lock, limits, missing, private_files, record, registry, spool
 
 log = logging.getLogger("forgather_control")
 
@@ -124,6 +124,11 @@ class JobDirectory:
         finally:
             self.release()
 
+    @property
+    def ended_path(self) -> str:
+        """Where the event log and the last status are kept once the directory is removed or no longer listed."""
+        return ended.path_of(self._root, self.job_id, self._record.started_at)
+
     def release(self) -> None:
         """Give up the lock: what is left of the directory is now that of a dead job."""
         self._lock.release()
@@ -133,11 +138,17 @@ class JobDirectory:
         with _explained(self.path), cleanup.locked(self._root):
             self._remove_short()
             if self._is_ours():
+                self._keep(self._record.started_at)
                 for name in (record.RECORD, record.SOCKET):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(self.path, name))
 
     # All that follows: with the lock held...
+
+    def _keep(self, started_at: float) -> None:
+        """Keep the event log and the last status in the directory, which is that of a run that has ended."""
+        with private_files.opened(self.path) as directory:
+            ended.keep(self._root, self.job_id, started_at, directory)
 
     def _make(self) -> None:
         os.mkdir(self.path, 0o700)
@@ -153,6 +164,7 @@ class JobDirectory:
             raise _taken(holder)
         if holder is None and _is_listening(os.path.join(self.path, record.SOCKET)):
             raise JobIdTaken(f'job id "{self.job_id}" is in use by a job whose record was deleted; it will restore it')
+        self._keep(os.lstat(self.path).st_ctime if holder is None else holder.started_at)
         cleanup.remove_tree(self._root, self.job_id, known)
 
     def _follows(self, holder: record.JobRecord) -> bool:
@@ -226,6 +238,7 @@ class JobDirectory:
     def _discard(self) -> None:
         self._remove_short()
         if self._is_ours():
+            self._keep(self._record.started_at)
             requests = os.path.join(self.path, spool.REQUESTS)
             with contextlib.suppress(OSError):  # clients that keep writing lose the path
                 os.rename(requests, os.path.join(self.path, f".{spool.REQUESTS}"))

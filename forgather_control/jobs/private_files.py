@@ -91,7 +91,7 @@ def read_trusted(path: str, name: str, limit: int, parent: int | None = None) ->
     what = "its directory"
     try:
         with opened(path, parent) as directory:
-            _check_writers(os.fstat(directory), what)
+            check_writers(os.fstat(directory), what)
             what = name
             data, facts = read(directory, name, limit + 1)
     except OSError as err:
@@ -100,19 +100,33 @@ def read_trusted(path: str, name: str, limit: int, parent: int | None = None) ->
         if err.errno in NO_DESCRIPTORS:
             raise
         raise ValueError(f"{what} cannot be read ({err.strerror})") from None
-    _check_writers(facts, name)
+    check_writers(facts, name)
     if len(data) > limit:
         raise ValueError(f"{name} is longer than {limit} bytes")
     return data
 
 
-def _check_writers(facts: os.stat_result, what: str) -> None:
+def check_writers(facts: os.stat_result, what: str) -> None:
     """Raise ValueError if a user other than this one and root can have written it; root reads the files of any user."""
     me = os.geteuid()
     if me != 0 and facts.st_uid not in (0, me):
         raise ValueError(f"{what} belongs to another user (uid {facts.st_uid})")
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"{what} can be written by other users; chmod go-w")
+
+
+def empty(directory: int) -> None:
+    """Remove all entries of a directory through its descriptor, so that no link is followed."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        with contextlib.suppress(FileNotFoundError):  # its reader has removed it meanwhile
+            if is_directory:
+                with opened(name, directory) as inner:
+                    empty(inner)
+                os.rmdir(name, dir_fd=directory)
+            else:
+                os.unlink(name, dir_fd=directory)
 
 
 def make_directories(path: str) -> None:

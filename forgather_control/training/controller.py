@@ -247,7 +247,7 @@ class Controller:
         finally:  # Ctrl-C may end the wait
             self.state.ended = True
             if self._server is not None:
-                self._server.unpublish()
+                self._server.unpublish(reason)
             self._reporter.close()
             self._tracker.end(self.last_step, reason)
             self._queue.close(ending)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -64,6 +64,8 @@ class EventLog:
         sample: Callable[[], dict[str, tuple[object, dict[str, Any]]]] = dict,
     ) -> None:
         self._on_event, self._sample = on_event, sample
+        #: Called after that; must not block. Set by what writes the events to a file.
+        self.on_publish: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         #: The number of the next event.
         self.next_seq = 1
@@ -76,6 +78,7 @@ class EventLog:
         """Add an event. On any thread; never blocks."""
         self._add(kind, facts)
         self._on_event()
+        self.on_publish()
 
     def _add(self, kind: str, facts: dict[str, Any]) -> None:
         with self._lock:
@@ -113,7 +116,7 @@ class EventLog:
 
 
 class Subscriber:
-    """One client's position in the log. On the server thread only.
+    """One client's position in the log. On one thread only: that of the server where it wants sampled kinds.
 
     A client that reads slowly falls behind, and loses the events that leave the rings meanwhile.
     """
@@ -125,26 +128,28 @@ class Subscriber:
 
     def pull(self, size: int) -> bytes:
         """Return the next events as lines: at most about ``size`` bytes, nothing where there is none."""
+        text = b""
+        for params in self.take():
+            text += jsonrpc.encode({"jsonrpc": "2.0", "method": "event", "params": params})
+            if len(text) >= size:
+                break
+        return text
+
+    def take(self) -> Iterator[dict[str, Any]]:
+        """Yield the next events; those that are not taken come the next time."""
         if self._wanted[True]:
             self._log.sample()
         events, lost = self._log.after(self._positions)
         for index, count in enumerate(lost):
             self._positions[index] += count
             self._lost += count * self._wanted[index]
-        text = b""
         for event in events:
-            if len(text) >= size:
-                break
             self._positions[event.kind in SAMPLED] += 1
             if event.kind in self._kinds:
-                text += self._line(event)
-        return text
-
-    def _line(self, event: Event) -> bytes:
-        params = {"seq": event.seq, "time": event.time, "kind": event.kind, **event.facts}
-        if self._lost:
-            params["lost"], self._lost = self._lost, 0
-        return jsonrpc.encode({"jsonrpc": "2.0", "method": "event", "params": params})
+                params = {"seq": event.seq, "time": event.time, "kind": event.kind, **event.facts}
+                if self._lost:
+                    params["lost"], self._lost = self._lost, 0
+                yield params
 
     def next_at(self) -> float | None:
         """Return when there may be more though no event was published; ``None`` where only events count."""

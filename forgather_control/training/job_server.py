@@ -1,12 +1,14 @@
 """Rank 0's side towards clients: the control server, the job directory and the request files.
 
 ``publish``, ``settle``, ``unpublish`` and ``close`` run on the training thread, the tick on the server thread. Only a
-third thread uses the jobs directory, and neither waits for it long: a file system may hang.
+third thread uses the jobs directory, and neither waits for it long: a file system may hang. That thread also writes the
+log of events, and moves it to those of ended jobs.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from ..server.file_requests import FileRequestServer
 from ..server.server import Server
 from ..server.tcp import BoundPort
 from . import limits
+from .event_file import EventFile
 from .job_queries import JobQueries
 from .options import ControlOptions
 from .worker import Task, Worker
@@ -45,10 +48,15 @@ class JobServer:
         self._disk_tick: Task[None] | None = None  # the last one, on the server thread
         self._patience = Deadline(limits.DISK_TIMEOUT)  # of training with the file system, at its start, and at its end
         self._is_ending = self._warned_slow = False
+        self._event_task: Task[None] | None = None  # that writes events
+        self._event_writes, self._event_at = limits.EVENT_WRITES, time.monotonic()  # that may be begun, at that time
+        self.queries.state.events.on_publish = self._note_event
         # On the disk thread...
         self._directory: directory.JobDirectory | None = None
         self._leaving: directory.JobDirectory | None = None  # no longer listed; its last replies may be read
         self._file_requests: FileRequestServer | None = None
+        self._event_file: EventFile | None = None
+        self._end_reason: str | None = None
         self._warned: str | None = None
 
     def publish(self) -> str:
@@ -83,6 +91,8 @@ class JobServer:
             self.queries.methods,
             self._disk.submit,
         )
+        self._event_file = EventFile(self.queries.state.events, mine.path)
+        self._write_events()
         self._server.start()
         return mine.job_id
 
@@ -124,6 +134,15 @@ class JobServer:
         """Have ``write`` called with the path of the job directory, unless the job is unpublished. On any thread."""
         self._disk.submit(lambda: None if self._directory is None else write(self._directory.path))
 
+    def _note_event(self) -> None:
+        """Have events written soon; where many come, at the next tick. After each event, on its thread."""
+        now = time.monotonic()
+        room = self._event_writes + (now - self._event_at) * limits.EVENT_WRITE_RATE
+        self._event_writes, self._event_at = min(limits.EVENT_WRITES, room), now
+        if self._event_writes >= 1 and (self._event_task is None or self._event_task.wait()):
+            self._event_writes -= 1
+            self._event_task = self._disk.submit(self._write_events)
+
     def settle(self) -> None:
         """Let the writes that belong to the start finish, unless the file system is slow."""
         self._disk.submit(lambda: None).wait(self._patience.left() or 0.0)
@@ -149,21 +168,35 @@ class JobServer:
                 log.warning("Restored the job directory, which was damaged.")
                 self.on_restored(self._directory.path)
                 self._file_requests.renew()
+                if self._event_file is not None:
+                    self._event_file.move(self._directory.path)
             self._file_requests.tick()
+            self._write_events()
         except ControlError as err:
             if str(err) != self._warned:
                 log.warning("Clients cannot find this job at the moment: %s", err)
             self._warned = str(err)
             if isinstance(err, JobIdTaken):
                 self._directory.release()
-                self._directory = None  # it is the other job's now
+                self._directory = self._event_file = None  # it is the other job's now
         except Exception as err:  # boundary: the next tick tries again
             log.exception("Internal error in the control of files (recovered): %s", err)
 
-    def _unpublish(self, may_linger: bool) -> None:
+    def _write_events(self) -> None:
+        if self._event_file is not None:
+            self._event_file.write()
+
+    def _write_end(self) -> None:
+        if self._event_file is not None:
+            self._event_file.write_end(self.queries.host_status(), self.queries.queue.records(), self._end_reason)
+
+    def _unpublish(self, may_linger: bool, reason: str | None) -> None:
         mine, self._directory = self._directory, None
         if mine is None:
             return
+        self._end_reason = reason
+        self._write_events()
+        self._write_end()  # what clients see of it once the directory is gone
         if may_linger and self._file_requests is not None and self._file_requests.end():
             with _removing(mine):
                 mine.unlist()
@@ -171,8 +204,12 @@ class JobServer:
         else:
             with _removing(mine):
                 mine.remove()
+        if self._event_file is not None:
+            self._event_file.move(mine.ended_path)
 
     def _remove_left(self) -> None:
+        self._write_events()
+        self._write_end()
         if self._leaving is not None and self._file_requests is not None:
             self._file_requests.linger(server_limits.CLOSE_GRACE)
             with _removing(self._leaving):
@@ -180,10 +217,14 @@ class JobServer:
 
     # End...
 
-    def unpublish(self) -> None:
-        """Take the job out of the list; clients that wait for a reply by file still find their directory."""
+    def unpublish(self, reason: str | None = None) -> None:
+        """Take the job out of the list; clients that wait for a reply by file still find their directory.
+
+        Args:
+            reason: why training did not end as it should; ``None`` if it did.
+        """
         self._is_ending, self._patience = True, Deadline(limits.DISK_TIMEOUT)
-        self._finish(partial(self._unpublish, not self._server.is_this_thread))
+        self._finish(partial(self._unpublish, not self._server.is_this_thread, reason))
 
     def close(self) -> None:
         """Answer what can be answered, close all connections, and remove what is left of the directory."""

@@ -69,6 +69,9 @@ MAX_EVENTS: Final = 1000
 MAX_SAMPLE_EVENTS: Final = 50
 #: Seconds between two samples of progress and metrics for subscribers.
 EVENT_SAMPLE_PERIOD: Final = 0.2
+#: Writes of the event log that may follow on one another, and how many more a second adds; a tick writes the rest.
+EVENT_WRITES: Final = 20.0
+EVENT_WRITE_RATE: Final = 2.0
 
 # Pause and settings...
 

@@ -264,7 +264,7 @@ def test_cleanup_shows_what_it_would_remove_and_asks(jobs_dir):
         victim.kill()
         code, shown = on_terminal(["cleanup"], "y\n")
         assert code == 0 and "victim" in shown and "alive" not in shown
-        assert sorted(path.name for path in jobs_dir.iterdir()) == [".lock", "alive", "broken", "far"]
+        assert sorted(path.name for path in jobs_dir.iterdir()) == [".ended", ".lock", "alive", "broken", "far"]
 
 
 @pytest.mark.once

@@ -576,7 +576,7 @@ def test_nothing_is_left_behind(jobs_dir):
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with running_loop():
         assert (jobs_dir / "job").is_dir()
-    assert [path.name for path in jobs_dir.iterdir()] == [".lock"]
+    assert sorted(path.name for path in jobs_dir.iterdir()) == [".ended", ".lock"]
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
 
 

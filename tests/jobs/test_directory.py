@@ -101,8 +101,8 @@ def mode(path):
 
 
 def names(root):
-    """What lies in the jobs directory, the lock left out."""
-    return sorted(set(os.listdir(root)) - {".lock"})
+    """What lies in the jobs directory, but for the lock and what is kept of ended jobs."""
+    return sorted(set(os.listdir(root)) - {".lock", ".ended"})
 
 
 def published(root, job_id="job"):

@@ -36,8 +36,12 @@ def publish(root, name, owner, **changes):
 
 
 def tree(path):
-    """All names below a directory, links not followed."""
-    return sorted(str(found.relative_to(path)) for found in path.rglob("*") if found.name != ".lock")
+    """All names below a directory, links not followed, but for what is kept of ended jobs."""
+    return sorted(
+        str(found.relative_to(path))
+        for found in path.rglob("*")
+        if ".lock" not in found.parts and ".ended" not in found.parts
+    )
 
 
 def listening(path, backlog=10):

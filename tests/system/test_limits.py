@@ -25,6 +25,7 @@ from forgather_control.errors import (
     NotAuthenticated,
     TooManyCommands,
 )
+from forgather_control.jobs import limits as job_limits
 from forgather_control.ranks import limits as rank_limits
 from forgather_control.server import limits
 from forgather_control.training import limits as training_limits
@@ -179,6 +180,19 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "training.test_metrics_history.test_clients_ask_for_it",
     ),
     (
+        "event log; last status of an ended job",
+        f"{job_limits.MAX_EVENT_LOG >> 20} MiB; {job_limits.MAX_STATUS >> 20} MiB",
+        "the older half is left out; it is not shown",
+    ): (
+        "jobs.test_event_log.test_a_log_is_bounded",
+        "jobs.test_ended.test_what_others_could_have_written_is_not_shown",
+    ),
+    (
+        "ended jobs in `.ended/`",
+        f"{job_limits.MAX_ENDED}; {job_limits.ENDED_SECONDS / 86400:.0f} days",
+        "the oldest are removed",
+    ): ("jobs.test_ended.test_so_many_are_kept", "jobs.test_ended.test_for_so_long"),
+    (
         "wait at the end of training for unfinished commands",
         f"`close_timeout`, {ControlOptions.close_timeout:.0f} s",
         "they have failed, and the error says what is unknown",
@@ -268,6 +282,7 @@ def test_every_bound_of_the_code_is_listed():
         found |= {f"{module}.{name}" for name in re.findall(r"^(_?MAX\w*): Final", path.read_text(), re.MULTILINE)}
     source = Path(__file__).read_text().partition("INSIDE: ")[0]
     modules = {"limits": "server.limits", "training_limits": "training.limits", "wire_limits": "wire.limits"}
+    modules["job_limits"] = "jobs.limits"
     shown = {f"{modules[alias]}.{name}" for alias, name in re.findall(r"(\w*limits)\.(_?MAX\w+)", source)}
     assert shown <= found and found - shown == INSIDE.keys()
 

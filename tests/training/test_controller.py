@@ -209,7 +209,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
         assert forgather_control.get_job_status("job")["pid"] == os.getpid()
         old.still_answers()
         assert run.thread.is_alive()
-    assert [path.name for path in jobs_dir.iterdir()] == [".lock"]
+    assert sorted(path.name for path in jobs_dir.iterdir()) == [".ended", ".lock"]
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "Restored the job directory, which was damaged."
     ]
