@@ -20,13 +20,22 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from .. import states
 from ..errors import CommandNotFound, ControlError, InvalidParams, JobEnding, NotCancellable, TooManyCommands
 from ..wire.records import CommandRecord, ScheduledCommand
 from . import limits
+
+
+class Submission(NamedTuple):
+    """A command to be accepted."""
+
+    command: str
+    params: dict[str, Any]  #: Its own parameters, checked.
+    reason: str
+    requested_by: dict[str, Any]
 
 
 class CommandQueue:
@@ -67,24 +76,22 @@ class CommandQueue:
             TooManyCommands: ``MAX_PENDING`` of this name are unfinished.
             JobEnding: the queue is closed.
         """
-        params = params or {}
         with self._lock:
-            known = self._known(command, command_id, params)
-            if known is not None:
-                return known
-            if self._closed is not None:
-                # A new one each time: one exception, raised again and again, keeps every frame it passed.
-                raise JobEnding(self._closed.message, **self._closed.data)
-            limit = limits.MAX_PENDING
-            if sum(r.command == command and not r.is_final for r in self._records.values()) >= limit:
-                raise TooManyCommands(f"{limit} {command} commands are unfinished already", limit=limit)
-            record = CommandRecord(command_id or uuid.uuid4().hex, command, states.COMMAND_ACCEPTED, time.time())
-            self._pending.append(record.command_id)
-            record = self._put(record, params=params, reason=reason, requested_by=requested_by)
-            final = [record.command_id for record in self._records.values() if record.is_final]
-            for forgotten in final[: max(0, len(self._records) - limits.MAX_RECORDS)]:
-                del self._records[forgotten]
-            return record
+            return self._submit(command, command_id, params or {}, reason, requested_by)
+
+    def submit_all(self, commands: Iterable[Submission]) -> list[CommandRecord | ControlError]:
+        """Accept commands that one ``drain`` finds together; return the record that each has of its own, or its error.
+
+        On the training thread, too.
+        """
+        found: list[CommandRecord | ControlError] = []
+        with self._lock:
+            for command in commands:
+                try:
+                    found.append(self._submit(command.command, uuid.uuid4().hex, *command[1:]))
+                except ControlError as err:
+                    found.append(err)
+        return found
 
     def _known(self, command: str, command_id: str | None, params: dict[str, Any]) -> CommandRecord | None:
         if command_id is None:
@@ -177,6 +184,31 @@ class CommandQueue:
             self._fail(pending if pending_only else unfinished, error)
 
     # With the lock held...
+
+    def _submit(
+        self,
+        command: str,
+        command_id: str | None,
+        params: dict[str, Any],
+        reason: str | None,
+        requested_by: dict[str, Any] | None,
+    ) -> CommandRecord:
+        known = self._known(command, command_id, params)
+        if known is not None:
+            return known
+        if self._closed is not None:
+            # A new one each time: one exception, raised again and again, keeps every frame it passed.
+            raise JobEnding(self._closed.message, **self._closed.data)
+        limit = limits.MAX_PENDING
+        if sum(r.command == command and not r.is_final for r in self._records.values()) >= limit:
+            raise TooManyCommands(f"{limit} {command} commands are unfinished already", limit=limit)
+        record = CommandRecord(command_id or uuid.uuid4().hex, command, states.COMMAND_ACCEPTED, time.time())
+        self._pending.append(record.command_id)
+        record = self._put(record, params=params, reason=reason, requested_by=requested_by)
+        final = [record.command_id for record in self._records.values() if record.is_final]
+        for forgotten in final[: max(0, len(self._records) - limits.MAX_RECORDS)]:
+            del self._records[forgotten]
+        return record
 
     def _take_pending(self) -> list[str]:
         taken = list(self._pending)

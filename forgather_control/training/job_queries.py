@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import CommandExpired, CommandRefused, DeadlinePassed, JobsDirUnusable
+from ..errors import CommandExpired, CommandRefused, ControlError, DeadlinePassed, JobsDirUnusable
 from ..jobs import registry
 from ..jobs.record import JobRecord, jobs_dir
 from ..processes import callers, usage
@@ -27,7 +26,7 @@ from ..wire.builtin import BUILTIN, TrainingLoop
 from ..wire.methods import Method, MethodTable
 from ..wire.records import CommandRecord
 from . import limits, metrics, outcomes
-from .command_queue import CommandQueue
+from .command_queue import CommandQueue, Submission
 from .metrics_history import MetricsHistory
 from .progress import RunState
 from .rank_report import RankReporter
@@ -126,12 +125,17 @@ class JobQueries:
         is_known = self.group.size == 1 or name in BUILTIN or name in self._unavailable
         return None if is_known else "the ranks compare what each registered when their first step has ended"
 
-    def _give(self, name: str, params: dict[str, Any], why: str, by: dict[str, Any]) -> CommandRecord:
-        """Give the command of a rule, which has a record of its own. On the training thread, too."""
-        self._check(self.methods[name], params, None)
-        record = self.queue.submit(name, uuid.uuid4().hex, params, why, by)
+    def _give(self, commands: list[Submission]) -> list[CommandRecord | ControlError]:
+        """Give the commands of rules: all that are accepted at one step. On the training thread, too."""
+        refused: dict[int, ControlError] = {}
+        for index, command in enumerate(commands):
+            try:
+                self._check(self.methods[command.command], command.params, None)
+            except ControlError as err:
+                refused[index] = err
+        records = iter(self.queue.submit_all(each for index, each in enumerate(commands) if index not in refused))
         self.group.command_queued()
-        return record
+        return [refused.get(index) or next(records) for index in range(len(commands))]
 
     def _wait(self, record: CommandRecord, until: str, timeout: float | None, note: dict[str, str]) -> Any:
         deadline = Deadline(timeout)

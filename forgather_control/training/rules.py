@@ -22,6 +22,7 @@ from ..wire.conditions import STEP_NAMES, number
 from ..wire.methods import MethodTable
 from ..wire.records import CommandRecord
 from . import limits
+from .command_queue import Submission
 from .loop_actions import RequestedActions
 from .progress import RunState
 from .rule import Rule
@@ -30,8 +31,8 @@ log = logging.getLogger("forgather_control")
 
 #: What a record says of the caller of a rule that the script made.
 SCRIPT: Final[dict[str, Any]] = {"via": states.VIA_RULE, "uid": None, "user": None, "pid": None, "program": None}
-#: Gives a command: its name, its own parameters, why, and for whom.
-Give = Callable[[str, dict[str, Any], str, dict[str, Any]], CommandRecord]
+#: Gives commands together; returns for each its record, or why it was refused.
+Give = Callable[[list[Submission]], "list[CommandRecord | ControlError]"]
 
 
 class Rules:
@@ -44,7 +45,7 @@ class Rules:
 
     def __init__(self, state: RunState, on_step: list[Callable[[int], None]], loop: RequestedActions) -> None:
         self._state, self._on_step, self._loop = state, on_step, loop
-        #: Gives the command of a rule, and says whether one could be given now. Set on rank 0 before the run starts.
+        #: Gives the commands of rules, and says whether one could be given now. Set on rank 0 before the run starts.
         self.give: Give | None = None
         self.can_give: Callable[[str], bool] = lambda do: True
         # Reentrant, because a signal handler of the script may log while the training thread holds it.
@@ -216,16 +217,19 @@ class Rules:
 
     # Without the lock...
 
-    def _fire(self, due: Iterable[Rule]) -> None:
-        for rule in due:
-            assert self.give is not None
-            try:
-                rule.command_id = self.give(rule.do, rule.params, rule.why, rule.requested_by).command_id
+    def _fire(self, due: Sequence[Rule]) -> None:
+        if not due:
+            return
+        assert self.give is not None
+        found = self.give([Submission(rule.do, rule.params, rule.why, rule.requested_by) for rule in due])
+        for rule, given in zip(due, found):
+            if isinstance(given, CommandRecord):
+                rule.command_id = given.command_id
                 log.info("Rule %d fired: %s, so %s.", rule.number, rule.condition, rule.do)
-            except ControlError as err:
-                rule.note = f"it fired, and its command was refused: {err}"
-                log.warning("Rule %d fired, and its command was refused: %s", rule.number, err)
-            self.changes += 1
+            else:
+                rule.note = f"it fired, and its command was refused: {given}"
+                log.warning("Rule %d fired, and its command was refused: %s", rule.number, given)
+        self.changes += 1
 
 
 def _numbers(held: Mapping[str, Any]) -> dict[str, float]:

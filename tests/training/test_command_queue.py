@@ -19,7 +19,8 @@ from forgather_control.errors import (
     TooManyCommands,
 )
 from forgather_control.states import FINAL_STATES
-from forgather_control.training.command_queue import CommandQueue
+from forgather_control.training import limits
+from forgather_control.training.command_queue import CommandQueue, Submission
 from forgather_control.training.limits import MAX_PENDING, MAX_RECORDS
 from forgather_control.wire.records import CommandRecord, ScheduledCommand
 
@@ -514,3 +515,18 @@ def test_one_id_is_one_command_with_its_parameters(queue):
     with pytest.raises(InvalidParams, match="with other parameters"):
         queue.submit("save_checkpoint", "id", {"evaluate": False})
     assert len(queue.records()) == 1
+
+
+def test_commands_that_are_accepted_together(monkeypatch):
+    """Equal ones have records of their own; one that is refused keeps no other out; none is taken before the last."""
+    queue = CommandQueue(lambda record: found.append(queue._lock.locked()))
+    found: list[bool] = []
+    monkeypatch.setattr(limits, "MAX_PENDING", 2)
+    wanted = [Submission(name, {}, "why", {"via": "rule"}) for name in ("abort", "abort", "abort", "save_checkpoint")]
+    first, second, refused, other = queue.submit_all(wanted)
+    assert first.command_id != second.command_id and (first.reason, first.requested_by) == ("why", {"via": "rule"})
+    assert isinstance(refused, TooManyCommands) and other.command == "save_checkpoint"
+    assert [record.command for record in queue.drain()] == ["abort", "abort", "save_checkpoint"]
+    assert found == [True] * 3
+    queue.close(JobEnding("it is over"))
+    assert [type(each) for each in queue.submit_all(wanted[:2])] == [JobEnding] * 2

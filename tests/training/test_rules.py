@@ -254,6 +254,21 @@ def test_a_stop_and_then_a_save(loop, tmp_path):
     assert save["reason"] == "rule 2: loss is nan"
 
 
+def test_commands_of_one_log_reach_all_ranks_together(loop, monkeypatch):
+    """Else a stop could be applied before the save that came with it, which would then be lost."""
+    run, pending = loop.job._controller, []
+    loop.add("loss is nan", "graceful_stop")
+    loop.add("loss is nan", "pause")
+    loop.add("loss is nan", "save_checkpoint")
+    loop.job._requested.no_pause = "it cannot"
+    told = lambda: pending.append([record.command for record in run._queue.records()])  # noqa: E731
+    monkeypatch.setattr(run._group, "command_queued", told)
+    loop.steps(loss=float("nan"))
+    assert pending == [["graceful_stop", "save_checkpoint"]]
+    ids = [rule["command_id"] for rule in loop.rules()]
+    assert [record.command_id for record in run._queue.records()] == [ids[0], ids[2]] and ids[1] is None
+
+
 @pytest.mark.parametrize(
     ("when", "value", "fires"),
     [
