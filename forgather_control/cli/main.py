@@ -240,6 +240,12 @@ def _wait(args: argparse.Namespace) -> int:
     return wait.run(args)
 
 
+def _watch(args: argparse.Namespace) -> int:
+    from . import watch
+
+    return watch.run(args)
+
+
 def _dial(args: argparse.Namespace) -> int:
     from ..client import stdio_proxy
 
@@ -302,6 +308,7 @@ _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "rpc": _rpc,
     "run": _run,
     "wait": _wait,
+    "watch": _watch,
     "when": _when,
     "dial-stdio": _dial,
 }

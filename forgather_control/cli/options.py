@@ -70,10 +70,20 @@ def _word(choice: Any) -> str:
     return ("yes" if choice else "no") if isinstance(choice, bool) else str(choice)
 
 
-def _rules(doc: str, metavar: str = "", read: Callable[[str], Any] = str, **more: str) -> dict[str, Any]:
+def _rules(doc: str, metavar: str = "", read: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
     """Return what ``add_argument`` takes: for an option with a value that has a ``metavar``, else for a flag."""
     kind = {"metavar": metavar, "type": read} if metavar else {"action": "store_true"}
     return {"help": doc, **kind, **more}
+
+
+def _interval(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.05 to 3600")
+    return value
 
 
 def _until(text: str) -> str:
@@ -115,6 +125,8 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--reason": _rules("why; kept in the command's record", "TEXT", _reader(methods.REASON), dest=PARAM + "reason"),
     "--remove": _rules("remove the rule of this number", "N", _number),
     "--until": _rules("a condition, or ended, dead or stalled (default ended)", "EXPR", _until, default="ended"),
+    "--once": _rules("show it once"),
+    "--interval": _rules("least time between two screens (default 0.5)", "SECONDS", _interval, default=0.5),
     "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip
 

@@ -24,6 +24,10 @@ Options may stand before or after the verb.
 
 #: The help of the verbs that stand for no method.
 _OTHER_VERBS: Final = {
+    "watch": """\
+Show one job, or several, and follow them: progress, speed, metrics with their curves, commands, events.
+
+In a pipe it prints one line of JSON for each event, until the jobs have ended. Ctrl-C ends it.""",
     "wait": """\
 Return when a condition on the job holds, or the job has ended.
 
@@ -260,6 +264,9 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("job", metavar="JOB")
         parser.add_argument("method", metavar="METHOD")
         parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
+    elif verb == "watch":
+        parser.add_argument("jobs", metavar="JOB", nargs="*", help="exact id, or nothing where one job is live")
+        options.add(parser, "--once", "--interval")
     elif verb not in ("list", "cleanup"):
         parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
     if verb == "wait":

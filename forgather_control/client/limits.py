@@ -41,3 +41,10 @@ MAX_STATUS: Final = 8 << 20
 #: Least seconds without a step after which a job has stalled; and how many times longer while it saves or evaluates.
 STALLED_AFTER: Final = 60.0
 STALLED_FACTOR: Final = 10
+
+#: Seconds until a job that was lost is looked for again, and between two looks at what no event tells.
+FOLLOW_PERIOD: Final = 1.0
+RENEW_PERIOD: Final = 3.0
+#: Events and commands of a job that are kept for a screen, and points of a curve that are asked for.
+EVENTS_SHOWN: Final = 8
+CURVE_POINTS: Final = 120

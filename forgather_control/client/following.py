@@ -1,0 +1,107 @@
+"""Follow a job by its events: its present status, kept up to date on a thread, over ends and restarts of the job."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from .. import states
+from ..errors import ControlError, JobDead, MethodNotFound, NoSuchJob
+from . import limits
+from .connection import Client
+from .target import Target
+
+#: The members of a ``progress`` event that have another name in ``status``.
+_RENAMED: Final = {"step": "global_step"}
+
+
+class Follower:
+    """What is known of one job. Its attributes are assigned whole on its thread, and can be read on any.
+
+    Args:
+        find: returns the job's address; called again after its connection was lost.
+        changed: set after each change.
+    """
+
+    def __init__(self, find: Callable[[], Target], changed: threading.Event) -> None:
+        self._find, self._changed = find, changed
+        self._stopped = threading.Event()
+        self.name = "?"
+        self.state = "connecting"  #: Or "live", "ended", "silent".
+        self.problem: str | None = None  #: Why it is not live.
+        self.status: dict[str, Any] = {}  #: The last that is known.
+        self.at = time.monotonic()  #: When that was so.
+        self.history: dict[str, list[Any]] = {}  #: The points of each metric.
+        self.events: deque[dict[str, Any]] = deque(maxlen=limits.EVENTS_SHOWN)  #: The last rare ones.
+        self._thread = threading.Thread(target=self._run, name="forgather-follow", daemon=True)
+
+    def start(self) -> Follower:
+        """Begin to follow."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Follow no more; the thread ends with the process, as it may wait for an event."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                target = self._find()
+                self.name = target.name
+                with Client(target) as job:
+                    self._follow(job)
+                self._note("ended", "training has ended")
+            except ControlError as err:
+                is_over = self.state == "ended" or isinstance(err, (JobDead, NoSuchJob))
+                self._note("ended" if is_over else "silent", self.problem if self.state == "ended" else str(err))
+            self._stopped.wait(limits.FOLLOW_PERIOD)
+
+    def _note(self, state: str, problem: str | None) -> None:
+        self.state, self.problem = state, problem
+        self._changed.set()
+
+    def _follow(self, job: Client) -> None:
+        events = job.events()
+        self._renew(job)
+        self._note("live", None)
+        renew_at = time.monotonic() + limits.RENEW_PERIOD
+        for event in events:
+            self._apply(event)
+            if time.monotonic() >= renew_at:
+                self._renew(job)
+                renew_at = time.monotonic() + limits.RENEW_PERIOD
+            self._changed.set()
+
+    def _renew(self, job: Client) -> None:
+        """Ask for what no event tells: process figures, rules, and the curves."""
+        self.status, self.at = job.call("status"), time.monotonic()
+        with suppress(MethodNotFound):  # an older job
+            self.history = job.call("metrics_history", points=limits.CURVE_POINTS)
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        facts = {name: value for name, value in event.items() if name not in ("seq", "time", "kind", "lost")}
+        if kind == states.EVENT_PROGRESS:
+            known = {_RENAMED.get(name, name): value for name, value in facts.items()}
+            self.status, self.at = {**self.status, **known, "seconds_since_step": 0.0}, time.monotonic()
+        elif kind == states.EVENT_METRICS:
+            self.status = {**self.status, "metrics": facts.get("metrics", {})}
+            self._add_points(event)
+        elif kind == states.EVENT_PHASE:
+            self.status = {**self.status, "status": facts.get("phase")}
+        elif kind == states.EVENT_COMMAND:
+            others = [each for each in self.status.get("commands") or [] if each["command_id"] != facts["command_id"]]
+            self.status = {**self.status, "commands": [*others, facts][-limits.EVENTS_SHOWN :]}
+        if kind not in (states.EVENT_PROGRESS, states.EVENT_METRICS):
+            self.events.append(event)
+
+    def _add_points(self, event: dict[str, Any]) -> None:
+        for name, value in event.get("metrics", {}).items():
+            if isinstance(value, (int, float)):
+                points = [*self.history.get(name, ()), [event.get("step"), event["time"], value]]
+                self.history = {**self.history, name: points[-2 * limits.CURVE_POINTS :]}
