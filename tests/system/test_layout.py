@@ -28,6 +28,7 @@ THIRD_PARTY = {
     "lightning": {"integrations"},
     "pytorch_lightning": {"integrations"},
     "transformers": {"integrations"},
+    "rich": {"cli"},
 }
 #: Modules that load other packages of ours on demand: lazy public names, and the console scripts.
 ENTRY_POINTS = {"forgather_control", "forgather_control.__main__"}
