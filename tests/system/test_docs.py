@@ -344,6 +344,7 @@ def test_the_table_of_verbs():
         "rpc",
         "run",
         "wait",
+        "watch",
     }
     for verb, usage in verbs().items():
         required = [word for word in usage.split()[1:] if not word.startswith("[")]
