@@ -131,17 +131,18 @@ class TrainerControlCallback(Adapter):
     @controlled
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Apply the pending commands and set the flags that they need."""
-        if state.global_step == self._run.last_step:
+        run, step = self._run, state.global_step
+        if step == run.last_step:
             return None
-        self._late = self._period is not None and state.global_step - self._saved_at >= self._period
-        finish = self._run.beat if self._late else self._run.step
-        finish(state.global_step, state.epoch)
-        if self._run.settings.changed is not self._known_changes:
-            self._known_changes = self._run.settings.changed
+        self._late = self._period is not None and step - self._saved_at >= self._period
+        finish = run.beat if self._late else run.step
+        finish(step, state.epoch)
+        if run.settings.changed is not self._known_changes:
+            self._known_changes = run.settings.changed
             facts.note_changes(state, self._known_changes)
         self._steer(args, state, control)
         if control.should_evaluate or control.should_save or self._late:
-            self._run.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
+            run.phase = states.STATUS_EVALUATING if control.should_evaluate else states.STATUS_SAVING
         return self._locked_control
 
     @controlled

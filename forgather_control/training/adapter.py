@@ -40,30 +40,39 @@ def guarded(method: Hook) -> Hook:
     def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
-        except ControlError as err:
-            log.warning("Control is off for this run: %s. Training continues.", err)
-            why = str(err)
-        except Exception:  # boundary: nothing raises into the training loop
-            log.exception("Control is off for this run because of an error in it. Training continues.")
-            why = "control failed in the job"
-        try:
-            self._close(why, "control failed there, and training continues")
-        except Exception:  # boundary: the last one
-            log.exception("The control server could not be closed.")
-        return None
+        except Exception as err:  # boundary: nothing raises into the training loop
+            return _switch_off(self, err)
 
     return cast(Hook, call)
 
 
 def controlled(method: Hook) -> Hook:
-    """Make a guarded hook that does nothing unless a run is open."""
-    hook = guarded(method)
+    """Make a guarded hook that does nothing unless a run is open. In one wrapper, as some are called at each step."""
 
     @functools.wraps(method)
     def call(self: Adapter, /, *args: Any, **kwargs: Any) -> Any:
-        return hook(self, *args, **kwargs) if self._is_open() else None
+        try:
+            run = self._controller
+            if run is None or (run.closed and not self._is_open()):
+                return None
+            return method(self, *args, **kwargs)
+        except Exception as err:  # boundary: as above
+            return _switch_off(self, err)
 
     return cast(Hook, call)
+
+
+def _switch_off(adapter: Adapter, err: Exception) -> None:
+    if isinstance(err, ControlError):
+        log.warning("Control is off for this run: %s. Training continues.", err)
+        why = str(err)
+    else:
+        log.error("Control is off for this run because of an error in it. Training continues.", exc_info=err)
+        why = "control failed in the job"
+    try:
+        adapter._close(why, "control failed there, and training continues")
+    except Exception:  # boundary: the last one
+        log.exception("The control server could not be closed.")
 
 
 class Adapter:

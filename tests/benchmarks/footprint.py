@@ -59,7 +59,7 @@ def hooks(table: Table) -> None:
             "empty call": lambda: empty(),
             "empty hook with the Trainer's arguments": lambda: empty(args=None, state=state, control=control, **EXTRA),
             "TrainingJob.step": lambda: job.step(5),
-            "TrainerControlCallback.on_step_end": lambda: callback.on_step_end(None, state, control, **EXTRA),
+            "TrainerControlCallback.on_step_end": lambda: step_end(callback, state, control),
             "TrainingJob.step with a setting, a command and a rule": lambda: full.step(5),
             "TrainingJob.log of two floats": lambda: job.log(loss=0.5, rate=1e-3),
             "TrainingJob.log beside ten rules": lambda: ruled.log(loss=0.5, rate=1e-3),
@@ -80,6 +80,12 @@ OVER_AN_EMPTY_CALL = {
     "TrainingJob.step with a setting, a command and a rule": 2.0,
     "TrainingJob.log beside ten rules": 20.0,
 }
+
+
+def step_end(callback: TrainerControlCallback, state: SimpleNamespace, control: SimpleNamespace) -> None:
+    """End a step that is new: a hook that is called twice for a step does nothing the second time."""
+    state.global_step += 1
+    callback.on_step_end(None, state, control, **EXTRA)
 
 
 def register(job: TrainingJob, *conditions: str) -> None:
