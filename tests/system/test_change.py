@@ -16,16 +16,16 @@ from ..support.torchrun import START, Torchrun
 
 pytestmark = needs_torch
 
-#: Seconds after which a collective of the ranks fails, and how much longer a pause lasts.
-GROUP_TIMEOUT = 2.0
+#: Seconds after which a collective of the ranks fails where a pause is to outlast that, and elsewhere.
+GROUP_TIMEOUT, LONG = 5.0, 600.0
 
 
 class Ranks:
     """A plain loop on some ranks under torchrun, and a client of it."""
 
-    def __init__(self, folder, size):
+    def __init__(self, folder, size, timeout=LONG):
         self.folder, self.size = folder, size
-        self.torchrun = Torchrun("-m", "tests.support.ranks_change", str(folder), str(GROUP_TIMEOUT), ranks=size)
+        self.torchrun = Torchrun("-m", "tests.support.ranks_change", str(folder), str(timeout), ranks=size)
 
     def __enter__(self):
         self.torchrun.__enter__()
@@ -62,7 +62,7 @@ class Ranks:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_pause_outlasts_the_time_out_of_the_process_group(tmp_path, jobs_dir, size):
     """All ranks hold at one step, commands work, and the weights are those of a run without a pause."""
-    with Ranks(tmp_path, size) as ranks:
+    with Ranks(tmp_path, size, GROUP_TIMEOUT) as ranks:
         step = ranks.pause()
         assert ranks.do("change_settings", changes={"rate": "x0.5"})["applied_at_step"] == step
         assert ranks.do("user.add", a=1, b=2)["result"] == {"value": 3}
