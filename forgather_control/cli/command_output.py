@@ -12,7 +12,7 @@ _COMMAND_COLUMNS: Final[dict[str, Any]] = {
     "COMMAND": lambda record: output.verb(record.get("command")),
     "STATE": "state", "STEP": "applied_at_step",
     "REQUESTED": lambda record: output.moment(record.get("requested_at")),
-    "BY": lambda record: _requester(record.get("requested_by") or {}),
+    "BY": lambda record: requester(record.get("requested_by") or {}),
     "NOTE": lambda record: output.note(record) or record.get("reason") or "",
 }  # fmt: skip
 #: The columns of settings.
@@ -84,7 +84,7 @@ def _profile(job: str, result: dict[str, Any]) -> str:
     return "\n".join([*map(output.safe, lines), *([table] if table else [])])
 
 
-def _requester(by: dict[str, Any]) -> str | None:
+def requester(by: dict[str, Any]) -> str | None:
     """Name the user and the process that gave a command, as far as the job knows them."""
     user = by.get("user") or ("" if by.get("uid") is None else f"uid {by['uid']}")
     process = "" if by.get("pid") is None else f"{by.get('program') or 'pid'} {by['pid']}"

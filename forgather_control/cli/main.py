@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import states
 from ..client import target
 from ..client.connection import Client
-from ..client.limits import CALL_TIMEOUT, KILL_GRACE, LIST_TIMEOUT
+from ..client.limits import KILL_GRACE
 from ..client.target import Target
-from ..errors import ControlError, DeadlinePassed, InternalError, NoSuchJob
-from ..jobs import registry
-from ..jobs.record import JobRecord, jobs_dir
+from ..errors import ControlError, DeadlinePassed, NoSuchJob
+from ..jobs.record import JobRecord
 from ..wire import jsonrpc
 from ..wire.builtin import BUILTIN
 from . import command_output, output, parser, terminal
@@ -83,7 +82,6 @@ def _call(args: argparse.Namespace) -> int:
     with Client(_target(args)) as job:
         answer, name = job.call(args.method, **args.params), job.name
     screens: dict[str, tuple[Any, ...]] = {
-        "status": (output.status_screen, answer, terminal.has_unicode()),
         "list_commands": (command_output.command_table, answer),
         "list_settings": (command_output.settings_table, answer),
         "cancel_command": (command_output.outcome, name, answer),
@@ -256,40 +254,30 @@ def _dial(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    """List the jobs of this host, or of another one: over ssh, or as a job there lists them."""
-    complaints: list[str] = []
-    if args.ssh is not None:
-        from ..client import ssh
+    from . import listing
 
-        rows, complaints = ssh.list_jobs(args.ssh, CALL_TIMEOUT)
-        found, place = _jobs(rows), f"on {args.ssh}"
-    elif args.remote is not None:
-        with Client(target.resolve(at=args.remote, token=args.token)) as job:
-            rows = job.call("list_jobs")
-        found, place = _jobs(rows), ""
-    else:
-        root = jobs_dir()
-        (found, left_out), place = registry.discover(root, LIST_TIMEOUT), f"in {root}"
-        rows = [job.to_json() for job in found] if args.json else []
-        complaints = [f"left out {name}: {why}" for name, why in left_out.items()]
-    print_answer(args.json, rows, output.job_table, found, terminal.has_colour(), place)
-    for line in complaints:
-        complain(line)
-    return DONE
+    return listing.run(args)
 
 
-def _jobs(rows: Any) -> list[registry.Job]:
-    if not isinstance(rows, list):
-        raise InternalError("the other side sent no list of jobs")
-    return [registry.Job.from_json(row) for row in rows]
+def _status(args: argparse.Namespace) -> int:
+    from . import status
+
+    return status.run(args)
+
+
+def _events(args: argparse.Namespace) -> int:
+    from . import events
+
+    return events.run(args)
 
 
 def _cleanup(args: argparse.Namespace) -> int:
     from ..client import api
+    from . import job_table
 
     dead = api.dead_jobs()
     if dead and not args.json:
-        print_text(output.job_table(dead, terminal.has_colour()))
+        print_text(job_table.job_table(dead, terminal.has_colour(), width=terminal.width()))
     if dead and not args.force:
         what = f"{len(dead)} dead jobs" if len(dead) > 1 else "this dead job"
         terminal.confirm("cleanup", f"remove what {what} left?")
@@ -302,6 +290,8 @@ def _cleanup(args: argparse.Namespace) -> int:
 #: The verbs that need more than one call and its answer.
 _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "list": _list,
+    "status": _status,
+    "events": _events,
     "ranks": _ranks,
     "stacks": _stacks,
     "cleanup": _cleanup,

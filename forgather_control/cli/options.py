@@ -1,6 +1,7 @@
 """The options of the command line: what each one reads, and how a method's parameter becomes an option."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -102,6 +103,19 @@ def _number(text: str) -> int:
     return int(text)
 
 
+#: The columns that ``list`` can be sorted by.
+SORTABLE: Final = ("state", "job", "step", "progress", "speed", "left", "age", "host", "pid", "port")
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m, 1h or 2d")
+    return float(found[1]) * _UNITS[found[2]]
+
+
 #: The options that several verbs have, as ``add_argument`` takes them.
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--json": _rules("print what the wire said, one JSON text"),
@@ -127,8 +141,17 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--until": _rules("a condition, or ended, dead or stalled (default ended)", "EXPR", _until, default="ended"),
     "--once": _rules("show it once"),
     "--interval": _rules("least time between two screens (default 0.5)", "SECONDS", _interval, default=0.5),
+    "--ended": _rules("the last jobs that have ended: how, when, at which step, with which checkpoint"),
+    "--sort": _rules("by a column, upwards: " + ", ".join(SORTABLE), "COLUMN", choices=SORTABLE),
+    "--quiet": _rules("ids only"),
+    "--follow": _rules("show what happens from now on, too, until the job ends"),
+    "--since": _rules("not what is older, such as 90s, 30m, 1h or 2d", "TIME", _duration),
     "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip
+
+
+#: The options that have a short name.
+_SHORT: Final = {"--quiet": "-q"}
 
 
 def with_values() -> set[str]:
@@ -148,7 +171,8 @@ def _is_flag(param: methods.Param) -> bool:
 
 def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
     for name in names:
-        parser.add_argument(name, **{**_OPTIONS[name], **changes})
+        short = [_SHORT[name]] if name in _SHORT else []
+        parser.add_argument(*short, name, **{**_OPTIONS[name], **changes})
 
 
 def own_params(method: methods.Method) -> list[methods.Param]:

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from .. import states
 from ..client.limits import KILL_GRACE
-from ..jobs.registry import Job
 from ..wire.builtin import BUILTIN
 
 _COLOURS: Final = {
@@ -41,12 +40,6 @@ _KILL_OUTCOMES: Final = {
     states.KILL_STUCK: "killed, and still there: it waits in the kernel",
 }
 
-#: What each column of ``list`` shows of a job: a member of it, or what a function makes of it; ``None`` is a dash.
-_JOB_COLUMNS: Final[dict[str, Any]] = {
-    "STATE": "state", "JOB": "job_id", "HOST": "host", "PORT": "port", "PID": "pid",
-    "STARTED": lambda job: moment(job["started_at"]),
-    "STEP": lambda job: _step(job["status"] or {}),
-}  # fmt: skip
 #: The columns of ``ranks``, from an object of the job's answer.
 _RANK_COLUMNS: Final[dict[str, Any]] = {
     "RANK": "rank", "HOST": "host", "PID": "pid", "STATE": "state", "STEP": "step", "BEHIND": "behind",
@@ -84,14 +77,17 @@ def _cell(value: Any) -> str:
     return "-" if value is None else safe(value)
 
 
+def cells(columns: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """Return the texts of one row; a column is a member of it, or a function that makes something of it."""
+    return [_cell(row.get(show) if isinstance(show, str) else show(row)) for show in columns.values()]
+
+
 def align(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) -> str:
     """Align cells in columns; with ``colour``, states get theirs."""
-    cells = [list(columns)]
-    for row in rows:
-        cells.append([_cell(row.get(show) if isinstance(show, str) else show(row)) for show in columns.values()])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    state, lines = cells[0].index("STATE") if colour else 0, []
-    for texts in cells:
+    table = [list(columns), *(cells(columns, row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    state, lines = table[0].index("STATE") if colour else 0, []
+    for texts in table:
         padded = [text.ljust(width) for text, width in zip(texts, widths)]
         if colour and texts[state] in _COLOURS:
             padded[state] = f"\x1b[{_COLOURS[texts[state]]}m{padded[state]}\x1b[0m"
@@ -102,27 +98,19 @@ def align(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) -> 
 # Jobs...
 
 
-def job_table(found: list[Job], colour: bool, place: str = "") -> str:
-    """Show jobs in aligned columns; or that there are none at a place, if it is given."""
-    if place and not found:
-        return f"no jobs {safe(place)}"
-    return align(_JOB_COLUMNS, [job._asdict() for job in found], colour)
+def status_screen(status: dict[str, Any], unicode: bool, past: str = "") -> str:
+    """Show how far the job is, on a few lines.
 
-
-def _step(status: dict[str, Any]) -> Any:
-    step, end = status.get("global_step"), status.get("max_steps")
-    return step if step is None or end is None else f"{step}/{end}"
-
-
-def status_screen(status: dict[str, Any], unicode: bool) -> str:
-    """Show how far the job is, on a few lines."""
+    Args:
+        past: what became of a job that does not answer any more; its status is the last that is known.
+    """
     lines = [
-        f"{safe(status['job_id'])}  {safe(status['status'])}",
+        f"{safe(status['job_id'])}  {safe(past or status['status'])}",
         _progress_line(status, unicode),
-        _speed_line(status),
+        _speed_line({**status, "eta_seconds": None} if past else status, is_past=bool(past)),
         pairs(status.get("metrics") or {}),
         *(_command_line(record) for record in status.get("commands") or []),
-        *(_running_line(command) for command in status.get("running") or []),
+        *(_running_line(command) for command in status.get("running") or [] if not past),
         *(f"rule {rule_line(rule)}" for rule in status.get("rules") or [] if rule["fired_at_step"] is None),
         _process_line(status),
     ]
@@ -138,16 +126,17 @@ def _progress_line(status: dict[str, Any], unicode: bool) -> str:
     return f"[{full * done}{empty * (32 - done)}] {100 * progress:5.1f} %  step {safe(step)} of {safe(end)}"
 
 
-def _speed_line(status: dict[str, Any]) -> str:
+def _speed_line(status: dict[str, Any], is_past: bool) -> str:
     epoch, speed, left, since = map(status.get, ("epoch", "steps_per_second", "eta_seconds", "seconds_since_step"))
     parts = []
     if epoch is not None:
         parts.append(f"epoch {number(epoch)}")
     if speed:
-        parts.append(f"{speed:.3g} steps/s" if speed >= 1 else f"{1 / speed:.3g} s/step")
+        parts.append(rate(speed))
     if left is not None:
         parts.append(f"{duration(left)} left")
-    parts.append("no step yet" if since is None else f"last step {_since(since)}")
+    if not is_past:
+        parts.append("no step yet" if since is None else f"last step {_since(since)}")
     return "   ".join(parts)
 
 
@@ -275,6 +264,11 @@ def pairs(members: dict[str, Any]) -> str:
 def number(value: Any) -> str:
     """Show a metric in at most five digits."""
     return f"{value:.5g}" if isinstance(value, float) else safe(value)
+
+
+def rate(speed: float) -> str:
+    """Show steps per second; of slow ones the seconds per step."""
+    return f"{speed:.3g} steps/s" if speed >= 1 else f"{1 / speed:.3g} s/step"
 
 
 def mebibytes(size: Any) -> str:

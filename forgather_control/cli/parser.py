@@ -35,6 +35,10 @@ EXPR is NAME OP NUMBER or NAME is nan, each perhaps with "for N" for N values in
 NAME is a metric, step, epoch or hours. ended, dead and stalled stand alone; stalled > SECONDS gives a time.
 Exit code 0: it holds; 1: the job ended without it; 4: the job died; 5: --timeout has passed.""",
     "cleanup": "Remove what dead jobs of this host left; list it and ask first.",
+    "events": """\
+Show the event log of a job, of one that has ended, too: phases, commands, checkpoints, the end.
+
+With --follow, show what happens from now on, until the job ends.""",
     "rpc": "Call any method of the job and print its result.",
     "run": """\
 Run a command of the job's training script and print its value; without NAME, list them with their parameters.
@@ -50,7 +54,8 @@ the job, and its replies still come.""",
 }
 #: The options of the verbs that do not reach one job.
 _OWN_OPTIONS: Final = {
-    "list": ("--remote", "--token-file", "--ssh"),
+    "list": ("--remote", "--token-file", "--ssh", "--ended", "--sort", "--quiet"),
+    "events": ("--connect", "--token-file", "--ssh", "--follow", "--since"),
     "cleanup": ("--force",),
     "dial-stdio": ("--until-input-ends",),
 }
@@ -143,6 +148,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         _check_run(parser, args)
     if args.verb == "set":
         _check_set(parser, args)
+    if args.verb == "list" and args.ended and (args.remote is not None or args.sort is not None):
+        parser.error(f"--ended cannot be combined with --{'sort' if args.remote is None else 'remote'}")
     if args.ssh is None:
         return
     if args.verb == "cleanup":

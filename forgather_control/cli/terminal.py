@@ -70,6 +70,14 @@ def can_rewrite() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
+def width() -> int | None:
+    """Return the columns of the terminal that is stdout; ``None`` if it is none, or does not tell."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
+
+
 def has_unicode() -> bool:
     """Whether stdout can print any character."""
     return (sys.stdout.encoding or "").lower().startswith("utf")

@@ -220,10 +220,14 @@ def connect(host: str, job: str | None, deadline: Deadline) -> SshTransport:
         raise
 
 
-def list_jobs(host: str, timeout: float) -> tuple[Any, list[str]]:
-    """Return what ``list --json`` prints on that host, parsed (``None`` if it is no JSON), and its complaints."""
+def list_jobs(host: str, timeout: float, *words: str) -> tuple[Any, list[str]]:
+    """Return what ``list --json`` prints on that host, parsed (``None`` if it is no JSON), and its complaints.
+
+    Args:
+        words: options for the list there.
+    """
     # echo and the semicolon mean the same to every shell.
-    with closing(SshTransport(host, f"echo {_RESULT}; {_remote('list', '--json')}", timeout)) as ssh:
+    with closing(SshTransport(host, f"echo {_RESULT}; {_remote('list', '--json', *words)}", timeout)) as ssh:
         _, _, text = ssh.read_all().partition(f"{_RESULT}\n".encode())
         try:
             return jsonrpc.parse_json(text), ssh.complaints()

@@ -15,7 +15,8 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from .. import states
-from ..schema import INTEGER, NULL, TEXT, Field, parse_json
+from ..errors import InternalError
+from ..schema import INTEGER, NULL, TEXT, Field, load, nullable, parse_json
 from . import event_log, limits, private_files
 from .record import FIELDS, is_job_id
 from .spool import STATUS
@@ -43,6 +44,14 @@ class EndedJob(NamedTuple):
         """Return the job as ``list --ended --json`` prints it."""
         return {name: value for name, value in self._asdict().items() if name != "status"}
 
+    @classmethod
+    def from_json(cls, value: Any) -> "EndedJob":
+        """Return the job that an element of such a list describes; raise InternalError if it is none."""
+        try:
+            return load(cls, _FIELDS, value, "an ended job")
+        except ValueError as err:
+            raise InternalError("the other side sent no list of ended jobs") from err
+
 
 #: The rules for the members of a last status that are used, and for those of its ``ended``.
 _STATUS_FIELDS: Final = {"global_step": Field(INTEGER + NULL), "host": FIELDS["host"], "pid": FIELDS["pid"]}
@@ -51,6 +60,13 @@ _ENDED_FIELDS: Final = {
     "ended_at": FIELDS["started_at"],
     **dict.fromkeys(("reason", "checkpoint"), Field(TEXT + NULL)),
     "checkpoint_step": Field(INTEGER + NULL),
+}
+_FIELDS: Final = {
+    **{name: FIELDS[name] for name in ("job_id", "started_at")},
+    **_ENDED_FIELDS,
+    "global_step": _STATUS_FIELDS["global_step"],
+    "host": Field(TEXT + NULL),
+    "pid": nullable(FIELDS["pid"]),
 }
 
 

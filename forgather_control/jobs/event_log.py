@@ -18,7 +18,7 @@ EVENTS: Final = "events.jsonl"
 LOGGED: Final = tuple(kind for kind in states.EVENT_KINDS if kind not in (states.EVENT_PROGRESS, states.EVENT_METRICS))
 
 _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_FIELDS: Final = {"seq": Field(INTEGER, 1), "time": Field(NUMBER), "kind": Field(TEXT, choices=LOGGED)}
+_FIELDS: Final = {"seq": Field(INTEGER, 1), "time": Field(NUMBER), "kind": Field(TEXT)}
 
 
 def append(directory: int, lines: bytes) -> bool:
@@ -88,6 +88,11 @@ def _event(line: bytes) -> dict[str, Any] | None:
         value = parse_json(line) if line.strip() else None
     except ValueError:  # half a line, of a job whose disk was full
         return None
+    return value if isinstance(value, dict) and is_event(value) and value["kind"] in LOGGED else None
+
+
+def is_event(value: Any) -> bool:
+    """Return whether a JSON value is an event: it has a number, a time and a kind."""
     if not isinstance(value, dict) or type(value.get("lost", 0)) is not int:
-        return None
-    return value if all(field.accepts(value.get(name)) for name, field in _FIELDS.items()) else None
+        return False
+    return all(field.accepts(value.get(name)) for name, field in _FIELDS.items())

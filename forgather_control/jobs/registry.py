@@ -13,9 +13,9 @@ from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, InternalError, JobNotAnswering, JobsDirUnusable, NoSuchJob
 from ..processes import liveness
-from ..schema import NULL, OBJECT, TEXT, Field, load
+from ..schema import NULL, OBJECT, TEXT, TIME, Field, load, nullable
 from ..wire import addresses, jsonrpc
-from . import job_lock, limits
+from . import job_lock, last_status, limits
 from .record import FIELDS, JobRecord, Launch, is_job_id, jobs_dir, read_record
 
 
@@ -34,11 +34,15 @@ class Job(NamedTuple):
     socket: str | None = None
     launch: Launch | None = None
     status: dict[str, Any] | None = None
+    last_status: dict[str, Any] | None = None  #: What a job wrote last that did not answer.
+    last_status_at: float | None = None  #: When it did, in seconds since the epoch.
+    silent_because: str | None = None  #: Why its process does nothing, where the system tells.
 
     @property
     def global_step(self) -> int | None:
-        """The last step; ``None`` if the job did not answer."""
-        return None if self.status is None else self.status.get("global_step")
+        """The last step that is known: of a job that did not answer, the one in its last status."""
+        known = self.status or self.last_status or {}
+        return known.get("global_step")
 
     @classmethod
     def from_json(cls, value: Any) -> "Job":
@@ -55,7 +59,13 @@ class Job(NamedTuple):
 
 #: The rules for the members of a job; those that its record has, too, are first.
 _SHARED: Final = {name: FIELDS[name] for name in Job._fields if name in FIELDS}
-_FIELDS: Final = {**_SHARED, "state": Field(TEXT, choices=states.JOB_STATES), "status": Field(OBJECT + NULL)}
+_FIELDS: Final = {
+    **_SHARED,
+    "state": Field(TEXT, choices=states.JOB_STATES),
+    **dict.fromkeys(("status", "last_status"), Field(OBJECT + NULL)),
+    "last_status_at": nullable(TIME),
+    "silent_because": Field(TEXT + NULL),
+}
 
 
 def scan(root: str) -> tuple[list[JobRecord], dict[str, str]]:
@@ -114,8 +124,13 @@ def _ask_running(records: list[JobRecord], method: str, seconds: float) -> dict[
 
 
 def _job(root: str, record: JobRecord, status: dict[str, Any] | None) -> Job:
-    shared: dict[str, Any] = {name: getattr(record, name) for name in _SHARED}
-    return Job(**shared, state=judge(record, root) if status is None else states.JOB_LIVE, status=status)
+    job = Job(**{name: getattr(record, name) for name in _SHARED}, state=states.JOB_LIVE, status=status)
+    if status is not None:
+        return job
+    job, last = job._replace(state=judge(record, root)), last_status.read(root, record.job_id)
+    if job.state == states.JOB_SILENT:
+        job = job._replace(silent_because=liveness.held_up(record.owner))
+    return job if last is None else job._replace(last_status=last.status, last_status_at=last.written_at)
 
 
 def judge(record: JobRecord, root: str | None = None, directory: int | None = None) -> states.JobState:

@@ -68,6 +68,21 @@ def is_gone(other: Identity) -> bool:
     return not is_elsewhere(other)  # last, because it imports hashlib
 
 
+def held_up(other: Identity) -> str | None:
+    """Return in words why a process does nothing; ``None`` if it runs, or if the system does not tell."""
+    psutil = proc.psutil()
+    if psutil is None or judge(other) != states.PROCESS_RUNNING:
+        return None
+    words = {
+        psutil.STATUS_STOPPED: "stopped by a signal (SIGSTOP)",
+        psutil.STATUS_TRACING_STOP: "stopped by a debugger",
+        psutil.STATUS_DISK_SLEEP: "in uninterruptible sleep: it waits for a disk, a network file system or a device",
+    }
+    with suppress(psutil.Error, OSError):
+        return words.get(psutil.Process(other.pid).status())
+    return None
+
+
 def _exists(pid: int) -> bool:
     """Return whether a process has this pid: by kill(2), because psutil takes fifty times as long."""
     try:

@@ -10,7 +10,6 @@ import pytest
 
 from forgather_control import states
 from forgather_control.cli import command_output, output
-from forgather_control.jobs.registry import Job
 from forgather_control.wire import builtin
 
 #: Text that a terminal would act on, or that would seem to stand elsewhere, and how it is shown.
@@ -42,8 +41,6 @@ RECORD = {
     "command_id": "i", "command": "save_checkpoint", "state": "finished", "requested_at": 1.0, "applied_at_step": 7,
     "finished_at": 2.0, "result": {"step": 7, "path": "/c/checkpoint-7", "seconds": 1.5}, "error": None,
 }  # fmt: skip
-JOB = Job(job_id="job", host="node", port=None, pid=4242, started_at=0.0, state="live", status=STATUS)
-
 tricks = pytest.mark.parametrize(("text", "wanted"), TRICKS.values(), ids=TRICKS)
 
 
@@ -98,14 +95,6 @@ def test_safe_leaves_the_rest(text):
 
 
 @tricks
-def test_table_is_safe(text, wanted):
-    """No field of a record, and no step that a job claims, gets to the terminal raw."""
-    job = Job(text, text, None, 1, 0.0, "live", status={"global_step": text, "max_steps": text})
-    table = harmless(output.job_table([job, JOB], colour=False), 3)
-    assert table.count(wanted) == 4
-
-
-@tricks
 def test_status_is_safe(text, wanted):
     """No text of a status gets to the terminal raw: ids, names and values of metrics, errors, paths, hosts."""
     record = {"command": text, "state": text, "error": {"code": 1, "message": text}}
@@ -132,44 +121,6 @@ def test_outcome_is_safe(text, wanted, state, command):
     record = {**RECORD, "command": command, "state": state, "result": {"step": text, "path": text, "seconds": 1}}
     shown = harmless(command_output.outcome(text, record), 1)
     assert shown.count(wanted) == (3 if state == "finished" else 1)
-
-
-# The table...
-
-
-def test_table():
-    """Columns are aligned, states are words, and what is unknown is a dash."""
-    silent = Job("longer-name", "n", 8900, 1, 86_400.0, "silent")
-    assert output.job_table([JOB, silent], colour=False).splitlines() == [
-        "STATE   JOB          HOST  PORT  PID   STARTED              STEP",
-        "live    job          node  -     4242  1970-01-01 00:00:00  500/1000",
-        "silent  longer-name  n     8900  1     1970-01-02 00:00:00  -",
-    ]
-
-
-def test_table_of_nothing():
-    """Without jobs there is the head alone."""
-    assert output.job_table([], colour=True).split() == ["STATE", "JOB", "HOST", "PORT", "PID", "STARTED", "STEP"]
-
-
-@pytest.mark.parametrize("state", ["live", "silent", "dead", "foreign"])
-def test_colour_changes_no_width(state):
-    """Colour is put around the state's cell, in every state, and taking it away gives the plain table."""
-    jobs = [JOB, Job("b", "h", None, 1, 0.0, state)]
-    coloured = output.job_table(jobs, colour=True)
-    assert coloured.count("\x1b[") == 4
-    for code in (*output._COLOURS.values(), "0"):
-        coloured = coloured.replace(f"\x1b[{code}m", "")
-    assert coloured == output.job_table(jobs, colour=False)
-
-
-@pytest.mark.parametrize(
-    ("step", "end", "cell"), [(5, None, "5"), (0, 0, "0/0"), (None, 10, "-"), ("NaN", 1e9, "NaN/")]
-)
-def test_step_cell(step, end, cell):
-    """A job without an end shows its step alone; one that claims nothing shows nothing."""
-    job = Job("j", "h", None, 1, 0.0, "live", status={"global_step": step, "max_steps": end})
-    assert output.job_table([job], colour=False).split()[-1].startswith(cell)
 
 
 # One job's status...

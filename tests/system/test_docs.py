@@ -341,6 +341,7 @@ def test_the_table_of_verbs():
     assert list(verbs()) == sorted(verbs(), key=list(verbs()).index)
     assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {
         "cleanup",
+        "events",
         "rpc",
         "run",
         "wait",
@@ -427,6 +428,7 @@ def test_the_tables_of_states_and_exit_codes():
     """The words of the code, in its order."""
     assert tuple(first_words("docs/command-line.md", "state")) == states.JOB_STATES
     assert tuple(first_words("docs/command-line.md", "state of a command")) == states.COMMAND_STATES
+    assert tuple(first_words("docs/command-line.md", "how it ended")) == states.ENDINGS
     assert tuple(first_words("docs/ranks.md", "state of a rank")) == states.RANK_STATES
     codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     assert {int(row[0]) for row in table("docs/command-line.md", "exit code")} == codes

@@ -1,0 +1,82 @@
+"""The verb ``events``: the event log of a job, live or ended, and on request what happens from now on."""
+
+import argparse
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from ..client import target
+from ..client.connection import Client
+from ..client.target import Target
+from ..errors import InternalError, InvalidRequest, NoSuchJob
+from ..jobs import ended, event_log
+from ..jobs.record import jobs_dir
+from . import event_output, status
+from .exit_codes import DONE, INTERRUPTED
+from .terminal import complain, print_answer
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
+    log = _Printer(args.json, None if args.since is None else time.time() - args.since)
+    try:
+        where = target.resolve(args.job, args.connect, args.token, args.ssh)
+    except NoSuchJob:
+        job = status.of_ended(args)
+        if job is None:
+            raise
+        try:
+            log.show(ended.read_events(jobs_dir(), job))
+        except (OSError, ValueError) as err:
+            return complain(f"the events of {job.job_id} cannot be read: {err}", 1)
+        return complain(f"{job.job_id} {status.past(job)}")
+    _show_file(args, where, log)
+    try:
+        _show_live(where, log, args.follow)
+    except InvalidRequest:  # control by file cannot send events, and the file had them
+        if args.follow or log.seq == 0:
+            raise
+    except KeyboardInterrupt:
+        if not args.follow:
+            raise
+        return INTERRUPTED
+    return DONE
+
+
+class _Printer:
+    """Prints events once each, those since a moment."""
+
+    def __init__(self, as_json: bool, since: float | None) -> None:
+        self._as_json, self._since = as_json, since
+        self.seq = 0  #: The number of the last one.
+
+    def show(self, events: Iterable[dict[str, Any]]) -> None:
+        for event in events:
+            self.seq = max(self.seq, event["seq"])
+            is_young = self._since is None or event["time"] >= self._since
+            if event["kind"] in event_log.LOGGED and is_young:
+                print_answer(self._as_json, event, event_output.line, event)
+
+
+def _show_file(args: argparse.Namespace, where: Target, log: _Printer) -> None:
+    """Show what a job of this host, or of a file system that is shared with it, has written: more than it remembers."""
+    if args.ssh is not None or args.connect is not None or where.record is None:
+        return
+    try:
+        log.show(event_log.read(f"{jobs_dir()}/{where.record.job_id}"))
+    except (OSError, ValueError) as err:
+        complain(f"the event log of {where.name} cannot be read: {err}")
+
+
+def _show_live(where: Target, log: _Printer, follow: bool) -> None:
+    """Show the events after those that were shown; return at the end of the job, or once all are shown."""
+    with Client(where) as job:
+        last = job.call("subscribe", kinds=["ended"])["next"] - 1
+        if not follow and log.seq >= last:
+            return
+        for event in job.events(since=log.seq, kinds=event_log.LOGGED if follow else None):
+            if not event_log.is_event(event):
+                raise InternalError("the other side sent an event without a number or a time")
+            log.show([event])
+            if not follow and event["seq"] >= last:
+                return
