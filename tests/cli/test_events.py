@@ -11,6 +11,7 @@ import pytest
 
 import forgather_control
 from forgather_control.cli import parser
+from forgather_control.jobs import event_log
 
 from ..support.harness import ROOT, SOON, cli, job_process, running_loop, until
 
@@ -32,9 +33,9 @@ def test_a_live_job(jobs_dir):
         forgather_control.save_checkpoint("job", wait="finished", reason="why")
         events, done = told("job")
         assert done.returncode == 0 and seqs(events) == [*range(1, len(events) + 1)]
-        assert [event["kind"] for event in events][-1] == "checkpoint" and events[0]["kind"] == "started"
+        assert {"phase", "command", "checkpoint"} <= {event["kind"] for event in events} <= {*event_log.LOGGED}
         lines = cli("events").stdout.splitlines()
-        assert len(lines) == len(events) and "save accepted, by " in lines[-6] + lines[-5] + lines[-7]
+        assert len(lines) == len(events) and any("save accepted, by " in line for line in lines)
 
 
 def test_a_live_job_over_its_socket_alone(jobs_dir):
@@ -90,8 +91,8 @@ def test_since(jobs_dir):
         for line in lines[:2]:
             line["time"] -= 3600
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert seqs(told("job", "--since", "30m")[0]) == seqs(lines)[2:]
-        assert seqs(told("job", "--since", "2h")[0]) == seqs(lines)
+        assert seqs(told("job", "--since", "30m")[0])[: len(lines) - 2] == seqs(lines)[2:]
+        assert seqs(told("job", "--since", "2h")[0])[: len(lines)] == seqs(lines)
 
 
 @pytest.mark.parametrize(
