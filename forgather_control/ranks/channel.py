@@ -18,6 +18,7 @@ interpreter ends would be unwound out of it, and that aborts the process.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import threading
@@ -144,10 +145,12 @@ class StoreChannel:
         if self._at_exit is not None:
             self._at_exit.detach()
         self._queue.put(None)
-        end = time.monotonic() + seconds
-        for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
-                thread.join(max(0.0, end - time.monotonic()))
+        own = [thread for thread in self._threads if thread.ident is not None]
+        threads = [thread for thread in own if thread is not threading.current_thread()]
+        _join(threads, seconds)
+        if any(thread.is_alive() for thread in threads):
+            # Training does not wait any longer, but the interpreter's exit would abort the process: see above.
+            atexit.register(_join, threads, limits.LAST_TIMEOUT)
 
     def _run(self, work: Callable[[], None], sender: StoreSender) -> None:
         try:
@@ -204,3 +207,9 @@ class StoreChannel:
             receiver.join(limits.STORE_TIMEOUT)
             if not receiver.is_alive():
                 self._on_end(self._next - 1, self._sender)
+
+
+def _join(threads: list[threading.Thread], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))

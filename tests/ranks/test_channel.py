@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from forgather_control.ranks import channel, limits
 from forgather_control.ranks.channel import StoreChannel, StoreSender
 
 from ..support.harness import MS, SOON, Process, needs_torch, until
@@ -488,3 +489,32 @@ def test_both_threads_sleep_while_there_is_nothing_to_send(connect):
         one.send(0, "hello")
         one.next()
         until(lambda: all(now > then for now, then in zip(switches(one.threads), before)))
+
+
+def test_the_exit_waits_for_threads_that_the_end_of_training_left(monkeypatch):
+    """A thread inside the store's C++ code when the interpreter ends would abort the process."""
+    stuck, registered = threading.Event(), []
+    monkeypatch.setattr(channel.atexit, "register", lambda *call: registered.append(call))
+
+    class Store:
+        def set_timeout(self, timeout):
+            """As torch's."""
+
+        def get(self, key):
+            """Like a store that hangs."""
+            stuck.wait(SOON)
+            raise RuntimeError("gone")
+
+        def set(self, key, value):
+            """As ``get``."""
+            stuck.wait(SOON)
+
+    nothing = lambda *words: None  # noqa: E731
+    held = StoreChannel(Store, 0, nothing, nothing, nothing, nothing)
+    held.start()
+    held.close(10 * MS)
+    ((join, threads, seconds),) = registered
+    assert all(thread in held._threads for thread in threads) and seconds == limits.LAST_TIMEOUT
+    stuck.set()
+    join(threads, SOON)
+    assert not any(thread.is_alive() for thread in threads)

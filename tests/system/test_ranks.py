@@ -218,7 +218,7 @@ def test_trainings_in_sub_groups_of_one_process_group(tmp_path):
     """Each has a job id and ranks of its own: one warning, which names the others, and each trains to its end."""
     with torchrun(tmp_path, 2, "parts", "polled-parts") as run:
         with job(run, "parts-0") as client:
-            run.until(lambda: client.call("status") and len(re.findall("WARNING", run.output)) == 2)
+            run.until(lambda: client.call("status") and len(re.findall("Control is off", run.output)) == 2)
             with pytest.raises(errors.CommandRefused, match="rank 1 never joined"):
                 client.call("graceful_stop")
         (tmp_path / "enough").touch()
@@ -228,6 +228,6 @@ def test_trainings_in_sub_groups_of_one_process_group(tmp_path):
     assert sorted(line[1] for line in over) == ["parts-0", "parts-1", "polled-parts-0", "polled-parts-1"]
     assert all(line[4] == "False" for line in over)
     for rank in (0, 1):
-        first, second = re.findall(f"^log {rank} (?:WARNING|ERROR) (.*)", output, re.M)
+        first, second = re.findall(f"^log {rank} (?:WARNING|ERROR) (Control.*)", output, re.M)
         assert first.startswith("Control is off until all ranks take part: ") and f"rank {1 - rank} never" in first
         assert second.startswith("Control is off for this run: ") and f"rank {1 - rank} never" in second

@@ -247,7 +247,7 @@ def test_a_command_that_not_all_ranks_applied_has_failed():
     assert record.state == "failed" and "not all ranks applied the abort: rank 1" in record.error["message"]
 
 
-@pytest.mark.parametrize("command", [m.name for m in BUILTIN.values() if m.rank_report and not m.is_atomic])
+@pytest.mark.parametrize("command", [m.name for m in BUILTIN.values() if m.rank_report not in (None, "reported")])
 def test_training_that_raised_fails_what_waited_for_it(command):
     """Each unfinished command says what ended the run."""
     rank = Rank()
