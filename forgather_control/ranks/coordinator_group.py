@@ -72,7 +72,8 @@ class CoordinatorGroup(StoreGroup):
 
     def state(self, rank: int) -> states.RankState:
         with self._lock:
-            return self._coordinator.state(rank)
+            state = self._coordinator.state(rank)
+            return states.RANK_UNKNOWN if state == states.RANK_SILENT and self._lost is not None else state
 
     def not_joined(self) -> list[int]:
         with self._lock:
@@ -88,7 +89,8 @@ class CoordinatorGroup(StoreGroup):
 
     def _others(self) -> list[int]:
         """The other ranks that take part."""
-        return [rank for rank in range(1, self.size) if self.state(rank) == states.RANK_SILENT]
+        with self._lock:
+            return [rank for rank in range(1, self.size) if self._coordinator.state(rank) == states.RANK_SILENT]
 
     # On the threads of the channel...
 

@@ -942,6 +942,7 @@ def test_the_store_breaks_as_a_round_is_decided(store, patient):
         goes_on(*made)
         why = "rank 0 lost its connection to the store (RuntimeError: Connection reset by peer)"
         assert made[0].delegate.notes("lost") == [why]
+        assert made[0].group.state(1) == "unknown"  # it can no longer be asked
     assert not any(rank.applied for rank in made)
 
 
