@@ -35,7 +35,7 @@ REPORTS_PERIOD: Final = 0.05
 #: That the interpreter's exit may wait for a channel that was not closed.
 EXIT_TIMEOUT: Final = 1.0
 #: That the interpreter's exit may wait for the threads of a channel that the end of training did not wait for.
-LAST_TIMEOUT: Final = 20.0
+LAST_TIMEOUT: Final = 5.0
 #: Steps between two polls where ranks must poll and neither the caller nor the trainer says how many.
 POLL_STEPS: Final = 50
 #: Commands of which rank 0 remembers what the ranks reported, for callbacks that are registered later.
