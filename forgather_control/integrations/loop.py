@@ -68,9 +68,9 @@ class TrainingJob(Adapter):
         certfile: str | None = None,
         keyfile: str | None = None,
         close_timeout: float = 60.0,
-        commands: Sequence[Callable[..., Any]] = (),
-        settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = (),
-        rules: Sequence[Mapping[str, Any]] = (),
+        commands: Sequence[Callable[..., Any]] | None = None,
+        settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] | None = None,
+        rules: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(
             *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout),
@@ -80,7 +80,7 @@ class TrainingJob(Adapter):
         self._start_step = _whole("start_step", start_step)
         self._save_on_stop, self._output_dir = save_on_stop, output_dir
         self._depth = 0  # of "with" statements around one another
-        self._commands = own_commands.parse_all(commands)  # of all runs
+        self._commands = own_commands.parse_all(commands or ())  # of all runs
 
     def _reset(self) -> None:
         self._run_commands: list[own_commands.OwnCommand] = []  # of this run

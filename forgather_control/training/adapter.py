@@ -93,16 +93,16 @@ class Adapter:
         certfile: str | None = None,
         keyfile: str | None = None,
         close_timeout: float = 60.0,
-        commands: Sequence[Callable[..., Any]] = (),
-        settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = (),
-        rules: Sequence[Mapping[str, Any]] = (),
+        commands: Sequence[Callable[..., Any]] | None = None,
+        settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] | None = None,
+        rules: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         options = ControlOptions(
             *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout),
             *(commands, settings, rules),
         )
         self._options, self._signals = options, Signals(signals or {})
-        self._declared, self._rules = declared(settings), declared_rules(rules)
+        self._declared, self._rules = declared(settings or ()), declared_rules(rules or ())
         self._controller: Controller | None = None
         #: The trainer's objects by name ("model", "optimizer", ...), while a run is open.
         self._objects: dict[str, Any] = {}
@@ -186,7 +186,7 @@ class Adapter:
 
     def _own_commands(self) -> list[own_commands.OwnCommand]:
         """Return the script's own commands that are known when a run starts."""
-        return own_commands.parse_all(self._options.commands)
+        return own_commands.parse_all(self._options.commands or ())
 
     def _add(self, own: own_commands.OwnCommand, run: Controller) -> None:
         """Add a command to a run. The server keeps it, so it must not keep this object: see the finalizer."""

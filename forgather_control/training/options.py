@@ -42,12 +42,12 @@ class ControlOptions:
     #: is not finished without them. A command that is not finished then has failed; its error says what is unknown.
     close_timeout: float = 60.0
     #: Functions that clients can run, as ``user.NAME``; see :mod:`~forgather_control.training.own_commands`.
-    commands: Sequence[Callable[..., Any]] = ()
+    commands: Sequence[Callable[..., Any]] | None = None
     #: Settings that clients can change, beside those of the trainer; see :mod:`~forgather_control.training.settings`.
-    settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] = ()
+    settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] | None = None
     #: Rules from the start, each as the parameters of ``add_rule``; see :mod:`~forgather_control.training.rules`. One
     #: that the run cannot carry out costs a warning at the first step.
-    rules: Sequence[Mapping[str, Any]] = ()
+    rules: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.job_id is not None:
@@ -61,8 +61,8 @@ class ControlOptions:
             tcp.demand(is_time, name, "a number of seconds from 0 to 1e9", seconds)
         if self.signals is not None:
             signals.parse(self.signals)
-        own_commands.parse_all(self.commands)
-        rule.declared(self.rules)
+        own_commands.parse_all(self.commands or ())
+        rule.declared(self.rules or ())
         self.tcp_options()
 
     def tcp_options(self) -> tcp.TcpOptions | None:
