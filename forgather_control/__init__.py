@@ -7,8 +7,10 @@ training side, and a training script never imports the client.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import jobs as _jobs_package
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
         save_checkpoint,
     )  # fmt: skip
     from .client.connection import Client
+    from .client.many import Jobs, jobs
     from .errors import *
     from .integrations.huggingface import TrainerControlCallback
     from .integrations.lightning import LightningControlCallback
@@ -27,22 +30,24 @@ if TYPE_CHECKING:
 __all__ = [
     "AmbiguousJob", "BadJobId", "Client", "CommandError", "CommandExpired", "CommandFailed", "CommandNotFound",
     "CommandRecord", "CommandRefused", "ControlError", "DeadlinePassed", "FindError", "InternalError",
-    "InvalidParams", "InvalidRequest", "Job", "JobDead", "JobEnding", "JobIdTaken", "JobNotAnswering",
+    "InvalidParams", "InvalidRequest", "Job", "JobDead", "JobEnding", "JobIdTaken", "JobNotAnswering", "Jobs",
     "JobsDirUnusable", "LightningControlCallback", "MethodNotFound", "NoSuchJob", "NotAuthenticated",
     "NotCancellable", "ParseError", "PortTaken", "StartError", "TlsUnusable", "TooManyCommands",
     "TrainerControlCallback", "TrainingJob", "Unsupported", "WireError", "__version__", "abort", "cancel_command",
-    "cleanup", "connect", "get_command", "get_job_status", "graceful_stop", "list_jobs", "save_and_stop",
+    "cleanup", "connect", "get_command", "get_job_status", "graceful_stop", "jobs", "list_jobs", "save_and_stop",
     "save_checkpoint",
 ]  # fmt: skip
 
-#: The module of each public class that is no error; the functions, in lower case, are those of ``client.api``.
+#: The module of each public class that is no error; other functions, in lower case, are those of ``client.api``.
 _MODULES = {
     "Client": "client.connection",
     "CommandRecord": "wire.records",
     "Job": "jobs.registry",
+    "Jobs": "client.many",
     "LightningControlCallback": "integrations.lightning",
     "TrainerControlCallback": "integrations.huggingface",
     "TrainingJob": "integrations.loop",
+    "jobs": "client.many",
 }
 
 
@@ -54,6 +59,21 @@ def __getattr__(name: str) -> Any:
     module = _MODULES.get(name) or ("client.api" if name.islower() else "errors")
     value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
     return value
+
+
+class _CallablePackage(ModuleType):
+    """The package ``jobs``, which is also the public function of this name: ``jobs("run*").save()``.
+
+    Importing a subpackage sets its name here, so the function cannot have this name. Instead, the package is called.
+    """
+
+    def __call__(self, *words: str | int, **options: Any) -> Jobs:
+        from .client.many import jobs
+
+        return jobs(*words, **options)
+
+
+_jobs_package.__class__ = _CallablePackage
 
 
 def __dir__() -> list[str]:

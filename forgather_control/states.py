@@ -62,6 +62,8 @@ COMMAND_STATES: Final[tuple[str, ...]] = get_args(CommandState)
 FINAL_STATES: Final = frozenset(COMMAND_STATES[2:])
 #: The states that a caller can wait for.
 AWAITED_STATES: Final = COMMAND_STATES[:3]
+#: What a call that gives a command waits for: once it is queued, once every rank applied it, or once it is done.
+Wait = Literal["accepted", "applied", "finished"]
 
 # What must have happened before a command is finished (``Method.finishes_when``).
 WHEN_APPLIED: Final = "applied"  #: Every rank has applied it.

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from .. import states
 from ..errors import AmbiguousJob, ControlError, DeadlinePassed, JobDead, JobNotAnswering, NoSuchJob
 
 DONE: Final = 0
@@ -27,3 +28,10 @@ _BY_CLASS: Final[dict[type[ControlError], int]] = {
 def exit_code(error: ControlError) -> int:
     """Return the exit code of an error; that a token must be given is no answer of a job."""
     return USAGE if error.data.get("needs") == "token" else _BY_CLASS.get(type(error), REFUSED)
+
+
+def kill_code(outcomes: set[str], missing: int) -> int:
+    """Return the exit code of processes that were to end; ``missing`` of them are not recorded, and were left alone."""
+    if outcomes & {states.KILL_REFUSED, states.KILL_STUCK}:
+        return REFUSED
+    return NO_ANSWER if missing or states.KILL_ELSEWHERE in outcomes else DONE

@@ -7,17 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from .. import states
 from ..client import target
 from ..client.connection import Client
 from ..client.limits import KILL_GRACE
 from ..client.target import Target
-from ..errors import ControlError, DeadlinePassed, NoSuchJob
+from ..errors import ControlError, DeadlinePassed
 from ..jobs.record import JobRecord
 from ..wire import jsonrpc
 from ..wire.builtin import BUILTIN
-from . import command_output, output, parser, terminal
-from .exit_codes import DONE, INTERRUPTED, NO_ANSWER, REFUSED, USAGE, exit_code
+from . import command_output, job_words, output, parser, terminal
+from .exit_codes import DONE, INTERRUPTED, NO_ANSWER, REFUSED, USAGE, exit_code, kill_code
 from .terminal import Refusal, complain, print_answer, print_json, print_text
 
 if TYPE_CHECKING:
@@ -32,14 +31,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "forgather-control") -> 
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     args = parser.parse(sys.argv[1:] if argv is None else argv, prog)
     try:
-        return _VERBS.get(args.verb, _call)(args)
+        return _do(args)
     except Refusal as err:
         return complain(*err.args)
     except ControlError as err:
         if args.json:
             print_json({"error": jsonrpc.error_object(err)})
         text = str(err) if args.verb == "rpc" else output.in_verbs(str(err))
-        return complain(f"{text}{_hint(args, err)}", exit_code(err))
+        return complain(f"{text}{job_words.hint(args, err)}", exit_code(err))
     except KeyboardInterrupt:
         return complain("interrupted; a command that was accepted is still carried out", INTERRUPTED)
     except BrokenPipeError:
@@ -63,12 +62,15 @@ def forgather(argv: Sequence[str] | None = None) -> int:
     return USAGE if words[:1] not in ([], ["-h"], ["--help"], ["--version"]) else main(words[:1], prog)
 
 
-def _hint(args: argparse.Namespace, err: ControlError) -> str:
-    """Explain ``--wait 30``, which names a job "30"."""
-    job = getattr(args, "job", None) or ""
-    if not isinstance(err, NoSuchJob) or not getattr(args, "wait", False) or not job.replace(".", "", 1).isdigit():
-        return ""
-    return f". To give up waiting after {job} s, use --timeout {job}"
+def _do(args: argparse.Namespace) -> int:
+    """Run the verb, for one job or for several."""
+    if args.is_many:
+        from . import many
+
+        code = many.run(args)
+        if code is not None:
+            return code
+    return _VERBS.get(args.verb, _call)(args)
 
 
 def _target(args: argparse.Namespace) -> Target:
@@ -162,10 +164,7 @@ def _abort_or_kill(args: argparse.Namespace, record: JobRecord, kill_after: floa
     print_answer(args.json, told, output.process_outcomes, end.outcomes)
     if end.missing:
         complain(f"{end.missing} more of its processes are not recorded, and were left alone")
-    outcomes = {process["outcome"] for process in end.outcomes}
-    if outcomes & {states.KILL_REFUSED, states.KILL_STUCK}:
-        return REFUSED
-    return NO_ANSWER if end.missing or states.KILL_ELSEWHERE in outcomes else DONE
+    return kill_code({process["outcome"] for process in end.outcomes}, end.missing)
 
 
 def _ranks(args: argparse.Namespace) -> int:

@@ -97,6 +97,12 @@ def _until(text: str) -> str:
 _seconds = _reader(methods.TIMEOUT)
 
 
+def _at_a_time(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of jobs from 1 to 1000")
+    return int(text)
+
+
 def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is not the number of a rule")
@@ -121,6 +127,10 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--json": _rules("print what the wire said, one JSON text"),
     "--version": {"action": "version", "version": f"forgather-control {VERSION}"},
     "--force": _rules("do not ask"),
+    "--all": _rules("all live jobs"),
+    "--parallel": _rules(
+        f"how many jobs are called at a time (default {limits.PARALLEL})", "N", _at_a_time, default=limits.PARALLEL
+    ),
     "--connect": _rules("tcp://HOST:PORT, tls://HOST:PORT or unix:PATH", "ADDRESS", _address),
     # Never the token itself: every user of this host sees the arguments of every process.
     "--token-file": _rules(

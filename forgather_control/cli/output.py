@@ -117,6 +117,14 @@ def status_screen(status: dict[str, Any], unicode: bool, past: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
+def status_line(job: str, status: dict[str, Any]) -> str:
+    """Show how far a job is, on one line."""
+    step, end, progress = status["global_step"], status.get("max_steps"), status.get("progress")
+    share = "" if progress is None else f" ({100 * progress:.1f} %)"
+    far = f"step {step}" + ("" if end is None else f" of {end}{share}")
+    return safe(f"{job}: {status['status']}, {far}, {_speed_line(status).replace('   ', ', ')}")
+
+
 def _progress_line(status: dict[str, Any], unicode: bool) -> str:
     step, end, progress = status["global_step"], status.get("max_steps"), status.get("progress")
     if end is None or progress is None:

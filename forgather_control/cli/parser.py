@@ -15,10 +15,11 @@ from ..client.target import suggestion
 from ..errors import ControlError
 from ..wire import conditions
 from ..wire.builtin import BUILTIN
-from . import exit_codes, options
+from . import exit_codes, job_words, options
 
 EPILOG: Final = f"""\
 JOB is the exact id of a job, or what SLURM or torchrun call it; leave it out where exactly one job is live.
+Where a verb takes several, JOB may also be a quoted pattern, such as 'run*'.
 Options may stand before or after the verb.
 {exit_codes.HELP}"""
 
@@ -96,7 +97,9 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
         known = re.findall(r"--[a-z-]+", parser.format_usage())
         hint = suggestion(unknown[0].partition("=")[0], known, f"{prog} {verb} --help shows all")
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
-    args.verb = verb
+    args.verb, args.is_many = verb, False
+    if verb in job_words.SEVERAL:
+        job_words.read(parser, args)
     if verb == "when":
         _read_rule(parser, args, inner, prog)
     _check(parser, args)
@@ -176,8 +179,6 @@ def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def _check_set(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Read the settings; without one, list them."""
-    if args.job is not None and "=" in args.job:
-        args.job, args.values = None, [args.job, *args.values]
     try:
         setattr(args, f"{options.PARAM}changes", options.settings(args.values) or None)
     except ValueError as err:
@@ -192,6 +193,8 @@ def _check_set(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 _OF_RULES: Final = (
     "--not-before",
     "--remove",
+    "--all",
+    "--parallel",
     "--json",
     "--connect",
     "--token-file",
@@ -200,13 +203,11 @@ _OF_RULES: Final = (
     "-h",
     "--help",
 )
-#: What a condition contains, and no job id.
-_IN_CONDITIONS: Final = r"[\s<>=!]"
 
 
 def _split_rule(given: list[str], others: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the options and words of ``when``, and the words of its command."""
-    at = next((at for at, word in enumerate(others) if re.search(_IN_CONDITIONS, word)), len(others))
+    at = next((at for at, word in enumerate(others) if re.search(job_words.IN_CONDITION, word)), len(others))
     own: list[str] = []
     inner = others[at + 1 :]
     with_values, rest = options.with_values(), iter(given)
@@ -218,8 +219,6 @@ def _split_rule(given: list[str], others: list[str]) -> tuple[list[str], list[st
 
 def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner: list[str], prog: str) -> None:
     """Read JOB, EXPR and the command; without EXPR, list or remove."""
-    if args.job is not None and re.search(_IN_CONDITIONS, args.job):
-        args.job, args.when = None, args.job
     args.command, given = None, vars(args)
     if args.when is None:
         if inner or given[f"{options.PARAM}not_before"] is not None:
@@ -239,6 +238,8 @@ def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner:
         parser.error(f"after EXPR comes what to do: {', '.join(commands)}")
     verb, *words = inner
     args.command = parse([verb, args.job or "job", *words], prog)  # a job id stands before its other words
+    if args.command.is_many and len(args.command.jobs) > 1:
+        parser.error(f"unrecognized arguments: {' '.join(args.command.jobs[1:])}")
     if args.command.params.keys() & {"wait", "timeout"} or vars(args.command).get("kill_after") is not None:
         parser.error("a rule gives its command later: it cannot wait for it")
     if args.command.verb == "set" and not args.command.values:
@@ -271,11 +272,12 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("job", metavar="JOB")
         parser.add_argument("method", metavar="METHOD")
         parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
-    elif verb == "watch":
-        parser.add_argument("jobs", metavar="JOB", nargs="*", help="exact id, or nothing where one job is live")
-        options.add(parser, "--once", "--interval")
+    elif verb in job_words.SEVERAL:
+        job_words.add(parser, verb)
     elif verb not in ("list", "cleanup"):
         parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
+    if verb == "watch":
+        options.add(parser, "--once", "--interval")
     if verb == "wait":
         options.add(parser, "--until", "--timeout")
     if verb == "run":
@@ -283,14 +285,10 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("values", metavar="KEY=VALUE", nargs="*", help="a parameter of the command")
         options.add(parser, "--wait", "--timeout", "--no-wait", "--reason")
     if verb == "when":
-        parser.add_argument("when", metavar="EXPR", nargs="?", help="a condition, followed by a verb and its words")
-        parser.usage = f"{parser.prog} [OPTIONS] [JOB] [EXPR VERB ...]"
         options.add(parser, "--remove")
     method = next((method for method in BUILTIN.values() if method.verb == verb), None)
     if method is not None:
         parser.set_defaults(method=method.name)
-        if verb == "set":
-            parser.add_argument("values", metavar="NAME=VALUE", nargs="*", help="a setting and its new value")
         for param in options.own_params(method):
             if verb not in ("set", "when") or param.name == "not_before":
                 options.add_param(parser, param)
@@ -300,7 +298,7 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
     if method is not None and method.is_command:
         options.add(parser, "--wait", "--timeout", "--reason")
     if verb == "abort":
-        options.add(parser, "--kill-after", "--force")
+        options.add(parser, "--kill-after")
 
 
 def _parser(prog: str, doc: str) -> argparse.ArgumentParser:

@@ -53,11 +53,15 @@ def print_answer(as_json: bool, answer: Any, show: Callable[..., str], *args: An
     """Print an answer as JSON, or as ``show(*args)`` makes it readable; InternalError: it cannot be shown."""
     if as_json:
         return print_json(answer)
+    return print_text(shown(show, *args))
+
+
+def shown(show: Callable[..., str], *args: Any) -> str:
+    """Return ``show(*args)``; InternalError: what the job sent cannot be shown."""
     try:
-        text = show(*args)
+        return show(*args)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
         raise InternalError("the other side sent an answer that cannot be shown; --json prints it") from err
-    return print_text(text)
 
 
 def has_colour() -> bool:

@@ -1,20 +1,22 @@
 """The Python interface: list jobs, connect to one, give it one command. Each function makes one connection."""
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from .. import states
-from ..errors import InternalError
+from ..errors import ControlError, InternalError
 from ..jobs import registry
 from ..jobs.record import jobs_dir
 from ..jobs.registry import Job
+from ..states import Wait
 from ..wire.records import CommandRecord
 from .connection import Client
 from .limits import CALL_TIMEOUT, LIST_TIMEOUT
 from .target import resolve
 
-#: What a call that gives a command waits for: once it is queued, once every rank applied it, or once it is done.
-Wait = Literal["accepted", "applied", "finished"]
 _Job = str | int | None
+#: Several jobs, as :func:`many.jobs` takes them.
+_Several = list[str] | list[int] | list[str | int] | tuple[str | int, ...]
+_Records = dict[str, CommandRecord | ControlError]
 _Text = str | None
 _Float = float | None
 
@@ -76,11 +78,16 @@ def cancel_command(job: _Job, command_id: str) -> CommandRecord:
     return CommandRecord.from_json(_call(job, "cancel_command", command_id=command_id))
 
 
-def _give(job: _Job, name: str, **params: Any) -> CommandRecord:
+def _give(job: _Job | _Several, name: str, **params: Any) -> CommandRecord | _Records:
+    if isinstance(job, (list, tuple)):
+        from .many import jobs  # few programs need it
+
+        return jobs(*job).command(name, **params) if job else {}
     with connect(job) as client:
         return client.command(name, **params)
 
 
+@overload
 def save_checkpoint(
     job: _Job = None,
     *,
@@ -89,11 +96,31 @@ def save_checkpoint(
     command_id: _Text = None,
     reason: _Text = None,
     evaluate: Literal["auto"] | bool | None = None,
-) -> CommandRecord:
+) -> CommandRecord: ...
+@overload
+def save_checkpoint(
+    job: _Several,
+    *,
+    wait: Wait = "accepted",
+    timeout: _Float = None,
+    command_id: _Text = None,
+    reason: _Text = None,
+    evaluate: Literal["auto"] | bool | None = None,
+) -> _Records: ...
+def save_checkpoint(
+    job: _Job | _Several = None,
+    *,
+    wait: Wait = "accepted",
+    timeout: _Float = None,
+    command_id: _Text = None,
+    reason: _Text = None,
+    evaluate: Literal["auto"] | bool | None = None,
+) -> CommandRecord | _Records:
     """Save a checkpoint now; with ``wait="finished"``, ``record.result["path"]`` is where it is.
 
     Args:
-        job: as in :func:`connect`.
+        job: as in :func:`connect`; a list of names and patterns, such as ``["run1", "sweep-*"]``, means several
+            jobs, and the result is a dictionary with a record or an error for each (see :class:`Jobs`).
         wait: return once the command is ``"accepted"``, ``"applied"`` by every rank, or ``"finished"``.
         timeout: seconds to wait; ``None`` waits as long as the job lives.
         command_id: an id chosen by the caller: the same id twice is the same command.
@@ -109,23 +136,62 @@ def save_checkpoint(
     return _give(job, "save_checkpoint", wait=wait, timeout=timeout, command_id=command_id, reason=reason, **own)
 
 
+@overload
 def graceful_stop(
     job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> CommandRecord:
+) -> CommandRecord: ...
+@overload
+def graceful_stop(
+    job: _Several, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
+) -> _Records: ...
+def graceful_stop(
+    job: _Job | _Several = None,
+    *,
+    wait: Wait = "accepted",
+    timeout: _Float = None,
+    command_id: _Text = None,
+    reason: _Text = None,
+) -> CommandRecord | _Records:
     """Finish the current step and end. Arguments and errors as in :func:`save_checkpoint`."""
     return _give(job, "graceful_stop", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
+@overload
 def save_and_stop(
     job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> CommandRecord:
+) -> CommandRecord: ...
+@overload
+def save_and_stop(
+    job: _Several, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
+) -> _Records: ...
+def save_and_stop(
+    job: _Job | _Several = None,
+    *,
+    wait: Wait = "accepted",
+    timeout: _Float = None,
+    command_id: _Text = None,
+    reason: _Text = None,
+) -> CommandRecord | _Records:
     """Save a checkpoint, then end. Arguments and errors as in :func:`save_checkpoint`."""
     return _give(job, "save_and_stop", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 
 
+@overload
 def abort(
     job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> CommandRecord:
+) -> CommandRecord: ...
+@overload
+def abort(
+    job: _Several, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
+) -> _Records: ...
+def abort(
+    job: _Job | _Several = None,
+    *,
+    wait: Wait = "accepted",
+    timeout: _Float = None,
+    command_id: _Text = None,
+    reason: _Text = None,
+) -> CommandRecord | _Records:
     """End at once without saving. Arguments and errors as in :func:`save_checkpoint`."""
     return _give(job, "abort", wait=wait, timeout=timeout, command_id=command_id, reason=reason)
 

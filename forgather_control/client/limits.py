@@ -48,3 +48,5 @@ RENEW_PERIOD: Final = 3.0
 #: Events and commands of a job that are kept for a screen, and points of a curve that are asked for.
 EVENTS_SHOWN: Final = 8
 CURVE_POINTS: Final = 120
+#: Jobs that are called at a time where a verb or a function takes several, unless the caller chooses.
+PARALLEL: Final = 8

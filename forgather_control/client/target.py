@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from .. import states
 from ..deadline import Deadline
@@ -19,6 +19,8 @@ from .transport import SocketTransport, Transport
 TOKEN: Final = "FORGATHER_CONTROL_TOKEN"
 #: The addresses that stand for every address of a host.
 _ANY: Final = ("0.0.0.0", "::")
+#: A job as its record tells it, or as another host lists it.
+AnyJob = TypeVar("AnyJob", JobRecord, registry.Job)
 
 
 def find(job: str | int | None = None) -> JobRecord:
@@ -38,14 +40,33 @@ def find(job: str | int | None = None) -> JobRecord:
     if record is not None:
         return record
     records = registry.scan(root)[0] if name else []
-    launched = [(record, record.launch) for record in records if record.launch and name in record.launch.names]
-    # Those that their launcher has started again since have ended, whatever they left.
-    latest = [record for record, launch in launched if not any(other.follows(launch) for _, other in launched)]
-    shown = ascii(name)[:140]
+    latest = launched(records, name)
     if latest:
-        return _only(latest, f"{shown} names several jobs")
-    hint = suggestion(name, [record.job_id for record in records], "forgather-control list shows what is there")
-    raise NoSuchJob(f"No job {shown} in {root}; {hint}", job=name)
+        return only(latest, name)
+    raise no_such_job(name, [record.job_id for record in records], root)
+
+
+def launched(records: Iterable[AnyJob], name: str) -> list[AnyJob]:
+    """Return the jobs that SLURM or torchrun call by this name."""
+    found = [(record, record.launch) for record in records if record.launch and name in record.launch.names]
+    # Those that their launcher has started again since have ended, whatever they left.
+    return [record for record, launch in found if not any(other.follows(launch) for _, other in found)]
+
+
+def only(records: list[AnyJob], name: str) -> AnyJob:
+    """Return the one job that has a name; AmbiguousJob: there are several."""
+    return _only(records, f"{ascii(name)[:140]} names several jobs")
+
+
+def no_such_job(name: str, known: list[str], place: str) -> NoSuchJob:
+    """Return the error for a name that no job has; it suggests an id that is similar."""
+    hint = suggestion(name, known, "forgather-control list shows what is there")
+    return NoSuchJob(f"No job {ascii(name)[:140]} in {place}; {hint}", job=name)
+
+
+def is_pattern(word: str) -> bool:
+    """Whether a word is a pattern of job ids: those contain none of these characters."""
+    return not frozenset("*?[").isdisjoint(word)
 
 
 def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -57,7 +78,7 @@ def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {similar[0]}?" if similar else otherwise
 
 
-def _only(records: list[JobRecord], problem: str) -> JobRecord:
+def _only(records: list[AnyJob], problem: str) -> AnyJob:
     if len(records) == 1:
         return records[0]
     names = [record.job_id for record in records]

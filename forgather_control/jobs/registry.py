@@ -108,13 +108,22 @@ def discover(root: str, seconds: float) -> tuple[list[Job], dict[str, str]]:
         seconds: the longest time to wait for all answers together; jobs that are dead take none of it.
     """
     records, left_out = scan(root)
+    return look(root, records, seconds), left_out
+
+
+def look(root: str, records: list[JobRecord], seconds: float) -> list[Job]:
+    """Return the jobs of these records with their states; otherwise as :func:`discover`."""
     answers = _ask_running(records, "status", seconds)
-    return [_job(root, record, answers.get(record.job_id)) for record in records], left_out
+    return [_job(root, record, answers.get(record.job_id)) for record in records]
 
 
 def live_records(root: str, seconds: float) -> list[JobRecord]:
     """Return the records of the live jobs, newest first; otherwise as :func:`discover`."""
-    records, _ = scan(root)
+    return answering(scan(root)[0], seconds)
+
+
+def answering(records: list[JobRecord], seconds: float) -> list[JobRecord]:
+    """Return those of the records whose jobs answer over their sockets."""
     answers = _ask_running(records, "ping", seconds)
     return [record for record in records if record.job_id in answers]
 

@@ -40,10 +40,28 @@ def test_all_is_what_the_modules_give():
     """Each public name is the object that its own module defines."""
     assert sorted(forgather_control.__all__) == forgather_control.__all__
     assert forgather_control._MODULES.keys() < set(PUBLIC)
-    for name in PUBLIC:
+    for name in set(PUBLIC) - {"jobs"}:
         module = importlib.import_module(f"forgather_control.{module_of(name)}")
         assert getattr(forgather_control, name) is getattr(module, name)
         assert getattr(forgather_control, name).__module__ == module.__name__
+
+
+@pytest.mark.parametrize("first", ["", "registry", "record"])
+def test_jobs_is_a_package_and_a_function(first):
+    """``jobs`` is the package, whatever is imported first, and calling it is calling ``client.many.jobs``."""
+    before = f"import forgather_control.jobs.{first}" if first else "pass"
+    shown = ends_well(
+        f"""
+        import json
+        {before}
+        from forgather_control import Jobs, jobs
+        import forgather_control.jobs.registry
+        assert forgather_control.jobs is jobs and jobs.registry is forgather_control.jobs.registry
+        assert type(jobs("run*")) is Jobs
+        print(json.dumps([jobs.__name__, repr(jobs("run*", parallel=1))]))
+        """
+    )
+    assert shown == ["forgather_control.jobs", "<Jobs run*>"]
 
 
 def test_type_checkers_see_the_same():
