@@ -64,7 +64,7 @@ def forgather(argv: Sequence[str] | None = None) -> int:
 
 def _do(args: argparse.Namespace) -> int:
     """Run the verb, for one job or for several."""
-    if args.is_many:
+    if args.is_many and args.verb != "watch":
         from . import many
 
         code = many.run(args)

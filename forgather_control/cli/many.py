@@ -168,16 +168,16 @@ class _Report:
     def _told(self, name: str, answer: Any) -> _Told:
         if isinstance(answer, ControlError):
             text = output.in_verbs(str(answer)) + job_words.hint(self._args, answer)
-            known = {"job": name, "error": jsonrpc.error_object(answer)}
+            known = {"job_id": name, "error": jsonrpc.error_object(answer)}
             return _Told(known, exit_code(answer), _failure(answer), problem=f"{name}: {text}")
         if self._args.verb == "ranks":
             problem = answer.problem and f"{name}: {answer.problem}; what can be seen from here:"
             code, word = (DONE, "answered") if problem is None else (NO_ANSWER, "without answer")
             table = lambda: f"{name}:\n{output.rank_table(answer.rows, terminal.has_colour())}"  # noqa: E731
-            return _Told({"job": name, "result": answer.rows}, code, word, table, problem)
+            return _Told({"job_id": name, "result": answer.rows}, code, word, table, problem)
         if getattr(self._args, "kill_after", None) is not None and not isinstance(answer, dict):
             return self._aborted(name, answer)
-        known = {"job": name, "result": answer}
+        known = {"job_id": name, "result": answer}
         if not BUILTIN[self._args.method].is_command:
             return _Told(known, DONE, "answered", lambda: _screen(self._args.method, name, answer))
         record = CommandRecord.from_json(answer)
@@ -194,7 +194,7 @@ class _Report:
         if end.missing:
             problem += f"; {end.missing} more of its processes are not recorded, and were left alone"
         code = kill_code({process["outcome"] for process in end.outcomes}, end.missing)
-        known = {"job": name, "error": jsonrpc.error_object(end.problem), "processes": end.outcomes}
+        known = {"job_id": name, "error": jsonrpc.error_object(end.problem), "processes": end.outcomes}
         word = "killed" if code == DONE else "not killed"
         lines = lambda: "\n".join(f"{name}: {line}" for line in output.process_outcomes(end.outcomes).split("\n"))  # noqa: E731
         return _Told(known, code, word, lines, f"{name}: {problem}")

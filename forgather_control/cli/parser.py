@@ -89,8 +89,6 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     _add_words(parser, verb)
     if any(word.startswith("--wait=") for word in given):
         parser.error("--wait takes no value; --timeout SECONDS gives up waiting")
-    if verb == "when" and len(others) > 2:
-        parser.error("EXPR is one word in quotes, behind JOB: when run1 'eval_loss > 2.0 for 3' save-stop")
     is_odd = any(word.startswith("-") for word in others)
     args, unknown = parser.parse_known_args([*given, *(["--"] if is_odd else []), *others])
     if unknown:
@@ -220,7 +218,10 @@ def _split_rule(given: list[str], others: list[str]) -> tuple[list[str], list[st
 def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner: list[str], prog: str) -> None:
     """Read JOB, EXPR and the command; without EXPR, list or remove."""
     args.command, given = None, vars(args)
+    commands = [method.verb for method in BUILTIN.values() if method.is_command and method.verb] + ["run"]
     if args.when is None:
+        if not {*commands}.isdisjoint(args.jobs[1:]):
+            parser.error("EXPR is one word in quotes, behind JOB: when run1 'eval_loss > 2.0 for 3' save-stop")
         if inner or given[f"{options.PARAM}not_before"] is not None:
             parser.error("the EXPR of the rule is missing, such as 'eval_loss > 2.0 for 3'")
         args.method = "list_rules" if args.remove is None else "remove_rule"
@@ -233,13 +234,14 @@ def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner:
         conditions.parse(args.when)
     except ControlError as err:
         parser.error(str(err))
-    commands = [method.verb for method in BUILTIN.values() if method.is_command and method.verb] + ["run"]
     if not inner or inner[0] not in commands:
         parser.error(f"after EXPR comes what to do: {', '.join(commands)}")
     verb, *words = inner
     args.command = parse([verb, args.job or "job", *words], prog)  # a job id stands before its other words
-    if args.command.is_many and len(args.command.jobs) > 1:
-        parser.error(f"unrecognized arguments: {' '.join(args.command.jobs[1:])}")
+    more = vars(args.command).get("jobs", [])[1:]
+    if more:
+        what = "a setting is NAME=VALUE, not" if verb == "set" else "unrecognized arguments:"
+        parser.error(f"{what} {ascii(' '.join(more))[:140]}")
     if args.command.params.keys() & {"wait", "timeout"} or vars(args.command).get("kill_after") is not None:
         parser.error("a rule gives its command later: it cannot wait for it")
     if args.command.verb == "set" and not args.command.values:

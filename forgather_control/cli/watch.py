@@ -16,7 +16,7 @@ from ..client import target
 from ..client.connection import Client
 from ..client.following import Follower
 from ..client.target import Target
-from ..errors import ControlError
+from ..errors import ControlError, NoSuchJob
 from . import output, terminal
 from .exit_codes import DONE
 from .terminal import print_json, print_text
@@ -28,7 +28,7 @@ _EXTRA = "colours: pip install 'forgather_control[watch]'"
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    finds = [partial(_find, args, name) for name in args.jobs or [None]]
+    finds = [partial(_find, args, name) for name in _names(args)]
     if args.once:
         return _once(args, finds)
     if args.json or not sys.stdout.isatty():
@@ -44,6 +44,20 @@ def run(args: argparse.Namespace) -> int:
         for each in found:
             each.stop()
     return DONE
+
+
+def _names(args: argparse.Namespace) -> Sequence[str | None]:
+    """Return the jobs that the words mean; FindError: one of them means none."""
+    if not args.is_many:
+        return args.jobs or [None]
+    from ..client.selection import select
+
+    found = select(args.jobs, args.all, args.ssh)
+    for problem in found.problems.values():
+        raise problem
+    if not found.targets:
+        raise NoSuchJob("No live job; forgather-control list shows what is there")
+    return [each.name for each in found.targets]
 
 
 def _find(args: argparse.Namespace, name: str | None) -> Target:

@@ -49,7 +49,7 @@ def test_a_save_of_several(capsys):
         code, out, _ = run(capsys, "save", "--all")
         assert code == 0 and out.splitlines()[-1] == "save of 3 jobs: 3 accepted"
         code, out, _ = run(capsys, "save", "other", "run1", "--json", "--timeout=20")
-        found = {line["job"]: line["result"] for line in map(json.loads, out.splitlines())}
+        found = {line["job_id"]: line["result"] for line in map(json.loads, out.splitlines())}
         assert code == 0 and {name: record["state"] for name, record in found.items()} == dict.fromkeys(
             ("other", "run1"), "finished"
         )
@@ -112,7 +112,7 @@ def test_every_kind_of_trouble_at_once():
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and all(Path(line.rpartition(": ")[2]).name.startswith("checkpoint-") for line in lines[:2])
     assert lines[-1] == "save of 6 jobs: 2 finished, 2 not found, 1 dead, 1 without answer"
-    rows = {row["job"]: row for row in map(json.loads, as_json.stdout.splitlines())}
+    rows = {row["job_id"]: row for row in map(json.loads, as_json.stdout.splitlines())}
     assert {name: row["error"]["code"] for name, row in rows.items() if "error" in row} == {
         "no-such": -31021,
         "dead": -31023,
@@ -226,7 +226,7 @@ def test_an_abort_that_kills():
         os.kill(stuck.pid, signal.SIGSTOP)
         (line,) = cli("abort", "stuc*", "--force", "--kill-after", "0.5", "--json").stdout.splitlines()
         row = json.loads(line)
-        assert row["job"] == "stuck" and row["processes"][0]["outcome"] == "killed" and "error" in row
+        assert row["job_id"] == "stuck" and row["processes"][0]["outcome"] == "killed" and "error" in row
 
 
 def test_interrupted():

@@ -70,6 +70,13 @@ def test_once(jobs_dir):
         lines = cli("watch", "one", "two", "--once", "--json").stdout.splitlines()
         assert [json.loads(line)["job_id"] for line in lines] == ["one", "two"]
         assert cli("watch", "nowhere", "--once").returncode == 3
+        for words in (["o*", "two"], ["--all"], ["[ot]*"]):
+            assert [line for line in cli("watch", *words, "--once").stdout.splitlines() if "training" in line] == [
+                line for line in shown.splitlines() if "training" in line
+            ]
+        for words in (["o*", "nowhere"], ["x*"]):
+            assert cli("watch", *words, "--once").returncode == 3
+    assert cli("watch", "--all", "--once").returncode == 3
 
 
 def test_in_a_pipe_each_event_is_a_line(jobs_dir):

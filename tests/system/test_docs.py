@@ -375,6 +375,8 @@ def test_the_table_of_options():
         "all": {*verbs()},
         "all but `cleanup`": {*verbs()} - {"cleanup"},
         "those with JOB": {verb for verb, usage in verbs().items() if "JOB" in usage},
+        "those with JOB...": {verb for verb, usage in verbs().items() if "JOB..." in usage},
+        "those with JOB... but `watch`": {verb for verb, usage in verbs().items() if "JOB..." in usage} - {"watch"},
         "those with JOB, `list`": {verb for verb, usage in verbs().items() if "JOB" in usage} | {"list"},
     }
     documented: dict[str, set[str]] = {verb: {"--help"} for verb in verbs()}
@@ -451,6 +453,8 @@ def test_the_tables_of_the_python_page():
     for head, cls in (("member", forgather_control.TrainingJob), ("method", forgather_control.Client)):
         names = {cell.partition("(")[0] for cell in first_words(page, head)}
         assert names == {name for name in dir(cls) if not name.startswith("_")} - UNDOCUMENTED
+    names = {cell.partition("(")[0] for cell in first_words(page, "method of `Jobs`")}
+    assert names == {name for name in dir(forgather_control.jobs("x")) if not name.startswith("_")}
     for name in set(forgather_control.__all__) - {"__version__"}:
         assert f"`{name}" in PAGES[page] + PAGES["docs/wire.md"], name
 
