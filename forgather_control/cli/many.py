@@ -14,13 +14,13 @@ from ..client.limits import KILL_GRACE, LIST_TIMEOUT
 from ..client.many import Calls
 from ..client.selection import select
 from ..client.target import Target, is_pattern
-from ..errors import ControlError, DeadlinePassed, JobDead, NoSuchJob
+from ..errors import ControlError, DeadlinePassed, FindError, JobDead, NoSuchJob
 from ..jobs import registry
 from ..jobs.record import jobs_dir
 from ..wire import jsonrpc
 from ..wire.builtin import BUILTIN
 from ..wire.records import CommandRecord
-from . import command_output, job_words, output, terminal
+from . import command_output, job_table, job_words, output, terminal
 from .exit_codes import DONE, INTERRUPTED, NO_ANSWER, NO_SUCH_JOB, REFUSED, TOO_LATE, exit_code, kill_code
 from .terminal import Refusal, complain
 
@@ -71,7 +71,10 @@ def _confirm(args: argparse.Namespace, targets: list[Target]) -> None:
     records = [target.record for target in targets if target.record is not None]
     if records:
         jobs = [job for job in registry.look(jobs_dir(), records, LIST_TIMEOUT) if job.state != states.JOB_DEAD]
-        names, lines = [job.job_id for job in jobs], output.job_table(jobs, colour=False).splitlines()
+        names, lines = (
+            [job.job_id for job in jobs],
+            job_table.job_table(jobs, colour=False, width=terminal.width()).splitlines(),
+        )
     if not names or (len(names) == 1 and args.verb != "abort"):
         return
     for line in lines:
@@ -169,7 +172,8 @@ class _Report:
         if isinstance(answer, ControlError):
             text = output.in_verbs(str(answer)) + job_words.hint(self._args, answer)
             known = {"job_id": name, "error": jsonrpc.error_object(answer)}
-            return _Told(known, exit_code(answer), _failure(answer), problem=f"{name}: {text}")
+            told = _Told(known, exit_code(answer), _failure(answer), problem=f"{name}: {text}")
+            return told if self._args.verb != "status" or self._args.ssh is not None else _with_past(told, answer)
         if self._args.verb == "ranks":
             problem = answer.problem and f"{name}: {answer.problem}; what can be seen from here:"
             code, word = (DONE, "answered") if problem is None else (NO_ANSWER, "without answer")
@@ -198,6 +202,19 @@ class _Report:
         word = "killed" if code == DONE else "not killed"
         lines = lambda: "\n".join(f"{name}: {line}" for line in output.process_outcomes(end.outcomes).split("\n"))  # noqa: E731
         return _Told(known, code, word, lines, f"{name}: {problem}")
+
+
+def _with_past(told: _Told, error: ControlError) -> _Told:
+    """Add what is left of a job that does not answer ``status``; if it has ended, that is the answer."""
+    from . import status
+
+    name = told.json["job_id"]
+    past = status.one_of_many(name, error) if isinstance(error, FindError) else None
+    if past is None:
+        return told
+    if past.is_ended:
+        return _Told({"job_id": name, **past.json}, DONE, "ended", past.line)
+    return told._replace(json={**told.json, **past.json}, text=past.line)
 
 
 def _failure(error: ControlError) -> str:

@@ -117,12 +117,13 @@ def status_screen(status: dict[str, Any], unicode: bool, past: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
-def status_line(job: str, status: dict[str, Any]) -> str:
-    """Show how far a job is, on one line."""
+def status_line(job: str, status: dict[str, Any], past: str = "") -> str:
+    """Show how far a job is, on one line; ``past`` as in :func:`status_screen`."""
     step, end, progress = status["global_step"], status.get("max_steps"), status.get("progress")
     share = "" if progress is None else f" ({100 * progress:.1f} %)"
     far = f"step {step}" + ("" if end is None else f" of {end}{share}")
-    return safe(f"{job}: {status['status']}, {far}, {_speed_line(status).replace('   ', ', ')}")
+    speed = "" if past else f", {_speed_line(status, is_past=False).replace('   ', ', ')}"
+    return safe(f"{job}: {past or status['status']}, {far}{speed}")
 
 
 def _progress_line(status: dict[str, Any], unicode: bool) -> str:

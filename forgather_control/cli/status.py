@@ -1,6 +1,8 @@
 """The verb ``status``: of a live job its answer; of one that does not answer, or has ended, what it wrote last."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ..client import target
 from ..client.connection import Client
@@ -44,10 +46,8 @@ def _past(args: argparse.Namespace, err: ControlError) -> int:
     if args.ssh is None and args.connect is None and not isinstance(err, NoSuchJob):
         last = last_status.read(jobs_dir(), str(job_id))
     if last is not None:
-        known = {**last.status, "last_known_at": last.written_at}
-        told = {**known, "error": jsonrpc.error_object(err)}
-        now = "is dead" if isinstance(err, JobDead) else "does not answer"
-        was = f"{now}; it was {last.status.get('status')} {output.duration(last.age)} ago"
+        told = {**last_known(last), "error": jsonrpc.error_object(err)}
+        was = was_last(last, err)
         print_answer(args.json, told, output.status_screen, last.status, terminal.has_unicode(), was)
         return complain(output.in_verbs(str(err)), exit_code(err))
     job = of_ended(args)
@@ -55,6 +55,41 @@ def _past(args: argparse.Namespace, err: ControlError) -> int:
         raise err
     print_answer(args.json, {**(job.status or {}), "ended": job.to_json()}, _screen, job)
     return DONE
+
+
+class Past(NamedTuple):
+    """What is left of one of several jobs that does not answer."""
+
+    json: dict[str, Any]  #: What a line of JSON has instead of, or beside, the answer.
+    line: Callable[[], str]
+    is_ended: (
+        bool  #: Whether it ended in an orderly way or was cleaned up, which is an answer; else it is dead or silent.
+    )
+
+
+def one_of_many(name: str, err: ControlError) -> Past | None:
+    """Return what is left of a job of this host that does not answer; ``None`` if nothing is."""
+    last = None if isinstance(err, NoSuchJob) else last_status.read(jobs_dir(), name)
+    if last is not None:
+        was = was_last(last, err)
+        return Past({"last_status": last_known(last)}, lambda: output.status_line(name, last.status, was), False)
+    job = ended.find(jobs_dir(), name)
+    if job is None:
+        return None
+    known = {**(job.status or {}), "global_step": job.global_step}
+    told = {"result": {**(job.status or {}), "ended": job.to_json()}}
+    return Past(told, lambda: output.status_line(name, known, past(job)), True)
+
+
+def last_known(last: last_status.LastStatus) -> dict[str, Any]:
+    """Return what a job wrote last, with the time of that."""
+    return {**last.status, "last_known_at": last.written_at}
+
+
+def was_last(last: last_status.LastStatus, err: ControlError) -> str:
+    """Say what became of a job that does not answer, and what it was doing when it wrote its status."""
+    now = "is dead" if isinstance(err, JobDead) else "does not answer"
+    return f"{now}; it was {last.status.get('status')} {output.duration(last.age)} ago"
 
 
 def _screen(job: EndedJob) -> str:
