@@ -121,6 +121,29 @@ def test_every_kind_of_trouble_at_once():
     assert {name for name, row in rows.items() if "result" in row} == {"run1", "run2"}
 
 
+def test_status_of_jobs_that_do_not_answer(capsys):
+    """What is left of them: of one that has ended how, of one that is dead or silent what it wrote last."""
+    root = Path(os.environ["FORGATHER_JOBS_DIR"])
+    with running_loop("done") as run_, job_process("dead") as dead, job_process("stuck") as stuck:
+        until(lambda: run_.steps and (root / "dead/status.json").exists() and (root / "stuck/status.json").exists())
+        assert run(capsys, "stop", "done", "--timeout=20")[0] == 0
+        run_.thread.join(SOON)
+        dead.kill()
+        os.kill(stuck.pid, signal.SIGSTOP)
+        words = ["status", "done", "dead", "stuck", "never"]
+        done, as_json = cli(*words), cli(*words, "--json")
+        os.kill(stuck.pid, signal.SIGCONT)
+    assert done.returncode == as_json.returncode == 4
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert told["done"].startswith("has ended: ") and ", step " in told["done"]
+    assert told["dead"].startswith("is dead; it was ") and told["stuck"].startswith("does not answer; it was ")
+    assert told["status of 4 jobs"] == "1 ended, 1 not found, 1 dead, 1 without answer"
+    assert sorted(line.partition(":")[0] for line in done.stderr.splitlines()) == ["dead", "never", "stuck"]
+    rows = {row["job_id"]: row for row in map(json.loads, as_json.stdout.splitlines())}
+    assert rows["done"]["result"]["ended"]["how"] and rows["dead"]["last_status"]["job_id"] == "dead"
+    assert {name for name, row in rows.items() if "error" in row} == {"dead", "stuck", "never"}
+
+
 def test_ranks_of_one_that_does_not_answer():
     """What its records tell is shown, and counted as no answer."""
     with job_process("run1"), job_process("stuck") as stuck:

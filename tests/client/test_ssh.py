@@ -188,6 +188,20 @@ def test_every_verb_works_from_a_host_without_jobs(box):
         assert not run.thread.is_alive()
 
 
+def test_several_jobs_of_that_host(box):
+    """Patterns and --all mean the jobs there, each over a connection of its own."""
+    with running_loop("run1") as one, running_loop("run2") as two, running_loop("other") as other:
+        done = over("save", "run*", "no-such", "--timeout=20")
+        assert done.returncode == 3 and done.stdout.endswith("save of 3 jobs: 2 finished, 1 not found\n")
+        assert done.stderr.startswith("no-such: box: No job 'no-such'")
+        assert (len(one.saves), len(two.saves), len(other.saves)) == (1, 1, 0)
+        assert over("status", "--all", "--parallel=2").stdout.endswith("status of 3 jobs: 3 answered\n")
+        assert over("stop", "other", "run1").returncode == 2 and not one.job.should_stop
+        done = over("stop", "--all", "--force", "--timeout=20")
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("stop of 3 jobs: 3 finished\n")
+    assert over("stop", "--all", "--force").returncode == 3
+
+
 def test_list_as_json_and_what_was_left_out(box, jobs_dir):
     """The other side's JSON and its complaints arrive; an empty list says whose it is."""
     assert over("list").stdout == "no jobs on box\n"
