@@ -44,7 +44,8 @@ def outcome(job: str, record: dict[str, Any]) -> str:
     elif states.WHEN_EVALUATED in finishes_when:
         text = f"evaluated{took}{output.pairs(result.get('metrics') or {})}"
     else:
-        text = f"{name} finished{at_step}" + (f": {output.pairs(result)}" if result else "")
+        known = {each: value for each, value in result.items() if value is not None}
+        text = f"{name} finished{at_step}" + (f": {output.pairs(known)}" if known else "")
     return output.safe(f"{job}: {text}")
 
 
@@ -79,7 +80,7 @@ def _profile(job: str, result: dict[str, Any]) -> str:
     cost = output.duration(result["seconds_lost"])
     lines = [f"{job}: profiled {result['steps']} steps, which cost training {cost}{note}"]
     sizes = zip(result["paths"], result["sizes"])
-    lines += [f"rank {rank}: {path}, {output.mebibytes(size)}" for rank, (path, size) in enumerate(sizes)]
+    lines += [f"rank {rank}: {path}, {size / 2**20:.1f} MiB" for rank, (path, size) in enumerate(sizes)]
     table = output.align(_OPERATION_COLUMNS, result["operations"], colour=False) if result["operations"] else ""
     return "\n".join([*map(output.safe, lines), *([table] if table else [])])
 

@@ -466,3 +466,23 @@ def test_rules_are_safe(text, wanted):
     """Nothing of a rule gets to the terminal raw."""
     rule = {**RULE, "when": text, "do": text, "params": {text: text, "n": [text]}, "note": text}
     assert harmless(command_output.rules_text(text, [rule]), 3).count(wanted) >= 5
+
+
+def test_a_command_without_a_value():
+    """Nothing is said of it."""
+    record = {"command": "pause", "state": "finished", "applied_at_step": 7, "result": {"value": None}}
+    assert command_output.outcome("job", record) == "job: pause finished at step 7"
+
+
+def test_a_profile():
+    """Its cost, a file for each rank, and the operations."""
+    row = {"name": "aten::mm", "device": "cpu", "calls": 2, "self_ms": 0.5, "total_ms": 1.25}
+    result = {"paths": ["/a", "/b"], "sizes": [1 << 19, 1 << 21], "steps": 3, "seconds_lost": 0.5, "operations": [row]}
+    record = {"command": "profile", "state": "finished", "applied_at_step": 7, "result": {**result, "note": "short"}}
+    assert command_output.outcome("job", record).splitlines() == [
+        "job: profiled 3 steps, which cost training 0.5 s; short",
+        "rank 0: /a, 0.5 MiB",
+        "rank 1: /b, 2.0 MiB",
+        "OPERATION  DEVICE  CALLS  SELF MS  TOTAL MS",
+        "aten::mm   cpu     2      0.500    1.250",
+    ]
