@@ -1,7 +1,7 @@
 """Two-phase commit of commands: all ranks apply the same list at the same step, and an idle step costs nothing.
 
 No torch, no thread and no clock in here, so that a test can drive it through every order of events. The owner's lock
-guards each object, except for the two attributes that an idle step touches (see :class:`Participant`).
+guards each object, except for the two attributes that an idle step touches (see ``participant``).
 
 Each rank has a *step*: the number of its last finished step, which only grows. A *round* carries one list of commands
 to all ranks. Its decision is one key of the store: written once, by compare-and-set, it holds either (T, commands) or
@@ -39,8 +39,9 @@ participant proposes it. All obey the proposal that is written first, so no rank
 off. The commands of a round that is off stay queued and are tried again.
 
 *A store that does not answer.* A rank that gets no answer to its proposal within ``GIVE_UP_TIMEOUT`` trains on. When
-the answer comes, a round that is off has done no harm, and one whose T lies ahead is applied there; only if the rank
-has passed T has it missed what the others did, and control is over.
+the answer comes, a round that is off has done no harm, and one whose T lies ahead is applied there. A rank that has
+passed T does not apply it, and says so. If all ranks have passed it, the commands are tried again; if only some, the
+others did what this one did not, and control is over.
 
 *Ranks that end, give up or die.* A rank whose training ended sends Leave; the others continue without it, and it owes
 no more reports. A rank whose control failed while its training continues ends all agreement: if the others stopped, it
@@ -50,13 +51,14 @@ training can have no further step then, and its launcher must notice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from .. import states
-from ..wire.records import Outcome, ScheduledCommand
-from . import limits
-from .messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
+from ..wire.records import Outcome
+from . import failures, limits
+from .messages import Applied, Commit, Join, Leave, Missed, Prepare, Ready, Reported
 from .tally import Tally
 
 
@@ -82,6 +84,16 @@ class AllApplied(NamedTuple):
     fault: str | None
 
 
+class NoneApplied(NamedTuple):
+    """Result: all ranks missed the round: its commands are to be tried again."""
+
+
+class Split(NamedTuple):
+    """Result: some ranks missed what the others applied, so that there are no more rounds."""
+
+    why: str
+
+
 class AllReported(NamedTuple):
     """Result: all ranks reported on the command; ``fault`` says why some never will, if so."""
 
@@ -90,90 +102,7 @@ class AllReported(NamedTuple):
     fault: str | None
 
 
-Action = Send | Decide | AllApplied | AllReported
-
-
-class Participant:
-    """One rank's side of the rounds.
-
-    The training thread alone writes ``step``, without a lock, before it reads ``must_wait``; the owner's lock guards
-    the rest.
-    """
-
-    def __init__(self, rank: int, step: int = 0) -> None:
-        self.rank = rank
-        self.step = step
-        self.must_wait = False  # whether the end of a step must call ``take``; all that an idle step reads
-        self.number = 0  # of the round that waits for its decision or for its step, or the last one there was
-        self._decision: Commit | None = None
-        self.overdue = False  # whether it trains on without the decision of the round, which may still come
-        self.missed = False  # whether it has passed the step of that decision
-
-    def tick(self, step: int) -> bool:
-        """Note the end of a step; return ``must_wait``. On the training thread, every step.
-
-        Where step numbers do not grow (each epoch starts from 1, say), the count continues from the last one.
-        """
-        last = self.step
-        self.step = step if step > last else last + 1
-        return self.must_wait
-
-    def prepare(self, number: int) -> Ready:
-        """Hold the training thread at its next step end; a Prepare that comes after its round's end changes nothing."""
-        if number > self.number:  # an overdue round was off, or there would be no other one
-            self.number, self._decision, self.overdue = number, None, False
-            self.must_wait = True  # before the step is read: see above
-        return Ready(number, self.rank, self.step)
-
-    def commit(self, decision: Commit) -> None:
-        """Note the decision of a round; one that comes late or twice changes nothing."""
-        if decision.number > self.number:  # off before its Prepare came, as are all rounds before it
-            self.forget()
-            self.number = decision.number
-        elif decision.number == self.number and (self.undecided or self.overdue):
-            self._decision = decision
-            self.must_wait = decision.due is not None
-            # As in ``prepare``, it is set before the step is read: a step end that is not counted here will wait.
-            self.missed = self.overdue and decision.due is not None and self.step >= decision.due
-            self.overdue = False
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the end of a step has to wait."""
-        return self.must_wait and self._decision is None
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether commands wait for their step."""
-        return self.must_wait and self._decision is not None
-
-    def overrun(self) -> None:
-        """Train on without the decision, which the store does not tell: it may be back in time."""
-        if self.undecided:
-            self.must_wait, self.overdue = False, True
-
-    def forget(self) -> None:
-        """Drop a round that is not decided, because no more will be received of it; one that is decided stands."""
-        if self.undecided:
-            self.must_wait = False
-
-    def skip(self) -> list[ScheduledCommand] | None:
-        """Return the commands of a decided round, if there is one, while training is paused at every rank.
-
-        All ranks advance to its step: none trains until then. It is greater than the step in every Ready, which they
-        sent before it was decided.
-        """
-        if self.is_decided and self._decision is not None and self._decision.due is not None:
-            self.step = max(self.step, self._decision.due)
-        return self.take()
-
-    def take(self) -> list[ScheduledCommand] | None:
-        """Return the commands of a decided round if they are due at this step end, else ``None``."""
-        decision = self._decision
-        if not self.must_wait or decision is None or decision.due is None or self.step < decision.due:
-            return None
-        self.must_wait = False
-        return decision.commands
+Action = Send | Decide | AllApplied | NoneApplied | Split | AllReported
 
 
 class Coordinator:
@@ -194,11 +123,12 @@ class Coordinator:
         self._deadline = 0.0
         self._delay = limits.RETRY_DELAY
         self._applied = Tally()  # of this round
+        self._missed: set[int] = set()
         self._reports: dict[str, Tally] = {}  # by command
         self._commands: list[str] = []  # of this round, that await reports
         self._early: list[Reported] = []  # on commands that are not known yet
 
-    def receive(self, message: Join | Ready | Applied | Reported | Leave) -> None:
+    def receive(self, message: Join | Ready | Applied | Missed | Reported | Leave) -> None:
         """Note what a rank sent."""
         match message:
             case Join(rank):
@@ -207,6 +137,9 @@ class Coordinator:
                 self._steps[rank] = step
             case Applied(number, rank, outcomes) if number == self.number:
                 self._applied.add(rank, outcomes)
+            case Missed(number, rank) if number == self.number and rank in self._applied.missing:
+                self._applied.add(rank, {})
+                self._missed.add(rank)
             case Reported(rank, command_id, outcome) if command_id in self._reports:
                 self._reports[command_id].add(rank, outcome)
             case Reported() if self._phase == "deciding":  # of a rank that gave the round up and read the decision
@@ -312,14 +245,26 @@ class Coordinator:
             for rank in list(tally.missing):
                 tally.drop(rank, self._lost)
         if self._phase == "committed" and not self._applied.missing:
+            actions += self._concluded()
             self._phase, self._commands = "idle", []
-            outcomes = {rank: answer for rank, answer in self._applied.answers.items() if answer}
-            actions.append(AllApplied(self.number, outcomes, self._applied.fault))
         for command_id, tally in list(self._reports.items()):
             if not tally.missing and command_id not in self._commands:  # applied comes before finished
                 del self._reports[command_id]
                 actions.append(AllReported(command_id, tally.answers, tally.fault))
         return actions
+
+    def _concluded(self) -> list[Action]:
+        if self._missed == self._applied.ranks:
+            self._reports = {name: tally for name, tally in self._reports.items() if name not in self._commands}
+            return [NoneApplied()]
+        outcomes = {rank: answer for rank, answer in self._applied.answers.items() if answer}
+        if not self._missed:
+            return [AllApplied(self.number, outcomes, self._applied.fault)]
+        why = failures.STORE_SILENT % (min(self._missed), limits.GIVE_UP_TIMEOUT)
+        self.fault = self.fault or why
+        for rank, name in itertools.product(self._missed, self._commands):
+            self._reports[name].drop(rank, why)
+        return [AllApplied(self.number, outcomes, self._applied.fault or why), Split(why)]
 
     def _count(self, now: float) -> list[Action]:
         steps = [self._steps[rank] for rank in self._asked if rank in self._steps]
@@ -329,5 +274,5 @@ class Coordinator:
             return []
         due = max(*steps, self._passed) + 1 if all_ready and not is_off else None
         # A rank that gave the round up may apply it, or leave, before the decision is known here.
-        self._phase, self._applied = "deciding", Tally(self._asked)
+        self._phase, self._applied, self._missed = "deciding", Tally(self._asked), set()
         return [Decide(self.number, due)]

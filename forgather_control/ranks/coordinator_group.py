@@ -110,9 +110,12 @@ class CoordinatorGroup(StoreGroup):
         if isinstance(message, Join):
             self._channel.post(lambda sender: self._join(message))  # one thread, so that the last one stays the last
         elif isinstance(message, Leave) and message.fault is not None:
-            self._lose_agreement(message.fault)
-            self._release()
-            self._send(self._others(), Released(), sender)
+            self._end_rounds(message.fault, sender)
+
+    def _end_rounds(self, why: str, sender: StoreSender) -> None:
+        self._lose_agreement(why)
+        self._release()
+        self._send(self._others(), Released(), sender)
 
     def _lose(self, why: str) -> None:
         super()._lose(why)
@@ -151,6 +154,8 @@ class CoordinatorGroup(StoreGroup):
                     self._decide(number, due, sender)
                 case consensus.AllApplied():
                     self._tell(self._judge(action, sender))
+                case consensus.Split(why):
+                    self._end_rounds(why, sender)
                 case _:
                     self._tell(action)
 
@@ -169,6 +174,8 @@ class CoordinatorGroup(StoreGroup):
         match action:
             case consensus.AllApplied(_, outcomes, fault):
                 self._delegate.all_applied(self._commands, self._step, outcomes, fault)
+            case consensus.NoneApplied():
+                self._delegate.put_back(self._commands)
             case consensus.AllReported():
                 self._complete(*action)
 

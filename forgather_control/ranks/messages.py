@@ -49,6 +49,13 @@ class Applied(NamedTuple):
     outcomes: dict[str, Outcome]  # by command id; only those that are not empty
 
 
+class Missed(NamedTuple):
+    """The rank trained on without the store, and had passed the step T when it read the decision."""
+
+    number: int
+    rank: int
+
+
 class Reported(NamedTuple):
     rank: int
     command_id: str
@@ -76,7 +83,21 @@ class Answer(NamedTuple):
     answer: Any
 
 
-Message = Join | Prepare | Ready | Commit | Settled | Released | Applied | Reported | Leave | Request | Query | Answer
+Message = (
+    Join
+    | Prepare
+    | Ready
+    | Commit
+    | Settled
+    | Released
+    | Applied
+    | Missed
+    | Reported
+    | Leave
+    | Request
+    | Query
+    | Answer
+)
 
 
 def decode_commit(number: int, due: int | None, commands: list[Any]) -> Commit:

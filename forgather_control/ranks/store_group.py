@@ -14,10 +14,11 @@ from contextlib import suppress
 from typing import Any
 
 from ..wire.records import Outcome, ScheduledCommand
-from . import consensus, failures, keys, limits, messages
+from . import failures, keys, limits, messages
 from .channel import Connect, StoreChannel, StoreSender
 from .group import RankGroup, RankGroupDelegate
-from .messages import Answer, Applied, Commit, Leave, Message, Prepare, Query, Released, Settled
+from .messages import Answer, Applied, Commit, Leave, Message, Missed, Prepare, Query, Released, Settled
+from .participant import Participant
 
 log = logging.getLogger("forgather_control")
 
@@ -33,7 +34,7 @@ class StoreGroup(RankGroup):
     def __init__(self, delegate: RankGroupDelegate, rank: int, size: int, connect: Connect, step: int) -> None:
         super().__init__(delegate, rank, size)
         self._lock = threading.Condition()
-        self._participant = consensus.Participant(rank, step)
+        self._participant = Participant(rank, step)
         self._channel = StoreChannel(connect, rank, self._on_message, self._on_idle, self._on_lost, self._on_end)
         self._join_by = time.monotonic() + limits.JOIN_TIMEOUT
         self._watches = False  # whether rank 0 joins; on one of the ranks, until that is known
@@ -141,11 +142,10 @@ class StoreGroup(RankGroup):
 
     def _commit(self, decision: Commit, sender: StoreSender) -> None:
         with self._lock:
-            self._participant.commit(decision)
-            missed = self._participant.missed
+            missed = self._participant.commit(decision)
             self._lock.notify_all()
         if missed:
-            self._miss(sender)
+            self._send((0,), Missed(decision.number, self.rank), sender)
 
     def _give_up(self, sender: StoreSender) -> None:
         """Propose to call off a round that holds this rank; all obey the first proposal, and this one reads it here."""
@@ -161,15 +161,11 @@ class StoreGroup(RankGroup):
             self._settled = number, why
             differs = why is None and self._undone == number
             self._lock.notify_all()
-        if differs:
-            self._miss(sender)
-
-    def _miss(self, sender: StoreSender) -> None:
-        """The others did what this rank did not, as the store did not answer it in time: there is no agreement."""
-        why = failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
-        self._lose(why)
-        self._leave(why, sender)
-        self._channel.close(0.0)
+        if differs:  # the others kept what this rank undid, as the store did not answer it in time
+            why = failures.STORE_SILENT % (self.rank, limits.GIVE_UP_TIMEOUT)
+            self._lose(why)
+            self._leave(why, sender)
+            self._channel.close(0.0)
 
     def _release(self) -> None:
         with self._lock:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from forgather_control.ranks import consensus, limits
-from forgather_control.ranks.consensus import AllApplied, AllReported, Coordinator, Participant, Send, Tally
-from forgather_control.ranks.messages import Applied, Commit, Join, Leave, Prepare, Ready, Reported
+from forgather_control.ranks.consensus import AllApplied, AllReported, Coordinator, Send, Tally
+from forgather_control.ranks.messages import Applied, Commit, Join, Leave, Missed, Prepare, Ready, Reported
+from forgather_control.ranks.participant import Participant
 
 #: The torch-free half runs on several Pythons, and these objects are pure: one of them tries every order.
 LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
@@ -1216,24 +1217,78 @@ def test_a_dropped_rank_answers_nothing_or_is_at_fault():
 
 @pytest.mark.parametrize(
     ("due", "missed", "waits"),
-    [(None, False, False), (7, False, True), (6, False, True), (5, True, True), (3, True, True)],
+    [(None, False, False), (7, False, True), (6, False, True), (5, True, False), (3, True, False)],
 )
 def test_a_decision_that_comes_after_the_rank_trained_on(due, missed, waits):
-    """Off does no harm, a step ahead is kept, and only one that was passed is missed."""
-    participant = consensus.Participant(1)
+    """Off does no harm, a step ahead is kept, and one that was passed is missed, and not applied later."""
+    participant = Participant(1)
     participant.tick(3)
     participant.prepare(1)
     participant.overrun()
     assert not participant.undecided and not participant.tick(4) and not participant.tick(5)
-    participant.commit(consensus.Commit(1, due, []))
-    assert (participant.missed, participant.must_wait) == (missed, waits)
+    assert participant.commit(consensus.Commit(1, due, [])) == missed
+    assert participant.must_wait == waits and participant.tick(6) == waits
+    assert (participant.take() is None) == (due != 6)
+    assert not participant.commit(consensus.Commit(1, due, [])), "it is said once"
 
 
 def test_a_new_round_says_that_an_overdue_one_was_off():
     """Else the others would still wait for this rank's answer."""
-    participant = consensus.Participant(1)
+    participant = Participant(1)
     participant.prepare(1)
     participant.overrun()
     participant.prepare(2)
-    participant.commit(consensus.Commit(1, 9, []))
-    assert participant.undecided and not participant.missed and participant.number == 2
+    assert not participant.commit(consensus.Commit(1, 9, []))
+    assert participant.undecided and participant.number == 2
+
+
+def decided_round(size, awaiting=()):
+    """A coordinator whose first round is decided for step 1."""
+    made = coordinator(size)
+    made.next(0.0, True)
+    for rank in range(size):
+        made.receive(Ready(1, rank, 0))
+    assert made.next(0.0, True) == [consensus.Decide(1, 1)]
+    made.decided(Commit(1, 1, []), awaiting, 0.0)
+    return made
+
+
+def test_a_round_that_all_ranks_missed_is_tried_again():
+    """Nothing was applied, so nothing is awaited, and the next round begins at once."""
+    made = decided_round(2, ("one",))
+    made.receive(Missed(1, 1))
+    assert made.next(0.0, False) == [] and made.unacknowledged == [0]
+    made.receive(Missed(1, 0))
+    assert made.next(0.0, False) == [consensus.NoneApplied()] and (made.missing, made.owed) == ([], False)
+    assert made.next(0.0, True) == [Send((0, 1), Prepare(2))] and made.fault is None
+
+
+def test_a_round_that_one_rank_missed_is_the_last():
+    """The others have done it: the command has failed, its reports come, and no round begins."""
+    made = decided_round(3, ("one",))
+    why = f"rank 1 got no answer from the store within {limits.GIVE_UP_TIMEOUT:g} s"
+    for message in (Applied(1, 0, {}), Missed(1, 1), Missed(1, 1), Applied(1, 2, {})):
+        made.receive(message)
+    assert made.next(0.0, True) == [AllApplied(1, {}, why), consensus.Split(why)]
+    for rank in (0, 2):
+        made.receive(Reported(rank, "one", {}))
+    assert made.next(100.0, True) == [AllReported("one", {0: {}, 2: {}}, why)] and made.fault == why
+
+
+def test_a_rank_that_left_may_have_applied_what_the_others_missed():
+    """It is not known that nobody did, so nothing is tried again."""
+    made = decided_round(2)
+    made.receive(Missed(1, 0))
+    made.receive(Leave(1, 1, None))
+    applied, split = made.next(0.0, True)
+    assert "rank 0" in applied.fault and applied.fault == split.why
+    assert made.next(100.0, True) == []
+
+
+def test_a_miss_of_another_round_changes_nothing():
+    """It comes late, or twice."""
+    made = decided_round(1)
+    made.receive(Missed(2, 0))
+    made.receive(Applied(1, 0, {}))
+    made.receive(Missed(1, 0))
+    assert made.next(0.0, False)[0] == AllApplied(1, {}, None)

@@ -19,6 +19,7 @@ EXAMPLES = [
     messages.Settled(1, "rank 1 could not do it"),
     messages.Released(),
     messages.Applied(1, 2, {"id": {"value": [1, "text"]}}),
+    messages.Missed(1, 2),
     messages.Reported(2, "id", {"error": {"code": 1, "message": "full"}}),
     messages.Leave(1, 40, "it broke"),
     messages.Request("abort"),

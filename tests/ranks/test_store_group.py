@@ -1030,7 +1030,7 @@ def test_a_receiver_breaks_while_its_rank_is_held(store, patient):
 
 @needs_torch
 def test_a_store_that_answers_one_rank_no_more(store, hasty):
-    """Training goes before agreement; but then this rank is out of it, and rank 0 learns so as soon as it can."""
+    """Training goes before agreement; but then it ends, and what this rank missed is not done there later."""
     back, real = threading.Event(), store()
 
     def stuck(*args: Any) -> Any:
@@ -1051,24 +1051,25 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
         until(lambda: made[1].holds)
         goes_on(made[1])
         back.set()
-        until(lambda: not any(thread.is_alive() for thread in made[1].group._channel._threads))
         until(lambda: made[0].record(name).is_final)
         assert "rank 1" in made[0].record(name).error
         with pytest.raises(JobEnding, match="rank 1"):
             made[0].order("save_checkpoint")
+        until(lambda: not made[1].group.agrees)
         goes_on(*made)
+        assert len(made[0].applied) == 1 and made[1].applied == []
 
 
 class Frozen:
-    """A store whose calls wait until a gate is open; the arrival of some message closes it, once."""
+    """A store whose calls wait until a gate is open; a call that found some words closes it, once."""
 
-    def __init__(self, real: Any, gate: threading.Event, closed_by: list[bytes]) -> None:
+    def __init__(self, real: Any, gate: threading.Event, closed_by: list[tuple[str, bytes]]) -> None:
         self.real, self.gate, self.closed_by = real, gate, closed_by
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
             found = getattr(self.real, name)(*args)
-            if name == "get" and self.closed_by and self.closed_by[0] in found:
+            if self.closed_by and self.closed_by[0][0] == name and self.closed_by[0][1] in found:
                 self.closed_by.clear()
                 self.gate.clear()
                 return found
@@ -1079,17 +1080,21 @@ class Frozen:
 
 
 @needs_torch
-@pytest.mark.parametrize("held", [False, True], ids=["before the round", "in the round"])
-def test_control_comes_back_with_a_store_that_was_frozen(store, hasty, held):
+@pytest.mark.parametrize(
+    "frozen",
+    [None, ("get", b"prepare"), ("compare_set", b"")],
+    ids=["before the round", "in the round", "as it is decided"],
+)
+def test_control_comes_back_with_a_store_that_was_frozen(store, hasty, frozen):
     """No rank is held for long, and the command that was given meanwhile is applied by all when the store is back."""
-    gate, closed_by = threading.Event(), [b"prepare"] if held else []
+    gate, closed_by = threading.Event(), [frozen] if frozen else []
     gate.set()
     with training(store, 3, begin=False) as made:
         for rank in made:
             torn(rank, lambda: Frozen(store(), gate, closed_by))
             rank.begin()
         until(lambda: bool(made[0].delegate.notes("joined")))
-        if not held:
+        if not frozen:
             gate.clear()
         name = made[0].order("save_checkpoint")
         until(lambda: not gate.is_set())

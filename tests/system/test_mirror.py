@@ -26,6 +26,7 @@ ELSEWHERE = {
     "server/connections": "server/test_server",
     "jobs/limits": "system/test_limits",
     "client/limits": "client/test_connection",
+    "ranks/participant": "ranks/test_consensus",
     "ranks/tally": "ranks/test_consensus",
     "ranks/polling_group": "ranks/test_group",
     "ranks/coordinator_group": "ranks/test_store_group",
