@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from .. import states
@@ -177,17 +178,17 @@ class _Report:
         if self._args.verb == "ranks":
             problem = answer.problem and f"{name}: {answer.problem}; what can be seen from here:"
             code, word = (DONE, "answered") if problem is None else (NO_ANSWER, "without answer")
-            table = lambda: f"{name}:\n{output.rank_table(answer.rows, terminal.has_colour())}"  # noqa: E731
+            table = partial(_ranks_text, name, answer.rows)
             return _Told({"job_id": name, "result": answer.rows}, code, word, table, problem)
         if getattr(self._args, "kill_after", None) is not None and not isinstance(answer, dict):
             return self._aborted(name, answer)
         known = {"job_id": name, "result": answer}
         if not BUILTIN[self._args.method].is_command:
-            return _Told(known, DONE, "answered", lambda: _screen(self._args.method, name, answer))
+            return _Told(known, DONE, "answered", partial(_screen, self._args.method, name, answer))
         record = CommandRecord.from_json(answer)
         if record.trouble is not None:
             return _Told(known, REFUSED, record.state, problem=f"{name}: {output.in_verbs(record.trouble)}")
-        return _Told(known, DONE, record.state, lambda: command_output.outcome(name, answer))
+        return _Told(known, DONE, record.state, partial(command_output.outcome, name, answer))
 
     def _aborted(self, name: str, end: Any) -> _Told:
         """Tell how an abort with --kill-after ended."""
@@ -200,8 +201,7 @@ class _Report:
         code = kill_code({process["outcome"] for process in end.outcomes}, end.missing)
         known = {"job_id": name, "error": jsonrpc.error_object(end.problem), "processes": end.outcomes}
         word = "killed" if code == DONE else "not killed"
-        lines = lambda: "\n".join(f"{name}: {line}" for line in output.process_outcomes(end.outcomes).split("\n"))  # noqa: E731
-        return _Told(known, code, word, lines, f"{name}: {problem}")
+        return _Told(known, code, word, partial(_killed_text, name, end.outcomes), f"{name}: {problem}")
 
 
 def _with_past(told: _Told, error: ControlError) -> _Told:
@@ -219,6 +219,14 @@ def _with_past(told: _Told, error: ControlError) -> _Told:
 
 def _failure(error: ControlError) -> str:
     return "dead" if isinstance(error, JobDead) else _FAILURES.get(exit_code(error), "refused")
+
+
+def _ranks_text(name: str, rows: list[dict[str, Any]]) -> str:
+    return f"{name}:\n{output.rank_table(rows, terminal.has_colour())}"
+
+
+def _killed_text(name: str, outcomes: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{name}: {line}" for line in output.process_outcomes(outcomes).split("\n"))
 
 
 def _screen(method: str, name: str, answer: Any) -> str:

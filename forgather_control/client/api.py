@@ -14,8 +14,8 @@ from .limits import CALL_TIMEOUT, LIST_TIMEOUT
 from .target import resolve
 
 _Job = str | int | None
-#: Several jobs, as :func:`many.jobs` takes them.
-_Several = list[str] | list[int] | list[str | int] | tuple[str | int, ...]
+#: Several jobs: words as :func:`many.jobs` takes them.
+_Several = list[Any] | tuple[Any, ...]
 _Records = dict[str, CommandRecord | ControlError]
 _Text = str | None
 _Float = float | None

@@ -155,7 +155,7 @@ class Jobs:
         """Change settings of each job, by name."""
         return self.command("change_settings", changes=dict(changes), wait=wait, **common)
 
-    def when(self, condition: str, do: str, not_before: int | None = None, /, **params: Any) -> _Results[Any]:
+    def when(self, condition: str, do: str, /, *, not_before: int | None = None, **params: Any) -> _Results[Any]:
         """Add a rule to each job: when the condition becomes true, give the command ``do`` with ``params``."""
         given = {"when": condition, "do": do, "params": params}
         return self.call("add_rule", **given, **({} if not_before is None else {"not_before": not_before}))

@@ -137,7 +137,7 @@ def test_each_command_has_its_method():
         assert changed["run1"].result["t"]["new"] == heat["t"] == 2.0
         assert isinstance(changed["run2"], errors.CommandRefused)
         assert {type(answer) for answer in both.evaluate(**done).values()} == {errors.CommandRefused}
-        rules = both.when("loss > 1e9 for 3", "abort", 5, reason="diverged")
+        rules = both.when("loss > 1e9 for 3", "abort", not_before=5, reason="diverged")
         assert {(rule["do"], rule["not_before"]) for rule in rules.values()} == {("abort", 5)}
         assert [len(rules) for rules in both.call("list_rules").values()] == [1, 1]
         assert jobs("run1").save_stop(**done)["run1"].state == "finished"
