@@ -49,7 +49,8 @@ STALE = f"{limits.REQUEST_FILE_TIMEOUT / 60:.0f} minutes old"
 HELD = f"the commands wait for the next round, at most {rank_limits.READY_TIMEOUT:.0f} s in each later minute"
 FROZEN = (
     "the rank trains on; control comes back with the store, but is off after "
-    f"{rank_limits.STORE_TIMEOUT:.0f} s, where only some ranks carried a command out meanwhile, or where one undid a change that is kept"
+    f"{rank_limits.STORE_TIMEOUT:.0f} s, where only some ranks carried a command out meanwhile, "
+    "or where one undid a change that is kept"
 )
 #: The rows of its table: what is limited, the number in the code, what happens beyond it; and the tests of each, at the
 #: limit and beyond it. Tests of this file are named without a module.
