@@ -71,10 +71,11 @@ class TrainingJob(Adapter):
         commands: Sequence[Callable[..., Any]] | None = None,
         settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] | None = None,
         rules: Sequence[Mapping[str, Any]] | None = None,
+        quiet: bool = False,
     ) -> None:
         super().__init__(
             *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout),
-            *(commands, settings, rules),
+            *(commands, settings, rules, quiet),
         )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)

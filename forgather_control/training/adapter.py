@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 from ..errors import ControlError
-from . import metrics, own_commands
+from . import metrics, own_commands, run_log
 from .controller import Controller
 from .loop_actions import RequestedActions
 from .options import ControlOptions
@@ -96,10 +96,11 @@ class Adapter:
         commands: Sequence[Callable[..., Any]] | None = None,
         settings: Sequence[Any] | Mapping[str, Mapping[str, Any]] | None = None,
         rules: Sequence[Mapping[str, Any]] | None = None,
+        quiet: bool = False,
     ) -> None:
         options = ControlOptions(
             *(job_id, port, host, enabled, poll_steps, signals, fresh_seconds, certfile, keyfile, close_timeout),
-            *(commands, settings, rules),
+            *(commands, settings, rules, quiet),
         )
         self._options, self._signals = options, Signals(signals or {})
         self._declared, self._rules = declared(settings or ()), declared_rules(rules or ())
@@ -182,7 +183,7 @@ class Adapter:
         # Also runs at the interpreter's exit, so that clients of a job that died of an exception are answered.
         self._finalizer: Any = weakref.finalize(self, controller.orphan, "training ended by an exception")
         if controller.is_main:
-            log.info("Control this job with: forgather-control status %s", controller.job_id)
+            run_log.start(controller.job_id, self._options.quiet)
 
     def _own_commands(self) -> list[own_commands.OwnCommand]:
         """Return the script's own commands that are known when a run starts."""

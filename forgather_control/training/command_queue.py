@@ -20,7 +20,9 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from .. import states
@@ -43,10 +45,14 @@ class CommandQueue:
 
     Args:
         on_change: called with each changed record, with the lock held, on the thread that changed it; must not block.
+        note: called there with each record that is applied or final, once the lock is released.
     """
 
-    def __init__(self, on_change: Callable[[CommandRecord], None]) -> None:
-        self._on_change = on_change
+    def __init__(
+        self, on_change: Callable[[CommandRecord], None], note: Callable[[CommandRecord], None] = lambda record: None
+    ) -> None:
+        self._on_change, self._note = on_change, note
+        self._changed: deque[CommandRecord] = deque()  # to be noted
         self._lock = threading.Lock()
         self._records: dict[str, CommandRecord] = {}
         self._pending: list[str] = []
@@ -111,7 +117,7 @@ class CommandQueue:
             CommandNotFound: no record of this id.
             NotCancellable: it has left the queue.
         """
-        with self._lock:
+        with self._changing():
             record = self._get(command_id)
             if command_id not in self._pending:
                 accepted = record.state == states.COMMAND_ACCEPTED
@@ -151,7 +157,7 @@ class CommandQueue:
 
     def put_back(self, commands: list[ScheduledCommand]) -> None:
         """Queue commands again on which the ranks did not agree, before those that came meanwhile."""
-        with self._lock:
+        with self._changing():
             names = [command.command_id for command in commands]
             self._pending[:0] = [name for name in names if not self._records[name].is_final]
             self.pending = bool(self._pending)
@@ -172,16 +178,27 @@ class CommandQueue:
 
     def fail_pending(self, error: ControlError) -> None:
         """Fail every pending command."""
-        with self._lock:
+        with self._changing():
             self._fail(self._take_pending(), error)
 
     def close(self, error: ControlError, pending_only: bool = False) -> None:
         """Fail every unfinished command, or every pending one, and refuse all that come later. May be called twice."""
-        with self._lock:
+        with self._changing():
             self._closed = self._closed or error
             pending = self._take_pending()
             unfinished = [name for name, record in self._records.items() if not record.is_final]
             self._fail(pending if pending_only else unfinished, error)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock, and note afterwards what has changed."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            with suppress(IndexError):  # none is left; another thread may note some
+                while True:
+                    self._note(self._changed.popleft())
 
     # With the lock held...
 
@@ -231,10 +248,12 @@ class CommandQueue:
         self.pending = bool(self._pending)
         self.changes += 1
         self._on_change(record)
+        if record.state != states.COMMAND_ACCEPTED:
+            self._changed.append(record)
         return record
 
     def _change(self, command_id: str, **changes: Any) -> None:
-        with self._lock:
+        with self._changing():
             record = self._get(command_id)
             if not record.is_final:  # a final record stays as it was reported
                 self._put(record, **changes)

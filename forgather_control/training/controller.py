@@ -37,7 +37,7 @@ from ..ranks.polling_group import SingleProcess
 from ..wire.builtin import BUILTIN
 from ..wire.methods import MethodTable
 from ..wire.records import CommandRecord
-from . import limits, open_runs, outcomes
+from . import limits, open_runs, outcomes, run_log
 from .command_queue import CommandQueue
 from .command_tracker import CommandTracker
 from .events import EventLog
@@ -84,7 +84,7 @@ class Controller:
         self.rules = Rules(self.state, self.on_step, loop)  #: of rank 0
         self._group: RankGroup = SingleProcess(self)
         self.rank = 0  #: This one.
-        self._queue = CommandQueue(self._record_changed)
+        self._queue = CommandQueue(self._record_changed, run_log.note)
         self._tracker = CommandTracker(
             self._queue, self.methods, self.state, loop, lambda: self._group, options.fresh_seconds
         )

@@ -48,6 +48,8 @@ class ControlOptions:
     #: Rules from the start, each as the parameters of ``add_rule``; see :mod:`~forgather_control.training.rules`. One
     #: that the run cannot carry out costs a warning at the first step.
     rules: Sequence[Mapping[str, Any]] | None = None
+    #: ``True`` does not print how to control the job where logging is not configured at all.
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.job_id is not None:
