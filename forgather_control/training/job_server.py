@@ -187,8 +187,12 @@ class JobServer:
             self._event_file.write()
 
     def _write_end(self) -> None:
-        if self._event_file is not None:
+        if self._event_file is None:
+            return
+        try:
             self._event_file.write_end(self.queries.host_status(), self.queries.queue.records(), self._end_reason)
+        except Exception:  # boundary: what is kept of a job must not keep its directory
+            log.exception("The last status of this job cannot be kept.")
 
     def _unpublish(self, may_linger: bool, reason: str | None) -> None:
         mine, self._directory = self._directory, None
