@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int | None:
             report.add(target.name, answer)
     except KeyboardInterrupt:
         return _interrupted(report, calls)
-    report.sum_up(args.verb)
+    if found.targets:
+        report.sum_up(args.verb)
     return report.code
 
 
@@ -163,9 +164,9 @@ class _Report:
             self.code = max(self.code, complain(*err.args))
 
     def sum_up(self, verb: str) -> None:
-        """Print the summary, unless a program reads the output or nothing was asked."""
+        """Print the summary, unless a program reads the output."""
         count = sum(self._words.values())
-        if not self._args.json and count:
+        if not self._args.json:
             words = ", ".join(f"{number} {word}" for (_, word), number in sorted(self._words.items()))
             self._print(terminal.print_text, f"{verb} of {count} {'job' if count == 1 else 'jobs'}: {words}")
 

@@ -210,6 +210,7 @@ def test_no_jobs(capsys):
     """Exit code 3, for all and for a pattern."""
     code, out, err = run(capsys, "stop", "--all", "--force")
     assert (code, out) == (3, "") and err.startswith("No live job in ")
+    assert run(capsys, "save", "x*")[:2] == (3, "")
     code, out, err = run(capsys, "stop", "x*", "--json")
     assert code == 3 and json.loads(out)["error"]["code"] == -31021 and err.startswith("x*: No job matches")
 
