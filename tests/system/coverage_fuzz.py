@@ -37,7 +37,7 @@ def _instrumented() -> Any:
 
 
 with _instrumented():
-    from forgather_control.cli import output, parser
+    from forgather_control.cli import job_table, output, parser
     from forgather_control.client import recovery, target
     from forgather_control.errors import ControlError, InternalError, InvalidParams, InvalidRequest, ParseError
     from forgather_control.jobs import rank_processes, record, registry
@@ -300,7 +300,7 @@ def target_record(data: bytes) -> None:
     if (port := target._port(found)) is not None:
         assert 0 < port.port < 65536 and isinstance(str(port), str)
     job = registry.Job(**{name: getattr(found, name) for name in registry._SHARED}, state="dead")
-    assert len(output.job_table([job], colour=False).splitlines()) == 2
+    assert len(job_table.job_table([job], colour=False).splitlines()) == 2
     strict(jsonrpc.encode(job.to_json()))
 
 
@@ -338,7 +338,7 @@ def target_reply(data: bytes) -> None:
         rows = [
             registry.Job.from_json(row) for row in (reply.result if isinstance(reply.result, list) else [reply.result])
         ]
-        output.job_table(rows, colour=False)
+        job_table.job_table(rows, colour=False)
     with contextlib.suppress(InternalError):
         output.rank_table(recovery.from_reply(reply.result).rows, colour=False)
         output.stacks_text(recovery.from_reply(reply.result).rows)
