@@ -14,6 +14,8 @@ from forgather_control.cli import progress_line
 
 from ..support.harness import ROOT, SOON, cli, running_loop, until
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("state", "phase", "text"),

@@ -11,6 +11,8 @@ from forgather_control import connect
 
 from ..support.harness import SOON, cli, job_process, running_loop, until
 
+pytestmark = pytest.mark.once
+
 
 def test_it_holds(jobs_dir):
     """Exit code 0, and one line."""

@@ -14,6 +14,8 @@ from forgather_control.client.waiting import Waiter, parse
 
 from ..support.harness import MS, SOON, job_process, running_loop, until
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
