@@ -77,75 +77,72 @@ def test_a_pause_outlasts_the_time_out_of_the_process_group(tmp_path, jobs_dir, 
     assert said == [said[0]] * size and said[0]["same"] and said[0]["changes"] == [step]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_change_is_made_at_one_step_and_read_back(tmp_path, jobs_dir, size):
-    """The weights are those of a run that had it built in."""
-    with Ranks(tmp_path, size) as ranks:
-        record = ranks.do("change_settings", changes={"rate": 2e-3}, reason="faster")
-        assert record["result"] == {"rate": {"old": 1e-3, "new": 2e-3, "effective": 2e-3}}
-        step = record["applied_at_step"]
-        ranks.torchrun.until(lambda: ranks.status()["global_step"] > step + 5)
-        said = ranks.end()
-    assert said == [said[0]] * size and said[0]["same"] and said[0]["changes"] == [step]
-
-
-def test_what_one_rank_refuses_no_rank_does(tmp_path, jobs_dir):
-    """The setter of rank 1 raises: no rank has trained a step with the other value, and the error says why."""
+def test_two_ranks_are_changed_all_or_none(tmp_path, jobs_dir):
+    """In one run, as it takes long to start: its weights are those of a run that had all changes built in."""
     with Ranks(tmp_path, 2) as ranks:
-        record = ranks.do("change_settings", changes={"rate": 0.5, "picky": 2})
-        assert record["state"] == "failed" and record["error"]["message"] == (
-            "rank 1: nothing was changed: picky cannot be 2.0: ValueError: rank 1 does not want it"
-        )
-        with pytest.raises(CommandRefused, match=r"rate must be a number from 0"):
-            ranks.do("change_settings", changes={"rate": -1})
-        assert ranks.do("change_settings", changes={"picky": 0.5})["state"] == "finished"
+        changes = [read_back(ranks), ruled(ranks)]
+        refused_by_one(ranks)
+        disagreeing(ranks)
+        profiled(ranks)
+        changes += two_clients(ranks)
         said = ranks.end()
-    assert said == [said[0]] * 2 and said[0]["same"] and said[0]["rates"] == [1e-3]
+    assert said == [said[0]] * 2 and said[0]["same"] and said[0]["changes"] == changes
+    assert said[0]["rates"] == [2.5e-4, 5e-4, 1e-3, 2e-3]  # of no step what one rank refused
 
 
-def test_a_profile_of_all_ranks(tmp_path, jobs_dir):
-    """One trace for each, of the same steps; the weights stay those of a run without it."""
-    with Ranks(tmp_path, 2) as ranks:
-        record = ranks.do("profile", steps=3)
-        step, result = record["applied_at_step"], record["result"]
-        assert result["paths"] == [
-            str(tmp_path / "profiles" / f"changed-step{step}-rank{rank}.json") for rank in (0, 1)
-        ]
-        assert [os.stat(path).st_size for path in result["paths"]] == result["sizes"] and result["operations"]
-        assert "SELF MS" in cli("profile", "changed", "--steps", "2", "--wait").stdout
-        said = ranks.end()
-    assert said == [said[0]] * 2 and said[0]["same"]
+def read_back(ranks):
+    """A change is made at one step."""
+    record = ranks.do("change_settings", changes={"rate": 2e-3}, reason="faster")
+    assert record["result"] == {"rate": {"old": 1e-3, "new": 2e-3, "effective": 2e-3}}
+    return record["applied_at_step"]
 
 
-def test_a_rule_acts_on_all_ranks(tmp_path, jobs_dir):
-    """At one step, as any other command."""
-    with Ranks(tmp_path, 2) as ranks:
-        assert cli("when", "changed", "step >= 1", "set", "rate=x0.5").returncode == 0
-        until(lambda: [record["state"] for record in ranks.client.call("list_commands")] == ["finished"])
-        (record,) = ranks.client.call("list_commands")
-        assert record["requested_by"]["via"] == "rule" and record["result"]["rate"]["effective"] == 5e-4
-        said = ranks.end()
-    assert said == [said[0]] * 2 and said[0]["same"] and said[0]["changes"] == [record["applied_at_step"]]
+def ruled(ranks):
+    """A rule's command is as any other."""
+    assert cli("when", "changed", "step >= 1", "set", "rate=x0.5").returncode == 0
+    until(lambda: {record["state"] for record in ranks.client.call("list_commands")} == {"finished"})
+    record = ranks.client.call("list_commands")[-1]
+    assert record["requested_by"]["via"] == "rule" and record["result"]["rate"]["effective"] == 1e-3
+    return record["applied_at_step"]
 
 
-def test_ranks_that_disagree_fail_the_change(tmp_path, jobs_dir):
+def refused_by_one(ranks):
+    """The setter of rank 1 raises: the error says why."""
+    record = ranks.do("change_settings", changes={"rate": 0.5, "picky": 2})
+    assert record["state"] == "failed" and record["error"]["message"] == (
+        "rank 1: nothing was changed: picky cannot be 2.0: ValueError: rank 1 does not want it"
+    )
+    with pytest.raises(CommandRefused, match=r"rate must be a number from 0"):
+        ranks.do("change_settings", changes={"rate": -1})
+    assert ranks.do("change_settings", changes={"picky": 0.5})["state"] == "finished"
+
+
+def disagreeing(ranks):
     """The error names the values that are in force on each."""
-    with Ranks(tmp_path, 2) as ranks:
-        record = ranks.do("change_settings", changes={"rank": 3})
-        assert record["error"]["message"] == "the ranks disagree: rank is 0.0 on rank 0, 1.0 on rank 1"
-        ranks.end()
+    record = ranks.do("change_settings", changes={"rank": 3})
+    assert record["error"]["message"] == "the ranks disagree: rank is 0.0 on rank 0, 1.0 on rank 1"
 
 
-def test_two_clients_change_one_setting_at_once(tmp_path, jobs_dir):
-    """One after the other, each with what the other left."""
-    with Ranks(tmp_path, 2) as ranks, connect("changed") as other:
-        asked = [client.give("change_settings", changes={"rate": "x0.5"}, command_id=name) for client, name in
-                 ((ranks.client, "a"), (other, "b"))]  # fmt: skip
-        assert {record["state"] for record in asked} == {"accepted"}
+def profiled(ranks):
+    """One trace for each rank, of the same steps."""
+    record = ranks.do("profile", steps=3)
+    step, result = record["applied_at_step"], record["result"]
+    folder = ranks.folder / "profiles"
+    assert result["paths"] == [str(folder / f"changed-step{step}-rank{rank}.json") for rank in (0, 1)]
+    assert [os.stat(path).st_size for path in result["paths"]] == result["sizes"] and result["operations"]
+    assert "SELF MS" in cli("profile", "changed", "--steps", "2", "--wait").stdout
+
+
+def two_clients(ranks):
+    """Changes of one setting at once are made one after the other, each with what the other left."""
+    with connect("changed") as other:
+        for client, name in ((ranks.client, "a"), (other, "b")):
+            client.give("change_settings", changes={"rate": "x0.5"}, command_id=name)
         until(lambda: all(ranks.client.call("get_command", command_id=name)["state"] == "finished" for name in "ab"))
-        first, second = (ranks.client.call("get_command", command_id=name)["result"]["rate"] for name in "ab")
-        assert (first["old"], first["new"], second["old"], second["new"]) == (1e-3, 5e-4, 5e-4, 2.5e-4)
-        assert ranks.end()[0]["same"]
+        records = [ranks.client.call("get_command", command_id=name) for name in "ab"]
+    first, second = (record["result"]["rate"] for record in records)
+    assert (first["old"], first["new"], second["old"], second["new"]) == (1e-3, 5e-4, 5e-4, 2.5e-4)
+    return [record["applied_at_step"] for record in records]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
