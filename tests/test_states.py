@@ -17,6 +17,7 @@ GROUPS = {
     "STATUS": states.TrainingStatus,
     "VIA": states.Via,
     "EVENT": states.EventKind,
+    "ENDING": states.Ending,
 }
 WORDS = {name: value for name, value in vars(states).items() if name.isupper() and isinstance(value, str)}
 
