@@ -11,15 +11,17 @@ class CpuBudget:
     Args:
         share: processor seconds that come in a second.
         burst: processor seconds that the bucket holds, and starts with.
+        refill: processor seconds that an overdrawn bucket must hold before it is used again: more than finding that out
+            costs. With less, a thread that looks again and again uses up all that comes in, and does nothing else.
     """
 
-    def __init__(self, share: float, burst: float) -> None:
-        self._share, self._burst, self._left = share, burst, burst
+    def __init__(self, share: float, burst: float, refill: float = 0.0) -> None:
+        self._share, self._burst, self._refill, self._left = share, burst, refill, burst
         self._clock, self._used = time.monotonic(), time.thread_time()
 
     def throttle_delay(self) -> float:
-        """Seconds to do nothing until the bucket is no longer overdrawn; 0 while it is not."""
+        """Seconds to do nothing until an overdrawn bucket is refilled; 0 while it is not overdrawn."""
         clock, used = time.monotonic(), time.thread_time()
         self._left = min(self._burst, self._left + (clock - self._clock) * self._share) - (used - self._used)
         self._clock, self._used = clock, used
-        return max(0.0, -self._left / self._share)
+        return (self._refill - self._left) / self._share if self._left < 0 else 0.0

@@ -74,6 +74,19 @@ def test_budget_keeps_the_share(now, slice_s):
     assert 0.04 < share < 0.056
 
 
+def test_budget_is_refilled_for_more_than_asking_costs(now):
+    """A thread that looks again after each delay, which costs more than a moment earns, still gets its share."""
+    budget, worked, start = CpuBudget(share=0.04, burst=0.05, refill=0.005), 0.0, now.wall
+    while now.wall - start < 100:
+        now.used += 0.0003  # what a look costs
+        delay = budget.throttle_delay()
+        now.wall += delay
+        if delay == 0:
+            now.used += 0.005
+            worked += 0.005
+    assert 0.03 < worked / 100 < 0.041
+
+
 def test_budget_counts_its_own_thread():
     """What another thread burns is not charged; what this one burns is, on the real clock."""
 

@@ -634,7 +634,7 @@ def test_a_hundred_subscribers_keep_nobody_waiting():
             job.say("how much")
             share = (float(job.line()) - used) / (time.monotonic() - start)
             assert readers.popen.poll() is None, readers.errors
-        assert 0.02 < share < 0.15 and slowest < SOON  # how soon: tests/benchmarks
+        assert 0.02 < share < 0.15 and slowest < 1.5
 
 
 #: A server whose events have no end; says where it listens, then at each line how much processor time it has used.
@@ -658,8 +658,7 @@ for line in sys.stdin:
 
 #: A hundred clients that subscribe, and read as fast as they can.
 READERS = """
-import os, selectors, socket, sys
-os.nice(15)  # they must not take the processor from the server, whose fairness is tested
+import selectors, socket, sys
 selector = selectors.DefaultSelector()
 for _ in range(100):
     sock = socket.socket(socket.AF_UNIX)

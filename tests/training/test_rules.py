@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from forgather_control import CommandRefused, InvalidParams, MethodNotFound, TooManyCommands, TrainingJob, connect
+from forgather_control.server import limits as server_limits
 from forgather_control.training import limits
 from forgather_control.training.rules import SCRIPT
 from forgather_control.wire.conditions import parse
@@ -384,8 +385,9 @@ def test_a_removed_rule_does_nothing(loop):
     assert loop.commands() == [] and loop.rules() == []
 
 
-def test_rules_are_added_and_removed_while_training_logs(jobs_dir):
+def test_rules_are_added_and_removed_while_training_logs(jobs_dir, monkeypatch):
     """From three clients: each rule fires once or was removed before, and none is lost."""
+    monkeypatch.setattr(server_limits, "CPU_SHARE", 1.0)  # else the server would take its time
     with running_loop("busy", step_seconds=0, save_on_stop=False) as run:
 
         def act(client, found):
