@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from forgather_control import connect
@@ -278,6 +279,8 @@ def test_interrupted():
         """
         with Process(source, "save", "run*", "--wait", "--parallel", "2") as process:
             assert process.line().startswith("run0: saved") and quick.popen.poll() is None
+            client = psutil.Process(process.pid)
+            until(lambda: len(client.net_connections("unix")) == 2)  # the next job has been asked in its place
             process.popen.send_signal(signal.SIGINT)
             assert process.end() == 130
         assert "".join(process.errors) == (

@@ -279,7 +279,7 @@ def test_only_rank_0_returns_its_value():
     assert run(lambda: calls.append(1) or 5, name="f", is_main=False) is None and calls == [1]
 
 
-@pytest.mark.parametrize("code", [None, 0, 3, "no \x1b[2J", object()], ids=repr)
+@pytest.mark.parametrize("code", [None, 0, 3, "no \x1b[2J", pytest.param(object(), id="object")], ids=repr)
 def test_an_exit_is_a_failure(code):
     """sys.exit ends no training; the message has its code, harmlessly."""
 
