@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 from forgather_control.training.job_queries import JobQueries
@@ -24,6 +25,10 @@ LIGHT = os.environ.get("FORGATHER_TEST_LIGHT") == "1"
 #: The file in tox's directory that names the Python on which the full half has run: the light half skips that Python.
 _FULL = Path(os.environ.get("TOX_WORK_DIR", os.devnull)) / "full-half-ran-on"
 _PYTHON = "{}.{}".format(*sys.version_info)
+
+# How long an example takes depends on the machine: speed is for tests/benchmarks.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 _torch_tests_passed = 0
 

@@ -407,7 +407,7 @@ broken_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(json_values)
 def test_values_round_trip(value):
     """What is JSON comes out as it went in: encode, strict parser, our own."""
@@ -415,7 +415,7 @@ def test_values_round_trip(value):
     assert strict(line) == jsonrpc.parse_json(line) == value
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(broken_values)
 def test_broken_values_become_json(value):
     """What is no JSON becomes JSON that our own strict parser takes."""
@@ -423,7 +423,7 @@ def test_broken_values_become_json(value):
     assert strict(line) == jsonrpc.parse_json(line)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     st.lists(json_values, max_size=3) | st.dictionaries(st.text(string.ascii_letters), json_values, max_size=3),
