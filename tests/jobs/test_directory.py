@@ -26,7 +26,7 @@ from forgather_control.training import controller
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 
-from ..support.harness import MS, Process, Wire, job_process, needs, needs_root, running_loop, until
+from ..support.harness import MS, Process, Wire, job_process, needs, needs_root, remove_folder, running_loop, until
 
 #: Claims the job ids on its standard input, one a line, and prints what became of it; "end" removes the last.
 CLAIMER = """
@@ -491,8 +491,7 @@ def test_a_live_job_restores_itself_within_seconds(jobs_dir, monkeypatch):
     """A running job notices by itself that its directory is gone, and is found again."""
     monkeypatch.setattr(limits, "TICK_PERIOD", 50 * MS)
     with running_loop() as run:
-        jobs_dir.rename(jobs_dir.with_name("gone"))  # at once: a job may write into what is being removed
-        shutil.rmtree(jobs_dir.with_name("gone"), ignore_errors=True)
+        remove_folder(jobs_dir)
         until(lambda: (jobs_dir / "job" / "endpoint.json").exists())
         published(jobs_dir)
         assert run.thread.is_alive()

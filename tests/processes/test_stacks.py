@@ -44,7 +44,7 @@ def blocks():
 def test_every_thread_has_its_name_and_its_calls_in_order():
     """The main thread first, then by age; the most recent call last, with file, line and function."""
     with thread("old one"), thread("wörker\x1b"):
-        found = blocks()
+        found = [block for block in blocks() if "(not started by Python)" not in block[0]]
         heads = [head for head, _ in found]
         assert "MainThread (most recent call last):" in heads[0]
         assert "old one" in heads[-2] and "wörker\x1b" in heads[-1]
@@ -167,7 +167,7 @@ def test_the_text_is_bounded():
     shown = [name for name in names if name[:160] in text]
     assert len(text) <= MAX_TEXT and 50 < len(shown) < 250 and names[0] not in text
     assert "MainThread" in text.splitlines()[0]
-    assert int(text.splitlines()[-1].split()[1]) == threading.active_count() + 250 - text.count("Thread 0x")
+    assert int(text.splitlines()[-1].split()[1]) == len(sys._current_frames()) + 250 - text.count("Thread 0x")
 
 
 @pytest.mark.parametrize("name", ["\ud800half", "caf\udce9.py", "x" * 10_000])

@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +36,7 @@ from ..support.harness import (
     job_process,
     needs,
     needs_root,
+    remove_folder,
     serving,
     serving_tcp,
     strict,
@@ -926,7 +926,7 @@ def test_a_running_job_counts_as_a_whole(jobs_dir):
             assert process.num_threads() == threads
             _close(socks)
             wire.still_answers()
-            shutil.rmtree(jobs_dir)
+            remove_folder(jobs_dir)
             wire.still_answers()
 
 

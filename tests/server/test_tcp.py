@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import socket
 import stat
 from contextlib import closing
@@ -19,7 +18,7 @@ from forgather_control.server.server import Server
 from forgather_control.server.tcp import TcpOptions
 from forgather_control.wire import addresses
 
-from ..support.harness import SOON, TOKEN, Wire, cli, descriptors, needs, running_loop, until
+from ..support.harness import SOON, TOKEN, Wire, cli, descriptors, needs, remove_folder, running_loop, until
 
 HERE = "127.0.0.1"
 
@@ -251,6 +250,6 @@ def test_a_deleted_directory_comes_back_with_its_port(jobs_dir, monkeypatch):
     monkeypatch.setattr(limits, "TICK_PERIOD", 0.02)
     with running_loop(port=0):
         record = published(jobs_dir)
-        shutil.rmtree(jobs_dir)
+        remove_folder(jobs_dir)
         until(lambda: (jobs_dir / "job" / "endpoint.json").exists())
         assert published(jobs_dir) == record and record["token"] != TOKEN

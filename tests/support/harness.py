@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -60,6 +61,13 @@ def until(condition: Callable[[], Any], seconds: float = SOON) -> Any:
         assert time.monotonic() < end, f"still waiting for {condition} after {seconds} s"
         time.sleep(2 * MS)
     return value
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder in which a job may be writing, at once: nothing is written into what is left of it."""
+    gone = Path(tempfile.mkdtemp(dir=Path(os.environ["FORGATHER_JOBS_DIR"]).parent)) / "gone"
+    path.rename(gone)
+    shutil.rmtree(gone.parent, ignore_errors=True)
 
 
 def strict(line: bytes) -> Any:

@@ -21,7 +21,7 @@ import pytest
 
 import forgather_control
 
-from ..support.harness import SOON, Process, Wire, needs_torch, until
+from ..support.harness import SOON, Process, Wire, needs_torch, remove_folder, until
 from .test_fuzz import attack
 
 pytestmark = needs_torch
@@ -117,7 +117,7 @@ def test_random_lines_half_lines_and_idle_clients(tmp_path, jobs_dir):
 def test_a_directory_deleted_under_it(tmp_path, jobs_dir):
     """Everything gone, then a file in its place: one warning at most of each kind, and training."""
     with victim(tmp_path):
-        shutil.rmtree(jobs_dir)
+        remove_folder(jobs_dir)
         jobs_dir.touch()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import shutil
 import socket
 import threading
 import time
@@ -24,7 +23,7 @@ from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
 from forgather_control.wire.methods import COMMON, Method
 
-from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
+from ..support.harness import MS, SOON, Process, Wire, needs_torch, remove_folder, running_loop, until
 from ..support.ranks_groups import one_of_two
 
 
@@ -204,7 +203,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
     """The socket, the record, or the whole directory: restored within seconds, and found again."""
     with running_loop() as run, Wire(jobs_dir / "job" / "control.sock") as old:
         path = jobs_dir / "job" / victim
-        shutil.rmtree(path) if victim == "." else path.unlink()
+        remove_folder(path) if victim == "." else path.unlink()
         until(lambda: [job.state for job in forgather_control.list_jobs()] == ["live"], 5 * limits.TICK_PERIOD)
         assert forgather_control.get_job_status("job")["pid"] == os.getpid()
         old.still_answers()
@@ -219,7 +218,7 @@ def test_what_is_deleted_under_a_live_job_comes_back(victim, jobs_dir, caplog):
 def test_an_id_that_was_taken_over_is_left_to_the_other(jobs_dir, caplog):
     """The first job logs once that its id is taken, and removes nothing when it ends."""
     with running_loop():
-        shutil.rmtree(jobs_dir / "job")
+        remove_folder(jobs_dir / "job")
         source = """
         import sys
         from forgather_control import TrainingJob

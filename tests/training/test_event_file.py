@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 
 import pytest
 
@@ -19,7 +18,7 @@ from forgather_control.training.event_file import EventFile
 from forgather_control.training.events import EventLog
 from forgather_control.wire.records import CommandRecord
 
-from ..support.harness import MS, running_loop, until
+from ..support.harness import MS, remove_folder, running_loop, until
 
 
 def seqs(place):
@@ -66,7 +65,7 @@ def test_what_is_deleted_comes_back(jobs_dir, monkeypatch, victim):
     with running_loop():
         path = jobs_dir / "job" / "events.jsonl"
         until(lambda: path.exists() and 1 in seqs(path.parent))
-        shutil.rmtree(path.parent) if victim == "." else path.unlink()
+        remove_folder(path.parent) if victim == "." else path.unlink()
         until(lambda: (jobs_dir / "job" / "endpoint.json").exists())
         forgather_control.save_checkpoint("job", wait="finished")
         until(lambda: path.exists() and seqs(path.parent)[:2] == [1, 2] and "checkpoint" in path.read_text())
