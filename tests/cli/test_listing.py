@@ -45,6 +45,7 @@ def test_a_live_job(jobs_dir):
         assert listed("-q") == ["alive"]
 
 
+@pytest.mark.once
 def test_silent_and_dead_jobs(jobs_dir):
     """Their last step and its age, and why one is silent."""
     with job_process("stopped") as stopped, job_process("killed") as killed:

@@ -356,6 +356,7 @@ def test_the_jobs_directory_is_chosen_by_the_environment(monkeypatch, tmp_path):
     assert record.jobs_dir() == str(tmp_path / ".config" / "forgather" / "jobs")
 
 
+@pytest.mark.once
 def test_an_unreadable_jobs_directory_is_one_sentence(monkeypatch, tmp_path):
     """A file in its place is an error for every verb, without a traceback."""
     (tmp_path / "file").touch()
@@ -415,6 +416,7 @@ def test_a_process_out_of_files_says_so_and_nothing_else():
         )
 
 
+@pytest.mark.once
 def test_commands_are_listed_and_taken_back():
     """``commands`` shows what the job keeps, ``cancel`` takes back what is not applied, once."""
     with job_process("slow", step_seconds=SOON):

@@ -107,6 +107,7 @@ def sample(n: int = 1) -> int:
     return n
 
 
+@pytest.mark.once
 def test_every_kind_of_trouble_at_once():
     """Each word its line, the worst exit code, and the jobs that live are saved."""
     with ExitStack() as stack:
@@ -133,6 +134,7 @@ def test_every_kind_of_trouble_at_once():
     assert {name for name, row in rows.items() if "result" in row} == {"run1", "run2"}
 
 
+@pytest.mark.once
 def test_status_of_jobs_that_do_not_answer(capsys):
     """What is left of them: of one that has ended how, of one that is dead or silent what it wrote last."""
     root = Path(os.environ["FORGATHER_JOBS_DIR"])
@@ -156,6 +158,7 @@ def test_status_of_jobs_that_do_not_answer(capsys):
     assert {name for name, row in rows.items() if "error" in row} == {"dead", "stuck", "never"}
 
 
+@pytest.mark.once
 def test_ranks_of_one_that_does_not_answer():
     """What its records tell is shown, and counted as no answer."""
     with job_process("run1"), job_process("stuck") as stuck:
@@ -167,6 +170,7 @@ def test_ranks_of_one_that_does_not_answer():
     assert done.stderr.startswith("stuck: ") and "what can be seen from here" in done.stderr
 
 
+@pytest.mark.once
 def test_thirty_jobs_some_at_a_time(capsys):
     """With --parallel 1 to 30 every checkpoint is on disk, each job's own."""
     with ExitStack() as stack:
@@ -247,6 +251,7 @@ def test_what_needs_no_question(capsys):
         assert run(capsys, "stop", "dead", "dead", "--force")[0] == 4
 
 
+@pytest.mark.once
 def test_an_abort_that_kills():
     """Each job that does not end is killed; the lines say which."""
     with job_process("run1"), job_process("stuck") as stuck, job_process("dead") as dead:
@@ -265,6 +270,7 @@ def test_an_abort_that_kills():
         assert row["job_id"] == "stuck" and row["processes"][0]["outcome"] == "killed" and "error" in row
 
 
+@pytest.mark.once
 def test_interrupted():
     """Ctrl-C ends at once, and says which jobs have not answered, and which were not asked."""
     with ExitStack() as stack:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import forgather_control
 
 from ..support.harness import cli, job_process, running_loop, until
@@ -17,6 +19,7 @@ def test_a_live_job(jobs_dir):
         assert json.loads(cli("status", "--json").stdout).keys() & {"ended", "error", "last_known_at"} == set()
 
 
+@pytest.mark.once
 def test_a_killed_job(jobs_dir):
     """What it wrote last, with its age; the exit code is that of a job that does not answer."""
     with job_process() as victim:
@@ -69,6 +72,7 @@ def test_a_live_job_hides_ended_ones_of_its_id(jobs_dir):
             assert cli("status", "job").stdout.startswith("job  training\n")
 
 
+@pytest.mark.once
 def test_a_last_status_of_any_content(jobs_dir):
     """It is shown as far as it can be, and never raises."""
     with job_process() as victim:

@@ -86,6 +86,7 @@ def test_no_targets():
     assert list(Calls([], lambda target: None, 8)) == []
 
 
+@pytest.mark.once
 def test_a_list_of_jobs_gives_a_record_or_an_error_for_each():
     """Real jobs: two that save, one that is dead, one that is not there, one that does not answer."""
     with ExitStack() as stack:

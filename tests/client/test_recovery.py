@@ -274,6 +274,7 @@ def test_a_job_that_refuses_the_command_is_ended(jobs_dir, impatient):
         assert [one["pid"] for one in result.outcomes] == [job.pid] and job.popen.wait(SOON) == -15
 
 
+@pytest.mark.once
 def test_a_job_that_fails_the_command_is_ended(jobs_dir, impatient):
     """The abort was accepted, then control is lost: its record ends as failed, and is the reason."""
     with Process(LOSES) as job:

@@ -116,6 +116,7 @@ def test_an_id_goes_before_a_launchers_name(monkeypatch):
             assert find("7").job_id == "exp-1"
 
 
+@pytest.mark.once
 def test_what_an_earlier_turn_left_does_not_hide_the_run(monkeypatch):
     """Restarted under a new id, a run is found by its name; two dead ones of one turn stay ambiguous, as ids do."""
     _launched(monkeypatch, SLURM_JOB_ID="7")
@@ -226,6 +227,7 @@ def test_a_port_that_asks_for_no_tls_gets_no_token_of_who_typed_it(folder):
         forgather_control.connect(at=f"tls://{HERE}:{find('job').port}")
 
 
+@pytest.mark.once
 def test_the_token_comes_from_the_caller_else_the_environment_else_the_record(monkeypatch):
     """In this order; an empty variable is none."""
     with running_loop(port=0):

@@ -297,6 +297,7 @@ def test_an_earlier_turn_that_lives_on_stands_down(jobs_dir, make, monkeypatch):
         assert str(published(jobs_dir).pid) == pid
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
 def test_everything_is_private_from_the_first_moment(jobs_dir, make, umask):
     """While jobs are claimed and removed, no directory and no record is ever open to other users."""
@@ -411,6 +412,7 @@ def test_generated_ids_are_ids_and_get_suffixes(jobs_dir, monkeypatch):
     assert names(jobs_dir) == [] and all(map(is_job_id, running[0]._server._candidates()))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
 def test_a_job_without_an_id_keeps_its_id_when_it_is_restarted(jobs_dir, monkeypatch, variable):
     """SLURM or torchrun kill it and restart it: the new process has the id; another run beside it gets a suffix."""

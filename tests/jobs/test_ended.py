@@ -73,6 +73,7 @@ def test_it_ends_by_itself_or_by_an_error(jobs_dir):
     assert found == {"jobfinished": None, "jobfailed": "training ended by KeyError", "otherfinished": None}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("by", ["cleanup", "the next job"])
 def test_a_killed_job_is_not_lost(jobs_dir, by):
     """Its events, its last checkpoint and the step that it had reached are kept."""

@@ -234,6 +234,7 @@ def test_a_stopped_job_that_lists_jobs_stays_alive(jobs_dir):
         assert registry.judge(read_record(str(jobs_dir), "job")) == "dead"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("loss", ["deleted", "replaced", "closed"])
 def test_a_job_takes_its_lock_again(jobs_dir, loss):
     """Whoever deletes or replaces the file, or closes its descriptor: at the next tick it is held again."""

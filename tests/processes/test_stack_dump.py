@@ -152,6 +152,7 @@ print("unhurt", flush=True)
         assert other.line() == "unhurt" and other.end() == 0
 
 
+@pytest.mark.once
 def test_a_busy_process_is_never_sent_a_signal():
     """Python code runs in eight threads: a handler that reads their frames would crash it."""
     source = """

@@ -784,6 +784,7 @@ elif LIGHT:
     WORLDS = {name: WORLDS[name] for name in ("three ranks",)}
 
 
+@pytest.mark.once
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_order(name):

@@ -272,6 +272,7 @@ def test_a_client_that_is_still_sending_reads_why_it_was_refused(path, answers, 
                 assert wire.line() == b""
 
 
+@pytest.mark.once
 def test_a_client_that_sends_without_end_is_cut_off(control, path, answers, monkeypatch):
     """After the time in which others would have read their reply."""
     monkeypatch.setattr(limits, "STALL_TIMEOUT", 0.2)

@@ -138,6 +138,7 @@ def test_the_address_is_a_number(server):
 # A job with a port...
 
 
+@pytest.mark.once
 def test_the_token_stands_in_the_record_and_nowhere_else(jobs_dir, caplog):
     """Mode 0600, 128 bits and more; not in a list, a status, a log, a refusal, the process's arguments."""
     caplog.set_level(logging.DEBUG)

@@ -449,6 +449,7 @@ def test_a_run_whose_thread_is_dead_gives_its_id_away(jobs_dir):
         one.close()
 
 
+@pytest.mark.once
 def test_when_the_trainers_call_has_gone_the_run_has_ended(jobs_dir):
     """Whatever still refers to the trainer: status says it at once, commands are refused, and the id is free soon."""
     space = {"__name__": "transformers.trainer", "start": _start}
