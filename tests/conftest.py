@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -106,17 +106,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Under CI a skip is a failure, because ``.ci/run`` installs everything first."""
     outcome = yield
     report = outcome.get_result()
-    wants_torch = any("torch" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif"))
-    if CI and report.skipped and not (LIGHT and wants_torch):
+    report.wants_torch = any("torch" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif"))
+    if CI and report.skipped and not (LIGHT and report.wants_torch):
         report.outcome = "failed"
         report.longrepr = f"skipped under CI: {report.longrepr}"
-    if report.when == "call" and report.passed and wants_torch:
-        global _torch_tests_passed
-        _torch_tests_passed += 1
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Count the tests of torch that have passed, in the process that collects the reports of all."""
+    global _torch_tests_passed
+    _torch_tests_passed += report.when == "call" and report.passed and getattr(report, "wants_torch", False)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Under CI a full run fails in which no torch test has run."""
+    if hasattr(session.config, "workerinput"):  # one of the processes of pytest-xdist: the first of them decides
+        return
     if os.environ.get("TOX_ENV_NAME") == "full" and exitstatus == pytest.ExitCode.OK:
         _FULL.write_text(_PYTHON)
     if CI and not LIGHT and exitstatus == pytest.ExitCode.OK and not _torch_tests_passed:
