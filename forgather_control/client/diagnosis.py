@@ -4,11 +4,12 @@ psutil is imported only where a process has to be judged.
 """
 
 import time
+from contextlib import suppress
 
 from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, JobDead, JobNotAnswering, NoSuchJob
-from ..jobs import registry
+from ..jobs import ended, registry
 from ..jobs.record import JobRecord, jobs_dir
 from . import limits
 
@@ -62,6 +63,26 @@ def unreachable(record: JobRecord) -> ControlError:
     else:
         text = f"Job {job} runs ({process}), but nothing listens at its socket"
     return JobNotAnswering(text, job=job)
+
+
+def fate(record: JobRecord | None, err: ControlError, last_status: object) -> str:
+    """Return "ended", "dead" or "silent": what became of a job that does not answer.
+
+    Args:
+        record: its record; ``None`` if it is on another host.
+        err: why it does not answer.
+        last_status: the last ``status`` that it told.
+    """
+    was_ending = last_status in (states.STATUS_STOPPING, states.STATUS_ENDED)
+    if record is None:
+        return "silent" if isinstance(err, JobNotAnswering) else "ended" if was_ending else "dead"
+    with suppress(ControlError):  # an unreadable record proves nothing
+        now = registry.named(jobs_dir(), record.job_id)
+        if now is None or not now.is_same_run(record):
+            left = ended.find(jobs_dir(), record.job_id, record.started_at)
+            died = now is not None and not was_ending if left is None else left.how == states.ENDING_DIED
+            return "dead" if died else "ended"
+    return "dead" if registry.judge(record) == states.JOB_DEAD else "silent"
 
 
 def _restarted(now: JobRecord, note: str) -> JobDead:

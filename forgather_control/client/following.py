@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any, Final
 
 from .. import states
-from ..errors import ControlError, JobDead, MethodNotFound, NoSuchJob
-from . import limits
+from ..errors import ControlError, MethodNotFound
+from . import diagnosis, limits
 from .connection import Client
 from .target import Target
 
@@ -31,12 +31,13 @@ class Follower:
         self._find, self._changed = find, changed
         self._stopped = threading.Event()
         self.name = "?"
-        self.state = "connecting"  #: Or "live", "ended", "silent".
+        self.state = "connecting"  #: Or "live", "ended", "dead", "silent".
         self.problem: str | None = None  #: Why it is not live.
         self.status: dict[str, Any] = {}  #: The last that is known.
         self.at = time.monotonic()  #: When that was so.
         self.history: dict[str, list[Any]] = {}  #: The points of each metric.
         self.events: deque[dict[str, Any]] = deque(maxlen=limits.EVENTS_SHOWN)  #: The last rare ones.
+        self._target: Target | None = None
         self._thread = threading.Thread(target=self._run, name="forgather-follow", daemon=True)
 
     def start(self) -> Follower:
@@ -51,14 +52,15 @@ class Follower:
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
-                target = self._find()
-                self.name = target.name
-                with Client(target) as job:
+                self._target = self._find()
+                self.name = self._target.name
+                with Client(self._target) as job:
                     self._follow(job)
                 self._note("ended", "training has ended")
             except ControlError as err:
-                is_over = self.state == "ended" or isinstance(err, (JobDead, NoSuchJob))
-                self._note("ended" if is_over else "silent", self.problem if self.state == "ended" else str(err))
+                if self.state not in ("ended", "dead"):  # what came of that run is known already
+                    record = None if self._target is None else self._target.record
+                    self._note(diagnosis.fate(record, err, self.status.get("status")), str(err))
             self._stopped.wait(limits.FOLLOW_PERIOD)
 
     def _note(self, state: str, problem: str | None) -> None:

@@ -36,8 +36,6 @@ SSH_LIST: Final = 16 * 1024 * 1024
 LOOK_PERIOD: Final = 0.5
 LOOK_TIMEOUT: Final = 5.0
 POINTS: Final = 1000
-#: Most bytes of a job's last status that are read.
-MAX_STATUS: Final = 8 << 20
 #: Least seconds without a step after which a job has stalled; and how many times longer while it saves or evaluates.
 STALLED_AFTER: Final = 60.0
 STALLED_FACTOR: Final = 10

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from .. import states
 from ..deadline import Deadline
-from ..errors import CommandRefused, ControlError, DeadlinePassed, JobDead, JobNotAnswering, MethodNotFound, NoSuchJob
-from ..jobs import private_files, registry, spool
-from ..jobs.record import JobRecord, jobs_dir
+from ..errors import CommandRefused, DeadlinePassed, JobDead, JobNotAnswering, MethodNotFound, NoSuchJob
+from ..jobs import last_status
+from ..jobs.record import jobs_dir
 from ..wire import conditions
-from . import limits
+from . import diagnosis, limits
 from .connection import Client
 from .target import Target
 
@@ -54,6 +51,7 @@ class Waiter:
         self._metrics = sorted(until.names - WORDS - {_BY_ITSELF, *conditions.STEP_NAMES})
         self._client: Client | None = None
         self._seen_at: dict[str, float] = {}  # by metric: the time of the last value
+        self._older: dict[str, list[Any]] = {}  # by metric: the last point of a job that keeps no history
         self._has_history = True
         self.status: dict[str, Any] = {}  #: The last answer of the job.
         self._answered = time.monotonic()
@@ -63,7 +61,7 @@ class Waiter:
 
         Raises:
             DeadlinePassed: ``timeout`` seconds have passed.
-            CommandRefused: a metric is logged in a way that nobody can wait for.
+            CommandRefused: a metric is logged in a way that cannot be waited for.
         """
         deadline = Deadline(timeout)
         try:
@@ -92,33 +90,17 @@ class Waiter:
             return "ended" if self.status.get("status") == states.STATUS_ENDED else "live"
         except (JobDead, JobNotAnswering, NoSuchJob) as err:
             self._close()
-            return self._judged(err)
+            fate = diagnosis.fate(self._target.record, err, self.status.get("status"))
+            if not self.status:
+                self._read_status()
+            return fate
 
-    def _judged(self, err: ControlError) -> str:
-        """Judge a job that does not answer, by its directory and its process where they are here."""
+    def _read_status(self) -> None:
+        """Take the last status that a job of this host wrote which has not answered so far."""
         record = self._target.record
-        was_ending = self.status.get("status") in (states.STATUS_STOPPING, states.STATUS_ENDED)
-        if record is None:
-            return "silent" if isinstance(err, JobNotAnswering) else "ended" if was_ending else "dead"
-        with suppress(ControlError):  # an unreadable record proves nothing
-            now = registry.named(jobs_dir(), record.job_id)
-            if now is None:
-                return "ended"
-            if not now.is_same_run(record):
-                return "ended" if was_ending else "dead"
-        if not self.status:
-            self._read_status(record)
-        return "dead" if registry.judge(record) == states.JOB_DEAD else "silent"
-
-    def _read_status(self, record: JobRecord) -> None:
-        """Take the last status that a job wrote which has not answered so far."""
-        folder = os.path.join(jobs_dir(), record.job_id)
-        with suppress(OSError, ValueError):
-            age = time.time() - os.stat(os.path.join(folder, spool.STATUS)).st_mtime
-            data = private_files.read_trusted(folder, spool.STATUS, limits.MAX_STATUS)
-            found = json.loads(data) if data is not None else None
-            if isinstance(found, dict):
-                self.status, self._answered = found, time.monotonic() - max(0.0, age)
+        last = None if record is None else last_status.read(jobs_dir(), record.job_id)
+        if record is not None and last is not None and last.status.get("pid") == record.pid:
+            self.status, self._answered = last.status, time.monotonic() - last.age
 
     def _close(self) -> None:
         client, self._client = self._client, None
@@ -182,8 +164,10 @@ class Waiter:
                 return found
             except MethodNotFound:  # an older job
                 self._has_history = False
-        logged = self.status.get("metrics") or {}
-        return {name: [[0, time.time(), logged[name]]] for name in self._metrics if name in logged}
+        for name, value in (self.status.get("metrics") or {}).items():
+            if name in self._metrics and self._older.get(name, [None])[-1] != value:  # the same is no other log
+                self._older[name] = [0, time.time(), value]
+        return {name: [point] for name, point in self._older.items()}
 
     def _check_readable(self, found: dict[str, Any]) -> None:
         """Raise CommandRefused for a metric that is logged, but not as a number of the host."""

@@ -130,9 +130,12 @@ def scan(root: str) -> list[EndedJob]:
     return sorted(found, key=lambda job: -job.ended_at)
 
 
-def find(root: str, job_id: str) -> EndedJob | None:
-    """Return the last run of this id that has ended; ``None`` if none is kept."""
-    return next((job for job in scan(root) if job.job_id == job_id), None)
+def find(root: str, job_id: str, started_at: float | None = None) -> EndedJob | None:
+    """Return a run of this id that has ended, the last one or the one of that start; ``None`` if none is kept."""
+    return next(
+        (job for job in scan(root) if job.job_id == job_id and started_at in (None, job.started_at)),
+        None,
+    )
 
 
 def read_events(root: str, job: EndedJob) -> list[dict[str, Any]]:

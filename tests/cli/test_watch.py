@@ -135,7 +135,7 @@ def test_on_a_terminal(jobs_dir, columns, env):
         until(lambda: "loss" in terminal.shown())
         assert max(map(len, terminal.shown().splitlines())) <= columns
         first.kill()
-        until(lambda: "the last" in terminal.shown() or "ended:" in terminal.shown() or "silent:" in terminal.shown())
+        until(lambda: "dead: " in terminal.shown())
         with job_process("run"):
             until(lambda: f"pid {first.pid}" not in terminal.shown() and "run  training" in terminal.shown())
             terminal.press("C-c")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 
-from forgather_control import CommandRefused, DeadlinePassed, InvalidParams, connect
+from forgather_control import CommandRefused, DeadlinePassed, InvalidParams, cleanup, connect
 from forgather_control.client import limits, target
 from forgather_control.client.waiting import Waiter, parse
 
@@ -35,6 +36,23 @@ class Background:
         self.waiter, self.timeout, self.outcome = waiter(text, job), timeout, None
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
+
+    def pause(self):
+        """Have it look no more."""
+        looked, self.paused = threading.Event(), threading.Event()
+        look = self.waiter._look
+
+        def held():
+            looked.set()
+            assert self.paused.wait(SOON)
+            return look()
+
+        self.waiter._look = held
+        assert looked.wait(SOON)
+
+    def go_on(self):
+        """Have it look again."""
+        self.paused.set()
 
     def run(self):
         """Keep what it returns, or raises."""
@@ -126,10 +144,10 @@ def test_a_save_may_take_longer(jobs_dir):
     assert found._usual_limit() == 60
 
 
-def waiter_without_job():
+def waiter_without_job(text="ended"):
     """One that is not asked to wait."""
     with running_loop():
-        return waiter()
+        return waiter(text)
 
 
 def test_what_only_a_device_knows_cannot_be_waited_for(jobs_dir):
@@ -144,6 +162,35 @@ def test_it_gives_up(jobs_dir):
     """In time, and says how far the job is."""
     with running_loop(), pytest.raises(DeadlinePassed, match="job is at step"):
         waiter("step < 0").wait(20 * MS)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["cleaned up", "started again"])
+def test_a_killed_job_stays_killed(jobs_dir, again):
+    """Also when what is left of it was moved away, and its id used again; as one that ended stays ended."""
+    with job_process("job") as process:
+        killed = [Background(text) for text in ("dead", "ended")]
+        until(lambda: all(each.waiter.status for each in killed))
+        for each in killed:
+            each.pause()
+        process.kill()
+    cleanup()
+    assert not (jobs_dir / "job").exists()
+    with job_process("job") if again else nullcontext():
+        for each in killed:
+            each.go_on()
+        assert [(each.end().holds, each.end().state) for each in killed] == [(True, "dead"), (False, "dead")]
+
+
+def test_a_job_without_a_history(jobs_dir, monkeypatch):
+    """Of an older job, a value that did not change between two looks was not logged again, as far as is known."""
+    found = waiter_without_job("loss > 0 for 2")
+    found._has_history = False
+    found._client = object()
+    told = []
+    for loss in (1.0, 1.0, 1.0, 0.5):
+        found.status = {"metrics": {"loss": loss, "other": 3}}
+        told.append(found._feed("live"))
+    assert told == [False, False, False, True]
 
 
 def test_a_job_that_is_started_again_is_another_one(jobs_dir):

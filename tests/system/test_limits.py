@@ -246,7 +246,6 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
 #: Bounds that no client of a job reaches, and their tests.
 INSIDE: dict[str, str] = {
     "cli.options._MAX_TOKEN": "cli.test_options",  # what the CLI reads of a token file
-    "client.limits.MAX_STATUS": "client.test_waiting",  # what a client reads of the last status of a silent job
     "client.limits.MAX_EVENTS": "client.test_events",  # events that a client keeps while it waits for a reply
     "client.file_transport._MAX_REPLY": "client.test_file_transport",  # what a client reads of a reply
     "training.limits.MAX_STACKS": "training.test_rank_report",
