@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from ..client import target
 from ..client.connection import Client
-from ..client.limits import KILL_GRACE
 from ..client.target import Target
 from ..errors import ControlError, DeadlinePassed
 from ..jobs.record import JobRecord
@@ -102,14 +102,8 @@ def _command(args: argparse.Namespace) -> int:
             with Client(where) as job:
                 args.job = job.job_id
             where = _target(args)
-        by_force = (
-            ""
-            if kill_after is None
-            else (
-                f" Its processes on this host get SIGTERM after {kill_after:g} s, and SIGKILL {KILL_GRACE:g} s later."
-            )
-        )
-        terminal.confirm("abort", f"abort {where.name}? Progress since its last checkpoint is lost.{by_force}")
+        lost = "Progress since its last checkpoint is lost."
+        terminal.confirm("abort", f"abort {where.name}? {lost}{output.kill_warning(kill_after)}")
     if kill_after is not None and where.record is not None:
         return _abort_or_kill(args, where.record, kill_after)
     with Client(where) as job:
@@ -118,26 +112,26 @@ def _command(args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace, where: Target, job: Client) -> Any:
     """Give a command; where that waits, a terminal shows what for, and a deadline what has not happened."""
-    waits = "wait" in args.params
+    if "wait" not in args.params or args.json:
+        return job.give(args.method, **args.params)
+    import uuid
+
+    from . import progress_line
+
+    params = {"command_id": uuid.uuid4().hex, **args.params}
+    doing = progress_line.of_command(where, args.method, params["command_id"])
     try:
-        if not waits or args.json or not terminal.can_rewrite():
-            return job.give(args.method, **args.params)
-        import uuid
-
-        from . import progress_line
-
-        params = {"command_id": uuid.uuid4().hex, **args.params}
-        with progress_line.shown(where, args.method, params["command_id"]):
+        with progress_line.Line(doing):
             return job.give(args.method, **params)
     except DeadlinePassed as err:
-        if "state" in err.data and not args.json:
-            from . import progress_line
-
-            why = progress_line.why_open(job.call("status"), err.data.get("command_id"))
-            verb = output.verb(args.method)
-            text = f"{verb} is still running ({why}); forgather-control commands {job.name} shows what becomes of it"
-            raise Refusal(text, exit_code(err)) from err
-        raise
+        if "state" not in err.data:
+            raise
+        why = err.data["state"]
+        with suppress(ControlError):  # the job may answer no more
+            why = progress_line.why_open(job.call("status"), params["command_id"])
+        verb = output.verb(args.method)
+        text = f"{verb} is still running ({why}); forgather-control commands {job.name} shows what becomes of it"
+        raise Refusal(text, exit_code(err)) from err
 
 
 def _report(args: argparse.Namespace, job: str, record: Any) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from .. import states
 from ..client.connection import Client
-from ..client.limits import KILL_GRACE, LIST_TIMEOUT
+from ..client.limits import LIST_TIMEOUT
 from ..client.many import Calls
 from ..client.selection import select
 from ..client.target import Target, is_pattern
@@ -21,7 +21,7 @@ from ..jobs.record import jobs_dir
 from ..wire import jsonrpc
 from ..wire.builtin import BUILTIN
 from ..wire.records import CommandRecord
-from . import command_output, job_table, job_words, output, terminal
+from . import command_output, job_table, job_words, output, progress_line, terminal
 from .exit_codes import DONE, INTERRUPTED, NO_ANSWER, NO_SUCH_JOB, REFUSED, TOO_LATE, exit_code, kill_code
 from .terminal import Refusal, complain
 
@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> int | None:
     if args.verb in job_words.ENDING and not args.force:
         _confirm(args, found.targets)
     calls = Calls(found.targets, _Asking(args).ask, args.parallel)
+    is_waiting = "wait" in args.params and not args.json
     try:
-        for target, answer in calls:
-            report.add(target.name, answer)
+        with progress_line.Line(lambda: nullcontext(partial(_progress, report, calls)), is_waiting) as line:
+            for target, answer in calls:
+                with line.hidden():
+                    report.add(target.name, answer)
     except KeyboardInterrupt:
         return _interrupted(report, calls)
     if found.targets:
@@ -83,11 +86,7 @@ def _confirm(args: argparse.Namespace, targets: list[Target]) -> None:
         complain(line)
     question = f"{args.verb} " + (f"these {len(names)} jobs?" if len(names) > 1 else f"{names[0]}?")
     if args.verb == "abort":
-        question += " Progress since the last checkpoint is lost."
-        if args.kill_after is not None:
-            question += (
-                f" Processes on this host get SIGTERM after {args.kill_after:g} s, and SIGKILL {KILL_GRACE:g} s later."
-            )
+        question += f" Progress since the last checkpoint is lost.{output.kill_warning(args.kill_after)}"
     terminal.confirm(args.verb, question)
 
 
@@ -243,12 +242,27 @@ def _screen(method: str, name: str, answer: Any) -> str:
     return "; ".join([f"{name}: {done} rule {rule}", *map(str.strip, note)])
 
 
-def _interrupted(report: _Report, calls: Calls[Any]) -> int:
+def _progress(report: _Report, calls: Calls[Any], seconds: float) -> str:
+    """Say how many jobs have answered, and for which a command is waited for."""
     waiting = [target.name for target in calls.not_begun]
-    begun = [target.name for target in calls.targets if target.name not in {*report.reported, *waiting}]
+    asked, took = _listed(_without_answer(report, waiting, calls)), output.duration(seconds)
+    return f"{len(report.reported)} of {len(calls.targets)} jobs done; waiting for {asked}, {took}"
+
+
+def _without_answer(report: _Report, not_asked: list[str], calls: Calls[Any]) -> list[str]:
+    return [target.name for target in calls.targets if target.name not in {*report.reported, *not_asked}]
+
+
+def _interrupted(report: _Report, calls: Calls[Any]) -> int:
+    not_asked = [target.name for target in calls.not_begun]
+    asked = _without_answer(report, not_asked, calls)
     text = "interrupted; a command that was accepted is still carried out"
-    for names, what in ((begun, "without an answer yet"), (waiting, "not asked")):
+    for names, what in ((asked, "without an answer yet"), (not_asked, "not asked")):
         if names:
-            more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-            text += f"; {what}: {', '.join(names[:_NAMES])}{more}"
+            text += f"; {what}: {_listed(names)}"
     return complain(text, INTERRUPTED)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return f"{', '.join(names[:_NAMES])}{more}"

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from .. import states
@@ -77,12 +78,12 @@ def _cell(value: Any) -> str:
     return "-" if value is None else safe(value)
 
 
-def cells(columns: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def cells(columns: dict[str, Any], row: Any) -> list[str]:
     """Return the texts of one row; a column is a member of it, or a function that makes something of it."""
     return [_cell(row.get(show) if isinstance(show, str) else show(row)) for show in columns.values()]
 
 
-def align(columns: dict[str, Any], rows: list[dict[str, Any]], colour: bool) -> str:
+def align(columns: dict[str, Any], rows: Sequence[Any], colour: bool) -> str:
     """Align cells in columns; with ``colour``, states get theirs."""
     table = [list(columns), *(cells(columns, row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -244,6 +245,13 @@ def stacks_text(rows: list[dict[str, Any]]) -> str:
         stacks = "  no stacks" if row.get("stacks") is None else safe_lines(row["stacks"]).rstrip("\n")
         blocks.append(f"{_process(row)}, {_cell(row.get('state'))}\n{stacks}")
     return "\n\n".join(blocks)
+
+
+def kill_warning(kill_after: float | None) -> str:
+    """Say, before an abort, what happens to a job that does not end within ``kill_after`` seconds."""
+    if kill_after is None:
+        return ""
+    return f" Processes on this host get SIGTERM after {kill_after:g} s, and SIGKILL {KILL_GRACE:g} s later."
 
 
 def process_outcomes(rows: list[dict[str, Any]]) -> str:

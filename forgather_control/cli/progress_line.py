@@ -1,56 +1,85 @@
-"""The line that a terminal shows while a command is waited for: what the job is doing, and for how long."""
+"""The line that a terminal shows while commands are waited for: what a job is doing, and for how long."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final
 
 from .. import states
 from ..client.connection import Client
 from ..client.target import Target
 from ..errors import ControlError
-from . import output
+from . import output, terminal
 
 #: Seconds between two looks at the job, and before the first one: most commands need no line.
 PERIOD: Final = 0.5
 
 
-@contextmanager
-def shown(where: Target, command: str, command_id: str) -> Iterator[None]:
-    """Show the line on stderr until the block ends, and erase it then.
+class Line:
+    """A line on stderr, where that is a terminal: written again and again while a block runs, and erased at its end.
 
     Args:
-        command: the method's name.
-        command_id: the id that the command was given.
+        source: makes the texts: a context manager, entered on the thread that writes, around a function from the
+            seconds since the block began to a text. Where it raises ControlError or OSError, there is no line any
+            more: the block finds out by itself what is wrong.
+        is_wanted: whether there is a line at all.
     """
-    done = threading.Event()
-    thread = threading.Thread(target=_show, args=(where, command, command_id, done), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(PERIOD)
-        sys.stderr.write("\r\x1b[K")
-        sys.stderr.flush()
 
+    def __init__(
+        self, source: Callable[[], AbstractContextManager[Callable[[float], str]]], is_wanted: bool = True
+    ) -> None:
+        self._source, self._began = source, time.monotonic()
+        self._done, self._lock = threading.Event(), threading.Lock()  # the lock is held while the terminal is written
+        self._is_shown = is_wanted and terminal.can_rewrite()
 
-def _show(where: Target, command: str, command_id: str, done: threading.Event) -> None:
-    began = time.monotonic()
-    with suppress(ControlError, OSError):  # the call that waits says what is wrong
-        if done.wait(PERIOD):
+    def __enter__(self) -> Line:
+        if self._is_shown:
+            threading.Thread(target=self._show, name="forgather-line", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.hidden():
+            self._done.set()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Erase the line; it is not written while the inner block runs."""
+        with self._lock:
+            self._write("")
+            yield
+
+    def _show(self) -> None:
+        if self._done.wait(PERIOD):
             return
+        with suppress(ControlError, OSError), self._source() as say:
+            while not self._done.is_set():
+                text = output.safe(say(time.monotonic() - self._began))
+                with self._lock:
+                    if not self._done.is_set():
+                        self._write(text[: (terminal.width(sys.stderr) or 80) - 1])  # a line that wraps stays
+                self._done.wait(PERIOD)
+
+    def _write(self, text: str) -> None:
+        if self._is_shown:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+
+def of_command(
+    where: Target, command: str, command_id: str
+) -> Callable[[], AbstractContextManager[Callable[[float], str]]]:
+    """Return the source of a line that says what becomes of a command that was given with an id."""
+
+    @contextmanager
+    def asked() -> Iterator[Callable[[float], str]]:
         with Client(where) as job:
-            while not done.is_set():
-                text = doing(job.call("status"), command, command_id, time.monotonic() - began)
-                if not done.is_set():
-                    sys.stderr.write(f"\r\x1b[K{output.safe(text)}")
-                    sys.stderr.flush()
-                done.wait(PERIOD)
+            yield lambda seconds: doing(job.call("status"), command, command_id, seconds)
+
+    return asked
 
 
 def doing(status: dict[str, Any], command: str, command_id: str | None, seconds: float) -> str:

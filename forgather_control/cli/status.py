@@ -62,9 +62,8 @@ class Past(NamedTuple):
 
     json: dict[str, Any]  #: What a line of JSON has instead of, or beside, the answer.
     line: Callable[[], str]
-    is_ended: (
-        bool  #: Whether it ended in an orderly way or was cleaned up, which is an answer; else it is dead or silent.
-    )
+    #: Whether it ended in an orderly way or was cleaned up, which is an answer; else it is dead or silent.
+    is_ended: bool
 
 
 def one_of_many(name: str, err: ControlError) -> Past | None:

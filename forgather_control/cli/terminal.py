@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import InternalError
 from . import output
@@ -74,10 +74,10 @@ def can_rewrite() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
-def width() -> int | None:
-    """Return the columns of the terminal that is stdout; ``None`` if it is none, or does not tell."""
+def width(file: TextIO | None = None) -> int | None:
+    """Return the columns of the terminal that a file, or stdout, is; ``None`` if it is none, or does not tell."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+        return os.get_terminal_size((file or sys.stdout).fileno()).columns or None
     except (OSError, ValueError):
         return None
 

@@ -12,12 +12,12 @@ from functools import partial
 from importlib import util
 from typing import Any
 
-from ..client import target
+from ..client import limits, target
 from ..client.connection import Client
 from ..client.following import Follower
 from ..client.target import Target
 from ..errors import ControlError, NoSuchJob
-from . import output, terminal
+from . import event_output, output, status, terminal
 from .exit_codes import DONE
 from .terminal import print_json, print_text
 
@@ -28,9 +28,10 @@ _EXTRA = "colours: pip install 'forgather_control[watch]'"
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    finds = [partial(_find, args, name) for name in _names(args)]
+    names = _names(args)
     if args.once:
-        return _once(args, finds)
+        return max(status.run(argparse.Namespace(**{**vars(args), "job": name})) for name in names)
+    finds = [partial(_find, args, name) for name in names]
     if args.json or not sys.stdout.isatty():
         return _print_events(finds)
     changed = threading.Event()
@@ -74,17 +75,6 @@ def _again(first: Target, find: Callable[[], Target]) -> Target:
 # Without a screen...
 
 
-def _once(args: argparse.Namespace, finds: Sequence[Callable[[], Target]]) -> int:
-    for find in finds:
-        with Client(find()) as job:
-            status = job.call("status")
-        if args.json:
-            print_json(status)
-        else:
-            print_text(output.status_screen(status, terminal.has_unicode()))
-    return DONE
-
-
 def _print_events(finds: Sequence[Callable[[], Target]]) -> int:
     """Print each event of all jobs as one line of JSON, until they have ended."""
     lock, problems = threading.Lock(), []
@@ -124,8 +114,9 @@ def _plain_screen(found: list[Follower], changed: threading.Event, interval: flo
 
 
 def _await(changed: threading.Event, interval: float) -> None:
-    time.sleep(min(interval, 0.2))
-    changed.wait(interval)
+    """Let ``interval`` seconds pass, then return at the next change, or when the times on the screen have aged."""
+    time.sleep(interval)
+    changed.wait(limits.FOLLOW_PERIOD)
     changed.clear()
 
 
@@ -148,12 +139,12 @@ def job_lines(job: Follower, width: int) -> list[str]:
     """Return all that is known of one job: status, curves, last events."""
     if not job.status:
         return [output.safe(f"{job.name}  {job.state}: {job.problem or ''}")]
-    status = _aged(job)
-    shown = output.status_screen(status, terminal.has_unicode()).split("\n")
+    known = _aged(job)
+    shown = output.status_screen(known, terminal.has_unicode()).split("\n")
     if job.state != "live":
         shown.insert(1, output.safe(f"{job.state}: {job.problem or ''}; this is the last that is known"))
-    shown += [line for name in status.get("metrics") or {} for line in _curve(name, job.history.get(name), width)]
-    return shown + [output.safe(_event_line(event)) for event in list(job.events)[-5:]]
+    shown += [line for name in known.get("metrics") or {} for line in _curve(name, job.history.get(name), width)]
+    return shown + [event_output.line(event)[len("2000-01-01 ") :] for event in list(job.events)[-5:]]
 
 
 def _aged(job: Follower) -> dict[str, Any]:
@@ -175,14 +166,6 @@ def _curve(name: str, points: list[Any] | None, width: int) -> Iterable[str]:
     return [f"{output.safe(name)[:16]:16} {bars} {output.number(low)} to {output.number(high)}"]
 
 
-def _event_line(event: dict[str, Any]) -> str:
-    facts = {name: value for name, value in event.items() if name not in ("seq", "time", "kind", "lost")}
-    if event["kind"] == "command":
-        facts = {name: facts.get(name) for name in ("command", "state", "applied_at_step")}
-    shown = " ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
-    return f"{output.moment(event['time'])[11:]}  {event['kind']}  {shown}"
-
-
 _COLUMNS: dict[str, Any] = {
     "JOB": lambda job: job.name,
     "STATE": lambda job: job.status.get("status") if job.state == "live" else job.state,
@@ -196,5 +179,4 @@ _COLUMNS: dict[str, Any] = {
 
 def table_lines(found: list[Follower]) -> list[str]:
     """Return one line for each job."""
-    rows = [{name: show(job) for name, show in _COLUMNS.items()} for job in found]
-    return output.align({name: name for name in _COLUMNS}, rows, colour=False).split("\n")
+    return output.align(_COLUMNS, found, colour=False).split("\n")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import re
+import struct
 import sys
+import termios
 import threading
 
 import pytest
 
-from forgather_control import connect
-from forgather_control.cli import progress_line
+from forgather_control import JobDead, connect
+from forgather_control.cli import main, progress_line
 
 from ..support.harness import ROOT, SOON, cli, running_loop, until
 
@@ -54,25 +58,69 @@ class Held:
         self.context.__exit__(*exc)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_on_a_terminal(jobs_dir):
-    """It shows the phase, and is erased before the outcome is printed."""
-    with Held() as held:
-        pid, terminal = pty.fork()
-        if pid == 0:
+class Terminal:
+    """A command line on a terminal of so many columns; ``shown`` is all that it wrote."""
+
+    def __init__(self, *words, columns=80):
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
             os.chdir(ROOT)
             os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", "forgather_control", "save", "job", "--wait"])
-        shown = b""
-        while b"save: saving" not in shown:
-            shown += os.read(terminal, 4096)
+            os.execv(sys.executable, [sys.executable, "-m", "forgather_control", *words])
+        self.shown = ""
+
+    def until(self, text):
+        """Read until it was written."""
+        while text not in self.shown:
+            self.shown += os.read(self._fd, 4096).decode()
+
+    def end(self):
+        """The exit code."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._fd)
+        return code
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("columns", [80, 12])
+def test_on_a_terminal(jobs_dir, columns):
+    """It shows the phase in one line, and is erased before the outcome is printed."""
+    with Held() as held:
+        terminal = Terminal("save", "job", "--wait", columns=columns)
+        terminal.until("save: savin")
         held.go.set()
-        while b"saved at step" not in shown:
-            shown += os.read(terminal, 4096)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        os.close(terminal)
-    last = shown.decode().rpartition("\x1b[K")[2]
-    assert last.startswith("job: saved at step") and "save: saving" not in last
+        terminal.until("saved at step")
+        assert terminal.end() == 0
+    *before, last = terminal.shown.split("\x1b[K")
+    assert last.startswith("job: saved at step") and "save: savin" not in last
+    assert all(len(line.strip("\r")) < columns for line in before)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_several_jobs_on_a_terminal(jobs_dir):
+    """It counts the jobs and names those that are waited for, and no outcome is written into it."""
+    with Held() as held, running_loop("quick"):
+        terminal = Terminal("save", "job", "quick", "--wait")
+        terminal.until("quick: saved at step")
+        terminal.until("1 of 2 jobs done; waiting for job, ")
+        held.go.set()
+        terminal.until("2 finished")
+        assert terminal.end() == 0
+    assert len(re.findall(r"(?:^|\x1b\[K|\n)(?:job|quick): saved at step", terminal.shown)) == 2
+    assert "waiting" not in terminal.shown.rpartition("\x1b[K")[2]
+
+
+def test_a_job_that_dies_after_the_deadline(jobs_dir, monkeypatch, capsys):
+    """The exit code is still that of the deadline."""
+
+    def why_open(status, command_id):
+        raise JobDead("gone")
+
+    monkeypatch.setattr(progress_line, "why_open", why_open)
+    with Held():
+        assert main.main(["save", "job", "--timeout", "0.3"]) == 5
+    assert capsys.readouterr().err.startswith("save is still running (applied); ")
 
 
 def test_silent_in_a_pipe(jobs_dir):

@@ -36,7 +36,7 @@ def test_the_screen_of_one_job():
     assert shown[0].startswith("run") and any("70.0 %" in line for line in shown)
     (curve,) = [line for line in shown if line.startswith("loss  ")]
     assert "0.020408 to 1" in curve and len(curve) <= 80
-    assert shown[-1].endswith("phase  phase=saving")
+    assert shown[-1].endswith("  phase       saving") and shown[-1][2] == ":"
 
 
 @pytest.mark.parametrize("state", ["ended", "silent"])
