@@ -17,7 +17,7 @@ from ..training.progress import Progress
 from ..training.settings import Setting
 from . import huggingface_trainer as facts
 from .optimizer_settings import OptimizerSettings
-from .trainer_settings import END_DOC, NORM_DOC, assign, note_of_end
+from .trainer_settings import END_DOC, NORM_DOC, assign, assign_end, note_of_end
 
 _PERIODS: Final = {
     "logging_steps": ("logging_strategy", "periodic_log", "Steps between two logs."),
@@ -150,14 +150,7 @@ class TrainerSettings:
             places.append((self._args, "max_steps", steps))
         if self._is_forgather:
             places.append((self._trainer, "max_steps", steps))
-        before, undo = self._state.max_steps, assign(*places)
-        self._progress.set_end(steps)
-
-        def restore() -> None:
-            undo()
-            self._progress.set_end(before)
-
-        return restore
+        return assign_end(self._progress, self._state.max_steps, steps, *places)
 
     def _cannot_end(self, steps: int) -> str | None:
         if steps <= self._state.global_step:

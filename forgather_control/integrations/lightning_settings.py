@@ -16,7 +16,7 @@ from ..training.progress import Progress
 from ..training.settings import Setting
 from . import lightning_trainer
 from .optimizer_settings import OptimizerSettings
-from .trainer_settings import END_DOC, NORM_DOC, assign, note_of_end
+from .trainer_settings import END_DOC, NORM_DOC, assign, assign_end, note_of_end
 
 _LOG_DOC: Final = "Steps between two logs (log_every_n_steps)."
 _EVAL_DOC: Final = "Steps between two validations (val_check_interval, which counts batches)."
@@ -122,14 +122,8 @@ class LightningSettings:
         return lightning_trainer.max_steps(self._trainer, self._module) or -1
 
     def _set_end(self, steps: int) -> Callable[[], None]:
-        before, undo = self._end(), assign((self._trainer.fit_loop.epoch_loop, "max_steps", steps))
-        self._progress.set_end(steps)
-
-        def restore() -> None:
-            undo()
-            self._progress.set_end(before)
-
-        return restore
+        place = self._trainer.fit_loop.epoch_loop, "max_steps", steps
+        return assign_end(self._progress, self._end(), steps, place)
 
     def _cannot_end(self, steps: int) -> str | None:
         trainer, done = self._trainer, self._progress.step

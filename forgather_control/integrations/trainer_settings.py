@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ..training.controller import Controller
+from ..training.progress import Progress
 from . import rates
 
 log = logging.getLogger("forgather_control")
@@ -29,6 +30,22 @@ def assign(*places: tuple[Any, str, Any]) -> Callable[[], None]:
             setattr(owner, name, value)
 
     return undo
+
+
+def assign_end(progress: Progress, before: int, steps: int, *places: tuple[Any, str, Any]) -> Callable[[], None]:
+    """Set the step at which training ends, in a trainer's attributes and in the progress that is reported.
+
+    Args:
+        before: the step before; returned to by the function that this returns.
+    """
+    undo = assign(*places)
+    progress.set_end(steps)
+
+    def restore() -> None:
+        undo()
+        progress.set_end(before)
+
+    return restore
 
 
 def note_of_end(schedulers: Iterable[Any]) -> str | None:

@@ -322,12 +322,12 @@ class CommandTracker:
             if method.finishes_when == {states.WHEN_APPLIED}:
                 self.queue.finished(command.command_id, results.result(method, mine))
 
-    def submit(self, command: str) -> None:
-        """Queue the command of a signal that some rank received."""
+    def submit(self, command: str, by: dict[str, Any] = _SIGNAL, reason: str | None = None) -> None:
+        """Queue a command that no client gives now: of a signal that some rank received, or ``by`` something else."""
         method = self.methods[command]
         try:
             if why := self.group().obstacle():
                 raise CommandRefused(why)
-            self.queue.submit(command, None, method.own_params(method.bind({})), None, _SIGNAL)
+            self.queue.submit(command, None, method.own_params(method.bind({})), reason, by)
         except ControlError as err:
-            log.warning("Ignored the signal for %s: %s", command, err)
+            log.warning("Ignored the %s for %s: %s", by["via"], command, err)

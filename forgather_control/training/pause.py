@@ -12,6 +12,7 @@ from . import limits
 from .command_tracker import CommandTracker
 from .loop_actions import RequestedActions
 from .progress import RunState
+from .rules import SCRIPT
 from .settings import Settings
 
 log = logging.getLogger("forgather_control")
@@ -42,7 +43,7 @@ class Pause:
             elif self.loop.resume_at is not None and time.monotonic() >= self.loop.resume_at:
                 self.loop.resume_at = None
                 if group.rank == 0:
-                    self.tracker.submit("resume")
+                    self.tracker.submit("resume", SCRIPT, "the time of the pause is over")
                     group.command_queued()
             elif commands := group.hold(self._seconds()):
                 self.tracker.apply(commands, step)

@@ -29,7 +29,7 @@ from .rule import Rule
 
 log = logging.getLogger("forgather_control")
 
-#: What a record says of the caller of a rule that the script made.
+#: What a record says of the caller of a rule that no client made: the script did, or it ends a timed pause.
 SCRIPT: Final[dict[str, Any]] = {"via": states.VIA_RULE, "uid": None, "user": None, "pid": None, "program": None}
 #: Gives commands together; returns for each its record, or why it was refused.
 Give = Callable[[list[Submission]], "list[CommandRecord | ControlError]"]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from ..errors import CommandFailed, CommandRefused, InvalidParams
@@ -103,16 +105,18 @@ class Setting:
                 return None
             value = old * float(factor[1])
         try:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a finite number")
             return schemas.check(self.schema, value)
         except ValueError as err:
             also = ', or a factor such as "x0.5"' if self.type in ("number", "integer") else ""
             was = f" ({text} of {old})" if factor is not None else ""
             raise CommandRefused(f"{self.name} must be {err}{also}, not {shown(value)}{was}") from err
 
-    def put(self, value: Any, old: Any) -> Callable[[], None]:
+    def put(self, value: Any, old: Any) -> Callable[[], object]:
         """Put a value in force; return a function that restores the earlier one."""
         undo = self.set(value)
-        return undo if callable(undo) else lambda: void(self.set(old))
+        return undo if callable(undo) else partial(self.set, old)
 
 
 def declared(found: Sequence[Any] | Mapping[str, Mapping[str, Any]]) -> list[Setting]:
@@ -121,13 +125,11 @@ def declared(found: Sequence[Any] | Mapping[str, Mapping[str, Any]]) -> list[Set
     Raises:
         InvalidParams: an argument of one is wrong.
     """
-    if isinstance(found, Mapping):
-        return [Setting.of({"name": name, **each}) for name, each in found.items()]
-    return [Setting.of(each) for each in found]
-
-
-def void(value: object) -> None:
-    """Take a value and return nothing."""
+    try:
+        each = [{"name": name, **rest} for name, rest in found.items()] if isinstance(found, Mapping) else list(found)
+    except TypeError as err:
+        raise InvalidParams(f"settings must be a list of settings, or what each takes by its name: {err}") from err
+    return [Setting.of(one) for one in each]
 
 
 class Change(Future[dict[str, Any]]):
@@ -137,7 +139,7 @@ class Change(Future[dict[str, Any]]):
         super().__init__()
         self._keep = keep
         self.values: dict[str, dict[str, Any]] = {}  #: What was, and what was put in force, by name.
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], object]] = []
 
     def settle(self, why: str | None) -> None:
         """Keep the change, or restore what was, and say why."""

@@ -113,7 +113,12 @@ def test_it_resumes_by_itself(loop, client):
     """After the given time; the record of that resume is listed."""
     step = client.call("pause", seconds=30 * MS, wait="finished")["applied_at_step"]
     until(lambda: loop.step > step)
-    assert [record["command"] for record in client.call("list_commands")][-2:] == ["pause", "resume"]
+    *_, pause, resume = client.call("list_commands")
+    assert (pause["command"], resume["command"], resume["reason"]) == (
+        *("pause", "resume"),
+        "the time of the pause is over",
+    )
+    assert resume["requested_by"] == {"via": "rule", "uid": None, "user": None, "pid": None, "program": None}
 
 
 def test_a_later_pause_sets_the_time_anew(loop, client):

@@ -107,6 +107,14 @@ def test_a_factor_is_checked_with_the_value_in_force(values, changes, words):
         values.settings.change(changes)
 
 
+@pytest.mark.parametrize("text", ["x1e400", "x1e300", float("inf"), float("nan")])
+def test_a_value_is_finite(text):
+    """Whatever its limits are."""
+    setting = Setting("free", get=lambda: 1e300, set=lambda value: None, type=float)
+    with pytest.raises(CommandRefused, match="free must be a finite number"):
+        setting.wanted(text, 1e300)
+
+
 def test_a_setter_that_raises_changes_nothing(values):
     """Those before it are restored, and the half that it did, too."""
 
@@ -190,6 +198,13 @@ def test_wrong_declarations(arguments, words):
     """They raise where they are made."""
     with pytest.raises(InvalidParams, match=words):
         declared([{"name": "x", "get": lambda: 1, "set": lambda value: None, **arguments}])
+
+
+@pytest.mark.parametrize("found", [5, {"x": 5}, None])
+def test_what_is_no_declaration(found):
+    """It says what is expected."""
+    with pytest.raises(InvalidParams, match="settings must be a list of settings, or what each takes by its name"):
+        declared(found)
 
 
 def test_declared_by_name_or_in_a_list(values):
