@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -145,6 +143,8 @@ class Profiler:
             self._writing = False
 
     def _written(self, session: _Session) -> dict[str, Any]:
+        import tempfile  # most jobs are never profiled, and start sooner without it
+
         name = f"{self._state.job_id or 'job'}-step{session.began_at_step}-rank{self._rank()}"
         path = _unused(Path(self._folder) / "profiles", name)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -179,6 +179,8 @@ def _check_whole(path: Path) -> None:
 
 def _operations(path: Path) -> list[dict[str, Any]]:
     """Return the longest operations of a trace; none if they cannot be read."""
+    import subprocess
+
     words = [sys.executable, str(Path(__file__).with_name("trace_table.py")), str(path)]
     try:
         done = subprocess.run(words, capture_output=True, timeout=limits.TABLE_TIMEOUT, check=True)
