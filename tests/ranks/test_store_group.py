@@ -56,7 +56,7 @@ class Rank:
         self.applied: list[tuple[int, Any]] = []
         self.fault: str | None = None
         self.holds = 0
-        self.stop = self.paused = False
+        self.stop = self.paused = self.has_left = False
         self.settled: list[str | None] = []  # why atomic commands were undone
         self.thread = threading.Thread(target=self.train, name=f"rank-{rank}")
         self.errors: list[BaseException] = []
@@ -93,7 +93,7 @@ class Rank:
         outcomes = {command.command_id: self.effect(command, step) for command in commands}
         self.group.applied(commands, step, {name: outcome for name, outcome in outcomes.items() if outcome})
         self.applied.append((step, commands))
-        if commands[-1].name in ATOMIC:
+        if commands[-1].name in ATOMIC and not self.has_left:
             self.settled.append(self.group.settle())
         for command in commands:
             self.paused = {"pause": True, "resume": False}.get(command.name, self.paused)
@@ -249,7 +249,13 @@ def test_a_rank_that_is_late_has_the_change_undone(store, monkeypatch):
 def test_a_change_is_undone_where_control_fails_on_a_rank(store):
     """The rank that leaves owes its answer, and the others do not wait for it."""
     with training(store, 2, begin=False) as made:
-        made[1].effect = lambda command, step: made[1].group.close(0.0, "it broke") or {}
+
+        def leave(command, step):
+            made[1].group.close(0.0, "it broke")
+            made[1].has_left = True
+            return {}
+
+        made[1].effect = leave
         for rank in made:
             rank.begin()
         made[0].order("change_settings")

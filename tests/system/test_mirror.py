@@ -18,7 +18,6 @@ ELSEWHERE = {
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",
     "cli/watch_screen": "cli/test_watch",
-    "client/following": "cli/test_watch",
     "cli/command_output": "cli/test_output",
     "training/applied_command": "training/test_command_tracker",
     "training/open_runs": "training/test_controller",
