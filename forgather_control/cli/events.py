@@ -5,12 +5,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from ..client import target
-from ..client.connection import Client
+from ..client import event_history, target
 from ..client.target import Target
-from ..errors import InternalError, InvalidRequest, NoSuchJob
-from ..jobs import ended, event_log
-from ..jobs.record import jobs_dir
+from ..errors import InvalidRequest, NoSuchJob
+from ..jobs import event_log
 from . import event_output, status
 from .exit_codes import DONE, INTERRUPTED
 from .terminal import complain, print_answer
@@ -26,13 +24,13 @@ def run(args: argparse.Namespace) -> int:
         if job is None:
             raise
         try:
-            log.show(ended.read_events(jobs_dir(), job))
+            log.show(event_history.of_ended(job))
         except (OSError, ValueError) as err:
             return complain(f"the events of {job.job_id} cannot be read: {err}", 1)
-        return complain(f"{job.job_id} {status.past(job)}")
+        return complain(f"{job.job_id} {status.ending(job)}")
     _show_file(args, where, log)
     try:
-        _show_live(where, log, args.follow)
+        log.show(event_history.live(where, log.seq, args.follow))
     except InvalidRequest:  # control by file cannot send events, and the file had them
         if args.follow or log.seq == 0:
             raise
@@ -59,24 +57,10 @@ class _Printer:
 
 
 def _show_file(args: argparse.Namespace, where: Target, log: _Printer) -> None:
-    """Show what a job of this host, or of a file system that is shared with it, has written: more than it remembers."""
-    if args.ssh is not None or args.connect is not None or where.record is None:
+    """Show what the job has written: more than it remembers."""
+    if args.ssh is not None or args.connect is not None:
         return
     try:
-        log.show(event_log.read(f"{jobs_dir()}/{where.record.job_id}"))
+        log.show(event_history.written(where))
     except (OSError, ValueError) as err:
         complain(f"the event log of {where.name} cannot be read: {err}")
-
-
-def _show_live(where: Target, log: _Printer, follow: bool) -> None:
-    """Show the events after those that were shown; return at the end of the job, or once all are shown."""
-    with Client(where) as job:
-        last = job.call("subscribe", kinds=["ended"])["next"] - 1
-        if not follow and log.seq >= last:
-            return
-        for event in job.events(since=log.seq, kinds=event_log.LOGGED if follow else None):
-            if not event_log.is_event(event):
-                raise InternalError("the other side sent an event without a number or a time")
-            log.show([event])
-            if not follow and event["seq"] >= last:
-                return

@@ -4,13 +4,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..client import target
+from ..client import past, target
 from ..client.connection import Client
 from ..errors import ControlError, JobDead, JobNotAnswering, NoSuchJob
-from ..jobs import ended, last_status
 from ..jobs.ended import EndedJob
-from ..jobs.record import jobs_dir
-from ..wire import jsonrpc
+from ..jobs.last_status import LastStatus
 from . import output, terminal
 from .exit_codes import DONE, exit_code
 from .terminal import complain, print_answer
@@ -29,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
 
 def of_ended(args: argparse.Namespace) -> EndedJob | None:
     """Return the last run of JOB that has ended, unless the job is elsewhere or none is named."""
-    is_here = args.ssh is None and args.connect is None
-    return ended.find(jobs_dir(), args.job) if is_here and args.job is not None else None
+    return past.find_ended(args.job) if _is_here(args) else None
 
 
-def past(job: EndedJob) -> str:
+def _is_here(args: argparse.Namespace) -> bool:
+    return args.ssh is None and args.connect is None
+
+
+def ending(job: EndedJob) -> str:
     """Say in a few words how and when a job has ended."""
     reason = f" ({job.reason})" if job.reason else ""
     return f"has ended: {job.how}{reason} at {output.moment(job.ended_at)}"
@@ -41,20 +42,16 @@ def past(job: EndedJob) -> str:
 
 def _past(args: argparse.Namespace, err: ControlError) -> int:
     """Show what is left of a job that did not answer; raise the error if nothing is."""
-    job_id = err.data.get("job") or args.job
-    last = None
-    if args.ssh is None and args.connect is None and not isinstance(err, NoSuchJob):
-        last = last_status.read(jobs_dir(), str(job_id))
-    if last is not None:
-        told = {**last_known(last), "error": jsonrpc.error_object(err)}
-        was = was_last(last, err)
-        print_answer(args.json, told, output.status_screen, last.status, terminal.has_unicode(), was)
-        return complain(output.in_verbs(str(err)), exit_code(err))
-    job = of_ended(args)
-    if job is None:
+    found = past.find(args.job, err) if _is_here(args) else None
+    if found is None:
         raise err
-    print_answer(args.json, {**(job.status or {}), "ended": job.to_json()}, _screen, job)
-    return DONE
+    told = past.to_json(found, err)
+    if isinstance(found, EndedJob):
+        print_answer(args.json, told, _screen, found)
+        return DONE
+    was = was_last(found, err)
+    print_answer(args.json, told, output.status_screen, found.status, terminal.has_unicode(), was)
+    return complain(output.in_verbs(str(err)), exit_code(err))
 
 
 class Past(NamedTuple):
@@ -68,24 +65,17 @@ class Past(NamedTuple):
 
 def one_of_many(name: str, err: ControlError) -> Past | None:
     """Return what is left of a job of this host that does not answer; ``None`` if nothing is."""
-    last = None if isinstance(err, NoSuchJob) else last_status.read(jobs_dir(), name)
-    if last is not None:
-        was = was_last(last, err)
-        return Past({"last_status": last_known(last)}, lambda: output.status_line(name, last.status, was), False)
-    job = ended.find(jobs_dir(), name)
-    if job is None:
+    found = past.find(name, err)
+    if isinstance(found, EndedJob):
+        known = {**(found.status or {}), "global_step": found.global_step}
+        return Past({"result": past.to_json(found, err)}, lambda: output.status_line(name, known, ending(found)), True)
+    if found is None:
         return None
-    known = {**(job.status or {}), "global_step": job.global_step}
-    told = {"result": {**(job.status or {}), "ended": job.to_json()}}
-    return Past(told, lambda: output.status_line(name, known, past(job)), True)
+    was = was_last(found, err)
+    return Past({"last_status": past.last_known(found)}, lambda: output.status_line(name, found.status, was), False)
 
 
-def last_known(last: last_status.LastStatus) -> dict[str, Any]:
-    """Return what a job wrote last, with the time of that."""
-    return {**last.status, "last_known_at": last.written_at}
-
-
-def was_last(last: last_status.LastStatus, err: ControlError) -> str:
+def was_last(last: LastStatus, err: ControlError) -> str:
     """Say what became of a job that does not answer, and what it was doing when it wrote its status."""
     now = "is dead" if isinstance(err, JobDead) else "does not answer"
     return f"{now}; it was {last.status.get('status')} {output.duration(last.age)} ago"
@@ -93,8 +83,8 @@ def was_last(last: last_status.LastStatus, err: ControlError) -> str:
 
 def _screen(job: EndedJob) -> str:
     if job.status is None:
-        shown = output.safe(f"{job.job_id}  {past(job)}")
+        shown = output.safe(f"{job.job_id}  {ending(job)}")
     else:
-        shown = output.status_screen(job.status, terminal.has_unicode(), past(job))
+        shown = output.status_screen(job.status, terminal.has_unicode(), ending(job))
     saved = "" if job.checkpoint is None else f"last checkpoint: {job.checkpoint}"
     return "\n".join(line for line in (shown, output.safe(saved)) if line)

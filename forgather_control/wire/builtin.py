@@ -78,8 +78,8 @@ def _command(
     return declare
 
 
-def _query(name: str, returns: str, doc: str, *params: Param, verb: str | None = None) -> None:
-    BUILTIN.add(Method(name, doc, params, returns, verb=verb))
+def _query(name: str, returns: str, doc: str, *params: Param, verb: str | None = None, reads_only: bool = True) -> None:
+    BUILTIN.add(Method(name, doc, params, returns, verb=verb, reads_only=reads_only))
 
 
 # Commands...
@@ -96,7 +96,7 @@ _COUNTED: Final = Param(
 )
 
 
-@_command("save_checkpoint", _EVALUATE, finishes_when={"saved"}, needs=("save",), verb="save")
+@_command("save_checkpoint", _EVALUATE, finishes_when={"saved"}, needs=("save",), verb="save", is_harmless=True)
 def save_checkpoint(loop: TrainingLoop, evaluate: Json) -> None:
     """Save a checkpoint now and continue training, whatever save_strategy says."""
     loop.request_save(evaluate)
@@ -128,7 +128,7 @@ def abort(loop: TrainingLoop) -> None:
     loop.request_abort()
 
 
-@_command("evaluate", _COUNTED, finishes_when={"evaluated"}, needs=("evaluate",), verb="evaluate")
+@_command("evaluate", _COUNTED, finishes_when={"evaluated"}, needs=("evaluate",), verb="evaluate", is_harmless=True)
 def evaluate(loop: TrainingLoop, counted: bool) -> None:
     """Evaluate now, show the metrics, and continue training as if nothing had happened.
 
@@ -150,7 +150,7 @@ _CHANGES: Final = Param(
 )
 
 
-@_command("pause", _SECONDS, finishes_when={"applied"}, needs=("pause",), verb="pause")
+@_command("pause", _SECONDS, finishes_when={"applied"}, needs=("pause",), verb="pause", is_harmless=True)
 def pause(loop: TrainingLoop, seconds: float | None) -> None:
     """Hold all ranks at the end of one step until resume; all other commands still work.
 
@@ -159,7 +159,7 @@ def pause(loop: TrainingLoop, seconds: float | None) -> None:
     loop.request_pause(seconds)
 
 
-@_command("resume", finishes_when={"applied"}, needs=(), verb="resume")
+@_command("resume", finishes_when={"applied"}, needs=(), verb="resume", is_harmless=True)
 def resume(loop: TrainingLoop) -> None:
     """Continue a paused job; without effect on one that is not paused."""
     loop.request_resume()
@@ -215,7 +215,15 @@ def _profile_of_all(values: dict[int, Any]) -> dict[str, Any]:
     return {**known, "steps": first["steps"], "seconds_lost": lost, "operations": first["operations"], **note}
 
 
-@_command("profile", _STEPS, finishes_when={"reported"}, needs=("profile",), verb="profile", combine=_profile_of_all)
+@_command(
+    "profile",
+    _STEPS,
+    finishes_when={"reported"},
+    needs=("profile",),
+    verb="profile",
+    combine=_profile_of_all,
+    is_harmless=True,
+)
 def profile(loop: TrainingLoop, steps: int) -> Future[Json]:
     """Record the next steps of all ranks with torch's profiler, and write one trace for each rank.
 
@@ -265,7 +273,14 @@ _query(
     verb="status",
 )
 _query("get_command", "CommandRecord", "Answer the record of one command.", _KNOWN_ID)
-_query("cancel_command", "CommandRecord", "Cancel a command that is not applied yet.", _KNOWN_ID, verb="cancel")
+_query(
+    "cancel_command",
+    "CommandRecord",
+    "Cancel a command that is not applied yet.",
+    _KNOWN_ID,
+    verb="cancel",
+    reads_only=False,
+)
 _query("list_commands", "CommandRecords", "List the commands that the job keeps, oldest first.", verb="commands")
 _WHEN: Final = Param(
     "when",
@@ -287,8 +302,10 @@ _query(
 The rule lives in the job: it needs no client, and ends with the job.""",
     *(_WHEN, _DO, _DO_PARAMS, _NOT_BEFORE),
     verb="when",
+    reads_only=False,
 )
-_query("remove_rule", "Rule", "Remove a rule.", Param("id", {"type": "integer"}, "Its number, as list_rules shows it."))
+_RULE_ID: Final = Param("id", {"type": "integer"}, "Its number, as list_rules shows it.")
+_query("remove_rule", "Rule", "Remove a rule.", _RULE_ID, reads_only=False)
 _query("list_rules", "Rules", "List the rules of the job, those that have fired, too.")
 _query(
     "list_settings",

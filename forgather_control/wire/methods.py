@@ -95,6 +95,10 @@ class Method(NamedTuple):
     #: Whether all ranks carry it out or none: where one cannot, the others undo it before their next step. Its effect
     #: returns a ``training.settings.Change``.
     is_atomic: bool = False
+    #: Whether it changes nothing. Cautious by default, as is the next: assistants may always call what only reads.
+    reads_only: bool = False
+    #: Whether it ends, changes and takes back nothing: it adds, such as a checkpoint, or delays.
+    is_harmless: bool = False
 
     @property
     def is_command(self) -> bool:
