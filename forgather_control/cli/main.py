@@ -264,6 +264,13 @@ def _events(args: argparse.Namespace) -> int:
     return events.run(args)
 
 
+def _mcp(args: argparse.Namespace) -> int:
+    from ..mcp import server
+
+    server.serve(args.allow, args.job)
+    return DONE
+
+
 def _cleanup(args: argparse.Namespace) -> int:
     from ..client import api
     from . import job_table
@@ -285,6 +292,7 @@ _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "list": _list,
     "status": _status,
     "events": _events,
+    "mcp": _mcp,
     "ranks": _ranks,
     "stacks": _stacks,
     "cleanup": _cleanup,

@@ -94,6 +94,12 @@ def _until(text: str) -> str:
     return text
 
 
+def _allowed(text: str) -> str:
+    from ..mcp.allowed import Allowed
+
+    return _valid(Allowed.parse, text)
+
+
 _seconds = _reader(methods.TIMEOUT)
 
 
@@ -156,6 +162,10 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "--quiet": _rules("ids only"),
     "--follow": _rules("show what happens from now on, too, until the job ends"),
     "--since": _rules("not what is older, such as 90s, 30m, 1h or 2d", "TIME", _duration),
+    "--allow": _rules(
+        "what may act, such as save,stop,set:learning_rate,run:NAME (default nothing)", "VERB,...", _allowed, default=""
+    ),
+    "--job": _rules("serve this job alone", "JOB"),
     "--until-input-ends": _rules("do not wait for replies after it"),
 }  # fmt: skip
 

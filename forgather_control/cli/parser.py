@@ -46,6 +46,12 @@ Run a command of the job's training script and print its value; without NAME, li
 
 Values are read as the types of the parameters. A list is words between commas, a JSON array, or KEY=VALUE for
 each item. It waits until the command is finished.""",
+    "mcp": """\
+Serve the Model Context Protocol on standard input and output, so that an AI assistant can watch jobs.
+
+The assistant's host starts it. It only reads, unless --allow names verbs that act: save,stop,set:learning_rate.
+set and run can be limited to one setting or command behind a colon; abort is allowed only by its name, too.
+It needs the extra: pip install 'forgather_control[mcp]'.""",
     "dial-stdio": """\
 Copy between standard input and output and a job's socket. This is what --ssh runs on the other side.
 
@@ -58,6 +64,7 @@ _OWN_OPTIONS: Final = {
     "list": ("--remote", "--token-file", "--ssh", "--ended", "--sort", "--quiet"),
     "events": ("--connect", "--token-file", "--ssh", "--follow", "--since"),
     "cleanup": ("--force",),
+    "mcp": ("--allow", "--job"),
     "dial-stdio": ("--until-input-ends",),
 }
 #: What cannot be combined with --ssh, and why.
@@ -155,6 +162,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return
     if args.verb == "cleanup":
         parser.error(f"cleanup asks about what it shows: run ssh -t {args.ssh} forgather-control cleanup")
+    if args.verb == "mcp":
+        parser.error(f"the server runs on the host of the jobs: run ssh {args.ssh} forgather-control mcp")
     if args.verb == "dial-stdio":
         parser.error("dial-stdio is what --ssh runs on the other side")
     for name, other in _NOT_OVER_SSH.items():
@@ -276,7 +285,7 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
     elif verb in job_words.SEVERAL:
         job_words.add(parser, verb)
-    elif verb not in ("list", "cleanup"):
+    elif verb not in ("list", "cleanup", "mcp"):
         parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
     if verb == "watch":
         options.add(parser, "--once", "--interval")
@@ -295,7 +304,7 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
             if verb not in ("set", "when") or param.name == "not_before":
                 options.add_param(parser, param)
     options.add(parser, *_OWN_OPTIONS.get(verb, ("--connect", "--token-file", "--ssh")))
-    if verb in ("cleanup", "dial-stdio"):  # only to say why it cannot be
+    if verb in ("cleanup", "mcp", "dial-stdio"):  # only to say why it cannot be
         options.add(parser, "--ssh", help=argparse.SUPPRESS)
     if method is not None and method.is_command:
         options.add(parser, "--wait", "--timeout", "--reason")
