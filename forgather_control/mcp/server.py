@@ -37,6 +37,7 @@ def serve(allow: str = "", job: str | None = None) -> None:
     Raises:
         Unsupported: the SDK is not installed, or is too old.
         InvalidParams: ``allow`` names what there is not.
+        BrokenPipeError: the host has closed the output.
     """
     service = Service(Allowed.parse(allow), job)
     try:
@@ -47,7 +48,12 @@ def serve(allow: str = "", job: str | None = None) -> None:
     except ImportError as err:
         text = "forgather-control mcp needs the Model Context Protocol SDK, version 2"
         raise Unsupported(f"{text}: pip install 'forgather_control[mcp]'", needs="mcp") from err
-    asyncio.run(_run(service))
+    try:
+        asyncio.run(_run(service))
+    except Exception as err:
+        if all(isinstance(each, BrokenPipeError) for each in getattr(err, "exceptions", [err])):
+            raise BrokenPipeError from err  # the host reads no more
+        raise
 
 
 async def _run(service: Service) -> None:

@@ -31,8 +31,9 @@ from .answers import Answer
 _Arguments = dict[str, Json]
 _Said = tuple[Json, str | None]
 _Call = Callable[[Target, _Arguments], _Said]
-#: What ``list`` tells of a job, out of its status; ``status`` tells the rest.
-_LISTED: Final = ("global_step", "max_steps", "epoch", "progress", "steps_per_second", "eta_seconds")
+#: What ``list`` tells of a job, and of its status.
+_FACTS: Final = ("job_id", "state", "host", "pid", "started_at", "world_size", "silent_because")
+_PROGRESS: Final = ("global_step", "max_steps", "epoch", "progress", "steps_per_second", "eta_seconds")
 
 
 class Service:
@@ -118,7 +119,11 @@ class Service:
 
     def _list(self, arguments: _Arguments) -> Answer:
         given = tools.LIST.bind(arguments)
-        rows = [job.to_json() for job in past.all_ended()] if given["ended"] else [*map(_row, api.list_jobs())]
+        rows = (
+            [job.to_json() for job in past.all_ended()]
+            if given["ended"]
+            else [_row(job.to_json()) for job in api.list_jobs()]
+        )
         if self._job is not None:
             only = self._only_id()
             rows = [row for row in rows if row["job_id"] == only]
@@ -198,7 +203,7 @@ def _wait(where: Target, arguments: _Arguments) -> _Said:
 
 def _ranks(where: Target, arguments: _Arguments) -> _Said:
     view = _view(where, "ranks", arguments)
-    return view.rows, view.problem and str(view.problem)
+    return view.rows, str(view.problem) if view.problem else None
 
 
 def _stacks(where: Target, arguments: _Arguments) -> _Said:
@@ -224,9 +229,8 @@ _CALLS: Final[dict[str, _Call]] = {
 }
 
 
-def _row(job: api.Job) -> dict[str, Json]:
-    """Return what ``list`` tells of a job."""
-    known = job.status or job.last_status or {}
-    facts = ("job_id", "state", "host", "pid", "started_at", "world_size", "silent_because")
-    shown = {name: getattr(job, name) for name in facts}
-    return {**shown, "status": known.get("status"), **{name: known.get(name) for name in _LISTED}}
+def _row(job: dict[str, Json]) -> dict[str, Json]:
+    """Return what ``list`` tells of a job; ``status`` tells the rest."""
+    known = job["status"] or job["last_status"] or {}
+    facts = {name: job[name] for name in _FACTS}
+    return {**facts, "status": known.get("status"), **{name: known.get(name) for name in _PROGRESS}}
