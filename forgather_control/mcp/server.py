@@ -17,8 +17,6 @@ from .service import Service
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from mcp.server import Server
-
     from .tools import Tool
 
 _INSTRUCTIONS: Final = """\
@@ -59,7 +57,7 @@ def serve(allow: str = "", job: str | None = None) -> None:
 async def _run(service: Service) -> None:
     from mcp.server.stdio import stdio_server
 
-    server = make(service)
+    server = _made(service)
     lines: Any = _input()
     async with stdio_server(stdin=lines) as (incoming, outgoing):
         await server.run(incoming, outgoing, server.create_initialization_options())
@@ -74,7 +72,7 @@ async def _input() -> AsyncIterator[str]:
         yield line
 
 
-def make(service: Service) -> Server[Any]:
+def _made(service: Service) -> Any:
     """Return the SDK's server with the tools of a service."""
     from anyio import to_thread
     from mcp.server import Server

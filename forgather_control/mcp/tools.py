@@ -95,8 +95,7 @@ def _tool(method: Method, allowed: Allowed, job: str | None) -> Tool:
     if method.name == "change_settings":
         _limit_settings(properties["changes"], allowed.only(word_of(method)))
     if method.name == "add_rule":
-        words = (f"{RUN}:{OWN}NAME" if word == RUN else BUILTIN_OF.get(word, word) for word in allowed.names)
-        properties["do"]["description"] += f" Allowed are: {', '.join(sorted(words))}."
+        properties["do"]["description"] += f" Allowed: {', '.join(_commands(allowed)) or 'none'}."
     where = {} if method.name == LIST.name else {"job": _job_property(job)}
     required = [param.name for param in params if param.required]
     schema = _object({**where, **properties}, required)
@@ -104,8 +103,11 @@ def _tool(method: Method, allowed: Allowed, job: str | None) -> Tool:
     return Tool(name, method.name, method.doc, schema, method.reads_only, method.reads_only or method.is_harmless)
 
 
-#: The names of commands by their words.
-BUILTIN_OF: Final = {word_of(method): method.name for method in BUILTIN.values() if method.is_command}
+def _commands(allowed: Allowed) -> list[str]:
+    """Return the methods that a rule may name."""
+    found = [method.name for method in BUILTIN.values() if method.is_command and word_of(method) in allowed.names]
+    own = allowed.only(RUN) if RUN in allowed.names else ()
+    return [*found, *(OWN + name for name in sorted(["NAME"] if own is None else own))]
 
 
 def _limit_settings(changes: Schema, names: frozenset[str] | None) -> None:
@@ -176,12 +178,15 @@ def _own(document: Any) -> dict[str, Any]:
 def _own_params(rows: Any) -> dict[str, Schema] | None:
     """Return the schemas of an own command's parameters by name; ``None``: they cannot be read, or one is "job"."""
     found = {}
-    for row in rows if isinstance(rows, list) else [None]:
-        if not isinstance(row, dict) or not isinstance(row.get("schema"), dict) or row.get("name") == "job":
-            return None
-        if row.get("name") not in COMMON_NAMES:
-            text = f"{schemas.expected(row['schema'])}. {_quoted(row.get('description'))}"
-            found[str(row.get("name"))] = {**_plain(row["schema"]), "description": text}
+    try:
+        for name, row in ((row["name"], row) for row in rows):
+            if name == "job":
+                return None
+            if name not in COMMON_NAMES:
+                text = f"{schemas.expected(row['schema'])}. {_quoted(row.get('description'))}"
+                found[str(name)] = {**_plain(row["schema"]), "description": text}
+    except (AttributeError, LookupError, TypeError):
+        return None
     return found
 
 

@@ -33,6 +33,7 @@ needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
 needs_lightning = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+needs_mcp = pytest.mark.skipif(importlib.util.find_spec("mcp_types") is None, reason="mcp is not installed")
 
 
 def needs(program: str) -> pytest.MarkDecorator:

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "training": {"", "wire", "processes", "jobs", "server", "ranks"},
     "integrations": {"", "training"},
     "client": {"", "wire", "processes", "jobs"},
-    "cli": {"", "wire", "jobs", "client"},
+    "mcp": {"", "wire", "client"},
+    "cli": {"", "wire", "jobs", "client", "mcp"},
 }
 #: What is not in the standard library, and the packages that may import it inside a function.
 THIRD_PARTY = {
@@ -29,6 +30,9 @@ THIRD_PARTY = {
     "pytorch_lightning": {"integrations"},
     "transformers": {"integrations"},
     "rich": {"cli"},
+    "mcp": {"mcp"},
+    "mcp_types": {"mcp"},
+    "anyio": {"mcp"},
 }
 #: Modules that load other packages of ours on demand: lazy public names, and the console scripts.
 ENTRY_POINTS = {"forgather_control", "forgather_control.__main__"}
