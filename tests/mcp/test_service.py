@@ -16,6 +16,8 @@ from forgather_control.mcp.service import Service
 
 from ..support.harness import SOON, job_process, running_loop, until
 
+pytestmark = pytest.mark.once
+
 
 def data(answer):
     """What an answer holds, which is no error, and is the same in its text."""

@@ -28,6 +28,8 @@ import forgather_control
 from forgather_control import errors, states
 from forgather_control.cli import exit_codes, parser
 from forgather_control.jobs.record import JobRecord
+from forgather_control.mcp import limits, tools
+from forgather_control.mcp.allowed import ACTING, Allowed
 from forgather_control.training.options import ControlOptions
 from forgather_control.wire import conditions, discovery, methods
 from forgather_control.wire.builtin import BUILTIN
@@ -89,7 +91,9 @@ def test_every_block_is_run_or_says_why_not():
     """Each shell, Python and YAML block has a mark, and each mark is one of those that a test here knows."""
     kinds = {"shell", "python", "loop", "options", "hugging face", "lightning", "record", "event", "rule"}
     for block in BLOCKS:
-        known = block.kind in kinds or re.match(r"not run: .{10}|run line$|test line$|output of: ", block.mark)
+        known = block.kind in kinds or re.match(
+            r"not run: .{10}|run line$|test line$|transcript$|output of: ", block.mark
+        )
         assert known or (not block.mark and block.language == "text"), block
 
 
@@ -342,6 +346,7 @@ def test_the_table_of_verbs():
     assert verbs().keys() == {method.verb for method in BUILTIN.values() if method.verb} | {
         "cleanup",
         "events",
+        "mcp",
         "rpc",
         "run",
         "wait",
@@ -373,7 +378,7 @@ def test_the_table_of_options():
     groups = {
         "commands": commands,
         "all": {*verbs()},
-        "all but `cleanup`": {*verbs()} - {"cleanup"},
+        "all but `cleanup` and `mcp`": {*verbs()} - {"cleanup", "mcp"},
         "those with JOB": {verb for verb, usage in verbs().items() if "JOB" in usage},
         "those with JOB...": {verb for verb, usage in verbs().items() if "JOB..." in usage},
         "those with JOB... but `watch`": {verb for verb, usage in verbs().items() if "JOB..." in usage} - {"watch"},
@@ -384,6 +389,38 @@ def test_the_table_of_options():
         for verb in groups.get(where, set(re.findall(r"`([\w-]+)`", where))):
             documented[verb].add(option.strip("`").split()[0])
     assert documented == {verb: options_of(verb) for verb in verbs()}
+
+
+def test_the_table_of_tools():
+    """All tools of assistants, those that read, act, and are marked as destructive."""
+    found = tools.of_table(Allowed(dict.fromkeys(ACTING)))
+    kinds = {True: "reads", False: "acts"}
+    marks = {
+        tool.name: kinds[tool.reads_only] + ("" if tool.is_harmless else ", marked as destructive") for tool in found
+    }
+    rows = table("docs/assistants.md", "tool")
+    documented = {name: row[1] for row in rows for name in re.findall(r"`([\w-]+)`", row[0])}
+    assert documented == {**marks, "run_NAME": "acts, marked as destructive"}
+    waits = re.findall(r"(\d+) seconds", PAGES["docs/assistants.md"])
+    assert waits == [f"{limits.DEFAULT_WAIT:g}", f"{limits.MAX_WAIT:g}"]
+    assert f"after {limits.MAX_QUOTED} characters" in PAGES["docs/assistants.md"]
+
+
+def test_what_assistants_may_be_allowed():
+    """Each word of the table is one of --allow; each command to register is one of ours."""
+    for row in table("docs/assistants.md", "`--allow`")[1:]:
+        assert Allowed.parse(row[0].strip("`")).names
+    commands = re.findall(r'"args": (\[.*?\])', PAGES["docs/assistants.md"])
+    assert len(commands) == 2
+    for words in [*map(json.loads, commands), *(line.split()[1:] for line in registered())]:
+        assert parser.parse(words, "").verb == "mcp"
+
+
+def registered() -> list[str]:
+    """The command lines that are registered with a host's own command."""
+    found = re.findall(r"^claude mcp add .* -- .*?(forgather-control .*)$", PAGES["docs/assistants.md"], re.MULTILINE)
+    assert len(found) == 2
+    return found
 
 
 def test_the_tables_of_the_wire():

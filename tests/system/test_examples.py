@@ -21,6 +21,7 @@ from ..support.harness import (
     cli,
     needs,
     needs_lightning,
+    needs_mcp,
     needs_torch,
     needs_transformers,
     running_loop,
@@ -135,6 +136,21 @@ def test_the_lightning_example_is_controlled(tmp_path):
     record = forgather_control.save_and_stop("lightning_trainer", wait="finished", timeout=SOON)
     assert Path(record.result["path"]).parent == tmp_path / "checkpoints" and Path(record.result["path"]).is_file()
     assert f"ended at step {record.result['step']}" in job.communicate(timeout=2 * SOON)[0]
+
+
+@needs_mcp
+def test_the_assistant_reads_and_is_refused_and_saves():
+    """It prints the exchange that docs/assistants.md shows, numbers and paths aside; the checkpoint is on disk."""
+    done = subprocess.run([sys.executable, EXAMPLES / "assistant.py"], capture_output=True, text=True, timeout=5 * SOON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (ROOT / "docs" / "assistants.md").read_text()
+    shown = re.search(r"<!-- transcript -->\n```text\n(.*?)```", page, re.DOTALL)[1]
+    assert lines_without_numbers(done.stdout) == lines_without_numbers(shown)
+    assert done.stdout.endswith(" is on disk: True\n")
+
+
+def lines_without_numbers(text: str) -> list[str]:
+    return re.sub(r'/[^"]*|-?\d[\d.e-]*', "#", text).splitlines()
 
 
 @needs_torch

@@ -266,6 +266,10 @@ INSIDE: dict[str, str] = {
     "ranks.limits.MAX_RESULTS": "ranks.test_group",
     "processes.stacks.MAX_TEXT": "processes.test_stacks",
     "processes.stacks._MAX_WORD": "processes.test_stacks",
+    # What one call of an assistant may take; docs/assistants.md has them.
+    "mcp.limits.MAX_WAIT": "mcp.test_tools",
+    "mcp.limits.MAX_EVENTS": "mcp.test_tools",
+    "mcp.limits.MAX_QUOTED": "mcp.test_tools",
 }
 
 
