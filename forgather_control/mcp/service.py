@@ -57,7 +57,7 @@ class Service:
         """Return what the jobs that answer describe of themselves, by job."""
         try:
             live = [job.job_id for job in api.list_jobs() if job.state == states.JOB_LIVE]
-            served = live if self._job is None else [job_id for job_id in live if job_id == self._only_id()]
+            served = live if self._job is None else [*{self._only_id()} & {*live}]
             answered = many.jobs(*served).call("rpc.discover") if served else {}
         except ControlError:  # tools are listed without what cannot be read
             return {}
@@ -83,7 +83,9 @@ class Service:
         except NoSuchJob as err:
             return self._past(method, job, arguments, err)
         try:
-            return answers.of_value(where.name, *_CALLS.get(method, _plain(method))(where, arguments))
+            special = _CALLS.get(method)
+            value, problem = special(where, arguments) if special else (_ask(method, where, arguments), None)
+            return answers.of_value(where.name, value, problem)
         except ControlError as err:
             return answers.of_error(where.name, err)
 
@@ -145,17 +147,13 @@ class Service:
 # How each method is called: the value of its answer, and what there is to say about it...
 
 
-def _plain(method: str) -> _Call:
-    """Return the call that asks the job, or gives it a command."""
+def _ask(method: str, where: Target, arguments: _Arguments) -> Json:
+    """Ask the job, or give it a command."""
     known = BUILTIN.get(method)
-
-    def call(where: Target, arguments: _Arguments) -> _Said:
-        with Client(where) as job:
-            if known is None or known.is_command:
-                return _give(job, method, arguments), None
-            return job.call(method, **arguments), None
-
-    return call
+    with Client(where) as job:
+        if known is None or known.is_command:
+            return _give(job, method, arguments)
+        return job.call(method, **arguments)
 
 
 def _give(job: Client, method: str, arguments: _Arguments) -> Json:
@@ -174,7 +172,7 @@ def _give(job: Client, method: str, arguments: _Arguments) -> Json:
 
 def _status(where: Target, arguments: _Arguments) -> _Said:
     try:
-        return _plain("status")(where, arguments)
+        return _ask("status", where, arguments), None
     except (NoSuchJob, JobDead, JobNotAnswering) as err:
         found = past.find(where.name, err)
         if found is None:

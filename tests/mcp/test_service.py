@@ -174,6 +174,7 @@ def test_a_wait_ends_in_time():
         ("save", {"typo": 1}, "save_checkpoint has no parameter 'typo'"),
         ("status", {"typo": 1}, "status has no parameter 'typo'"),
         ("events", {"last": 0}, "last must be"),
+        ("events", {"last": 1001}, "last must be a whole number from 1 to 1000"),
         ("list", {"typo": 1}, "list_jobs has no parameter 'typo'"),
         ("stacks", {"timeout": 1000}, "timeout must be"),
         ("metrics_history", {"points": -1}, "points must be"),
