@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ..support.harness import ROOT, SOON, cli, needs_mcp, running_loop, strict
+from ..support.harness import ROOT, SOON, cli, needs, needs_mcp, running_loop, strict
 
 pytestmark = [needs_mcp, pytest.mark.once]
 
@@ -132,3 +132,26 @@ def test_wrong_words():
     done = cli("mcp", "--allow", "sav")
     assert done.returncode == 2 and "did you mean save?" in done.stderr and done.stdout == ""
     assert cli("mcp", "--ssh", "host").returncode == 2
+
+
+@needs("npx")
+@pytest.mark.openrpc
+@pytest.mark.timeout(600)
+def test_the_inspector(jobs_dir):
+    """The protocol's own inspector lists the tools and calls them: a read, a save, and one that is not allowed."""
+
+    def inspect(*words):
+        start = ["-e", f"FORGATHER_JOBS_DIR={jobs_dir}", "-e", f"PYTHONPATH={ROOT}", sys.executable, "-m"]
+        words = [*start, "forgather_control", "mcp", "--allow", "save", "--method", *words]
+        words = ["npx", "-y", "@modelcontextprotocol/inspector@2.12.0", "--cli", *words]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)  # it fails where the tool does
+        return json.loads(done.stdout)
+
+    def call(name, *more):
+        return inspect("tools/call", "--tool-name", name, *more)
+
+    with running_loop("run1") as run:
+        assert {"list", "status", "save"} <= {tool["name"] for tool in inspect("tools/list")["tools"]}
+        assert call("status", "--tool-arg", "job=run1")["structuredContent"]["data"]["job_id"] == "run1"
+        assert call("save")["structuredContent"]["data"]["result"]["path"] in run.saves
+        assert call("stop")["isError"] is True
