@@ -138,7 +138,7 @@ def test_wrong_words():
 @pytest.mark.openrpc
 @pytest.mark.timeout(600)
 def test_the_inspector(jobs_dir):
-    """The protocol's own inspector lists the tools and calls them: a read, a save, and one that is not allowed."""
+    """The protocol's own inspector lists the tools and calls them: a read, a save, and one that is refused."""
 
     def inspect(*words):
         start = ["-e", f"FORGATHER_JOBS_DIR={jobs_dir}", "-e", f"PYTHONPATH={ROOT}", sys.executable, "-m"]
@@ -154,4 +154,4 @@ def test_the_inspector(jobs_dir):
         assert {"list", "status", "save"} <= {tool["name"] for tool in inspect("tools/list")["tools"]}
         assert call("status", "--tool-arg", "job=run1")["structuredContent"]["data"]["job_id"] == "run1"
         assert call("save")["structuredContent"]["data"]["result"]["path"] in run.saves
-        assert call("stop")["isError"] is True
+        assert call("save", "--tool-arg", "timeout=601")["isError"] is True and len(run.saves) == 1
