@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from .integrations.lightning import LightningControlCallback
     from .integrations.loop import TrainingJob
     from .jobs.registry import Job
+    from .wire.job_status import JobStatus
     from .wire.records import CommandRecord
 
 __all__ = [
     "AmbiguousJob", "BadJobId", "Client", "CommandError", "CommandExpired", "CommandFailed", "CommandNotFound",
     "CommandRecord", "CommandRefused", "ControlError", "DeadlinePassed", "FindError", "InternalError",
-    "InvalidParams", "InvalidRequest", "Job", "JobDead", "JobEnding", "JobIdTaken", "JobNotAnswering", "Jobs",
-    "JobsDirUnusable", "LightningControlCallback", "MethodNotFound", "NoSuchJob", "NotAuthenticated",
+    "InvalidParams", "InvalidRequest", "Job", "JobDead", "JobEnding", "JobIdTaken", "JobNotAnswering", "JobStatus",
+    "Jobs", "JobsDirUnusable", "LightningControlCallback", "MethodNotFound", "NoSuchJob", "NotAuthenticated",
     "NotCancellable", "ParseError", "PortTaken", "StartError", "TlsUnusable", "TooManyCommands",
     "TrainerControlCallback", "TrainingJob", "Unsupported", "WireError", "__version__", "abort", "cancel_command",
     "cleanup", "connect", "get_command", "get_job_status", "graceful_stop", "jobs", "list_jobs", "save_and_stop",
@@ -43,6 +44,7 @@ _MODULES = {
     "Client": "client.connection",
     "CommandRecord": "wire.records",
     "Job": "jobs.registry",
+    "JobStatus": "wire.job_status",
     "Jobs": "client.many",
     "LightningControlCallback": "integrations.lightning",
     "TrainerControlCallback": "integrations.huggingface",

@@ -3,11 +3,12 @@
 from typing import Any, Literal, overload
 
 from .. import states
-from ..errors import ControlError, InternalError
+from ..errors import ControlError
 from ..jobs import registry
 from ..jobs.record import jobs_dir
 from ..jobs.registry import Job
 from ..states import Wait
+from ..wire.job_status import JobStatus
 from ..wire.records import CommandRecord
 from .connection import Client
 from .limits import CALL_TIMEOUT, LIST_TIMEOUT
@@ -60,12 +61,9 @@ def _call(job: _Job, method: str, **params: Any) -> Any:
         return client.call(method, **params)
 
 
-def get_job_status(job: _Job = None) -> dict[str, Any]:
+def get_job_status(job: _Job = None) -> JobStatus:
     """Return what the job answers to ``status``; FindError: there is no such job, or it does not answer."""
-    status = _call(job, "status")
-    if not isinstance(status, dict):
-        raise InternalError("the other side sent no status")
-    return status
+    return JobStatus.from_json(_call(job, "status"))
 
 
 def get_command(job: _Job, command_id: str) -> CommandRecord:

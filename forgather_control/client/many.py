@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ..errors import ControlError, InvalidParams
+from ..wire.job_status import JobStatus
 from . import limits
 from .connection import Client
 from .selection import select
@@ -109,9 +110,9 @@ class Jobs:
         """Give a command to each job, as :meth:`Client.command`."""
         return self._each(lambda job: job.command(name, **params))
 
-    def status(self) -> _Results[dict[str, Any]]:
+    def status(self) -> _Results[JobStatus]:
         """Ask how far each job is."""
-        return self.call("status")
+        return self._each(lambda job: JobStatus.from_json(job.call("status")))
 
     def ranks(self, timeout: float = 5.0) -> _Results[list[dict[str, Any]]]:
         """Ask for the ranks of each job; ``timeout`` is how many seconds a rank may take to answer."""

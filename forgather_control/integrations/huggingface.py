@@ -28,7 +28,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import states
 from ..training import background_saves
@@ -39,8 +39,13 @@ from . import huggingface_trainer as facts
 from .huggingface_settings import TrainerSettings
 from .trainer_settings import tell_resumed
 
+if TYPE_CHECKING:  # a type checker wants a list of TrainerCallback; the trainers themselves do not look
+    from transformers import TrainerCallback
+else:
+    TrainerCallback = object
 
-class TrainerControlCallback(Adapter):
+
+class TrainerControlCallback(Adapter, TrainerCallback):
     """Callback that makes a training run controllable: ``Trainer(..., callbacks=[TrainerControlCallback()])``.
 
     For ``transformers.Trainer`` and for Forgather's trainers, there in a template::

@@ -311,4 +311,7 @@ def _put_sigterm_back(trainer: Any) -> None:
 
 
 if TYPE_CHECKING:
-    LightningControlCallback = LightningHooks
+    from lightning.pytorch.callbacks import Callback
+
+    class LightningControlCallback(LightningHooks, Callback):
+        """As ``__getattr__`` makes it."""

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from .. import states
 from ..deadline import Deadline
 from ..errors import ControlError, InternalError, JobNotAnswering, JobsDirUnusable, NoSuchJob
+from ..notebook import html_table
 from ..processes import liveness
 from ..schema import NULL, OBJECT, TEXT, TIME, Field, load, nullable
 from ..wire import addresses, jsonrpc
@@ -43,6 +44,14 @@ class Job(NamedTuple):
         """The last step that is known: of a job that did not answer, the one in its last status."""
         known = self.status or self.last_status or {}
         return known.get("global_step")
+
+    def __repr__(self) -> str:
+        step = "" if self.global_step is None else f", step {self.global_step}"
+        return f"<Job {self.job_id}: {self.state}{step}, pid {self.pid} on {self.host}>"
+
+    def _repr_html_(self) -> str:
+        known = {**self._asdict(), "status": None, "last_status": None, "global_step": self.global_step}
+        return html_table({name: value for name, value in known.items() if value not in (None, "")})
 
     @classmethod
     def from_json(cls, value: Any) -> "Job":

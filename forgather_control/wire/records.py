@@ -4,6 +4,7 @@ from typing import Final, NamedTuple
 
 from .. import schema, states
 from ..errors import InternalError
+from ..notebook import html_table
 from ..schema import INTEGER, NULL, OBJECT, TEXT, TIME, Field
 from .jsonrpc import Json
 
@@ -24,7 +25,6 @@ class CommandRecord(NamedTuple):
     """What is known of one accepted command. Times are seconds since the epoch.
 
     Attributes:
-        state: one of ``states.COMMAND_STATES``.
         applied_at_step: the step after which every rank applied it; ``None`` before that.
         result: of a save, ``{"step", "path", "seconds", "evaluated"}``; of a stop, the step it ended at, too.
         error: why it failed, as ``{"code", "message"}``; ``None`` otherwise.
@@ -35,7 +35,7 @@ class CommandRecord(NamedTuple):
 
     command_id: str
     command: str
-    state: str
+    state: states.CommandState
     requested_at: float
     applied_at_step: int | None = None
     finished_at: float | None = None
@@ -58,6 +58,14 @@ class CommandRecord(NamedTuple):
         if self.state == states.COMMAND_FAILED:
             return f"{self.command} failed: {(self.error or {}).get('message')}"
         return None
+
+    def __repr__(self) -> str:
+        step = "" if self.applied_at_step is None else f" at step {self.applied_at_step}"
+        told = (self.error or {}).get("message") or (self.result or {}).get("path")
+        return f"<CommandRecord {self.command} {self.state}{step}{f': {told}' if told else ''}>"
+
+    def _repr_html_(self) -> str:
+        return html_table({name: value for name, value in self._asdict().items() if value not in (None, {})})
 
     def to_json(self) -> dict[str, Json]:
         """Return the record as a JSON object."""

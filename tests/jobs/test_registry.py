@@ -20,7 +20,7 @@ from forgather_control.jobs import cleanup, limits, registry
 from forgather_control.jobs.record import JobRecord
 from forgather_control.processes import liveness
 
-from ..support.harness import MS, ROOT, SOON, Process, descriptors, job_process, serving, until
+from ..support.harness import MS, ROOT, SOON, Process, descriptors, job_process, running_loop, serving, until
 
 
 def publish(root, name, owner, **changes):
@@ -390,3 +390,11 @@ def test_the_jobs_directory_that_cannot_be_read_says_so(jobs_dir):
 def test_these_tests_run_on_this_package():
     """Control: the children above import the same code."""
     assert Path(forgather_control.__file__).is_relative_to(ROOT)
+
+
+def test_how_a_job_is_shown(jobs_dir):
+    """In one line, and as a table."""
+    with running_loop("run"):
+        (job,) = forgather_control.list_jobs()
+    assert repr(job) == f"<Job run: live, step {job.global_step}, pid {job.pid} on {job.host}>"
+    assert f"<th>pid</th><td>{job.pid}</td>" in job._repr_html_() and "metrics" not in job._repr_html_()

@@ -80,10 +80,12 @@ def others(name, tree):
 
 
 def at_module_level(tree):
-    """The tree without the bodies of its functions, which run later."""
+    """The tree without the bodies of its functions, which run later, and without what only type checkers read."""
 
     class Cut(ast.NodeTransformer):
         def visit(self, node):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                return list(map(self.visit, node.orelse))
             return None if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else self.generic_visit(node)
 
     return Cut().visit(ast.parse(ast.unparse(tree)))

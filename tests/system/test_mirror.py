@@ -18,6 +18,7 @@ ELSEWHERE = {
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",
     "cli/watch_screen": "cli/test_watch",
+    "notebook": "wire/test_job_status",
     "client/past": "cli/test_status",
     "client/event_history": "cli/test_events",
     "mcp/limits": "mcp/test_tools",

@@ -86,3 +86,13 @@ def test_record_is_frozen():
     """A record that was returned does not change."""
     with pytest.raises(AttributeError):
         RECORD.state = "finished"
+
+
+def test_how_it_is_shown():
+    """In one line, and as a table that escapes what a client gave."""
+    assert repr(RECORD) == "<CommandRecord abort accepted>"
+    saved = RECORD._replace(command="save_checkpoint", state="finished", applied_at_step=7, result={"path": "/p"})
+    assert repr(saved) == "<CommandRecord save_checkpoint finished at step 7: /p>"
+    failed = saved._replace(state="failed", result=None, error={"code": 1, "message": "no"}, reason="<b>")
+    assert repr(failed) == "<CommandRecord save_checkpoint failed at step 7: no>"
+    assert "<th>reason</th><td>&lt;b&gt;</td>" in failed._repr_html_() and "finished_at" not in failed._repr_html_()
