@@ -246,6 +246,12 @@ def _dial(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _completion(args: argparse.Namespace) -> int:
+    from . import completion
+
+    return completion.run(args)
+
+
 def _list(args: argparse.Namespace) -> int:
     from . import listing
 
@@ -301,5 +307,6 @@ _VERBS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "wait": _wait,
     "watch": _watch,
     "when": _when,
+    "completion": _completion,
     "dial-stdio": _dial,
 }

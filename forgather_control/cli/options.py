@@ -181,6 +181,24 @@ def with_values() -> set[str]:
     return derived | {name for name, rules in _OPTIONS.items() if "action" not in rules}
 
 
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options, each with its value behind it, and the other words."""
+    takes_value = with_values()
+    given: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            others += rest
+        elif not word.startswith("-") or word == "-":
+            others.append(word)
+        else:
+            given.append(word)
+            if word in takes_value:
+                given += (value for value in [next(rest, None)] if value is not None)
+    return given, others
+
+
 def _option(param: methods.Param) -> str:
     return param.option or "--" + param.name.replace("_", "-")
 

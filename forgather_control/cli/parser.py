@@ -17,6 +17,7 @@ from ..wire import conditions
 from ..wire.builtin import BUILTIN
 from . import exit_codes, job_words, options
 
+SUMMARY: Final = "Find, watch, save, stop and abort running training jobs."
 EPILOG: Final = f"""\
 JOB is the exact id of a job, or what SLURM or torchrun call it; leave it out where exactly one job is live.
 Where a verb takes several, JOB may also be a quoted pattern, such as 'run*'.
@@ -52,6 +53,12 @@ Serve the Model Context Protocol on standard input and output, so that an AI ass
 The assistant's host starts it. It only reads, unless --allow names verbs that act: save,stop,set:learning_rate.
 set and run can be limited to one setting or command behind a colon; abort is allowed only by its name, too.
 It needs the extra: pip install 'forgather_control[mcp]'.""",
+    "help": "Show what a verb does, or all verbs; the same as VERB --help.",
+    "completion": """\
+Print the script that completes verbs, options, job ids and own commands in a shell: bash, zsh or fish.
+
+In bash and zsh: eval "$(forgather-control completion bash)", in fish: forgather-control completion fish | source.
+Instead of a shell, jobs prints the ids that are completed: those of all jobs that are not dead.""",
     "dial-stdio": """\
 Copy between standard input and output and a job's socket. This is what --ssh runs on the other side.
 
@@ -65,8 +72,12 @@ _OWN_OPTIONS: Final = {
     "events": ("--connect", "--token-file", "--ssh", "--follow", "--since"),
     "cleanup": ("--force",),
     "mcp": ("--allow", "--job"),
+    "completion": (),
+    "help": (),
     "dial-stdio": ("--until-input-ends",),
 }
+#: The verbs for programs: documented, but in no list and no suggestion.
+_HIDDEN: Final = frozenset(("dial-stdio",))
 #: What cannot be combined with --ssh, and why.
 _NOT_OVER_SSH: Final = {
     "connect": "--connect: both say where the job is",
@@ -84,24 +95,24 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     Raises:
         SystemExit: the words are wrong (2), or asked for help or the version (0).
     """
-    given, others = _sorted(words)
+    given, others = options.split(words)
     verbs = _verbs()
+    if others[:1] == ["help"] and {"-h", "--help"}.isdisjoint(given):
+        given, others = ["--help"], others[1:2]
     if not others or others[0] not in verbs:
         _without_verb(prog, given, others[0] if others else None)
     verb = others.pop(0)
     inner: list[str] = []
     if verb == "when":
         given, others, inner = _split_rule(given, others)
-    parser = _parser(f"{prog} {verb}", options.plain(verbs[verb]))
+    parser = _parser(f"{prog} {verb}", verbs[verb])
     _add_words(parser, verb)
     if any(word.startswith("--wait=") for word in given):
         parser.error("--wait takes no value; --timeout SECONDS gives up waiting")
     is_odd = any(word.startswith("-") for word in others)
     args, unknown = parser.parse_known_args([*given, *(["--"] if is_odd else []), *others])
     if unknown:
-        known = re.findall(r"--[a-z-]+", parser.format_usage())
-        hint = suggestion(unknown[0].partition("=")[0], known, f"{prog} {verb} --help shows all")
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
+        _unknown(parser, unknown, _listed(parser))
     args.verb, args.is_many = verb, False
     if verb in job_words.SEVERAL:
         job_words.read(parser, args)
@@ -112,39 +123,49 @@ def parse(words: Sequence[str], prog: str) -> argparse.Namespace:
     return args
 
 
-def _sorted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the options, each with its value behind it, and the other words."""
-    with_values = options.with_values()
-    given: list[str] = []
-    others: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            others += rest
-        elif not word.startswith("-") or word == "-":
-            others.append(word)
-        else:
-            given.append(word)
-            if word in with_values:
-                given += (value for value in [next(rest, None)] if value is not None)
-    return given, others
+def _unknown(parser: argparse.ArgumentParser, words: list[str], known: list[str]) -> NoReturn:
+    """Refuse words that no option or argument takes; suggest an option that is known."""
+    hint = suggestion(words[0].partition("=")[0], known, f"{parser.prog} --help shows all")
+    parser.error(f"unrecognized arguments: {' '.join(words)}; {hint}")
+
+
+def _listed(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options that the help of a parser lists."""
+    return [name for action in parser._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
 
 
 def _without_verb(prog: str, given: list[str], word: str | None) -> NoReturn:
     """Print what was asked for, or say what is wrong with the verb."""
-    parser = _parser(prog, "Find, watch, save, stop and abort running training jobs.")
-    parser.usage = f"{prog} [OPTIONS] VERB ..."
-    listed = {verb: doc.partition("\n\n")[0] for verb, doc in _verbs().items() if verb != "dial-stdio"}
-    group = parser.add_subparsers(title="verbs", metavar="VERB")
-    for verb, doc in listed.items():
-        group.add_parser(verb, help=options.plain(doc), add_help=False)
+    parser, verbs = whole(prog)
+    if word is not None:
+        hint = suggestion(word, verbs, f"choose from {', '.join(verbs)}")
+        parser.error(f"no verb {ascii(word)[:140]}; {hint}")
+    known = [option for one in verbs.values() for option in _listed(one)]
+    unknown = [option for option in given if option.startswith("-") and option.partition("=")[0] not in known]
     asks = [option for option in given if option in ("-h", "--help", "--version")]
-    if asks or word is None:
-        parser.parse_args(asks)
-        parser.print_help(sys.stderr)
-        parser.exit(exit_codes.USAGE, f"\n{prog}: error: a verb is missing\n")
-    hint = suggestion(word, listed, f"choose from {', '.join(listed)}")
-    parser.error(f"no verb {ascii(word)[:140]}; {hint}")
+    if unknown and not asks:
+        _unknown(parser, unknown, known)
+    parser.parse_args(asks)
+    parser.print_help(sys.stderr)
+    parser.exit(exit_codes.USAGE, f"\n{prog}: error: a verb is missing\n")
+
+
+def whole(prog: str, width: int | None = None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return a parser of all verbs that are listed, for help, completion and the man page, and that of each verb.
+
+    Args:
+        prog: how the program is called.
+        width: columns of its help; those of the terminal unless given.
+    """
+    parser = _parser(prog, SUMMARY, width)
+    group = parser.add_subparsers(title="verbs", metavar="VERB", prog=prog)
+    parser.usage = f"{prog} [OPTIONS] VERB ..."
+    for verb, doc in _verbs().items():
+        if verb not in _HIDDEN:
+            one = group.add_parser(verb, help=options.plain(doc.partition("\n\n")[0]), **_look(doc, width))
+            options.add(one, "--json", "--version")
+            _add_words(one, verb)
+    return parser, group.choices
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -152,13 +173,17 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     given = vars(args)
     if given.get("kill_after") is not None and (given["wait"] or given["timeout"] is not None):
         parser.error("--kill-after waits by itself: it cannot be combined with --wait or --timeout")
+    if args.verb == "completion":
+        from . import completion
+
+        completion.check(parser, args)
     if args.verb == "run":
         _check_run(parser, args)
     if args.verb == "set":
         _check_set(parser, args)
     if args.verb == "list" and args.ended and (args.remote is not None or args.sort is not None):
         parser.error(f"--ended cannot be combined with --{'sort' if args.remote is None else 'remote'}")
-    if args.ssh is None:
+    if given.get("ssh") is None:
         return
     if args.verb == "cleanup":
         parser.error(f"cleanup asks about what it shows: run ssh -t {args.ssh} forgather-control cleanup")
@@ -244,7 +269,8 @@ def _read_rule(parser: argparse.ArgumentParser, args: argparse.Namespace, inner:
     except ControlError as err:
         parser.error(str(err))
     if not inner or inner[0] not in commands:
-        parser.error(f"after EXPR comes what to do: {', '.join(commands)}")
+        hint = suggestion(inner[0], commands, "") if inner else ""
+        parser.error("; ".join(filter(None, (f"after EXPR comes what to do: {', '.join(commands)}", hint))))
     verb, *words = inner
     args.command = parse([verb, args.job or "job", *words], prog)  # a job id stands before its other words
     more = vars(args.command).get("jobs", [])[1:]
@@ -285,6 +311,12 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("json_params", metavar="PARAMS-JSON", nargs="?", default="{}", help="an object or an array")
     elif verb in job_words.SEVERAL:
         job_words.add(parser, verb)
+    elif verb == "help":
+        parser.add_argument("of", metavar="VERB", nargs="?", help="nothing for all verbs")
+    elif verb == "completion":
+        from . import completion
+
+        completion.add(parser)
     elif verb not in ("list", "cleanup", "mcp"):
         parser.add_argument("job", metavar="JOB", nargs="?", help="exact id, or nothing where one job is live")
     if verb == "watch":
@@ -312,13 +344,16 @@ def _add_words(parser: argparse.ArgumentParser, verb: str) -> None:
         options.add(parser, "--kill-after")
 
 
-def _parser(prog: str, doc: str) -> argparse.ArgumentParser:
-    as_written = partial(argparse.RawDescriptionHelpFormatter, width=_width())
-    parser = argparse.ArgumentParser(
-        prog=prog, description=doc, epilog=EPILOG, formatter_class=as_written, allow_abbrev=False
-    )
+def _parser(prog: str, doc: str, width: int | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, **_look(doc, width))
     options.add(parser, "--json", "--version")
     return parser
+
+
+def _look(doc: str, width: int | None) -> dict[str, Any]:
+    """Return what the parsers of all verbs have in common."""
+    as_written = partial(argparse.RawDescriptionHelpFormatter, width=width or _width())
+    return {"description": options.plain(doc), "epilog": EPILOG, "formatter_class": as_written, "allow_abbrev": False}
 
 
 def _width() -> int:

@@ -81,14 +81,27 @@ def test_the_version(capsys):
 @pytest.mark.parametrize(
     "verb, said",
     [("statsu", "did you mean status?"), ("save-stpo", "did you mean save-stop?"), ("zzz", "choose from"),
-     ("x\x1b[2J" + "y" * 999, "choose from")],
+     ("x\x1b[2J" + "y" * 999, "choose from"), ("dial-stdi", "choose from")],
 )  # fmt: skip
 def test_a_mistyped_verb_gets_a_suggestion(verb, said, capsys):
-    """Exit code 2 and a similar verb, else all of them; nothing of it reaches the terminal raw."""
-    with pytest.raises(SystemExit) as ended:
-        parse(verb, "job")
-    shown = capsys.readouterr().err
-    assert ended.value.code == 2 and said in shown and "\x1b" not in shown and len(shown) < 800
+    """Exit code 2 and a similar verb, else all that are for persons; nothing of it reaches the terminal raw."""
+    for words in ([verb, "job"], ["help", verb], [verb, "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(*words)
+        shown = capsys.readouterr().err
+        assert ended.value.code == 2 and said in shown and "\x1b" not in shown and len(shown) < 800
+        assert "dial-stdio" not in shown
+
+
+def test_help_with_a_verb(capsys):
+    """``help VERB`` prints what ``VERB --help`` does, and ``help`` what ``--help`` does."""
+    for words, other in ((["help"], ["--help"]), (["help", "save"], ["save", "--help"])):
+        shown = []
+        for each in (words, other):
+            with pytest.raises(SystemExit) as ended:
+                parse(*each)
+            shown.append((ended.value.code, capsys.readouterr()))
+        assert shown[0] == shown[1] and shown[0][0] == 0 and shown[0][1].out
 
 
 @pytest.mark.parametrize(
@@ -98,6 +111,9 @@ def test_a_mistyped_verb_gets_a_suggestion(verb, said, capsys):
         (["--timeot=5", "save"], "--timeot=5; did you mean --timeout?"),
         (["stop", "--kill-after", "5"], "--kill-after; forgather control stop --help shows all"),
         (["profile", "one", "two"], "two; forgather control profile --help shows all"),
+        (["set", "--wiat", "a=1"], "--wiat; did you mean --wait?"),
+        (["--verison"], "--verison; did you mean --version?"),
+        (["--timeot=5"], "--timeot=5; did you mean --timeout?"),
     ],
 )
 def test_a_mistyped_option_gets_a_suggestion(words, said, capsys):
@@ -286,6 +302,7 @@ def test_when_lists_and_removes(words, method, params):
         (["run1", "loss >", "stop"], "needs a number, at the end"),
         (["run1", "loss > 1"], "after EXPR comes what to do: save, stop"),
         (["run1", "loss > 1", "status"], "after EXPR comes what to do"),
+        (["run1", "loss > 1", "save-stpo"], "did you mean save-stop?"),
         (["run1", "loss > 1", "save", "--wait"], "it cannot wait"),
         (["run1", "loss > 1", "abort", "--kill-after", "3"], "it cannot wait"),
         (["run1", "loss > 1", "stop", "--remove", "3"], "--remove stands without EXPR"),
