@@ -1,6 +1,6 @@
 """The version of the package, and of the protocol that it speaks."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 #: Written into ``endpoint.json`` and answered by ``ping``; raised when an older client could misunderstand a job.
 PROTOCOL = 2
