@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/forgather-control
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forgather_control_subparsers=(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run help completion)
+_shtab_forgather_control_subparsers=(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run mcp help completion)
 
 _shtab_forgather_control_save_option_strings=(-h --help --json --version --all --parallel --evaluate --connect --token-file --ssh --wait --timeout --reason)
 _shtab_forgather_control_stop_option_strings=(-h --help --json --version --all --parallel --force --connect --token-file --ssh --wait --timeout --reason)
@@ -29,6 +29,7 @@ _shtab_forgather_control_cleanup_option_strings=(-h --help --json --version --fo
 _shtab_forgather_control_events_option_strings=(-h --help --json --version --connect --token-file --ssh --follow --since)
 _shtab_forgather_control_rpc_option_strings=(-h --help --json --version --connect --token-file --ssh)
 _shtab_forgather_control_run_option_strings=(-h --help --json --version --wait --timeout --no-wait --reason --connect --token-file --ssh)
+_shtab_forgather_control_mcp_option_strings=(-h --help --json --version --allow --job)
 _shtab_forgather_control_help_option_strings=(-h --help --json --version)
 _shtab_forgather_control_completion_option_strings=(-h --help --json --version)
 _shtab_forgather_control_option_strings=(-h --help --json --version --connect --token-file --ssh)
@@ -75,15 +76,16 @@ _shtab_forgather_control_rpc___token_file_COMPGEN=_shtab_compgen_files
 _shtab_forgather_control_run_pos_0_COMPGEN=_forgather_control_jobs
 _shtab_forgather_control_run_pos_1_COMPGEN=_forgather_control_own
 _shtab_forgather_control_run___token_file_COMPGEN=_shtab_compgen_files
+_shtab_forgather_control_mcp___job_COMPGEN=_forgather_control_jobs
 _shtab_forgather_control___token_file_COMPGEN=_shtab_compgen_files
 
 _shtab_forgather_control_save___evaluate_choices=(auto yes no)
 _shtab_forgather_control_save_stop___evaluate_choices=(auto yes no)
 _shtab_forgather_control_list___sort_choices=(state job step progress speed left age host pid port)
 _shtab_forgather_control_rpc_pos_1_choices=(save_checkpoint graceful_stop save_and_stop abort evaluate pause resume change_settings profile ping authenticate status get_command cancel_command list_commands add_rule remove_rule list_rules list_settings metrics_history list_jobs ranks stacks subscribe unsubscribe)
-_shtab_forgather_control_help_pos_0_choices=(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run help completion)
+_shtab_forgather_control_help_pos_0_choices=(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run mcp help completion)
 _shtab_forgather_control_completion_pos_0_choices=(bash zsh fish)
-_shtab_forgather_control_pos_0_choices=(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run help completion)
+_shtab_forgather_control_pos_0_choices=(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run mcp help completion)
 
 _shtab_forgather_control_save_pos_0_nargs='*'
 _shtab_forgather_control_save__h_nargs=0
@@ -220,6 +222,10 @@ _shtab_forgather_control_run___json_nargs=0
 _shtab_forgather_control_run___version_nargs=0
 _shtab_forgather_control_run___wait_nargs=0
 _shtab_forgather_control_run___no_wait_nargs=0
+_shtab_forgather_control_mcp__h_nargs=0
+_shtab_forgather_control_mcp___help_nargs=0
+_shtab_forgather_control_mcp___json_nargs=0
+_shtab_forgather_control_mcp___version_nargs=0
 _shtab_forgather_control_help__h_nargs=0
 _shtab_forgather_control_help___help_nargs=0
 _shtab_forgather_control_help___json_nargs=0

@@ -58,8 +58,8 @@ function _shtab_forgather_control_using
   test "$_shtab_forgather_control_cmdpath" = "$argv"
 end
 
-set -g _shtab_forgather_control_commands save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run help completion
-set -g _shtab_forgather_control_opts_with_value --connect --evaluate --for --interval --kill-after --not-before --parallel --reason --remote --remove --since --sort --ssh --steps --timeout --token-file --until
+set -g _shtab_forgather_control_commands save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run mcp help completion
+set -g _shtab_forgather_control_opts_with_value --allow --connect --evaluate --for --interval --job --kill-after --not-before --parallel --reason --remote --remove --since --sort --ssh --steps --timeout --token-file --until
 
 complete -c forgather-control -e
 complete -c forgather-control -f
@@ -321,11 +321,17 @@ complete -c forgather-control -n '_shtab_forgather_control_using run' -l token-f
 complete -c forgather-control -n '_shtab_forgather_control_using run' -l ssh -x -d 'do it on that host, over ssh: an alias, or [USER@]HOST; no port is opened for it'
 complete -c forgather-control -n '_shtab_forgather_control_using run; and test $_shtab_forgather_control_npos -eq 0' -ka "(_forgather_control_jobs)" -d job
 complete -c forgather-control -n '_shtab_forgather_control_using run; and test $_shtab_forgather_control_npos -eq 1' -ka "(_forgather_control_own)" -d command
+complete -c forgather-control -n '_shtab_forgather_control_using; and test $_shtab_forgather_control_npos -eq 0' -a mcp -d 'Serve the Model Context Protocol on standard input and output, so that an AI assistant can watch jobs.'
+complete -c forgather-control -n '_shtab_forgather_control_using mcp' -s h -l help -d 'show this help message and exit'
+complete -c forgather-control -n '_shtab_forgather_control_using mcp' -l json -d 'print what the wire said, one JSON text'
+complete -c forgather-control -n '_shtab_forgather_control_using mcp' -l version -d 'show program'"'"'s version number and exit'
+complete -c forgather-control -n '_shtab_forgather_control_using mcp' -l allow -x -d 'what may act, such as save,stop,set:learning_rate,run:NAME (default nothing)'
+complete -c forgather-control -n '_shtab_forgather_control_using mcp' -l job -xka "(_forgather_control_jobs)" -d job
 complete -c forgather-control -n '_shtab_forgather_control_using; and test $_shtab_forgather_control_npos -eq 0' -a help -d 'Show what a verb does, or all verbs; the same as VERB --help.'
 complete -c forgather-control -n '_shtab_forgather_control_using help' -s h -l help -d 'show this help message and exit'
 complete -c forgather-control -n '_shtab_forgather_control_using help' -l json -d 'print what the wire said, one JSON text'
 complete -c forgather-control -n '_shtab_forgather_control_using help' -l version -d 'show program'"'"'s version number and exit'
-complete -c forgather-control -n '_shtab_forgather_control_using help; and test $_shtab_forgather_control_npos -eq 0' -ka "save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run help completion" -d 'nothing for all verbs'
+complete -c forgather-control -n '_shtab_forgather_control_using help; and test $_shtab_forgather_control_npos -eq 0' -ka "save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run mcp help completion" -d 'nothing for all verbs'
 complete -c forgather-control -n '_shtab_forgather_control_using; and test $_shtab_forgather_control_npos -eq 0' -a completion -d 'Print the script that completes verbs, options, job ids and own commands in a shell: bash, zsh or fish.'
 complete -c forgather-control -n '_shtab_forgather_control_using completion' -s h -l help -d 'show this help message and exit'
 complete -c forgather-control -n '_shtab_forgather_control_using completion' -l json -d 'print what the wire said, one JSON text'

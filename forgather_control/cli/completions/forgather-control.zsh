@@ -19,6 +19,7 @@ _shtab_forgather_control_commands() {
     events:'Show the event log of a job, of one that has ended, too: phases, commands, checkpoints, the end.'
     help:'Show what a verb does, or all verbs; the same as VERB --help.'
     list:'List the jobs in this host'"'"'s jobs directory, without their tokens.'
+    mcp:'Serve the Model Context Protocol on standard input and output, so that an AI assistant can watch jobs.'
     pause:'Hold all ranks at the end of one step until resume; all other commands still work.'
     profile:'Record the next steps of all ranks with torch'"'"'s profiler, and write one trace for each rank.'
     ranks:'Show every rank: host, pid, step, last step, memory, device; which are behind, and which are gone.'
@@ -155,7 +156,7 @@ _shtab_forgather_control_help_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[print what the wire said, one JSON text]"
   "(- : *)--version[show program\'s version number and exit]"
-  ":nothing for all verbs:(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run help completion)"
+  ":nothing for all verbs:(save stop save-stop abort evaluate pause resume set profile status cancel commands when list ranks stacks watch wait cleanup events rpc run mcp help completion)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -175,6 +176,17 @@ _shtab_forgather_control_list_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_forgather_control_list_defaults_added=0
+
+_shtab_forgather_control_mcp_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[print what the wire said, one JSON text]"
+  "(- : *)--version[show program\'s version number and exit]"
+  "--allow[what may act, such as save,stop,set\:learning_rate,run\:NAME (default nothing)]:VERB,...:"
+  "--job[job]:JOB:_forgather_control_jobs"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_forgather_control_mcp_defaults_added=0
 
 _shtab_forgather_control_pause_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -462,6 +474,7 @@ _shtab_forgather_control() {
         events) _arguments -C -s $_shtab_forgather_control_events_options ;;
         help) _arguments -C -s $_shtab_forgather_control_help_options ;;
         list) _arguments -C -s $_shtab_forgather_control_list_options ;;
+        mcp) _arguments -C -s $_shtab_forgather_control_mcp_options ;;
         pause) _arguments -C -s $_shtab_forgather_control_pause_options ;;
         profile) _arguments -C -s $_shtab_forgather_control_profile_options ;;
         ranks) _arguments -C -s $_shtab_forgather_control_ranks_options ;;
