@@ -1,4 +1,4 @@
-"""The description for a package index, which setup.cfg cannot make: its readers do not have the files of the project."""
+"""The description for a package index, which setup.cfg cannot make: its readers do not have the project's files."""
 
 import re
 from configparser import ConfigParser

@@ -1,6 +1,6 @@
 """Write the files that are made from the parser: the completion scripts and the man page.
 
-Run it after a change of verbs, options or their help: ``python tools/generated.py``. It needs shtab and
+Run it after a change of verbs, options or their help: ``python -m tools.generated``. It needs shtab and
 argparse-manpage; the installed package needs neither. ``tests/system/test_generated.py`` compares the files.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import shtab
 from argparse_manpage.manpage import Manpage
 
-from forgather_control.cli import completion, exit_codes, options, parser
+from forgather_control.cli import completion, exit_codes, options, verbs
 from forgather_control.version import VERSION
 from forgather_control.wire.builtin import BUILTIN
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "forgather_control" / "cli" / "completions"
 MAN_PAGE = ROOT / "man" / "forgather-control.1"
 PROG = "forgather-control"
+DESCRIPTION = "control a running PyTorch training job"
 
 #: Functions of each shell that run the verb ``completion`` for the words that only this machine knows. Of what they
 #: pass for own commands, it needs ``run`` and what follows.
@@ -66,12 +67,12 @@ COMPLETERS = {
 
 def script(shell: str) -> str:
     """Return the completion script for a shell."""
-    whole, verbs = parser.whole(PROG)
+    whole, listed = verbs.whole(PROG)
     options.add(whole, "--connect", "--token-file", "--ssh")  # which may stand before the verb, too
-    for one in (whole, *verbs.values()):
+    for one in (whole, *listed.values()):
         one.description = None  # the sentence in the list of verbs is enough
         for action in one._actions:
-            prepare(action, verbs)
+            prepare(action, [*listed])
     made = shtab.complete(whole, shell, preamble=PREAMBLE[shell])
     made = corrected(made) if shell == "zsh" else made
     return "\n".join(line.rstrip() for line in made.splitlines()) + "\n"
@@ -92,7 +93,7 @@ def corrected(made: str) -> str:
     return made
 
 
-def prepare(action: argparse.Action, verbs: dict[str, argparse.ArgumentParser]) -> None:
+def prepare(action: argparse.Action, listed: list[str]) -> None:
     """Say what completes an argument; the parser itself needs to know less."""
     metavar = str(action.metavar)
     if action.dest in COMPLETERS:
@@ -103,15 +104,15 @@ def prepare(action: argparse.Action, verbs: dict[str, argparse.ArgumentParser]) 
     elif metavar == "SHELL":
         action.choices = completion.SHELLS
     elif metavar == "VERB" and action.dest == "of":
-        action.choices = list(verbs)
+        action.choices = listed
     elif metavar == "METHOD":
         action.choices = list(BUILTIN)
 
 
 def man_page() -> str:
     """Return the man page, in troff."""
-    whole, verbs = parser.whole(PROG, width=10_000)  # a line for each usage: man fills it
-    for verb in verbs.values():
+    whole, listed = verbs.whole(PROG, width=10_000)  # a line for each usage: man fills it
+    for verb in listed.values():
         verb.description = (verb.description or "").partition("\n\n")[2]  # the page shows its first sentence anyway
         for action in verb._actions:
             if action.dest in ("json", "version"):  # they are described once, for all verbs
@@ -120,13 +121,10 @@ def man_page() -> str:
     page = Manpage(whole, format="single-commands-section")
     page.synopsis, page.date = [PROG, "[OPTIONS]", "VERB", "..."], ""
     page.description, page.source, page.manual = DESCRIPTION, f"forgather_control {VERSION}", "User Commands"
-    page.add_section("jobs", "=", troff(parser.EPILOG.removesuffix(exit_codes.HELP).strip()))
+    page.add_section("jobs", "=", troff(verbs.EPILOG.removesuffix(exit_codes.HELP).strip()))
     page.add_section("exit status", "=", troff(exit_codes.HELP.partition(": ")[2]))
     page.add_section("environment", "=", "\n".join(environment()))
     return str(page)
-
-
-DESCRIPTION = "control a running PyTorch training job"
 
 
 def environment() -> list[str]:

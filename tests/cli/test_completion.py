@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from forgather_control.cli import completion, parser
+from forgather_control.cli import completion, parser, verbs
 
 from ..support.harness import MS, ROOT, SOON, Process, cli, job_process, needs, running_loop
 
@@ -142,12 +142,12 @@ def test_a_shell_completes(shell: Callable[[list[str], Path], list[set[str]]], s
 
 def test_the_scripts_know_the_parser():
     """Each verb and each option that is listed, and nothing that is hidden."""
-    root, verbs = parser.whole(PROG)
-    names = {name.lstrip("-") for one in (root, *verbs.values()) for name in parser._listed(one)}
+    root, listed = verbs.whole(PROG)
+    names = {name.lstrip("-") for one in (root, *listed.values()) for name in verbs.listed_options(one)}
     for shell in completion.SHELLS:
         done = cli("completion", shell)
         assert done.returncode == 0 and "dial-stdio" not in done.stdout
-        assert {*verbs, *names} <= {word.lstrip("-") for word in re.findall(r"[\w-]+", done.stdout)}
+        assert {*listed, *names} <= {word.lstrip("-") for word in re.findall(r"[\w-]+", done.stdout)}
 
 
 #: Print what the verb prints; then whether it connected anywhere, and the modules of torch that it loaded.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from forgather_control.cli import parser
+from forgather_control.cli import parser, verbs
 from forgather_control.client.api import connect
 from forgather_control.errors import InvalidParams
 from forgather_control.version import VERSION
@@ -208,7 +208,7 @@ def test_a_narrow_terminal_gets_its_help():
 
 def test_every_verb_has_its_help(capsys):
     """It names the exit codes and says what JOB is; a percent sign in a method's text does no harm."""
-    for verb in parser._verbs():
+    for verb in verbs.texts():
         with pytest.raises(SystemExit) as ended:
             parse(verb, "--help")
         told = capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_the_list_of_verbs(capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--help")
     told = capsys.readouterr().out
-    listed = parser._verbs().keys() - {"dial-stdio"}
+    listed = verbs.texts().keys() - {"dial-stdio"}
     assert ended.value.code == 0 and all(f"\n    {verb}" in told for verb in listed)
     with pytest.raises(SystemExit) as ended:
         parse()

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from forgather_control.cli import parser
+from forgather_control.cli import verbs
 from forgather_control.version import VERSION
 
 from ..support.harness import ROOT, needs
@@ -16,17 +16,17 @@ MAN_PAGE = ROOT / "man" / "forgather-control.1"
 
 @pytest.mark.once
 def test_the_files_are_up_to_date():
-    """``python tools/generated.py`` would change none of them."""
+    """``python -m tools.generated`` would change none of them."""
     from tools import generated
 
     old = [path.name for path, text in generated.files().items() if path.read_text() != text]
-    assert not old, "run python tools/generated.py"
+    assert not old, "run python -m tools.generated"
 
 
 def test_the_man_page_describes_each_verb():
     """And no hidden one; its version is that of the package."""
     text = MAN_PAGE.read_text().replace("\\-", "-")
-    assert all(f".SS \\fBforgather-control {verb}\\fR" in text for verb in parser.whole("")[1])
+    assert all(f".SS \\fBforgather-control {verb}\\fR" in text for verb in verbs.whole("")[1])
     assert "dial-stdio" not in text and VERSION in text.partition("\n")[0]
 
 

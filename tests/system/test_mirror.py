@@ -17,6 +17,7 @@ ELSEWHERE = {
     "server/limits": "system/test_limits",
     "wire/limits": "system/test_limits",
     "training/limits": "system/test_limits",
+    "cli/verbs": "cli/test_parser",
     "cli/watch_screen": "cli/test_watch",
     "notebook": "wire/test_job_status",
     "client/past": "cli/test_status",
