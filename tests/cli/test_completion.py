@@ -140,6 +140,7 @@ def test_a_shell_completes(shell: Callable[[list[str], Path], list[set[str]]], s
     assert dict(zip(LINES, shell([*LINES], tmp_path), strict=True)) == LINES
 
 
+@pytest.mark.once
 def test_the_scripts_know_the_parser():
     """Each verb and each option that is listed, and nothing that is hidden."""
     root, listed = verbs.whole(PROG)
@@ -161,6 +162,7 @@ print(len(connected), "torch" in sys.modules, flush=True)
 """
 
 
+@pytest.mark.once
 def test_ids_are_found_without_connecting():
     """Those of live jobs and of silent ones, which no dead job is among; even where none would answer."""
     with job_process("dead") as dead, job_process("stopped") as stopped, running_loop("live"):
@@ -170,6 +172,7 @@ def test_ids_are_found_without_connecting():
             assert ({probe.line(), probe.line()}, probe.line()) == ({"stopped", "live"}, "0 False"), probe.errors
 
 
+@pytest.mark.once
 def test_own_commands_are_asked_for_a_short_time(monkeypatch):
     """A job that does not answer has none, and neither has one that is missing; no error reaches the line typed."""
     monkeypatch.setattr(completion, "_TIMEOUT", 100 * MS)
