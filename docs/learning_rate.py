@@ -1,4 +1,6 @@
-"""Draw ``learning_rate.svg`` from two real runs, one of which gets ``set learning_rate=x0.5``: ``python docs/learning_rate.py``.
+"""Draw ``learning_rate.svg`` from two real runs, one of which gets ``set learning_rate=x0.5``.
+
+Run it as ``python docs/learning_rate.py``.
 
 Both use torch's cosine schedule with a linear warm-up, 1,000 steps.
 """
@@ -50,7 +52,8 @@ def drawn(curves: dict[str, list[float]]) -> str:
     """Return the curves as SVG."""
     top = max(map(max, curves.values()))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"',
+        ' font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
     for (name, rates), colour, row in zip(curves.items(), ("#999999", "#0060c0"), itertools.count()):

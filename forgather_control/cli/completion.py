@@ -1,6 +1,6 @@
 """The verb ``completion``: print the script that completes in a shell, and the words that only this machine knows.
 
-The scripts are made from the parser by ``tools/generated.py``, so that the installed package needs no library for
+The scripts are made from the parser by ``docs/generated.py``, so that the installed package needs no library for
 them. They complete verbs and options by themselves; for job ids and own commands they run this verb.
 """
 

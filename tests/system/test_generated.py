@@ -11,16 +11,16 @@ from forgather_control.version import VERSION
 
 from ..support.harness import ROOT, needs
 
-MAN_PAGE = ROOT / "man" / "forgather-control.1"
+MAN_PAGE = ROOT / "docs" / "forgather-control.1"
 
 
 @pytest.mark.once
 def test_the_files_are_up_to_date():
-    """``python -m tools.generated`` would change none of them."""
-    from tools import generated
+    """``python -m docs.generated`` would change none of them."""
+    from docs import generated
 
     old = [path.name for path, text in generated.files().items() if path.read_text() != text]
-    assert not old, "run python -m tools.generated"
+    assert not old, "run python -m docs.generated"
 
 
 def test_the_man_page_describes_each_verb():

@@ -115,7 +115,7 @@ def test_completion_is_installed(user):
 def test_the_man_page_is_installed(fresh, user):
     """``man`` finds it by the ``PATH``."""
     page = fresh / "share" / "man" / "man1" / "forgather-control.1"
-    assert page.read_text() == (ROOT / "man" / "forgather-control.1").read_text()
+    assert page.read_text() == (ROOT / "docs" / "forgather-control.1").read_text()
     assert Path(run("man", "-w", "forgather-control").strip()) == page
 
 

@@ -1,6 +1,6 @@
 """Write the files that are made from the parser: the completion scripts and the man page.
 
-Run it after a change of verbs, options or their help: ``python -m tools.generated``. It needs shtab and
+Run it after a change of verbs, options or their help: ``python -m docs.generated``. It needs shtab and
 argparse-manpage; the installed package needs neither. ``tests/system/test_generated.py`` compares the files.
 """
 
@@ -19,7 +19,7 @@ from forgather_control.wire.builtin import BUILTIN
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "forgather_control" / "cli" / "completions"
-MAN_PAGE = ROOT / "man" / "forgather-control.1"
+MAN_PAGE = ROOT / "docs" / "forgather-control.1"
 PROG = "forgather-control"
 DESCRIPTION = "control a running PyTorch training job"
 
