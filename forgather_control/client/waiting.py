@@ -9,6 +9,7 @@ from .. import states
 from ..deadline import Deadline
 from ..errors import CommandRefused, DeadlinePassed, JobDead, JobNotAnswering, MethodNotFound, NoSuchJob
 from ..jobs import last_status
+from ..jobs.ended import EndedJob
 from ..jobs.record import jobs_dir
 from ..wire import conditions
 from . import diagnosis, limits
@@ -36,6 +37,15 @@ class Outcome(NamedTuple):
     holds: bool  #: Whether the condition holds.
     state: str  #: "live", "silent", "ended" or "dead"; the last two end every wait.
     step: int | None  #: The last step that was seen.
+
+
+def of_ended(job: EndedJob, until: conditions.Condition) -> Outcome:
+    """Return the outcome of a wait for a job that has ended before: only its end and its last step are known."""
+    state = "dead" if job.how == states.ENDING_DIED else "ended"
+    facts = {"ended": float(state == "ended"), "dead": float(state == "dead")}
+    if job.global_step is not None:
+        facts["step"] = float(job.global_step)
+    return Outcome(conditions.Watch(until).feed(facts), state, job.global_step)
 
 
 class Waiter:

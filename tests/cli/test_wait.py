@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from forgather_control import connect
+from forgather_control import cleanup, connect
 
 from ..support.harness import SOON, cli, job_process, running_loop, until
 
@@ -50,6 +50,23 @@ def test_a_job_that_died(jobs_dir):
         assert done.returncode == 4 and done.stderr.startswith("job died")
         assert cli("wait", "job", "--until", "stalled or dead").returncode == 0
     assert cli("wait", "nowhere").returncode == 3
+
+
+def test_a_job_that_has_ended_before(jobs_dir):
+    """As if the wait had begun in time, as far as its last status tells."""
+    with running_loop(), connect("job") as client:
+        until(lambda: client.call("status")["global_step"] > 3)
+        client.call("graceful_stop", wait="finished")
+    until(lambda: not (jobs_dir / "job").exists())
+    assert cli("wait", "job").stdout.startswith("job: ended at step ")
+    assert cli("wait", "job", "--until", "step >= 3").returncode == 0
+    for condition in ("dead", "loss > 0"):
+        done = cli("wait", "job", "--until", condition)
+        assert done.returncode == 1 and done.stderr.endswith(f", and {condition} did not hold\n")
+    with job_process("killed") as process:
+        process.kill()
+    cleanup()
+    assert [cli("wait", "killed", *words).returncode for words in ((), ("--until", "dead"))] == [4, 0]
 
 
 def test_the_deadline(jobs_dir):
