@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
-import jsonschema
+import fastjsonschema
 
 from forgather_control.server.dispatcher import PENDING, Deferred, Subscription
 from forgather_control.training.job_queries import JobQueries
@@ -35,13 +34,21 @@ def problem(method: str, result: Any, schema: dict[str, Any] | None = None) -> s
         schema = schemas.results()[BUILTIN[method].returns]
     if isinstance(result, list):
         result = [*result[:_SAMPLE], *result[_SAMPLE:][-_SAMPLE:]]
-    error = jsonschema.exceptions.best_match(_validator(json.dumps(schema)).iter_errors(result))
-    return error and f"the answer to {method} breaks its schema at {error.json_path}: {error.message[:500]}"
+    try:
+        _validator(schema)(result)
+    except fastjsonschema.JsonSchemaValueException as err:
+        return f"the answer to {method} breaks its schema at {err.name}: {err.message[:500]}"
+    return None
 
 
-@lru_cache
-def _validator(schema: str) -> Any:
-    return jsonschema.Draft7Validator(_closed(json.loads(schema)))
+#: The compiled schemas, by the identity of each: a job's answers are many, and each is checked.
+_compiled: dict[int, tuple[dict[str, Any], Callable[[Any], Any]]] = {}
+
+
+def _validator(schema: dict[str, Any]) -> Callable[[Any], Any]:
+    if id(schema) not in _compiled:
+        _compiled[id(schema)] = schema, fastjsonschema.compile(_closed(schema), use_default=False, use_formats=False)
+    return _compiled[id(schema)][1]
 
 
 def _closed(schema: Any) -> Any:

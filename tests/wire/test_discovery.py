@@ -87,9 +87,9 @@ def test_every_enumeration_has_its_type():
     ("answer", "words"),
     [
         ({"next": 1}, None),
-        ({"next": "1"}, "'1' is not of type 'integer'"),
-        ({}, "'next' is a required property"),
-        ({"next": 1, "more": 2}, "'more' was unexpected"),
+        ({"next": "1"}, "data.next must be integer"),
+        ({}, "data must contain ['next'] properties"),
+        ({"next": 1, "more": 2}, "data must not contain {'more'} properties"),
     ],
 )
 def test_an_answer_that_breaks_its_schema_is_noticed(answer, words):
