@@ -132,12 +132,16 @@ class Service:
         return answers.of_value(self._job, rows)
 
     def _past(self, method: str, job: str | None, arguments: _Arguments, err: NoSuchJob) -> Answer:
-        """Answer for a run that has ended, where its status or its events are asked for."""
+        """Answer for a run that has ended, where its status, its events or its end are asked for."""
         run = past.find_ended(job) if self._job in (None, job) else None
-        if run is None or method not in ("status", tools.EVENTS.name):
+        if run is None or method not in ("status", tools.EVENTS.name, tools.WAIT.name):
             raise err
         if method == "status":
             return answers.of_value(job, past.to_json(run, err))
+        if method == tools.WAIT.name:
+            until = tools.WAIT.bind(arguments)["until"]
+            outcome = waiting.of_ended(run, waiting.parse(until))
+            return answers.of_value(job, {"until": until} | outcome._asdict())
         try:
             return answers.of_value(job, _chosen(event_history.of_ended(run), arguments))
         except (OSError, ValueError) as why:

@@ -117,6 +117,8 @@ def test_a_job_that_has_ended():
     events = data(service.call("events", {"job": "run1", "since": 1}))
     assert events[0]["seq"] == 2 and events[-1]["kind"] == "ended"
     assert [row["how"] for row in data(service.call("list", {"ended": True}))] == ["stopped"]
+    waited = data(service.call("wait", {"job": "run1"}))
+    assert waited["holds"] and waited["state"] == "ended" and waited["until"] == "ended"
     assert data(service.call("list", {})) == []
     assert "No job 'run1'" in refused(service.call("save", {"job": "run1"}))
     assert "No live job" in refused(service.call("status", {}))
