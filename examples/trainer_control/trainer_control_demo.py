@@ -124,6 +124,7 @@ def main() -> None:
     start = resume(options.output_dir, model, optimizer) if options.resume else 0
     step, saved_at = start, start
     with TrainingJob(options.job_id, options.max_steps, start_step=start) as job:
+        job.optimizer(optimizer)
 
         @job.command
         def sample(prompt: str = "def ", length: int = 100, temperature: float = 0.7, seed: int = 0) -> str:

@@ -34,7 +34,17 @@ from forgather_control.training.options import ControlOptions
 from forgather_control.wire import conditions, discovery, methods
 from forgather_control.wire.builtin import BUILTIN
 
-from ..support.harness import ROOT, SOON, Process, needs, needs_lightning, needs_torch, needs_transformers, strict
+from ..support.harness import (
+    ROOT,
+    SOON,
+    Process,
+    needs,
+    needs_lightning,
+    needs_torch,
+    needs_transformers,
+    strict,
+    until,
+)
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
 PAGES["README.md"] = (ROOT / "README.md").read_text()
@@ -89,7 +99,7 @@ def first_words(page: str, head: str) -> list[str]:
 
 def test_every_block_is_run_or_says_why_not():
     """Each shell, Python and YAML block has a mark, and each mark is one of those that a test here knows."""
-    kinds = {"shell", "python", "loop", "options", "hugging face", "lightning", "record", "event", "rule"}
+    kinds = {"demo", "shell", "python", "loop", "options", "hugging face", "lightning", "record", "event", "rule"}
     for block in BLOCKS:
         known = block.kind in kinds or re.match(
             r"not run: .{10}|run line$|test line$|transcript$|output of: ", block.mark
@@ -201,6 +211,26 @@ def test_shell_blocks(block, jobs_dir, tmp_path, pem):
         result = reply.get("result", {}).get("result")
         if result is not None:
             assert Path(result["path"]).is_dir()
+
+
+@needs_torch
+@pytest.mark.once
+def test_the_tutorial(jobs_dir, tmp_path):
+    """Its blocks run one after the other against the demo that the first one starts."""
+    first, *others = (block for block in BLOCKS if block.kind == "demo")
+    with shell_of(jobs_dir) as env:
+        env = {**env, "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, str(ROOT / first.text.split()[1]), *first.text.split()[2:]]
+        with subprocess.Popen(words, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as demo:
+            try:
+                until(lambda: (jobs_dir / "demo" / "endpoint.json").exists(), 6 * SOON)
+                for block in others:
+                    end = ' || test "$?" = 1' if "exit code 1" in block.mark else ""
+                    printed = run(f"{block.text}{end}", env, tmp_path)
+                    assert printed or end, block
+                assert demo.wait(SOON) == 0
+            finally:
+                demo.kill()
 
 
 @pytest.mark.once
