@@ -107,6 +107,15 @@ def test_every_block_is_run_or_says_why_not():
         assert known or (not block.mark and block.language == "text"), block
 
 
+def test_the_site_has_every_page():
+    """Each page of docs/ has its place in the navigation, under its own name or that of the index."""
+    from docs import site
+
+    places = [name for names in site.NAVIGATION.values() for name in names]
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"README"} <= {*places}
+    assert len(places) == len({*places}) and {"index", "pages", "verbs", "methods"} <= {*places}
+
+
 def test_the_run_and_test_lines_are_one_line_each():
     """A newcomer pastes one line; .ci/run takes the test line from the README."""
     run, test = ([block.text for block in BLOCKS if block.mark == mark] for mark in ("run line", "test line"))
