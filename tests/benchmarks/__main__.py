@@ -18,7 +18,7 @@ from pathlib import Path
 
 import rows
 
-PARTS = ("round_trip", "training", "footprint", "start", "ranks", "files")
+PARTS = ("round_trip", "training", "watchers", "footprint", "start", "ranks", "files")
 
 
 def arguments() -> argparse.Namespace:

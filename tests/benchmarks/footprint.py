@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from others import Kept, connected, status_anew
 from rows import Aim, Rounds, Samples, Table, each_of, seconds
 
 from forgather_control import TrainerControlCallback, TrainingJob, connect
+from forgather_control.training.limits import MAX_NAMES
+from forgather_control.training.metrics_history import MetricsHistory
 
 #: Rounds, and calls of each variant in one.
 ROUNDS, CALLS = 40, 3_000
@@ -36,7 +39,9 @@ CONNECTIONS = (200, 1000)
 #: How often 1,000 are closed at once, seconds looked at before, and at most until the last has gone.
 TRIALS, BEFORE, PATIENCE = 3, 0.7, 30.0
 SERVERS = {"ours": "ours", "(b) socketserver": "minimal", "(c) aiohttp": "http"}
-MB, KB = 1e6, 1e3
+MB, KB, MIB = 1e6, 1e3, 1 << 20
+#: How often all metrics are logged, and what their history may take.
+LOGS, ONE = (112, 2_000), Aim(1.0)
 
 
 # A step...
@@ -167,6 +172,20 @@ def _grown(kind: str, server: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
+def history(table: Table) -> None:
+    """Measure the history of metrics at its fullest, as Python counts what it allocates; the peak, while it halves."""
+    table.group(f"the history of metrics, {MAX_NAMES} of them")
+    for logs in LOGS:
+        found, names = MetricsHistory(), [f"metric_{number:03}" for number in range(MAX_NAMES)]
+        tracemalloc.start()
+        for step in range(logs):
+            found.log(step, dict.fromkeys(names, step + 0.5))
+        size, peak = (figure / MIB for figure in tracemalloc.get_traced_memory())
+        tracemalloc.stop()
+        table.figure(f"logged {logs:,} times: memory", size, "MiB", ONE)
+        table.figure(f"logged {logs:,} times: peak", peak, "MiB", ONE)
+
+
 # Connections...
 
 
@@ -266,6 +285,7 @@ def measure() -> Iterator[Table]:
     hooks(table)
     subscriber(table)
     growth(table)
+    history(table)
     with pinned(CLIENT_CPU):
         held(table)
         for load in ("python", "torch"):

@@ -53,7 +53,7 @@ class Host:
     """One job process.
 
     Args:
-        load: of its main thread: ``idle``, ``python`` or ``torch``.
+        load: of its main thread: ``idle``, ``python``, ``paced`` or ``torch``.
         servers: which it has: ``ours``, ``ping``, ``minimal``, ``http``.
         cpu: the processor that it is held on.
         share: the share of a core that our server may take, if not its own.
@@ -108,6 +108,10 @@ class Host:
     def steps(self) -> tuple[float, float]:
         """Return how many steps it has done, and the time of the question."""
         return self.board[job.STEPS], time.perf_counter()
+
+    def ended_at(self, step: int) -> float:
+        """Return when one of its last steps ended, in ``time.perf_counter()`` seconds."""
+        return self.board[job.ENDS + step % job.KEPT]
 
     def longest_gap(self) -> float:
         """Return the longest time between two steps, in seconds, since the last call."""

@@ -17,13 +17,17 @@ from typing import Any
 
 import others
 
-#: Places on the board: steps done, the longest time between two (seconds), end now, pause, whether to be controlled.
-STEPS, GAP, END, PAUSE, PRESENT = range(5)
-BOARD = 5 * 8
+#: Places on the board: steps done, the longest time between two (seconds), end now, pause, whether to be controlled,
+#: and from ``ENDS`` on when each of the last ``KEPT`` steps has ended.
+STEPS, GAP, END, PAUSE, PRESENT, ENDS = range(6)
+KEPT = 1000
+BOARD = (ENDS + KEPT) * 8
 #: Descriptors for 1,000 connections and more, where the limit is the usual 1,024.
 FILES = 8192
 #: Steps between two calls of ``log``.
 LOGS_EVERY = 10
+#: Steps a second of the load that waits between two.
+PACE = 100
 METRICS = {"loss": 2.3026, "grad_norm": 1.25, "learning_rate": 5e-05, "epoch_loss": 2.41, "tokens": 1048576, "lr": 5e-5}
 
 
@@ -39,6 +43,19 @@ def python_step() -> Callable[[], Any]:
         for number in range(40_000):
             total += number & 7
         return total
+
+    return step
+
+
+def paced_step() -> Callable[[], Any]:
+    """Return a step of bytecode that is then over ten milliseconds after the one before: so a fifth of a core."""
+    work, due = python_step(), time.perf_counter()
+
+    def step() -> None:
+        nonlocal due
+        work()
+        due = max(due + 1 / PACE, time.perf_counter())
+        time.sleep(due - time.perf_counter() if due > time.perf_counter() else 0)
 
     return step
 
@@ -65,6 +82,7 @@ def torch_step() -> Callable[[], Any]:
 LOADS: dict[str, Callable[[], Callable[[], Any] | None]] = {
     "idle": lambda: None,
     "python": python_step,
+    "paced": paced_step,
     "torch": torch_step,
 }
 
@@ -110,7 +128,7 @@ class Servers:
         """Start to control the job."""
         from forgather_control import TrainingJob
 
-        self.job = TrainingJob("bench", max_steps=10**9)
+        self.job = TrainingJob("bench", max_steps=10**9, quiet=True)
         self.job.__enter__()
 
     def end(self) -> None:
@@ -130,8 +148,8 @@ def train(step: Callable[[], Any], servers: Servers, board: memoryview) -> None:
             servers.job.step(number)
             if number % LOGS_EVERY == 0:
                 servers.job.log(loss=1.0 / number)
+        now = board[ENDS + number % KEPT] = time.perf_counter()
         board[STEPS] = number
-        now = time.perf_counter()
         if now - last > board[GAP]:
             board[GAP] = now - last
         last = now

@@ -1,8 +1,9 @@
 """How long the command line takes to start, and how ``list`` grows with the jobs directory.
 
 Beside ``python -c pass``, the import of what any such program needs, and the bare reading of the same files. The jobs
-are a live one; dead ones, as ``kill -9`` leaves them, each with its record, a free lock and a dead socket; and live
-ones, for which a single process answers at as many sockets. Bytecode is there, as an installation leaves it.
+are a live one; dead ones, as ``kill -9`` leaves them, each with its record, a free lock and a dead socket; live ones,
+for which a single process answers at as many sockets; and silent ones, at whose sockets nothing answers. Bytecode is
+there, as an installation leaves it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import answer
 from host import Host
 from rows import Aim, Rounds, Table, in_turns, seconds
 
-from forgather_control import list_jobs
+from forgather_control import list_jobs, states
+from forgather_control.client import limits
 
 PASS, BASE = "python -c pass", "python -c 'import argparse, json, socket'"
 STATUS, LIST = "forgather control status JOB", "forgather control list"
@@ -32,6 +34,9 @@ RUNS = 25
 #: Job directories, and runs of each variant: of dead jobs, and of live ones.
 DEAD = {1: 15, 100: 15, 1_000: 9, 10_000: 5}
 LIVE = {1: 15, 100: 15, 1_000: 5}
+SILENT = {50: 3}
+#: Milliseconds that a list may take: of so many jobs of a state. All silent ones together have one time-out.
+MOST = {(1_000, states.JOB_LIVE): Aim(3e3), (50, states.JOB_SILENT): Aim(limits.LIST_TIMEOUT * 1e3 + 500)}
 #: The bare limit: find the records and parse them.
 SCAN = """
 import json, os, sys
@@ -97,6 +102,18 @@ def fill(root: Path, count: int, like: dict[str, Any], **changes: Any) -> list[s
     return missing
 
 
+@contextmanager
+def listening(paths: list[str]) -> Iterator[None]:
+    """Listen at sockets, and answer nothing, as a job does whose process is stopped."""
+    with ExitStack() as stack:
+        for path in paths:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(path)
+            sock.listen()
+            os.unlink(os.path.join(os.path.dirname(path), "lock"))  # a free one would prove death
+        yield
+
+
 def bind(paths: list[str]) -> None:
     """Make sockets without a listener, as dead jobs leave them."""
     for path in paths:
@@ -133,7 +150,7 @@ def lists(table: Table, root: Path, count: int, kind: str, runs: int) -> None:
     aim = Aim(2.0) if count == 10_000 else None
     table.group(f"list, {count:,} {kind}")
     for name, samples in found.items():
-        table.samples(name, samples, "ms")
+        table.samples(name, samples, "ms", MOST.get((count, kind)) if name == LIST else None)
     table.compare("list_jobs()", "scandir and json.load", aim)
     table.compare(LIST, "python -c 'scandir and json.load'", aim)
 
@@ -147,20 +164,25 @@ def scan(root: Path) -> None:
 
 
 def many(table: Table) -> None:
-    """Measure lists of dead jobs, then of live ones."""
+    """Measure lists of dead jobs, then of live ones, then of silent ones."""
     like = record()
     with tempfile.TemporaryDirectory(prefix="bench") as home:
         root = Path(home)
         os.environ["FORGATHER_JOBS_DIR"] = home
         for count, runs in DEAD.items():
             bind(fill(root, count, like))
-            lists(table, root, count, "dead", runs)
+            lists(table, root, count, states.JOB_DEAD, runs)
     for count, runs in LIVE.items():
         with tempfile.TemporaryDirectory(prefix="bench") as home:
             os.environ["FORGATHER_JOBS_DIR"] = home
             fill(Path(home), count, like, pid=os.getpid())  # a live process: dead ones are not asked
             with answering(Path(home)):
-                lists(table, Path(home), count, "live", runs)
+                lists(table, Path(home), count, states.JOB_LIVE, runs)
+    for count, runs in SILENT.items():
+        with tempfile.TemporaryDirectory(prefix="bench") as home:
+            os.environ["FORGATHER_JOBS_DIR"] = home
+            with listening(fill(Path(home), count, like, pid=os.getpid())):
+                lists(table, Path(home), count, states.JOB_SILENT, runs)
 
 
 def measure() -> Iterator[Table]:
