@@ -91,8 +91,7 @@ def _is_number(value: object) -> bool:
 def _note(job: Job, now: float) -> str:
     """Return what a live job does if it does not train; of others why they are silent, and how old what is known is."""
     if job.status is not None:
-        doing = job.status.get("status")
-        return "" if doing == states.STATUS_TRAINING else str(doing)
+        return "" if job.status.get("status") == states.STATUS_TRAINING else output.doing(job.status)
     parts = [] if job.silent_because is None else [job.silent_because]
     if job.last_status_at is not None:
         parts.append(f"last known {output.duration(max(0.0, now - job.last_status_at))} ago")

@@ -106,7 +106,7 @@ def status_screen(status: dict[str, Any], unicode: bool, past: str = "") -> str:
         past: what became of a job that does not answer any more; its status is the last that is known.
     """
     lines = [
-        f"{safe(status['job_id'])}  {safe(past or status['status'])}",
+        f"{safe(status['job_id'])}  {safe(past or doing(status))}",
         _progress_line(status, unicode),
         _speed_line({**status, "eta_seconds": None} if past else status, is_past=bool(past)),
         pairs(status.get("metrics") or {}),
@@ -118,13 +118,24 @@ def status_screen(status: dict[str, Any], unicode: bool, past: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
+def doing(status: dict[str, Any]) -> str:
+    """Say what training is doing; of an evaluation also how far it is, or how long it has taken."""
+    state, found = str(status.get("status")), status.get("evaluation")
+    if not found:
+        return state
+    done, total, left = found.get("batches"), found.get("total_batches"), found.get("eta_seconds")
+    if not total or left is None:
+        return f"{state} for {duration(found['seconds'])}"
+    return f"{state} {100 * done / total:.0f} %, {duration(left)} left"
+
+
 def status_line(job: str, status: dict[str, Any], past: str = "") -> str:
     """Show how far a job is, on one line; ``past`` as in :func:`status_screen`."""
     step, end, progress = status["global_step"], status.get("max_steps"), status.get("progress")
     share = "" if progress is None else f" ({100 * progress:.1f} %)"
     far = f"step {step}" + ("" if end is None else f" of {end}{share}")
     speed = "" if past else f", {_speed_line(status, is_past=False).replace('   ', ', ')}"
-    return safe(f"{job}: {past or status['status']}, {far}{speed}")
+    return safe(f"{job}: {past or doing(status)}, {far}{speed}")
 
 
 def _progress_line(status: dict[str, Any], unicode: bool) -> str:

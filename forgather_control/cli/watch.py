@@ -139,18 +139,11 @@ def job_lines(job: Follower, width: int) -> list[str]:
     """Return all that is known of one job: status, curves, last events."""
     if not job.status:
         return [output.safe(f"{job.name}  {job.state}: {job.problem or ''}")]
-    known = _aged(job)
-    shown = output.status_screen(known, terminal.has_unicode()).split("\n")
+    shown = output.status_screen(job.present(), terminal.has_unicode()).split("\n")
     if job.state != "live":
         shown.insert(1, output.safe(f"{job.state}: {job.problem or ''}; this is the last that is known"))
-    shown += [line for name in known.get("metrics") or {} for line in _curve(name, job.history.get(name), width)]
+    shown += [line for name in job.status.get("metrics") or {} for line in _curve(name, job.history.get(name), width)]
     return shown + [event_output.line(event)[len("2000-01-01 ") :] for event in list(job.events)[-5:]]
-
-
-def _aged(job: Follower) -> dict[str, Any]:
-    """Return the status with the time since its last step as it is now."""
-    since = job.status.get("seconds_since_step")
-    return {**job.status, "seconds_since_step": None if since is None else since + time.monotonic() - job.at}
 
 
 def _curve(name: str, points: list[Any] | None, width: int) -> Iterable[str]:
@@ -168,7 +161,7 @@ def _curve(name: str, points: list[Any] | None, width: int) -> Iterable[str]:
 
 _COLUMNS: dict[str, Any] = {
     "JOB": lambda job: job.name,
-    "STATE": lambda job: job.status.get("status") if job.state == "live" else job.state,
+    "STATE": lambda job: output.doing(job.present()) if job.state == "live" and job.status else job.state,
     "STEP": lambda job: job.status.get("global_step"),
     "%": lambda job: None if job.status.get("progress") is None else f"{100 * job.status['progress']:.0f}",
     "STEPS/S": lambda job: None if not job.status.get("steps_per_second") else f"{job.status['steps_per_second']:.3g}",

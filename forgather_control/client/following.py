@@ -49,6 +49,18 @@ class Follower:
         """Follow no more; the thread ends with the process, as it may wait for an event."""
         self._stopped.set()
 
+    def present(self) -> dict[str, Any]:
+        """Return the status with its times as they are now."""
+        status, passed = self.status, time.monotonic() - self.at
+        since, evaluation = status.get("seconds_since_step"), status.get("evaluation")
+        if since is not None:
+            status = {**status, "seconds_since_step": since + passed}
+        if evaluation:
+            left = evaluation.get("eta_seconds")
+            ages = {"seconds": evaluation["seconds"] + passed, "eta_seconds": left and max(0.0, left - passed)}
+            status = {**status, "evaluation": {**evaluation, **ages}}
+        return status
+
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
@@ -90,12 +102,17 @@ class Follower:
         facts = {name: value for name, value in event.items() if name not in ("seq", "time", "kind", "lost")}
         if kind == states.EVENT_PROGRESS:
             known = {_RENAMED.get(name, name): value for name, value in facts.items()}
-            self.status, self.at = {**self.status, **known, "seconds_since_step": 0.0}, time.monotonic()
+            if known.get("global_step") != self.status.get("global_step"):  # else it tells of an evaluation
+                known["seconds_since_step"] = 0.0
+            self.status, self.at = {**self.present(), **known}, time.monotonic()
         elif kind == states.EVENT_METRICS:
             self.status = {**self.status, "metrics": facts.get("metrics", {})}
             self._add_points(event)
         elif kind == states.EVENT_PHASE:
-            self.status = {**self.status, "status": facts.get("phase")}
+            known = {**self.present(), "status": facts.get("phase"), "evaluation": None}
+            if known["status"] == states.STATUS_EVALUATING:
+                known["evaluation"] = {"seconds": 0.0}
+            self.status, self.at = known, time.monotonic()
         elif kind == states.EVENT_COMMAND:
             others = [each for each in self.status.get("commands") or [] if each["command_id"] != facts["command_id"]]
             self.status = {**self.status, "commands": [*others, facts][-limits.EVENTS_SHOWN :]}

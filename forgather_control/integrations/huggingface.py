@@ -168,8 +168,9 @@ class TrainerControlCallback(Adapter, TrainerCallback):
 
     @controlled
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that the trainer evaluates."""
+        """Note that the trainer evaluates, and has done one more batch."""
         self._run.phase = states.STATUS_EVALUATING
+        self._run.state.evaluate_batch(lambda: facts.batches(kwargs.get("eval_dataloader")))
 
     @controlled
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:

@@ -71,6 +71,14 @@ def no_evaluation(args: Any, trainer: Any, eval_dataloader: Any) -> str | None:
     return "the trainer has no eval_dataset"
 
 
+def batches(dataloader: Any) -> int | None:
+    """Return how many batches a loader has; ``None`` if it does not tell, as that of an iterable data set."""
+    try:
+        return len(dataloader)
+    except Exception:  # boundary: whatever the user's data set raises
+        return None
+
+
 def nan_filter(args: Any) -> str | None:
     """Return why the logged loss is never NaN; ``None`` if it may be."""
     filters = getattr(args, "logging_nan_inf_filter", False)

@@ -172,6 +172,11 @@ class LightningHooks(Adapter):
         self._run.phase = states.STATUS_EVALUATING
 
     @controlled
+    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        """Note that a batch of the evaluation is done."""
+        self._run.state.evaluate_batch(lambda: lightning_trainer.validation_batches(trainer))
+
+    @controlled
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """Note that evaluation is finished, and log its metrics."""
         self._run.phase = states.STATUS_TRAINING

@@ -176,6 +176,12 @@ def _overrides(kind: type, name: str) -> bool:
     return definer.__name__ != "Callback"
 
 
+def validation_batches(trainer: Any) -> int | None:
+    """Return how many batches a validation has, of all its loaders; ``None`` if one of them does not tell."""
+    total = sum(trainer.num_val_batches)
+    return int(total) if math.isfinite(total) else None
+
+
 def validate(trainer: Any, counted: bool = False) -> dict[str, Any]:
     """Run the trainer's validation loop, in ``on_train_batch_end``, and return the metrics that it logged.
 

@@ -82,6 +82,21 @@ class Progress:
         }
 
 
+class Evaluation:
+    """One evaluation, from its begin to its end."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self.batches = 0  #: Those that are done, where the trainer tells.
+        self.total: int | None = None  #: All that it will take.
+
+    def report(self) -> dict[str, Any]:
+        """Return how far it is, as ``status`` has it. On the server thread."""
+        seconds, done, total = time.monotonic() - self._since, self.batches, self.total
+        left = max(0, total - done) * seconds / done if done and total else None
+        return {"seconds": seconds, "batches": done, "total_batches": total, "eta_seconds": left}
+
+
 class RunState:
     """The present state of one run; ``on_event``: see ``EventLog``."""
 
@@ -104,16 +119,33 @@ class RunState:
         #: What was logged so far; on rank 0, which answers clients.
         self.history: MetricsHistory | None = None
         self._logged = 0
+        #: The present evaluation, and the batches of all of them.
+        self.evaluation: Evaluation | None = None
+        self._evaluated_batches = 0
 
     def note(
         self, phase: states.TrainingStatus | None = None, ending: bool = False, paused: bool | None = None
     ) -> None:
         """Note a phase, a pause, or that a command that ends training was applied; publish a status that changed."""
+        if phase is not None and phase != self.phase:
+            self.evaluation = Evaluation() if phase == states.STATUS_EVALUATING else None
         self.phase, self.ending = phase or self.phase, ending or self.ending
         self.paused = self.paused if paused is None else paused
         if self.status != self._published:
             self._published = self.status
             self.events.publish(states.EVENT_PHASE, phase=self._published)
+
+    def evaluate_batch(self, total: Callable[[], int | None]) -> None:
+        """Note that a batch of the present evaluation is done. On the training thread, each batch.
+
+        Args:
+            total: returns the batches of this evaluation, if they are known; called at the first one.
+        """
+        if self.evaluation is not None:
+            if self.evaluation.batches == 0:
+                self.evaluation.total = total()
+            self.evaluation.batches += 1
+            self._evaluated_batches += 1
 
     @property
     def status(self) -> states.TrainingStatus:
@@ -135,16 +167,24 @@ class RunState:
 
     def mark(self) -> object:
         """Return a value that differs when ``report`` has something new; cheap."""
-        return self.progress.step, self.status, self._logged
+        return self.progress.step, self.status, self._logged, self._evaluated_batches
 
     def report(self) -> dict[str, Any]:
         """Return the part of ``status`` that is about training, without the metrics."""
-        return {"job_id": self.job_id, "status": self.status, **self.progress.report(), "started_at": self.started_at}
+        known = {"job_id": self.job_id, "status": self.status, **self.progress.report(), "started_at": self.started_at}
+        return {**known, **self._evaluation()}
+
+    def _evaluation(self) -> dict[str, Any]:
+        now = self.evaluation  # the training thread may end it meanwhile
+        return {} if now is None else {"evaluation": now.report()}
 
     def _sample(self) -> dict[str, tuple[object, dict[str, Any]]]:
         figures = self.progress.report()
         step, _ = figures.pop("global_step"), figures.pop("seconds_since_step")
         return {
-            states.EVENT_PROGRESS: (step, {"step": step, **figures}),
+            states.EVENT_PROGRESS: (
+                (step, self._evaluated_batches),
+                {"step": step, **figures, **self._evaluation()},
+            ),
             states.EVENT_METRICS: (self._logged, {"step": step, "metrics": metrics.on_host(self.metrics)}),
         }

@@ -159,6 +159,23 @@ def test_status():
     ]
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "shown"),
+    [
+        (None, "evaluating"),
+        ({"seconds": 12.5, "batches": 0, "total_batches": None, "eta_seconds": None}, "evaluating for 12 s"),
+        ({"seconds": 12.5}, "evaluating for 12 s"),
+        ({"seconds": 6.0, "batches": 34, "total_batches": 100, "eta_seconds": 12.4}, "evaluating 34 %, 12 s left"),
+    ],
+)
+def test_an_evaluation_has_a_time_of_its_own(evaluation, shown):
+    """Beside the time left of training; how long it has taken where no one knows how long it will take."""
+    status = {**STATUS, "status": "evaluating", "evaluation": evaluation}
+    assert output.doing(status) == shown
+    assert output.status_screen(status, unicode=True).startswith(f"job  {shown}\n")
+    assert f": {shown}, step 500" in output.status_line("job", status)
+
+
 def test_status_before_the_first_step():
     """A job before its first step shows neither a speed nor an end."""
     unknown = dict.fromkeys(["epoch", "max_steps", "progress", "steps_per_second", "eta_seconds", "seconds_since_step"])

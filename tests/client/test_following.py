@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from forgather_control import cleanup, connect
+from forgather_control.client import following as following_module
 from forgather_control.client import limits, target
 from forgather_control.client.following import Follower
 
@@ -53,3 +55,24 @@ def test_a_killed_job_is_dead_until_it_begins_again(jobs_dir):
         assert follower.state == "dead" and follower.status["global_step"] and "pid" in follower.problem
         with job_process("job"):
             until(lambda: follower.state == "live" and follower.problem is None)
+
+
+def test_times_advance_between_events(monkeypatch):
+    """Of the last step and of an evaluation: a batch of it is no step, and the next phase ends it."""
+    now = [100.0]
+    monkeypatch.setattr(following_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    follower = Follower(lambda: None, threading.Event())
+    follower._apply({"kind": "progress", "step": 5})
+    now[0] += 3
+    follower._apply({"kind": "phase", "phase": "evaluating"})
+    now[0] += 4
+    assert follower.present()["evaluation"]["seconds"] == 4
+    evaluation = {"seconds": 4.0, "batches": 1, "total_batches": 2, "eta_seconds": 4.0}
+    follower._apply({"kind": "progress", "step": 5, "evaluation": evaluation})
+    now[0] += 1
+    assert follower.present()["evaluation"] == {**evaluation, "seconds": 5, "eta_seconds": 3}
+    assert follower.present()["seconds_since_step"] == 8
+    now[0] += 9
+    assert follower.present()["evaluation"]["eta_seconds"] == 0
+    follower._apply({"kind": "phase", "phase": "training"})
+    assert not follower.present()["evaluation"] and follower.present()["seconds_since_step"] == 17

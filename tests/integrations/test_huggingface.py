@@ -818,6 +818,39 @@ def test_status_words(tmp_path):
     assert seen["stopped 3"] == "stopping"
 
 
+@pytest.mark.parametrize("endless", [False, True])
+def test_status_tells_how_far_an_evaluation_is(tmp_path, endless):
+    """Batch by batch, with the time left, where the loader has a length; anew for each evaluation."""
+    seen: list[dict[str, Any]] = []
+
+    def look(state: Any, control: Any) -> None:
+        seen.append(get_job_status(JOB).get("evaluation", {}))
+
+    callbacks = ours(), Watcher(on_prediction_step=look, on_step_begin=look)
+    trainer = make(tmp_path, *callbacks, eval_strategy="epoch", per_device_eval_batch_size=1)
+    if endless:
+        loader = trainer.get_eval_dataloader
+        trainer.get_eval_dataloader = lambda *args: Unmeasured(loader(*args))
+    trainer.train()
+    found = [each for each in seen if each]
+    assert [each["batches"] for each in found] == [1, 2, 1, 2] and len(seen) == STEPS + len(found)
+    assert {each["total_batches"] for each in found} == {None if endless else 2}
+    assert all((each["eta_seconds"] is None) == endless for each in found)
+
+
+class Unmeasured:
+    """A loader without a length."""
+
+    def __init__(self, loader: Any) -> None:
+        self.__dict__.update(loader=loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
 def test_logged_names_do_not_overwrite(tmp_path):
     """Logged names stand in metrics, also those that status itself uses; NaN and tensors travel."""
     seen: list[Any] = []

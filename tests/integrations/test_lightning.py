@@ -585,6 +585,27 @@ def test_status_figures(tmp_path):
     assert seen[5]["metrics"] != seen[6]["metrics"] == seen[7]["metrics"] == seen[8]["metrics"] != seen[9]["metrics"]
 
 
+def test_status_tells_how_far_a_validation_is(tmp_path):
+    """Batch by batch, with the time left; also of one that was requested."""
+    seen: list[dict[str, Any]] = []
+    on_step: list[dict[str, Any]] = []
+    look = Watcher(
+        on_validation_batch_end=lambda trainer: seen.append(_evaluation()),
+        on_train_batch_end=lambda trainer: on_step.append(get_job_status(JOB)),
+    )
+    fit(make(tmp_path, At(2, "evaluate"), ours(), look), validate=True)
+    known = [each for each in seen if each]
+    assert known[0]["batches"] == 1 and known[-1]["batches"] == known[-1]["total_batches"]
+    assert all(each["eta_seconds"] is not None for each in known)
+    assert sum(each["batches"] == 1 for each in known) == 3  # two epochs, and ours
+    assert "evaluation" not in on_step[-1] and "eta_seconds" in on_step[-1]
+
+
+def _evaluation() -> dict[str, Any]:
+    """What the job says of its evaluation; nothing during the sanity check, which no job has."""
+    return {} if not forgather_control.list_jobs() else get_job_status(JOB)["evaluation"]
+
+
 class Endless(Dataset):
     """Data of no length."""
 

@@ -226,3 +226,41 @@ def test_samples_have_step_speed_and_values_on_the_host(state):
     progress, metrics = (json.loads(line)["params"] for line in subscriber.pull(1 << 20).splitlines())
     assert (progress["kind"], progress["step"], progress["epoch"], progress["max_steps"]) == ("progress", 3, 0.5, 10)
     assert (metrics["kind"], metrics["step"], metrics["metrics"]) == ("metrics", 3, {"loss": 0.25})
+
+
+def test_an_evaluation_knows_its_time_left(state, now):
+    """From the batches that are done; the loader's length is asked for once; it ends with the phase."""
+    asked = []
+    state.evaluate_batch(lambda: asked.append(1))  # outside of an evaluation
+    assert "evaluation" not in state.report()
+    state.note("evaluating")
+    assert state.report()["evaluation"] == {"seconds": 0, "batches": 0, "total_batches": None, "eta_seconds": None}
+    for _ in range(4):
+        now.at += 2
+        state.note("evaluating")
+        state.evaluate_batch(lambda: asked.append(10) or 10)
+    assert state.report()["evaluation"] == {"seconds": 8, "batches": 4, "total_batches": 10, "eta_seconds": 12}
+    assert asked == [10]
+    state.note("training")
+    assert "evaluation" not in state.report()
+
+
+def test_an_evaluation_of_unknown_length_has_no_time_left(state, now):
+    """Only how long it takes."""
+    state.note("evaluating")
+    now.at += 3
+    state.evaluate_batch(lambda: None)
+    assert state.report()["evaluation"] == {"seconds": 3, "batches": 1, "total_batches": None, "eta_seconds": None}
+
+
+def test_batches_are_samples(state, monkeypatch):
+    """A batch of an evaluation is progress, though no step is done; its end alone is none."""
+    monkeypatch.setattr(limits, "EVENT_SAMPLE_PERIOD", 0.0)
+    subscriber = state.events.subscribe(None, ["progress"])
+    state.note("evaluating")
+    list(subscriber.take())
+    state.evaluate_batch(lambda: 4)
+    (event,) = subscriber.take()
+    assert event["evaluation"]["batches"] == 1 and event["evaluation"]["total_batches"] == 4
+    state.note("training")
+    assert list(subscriber.take()) == []
