@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from .. import states
@@ -44,14 +44,14 @@ def job_table(found: list[Job], colour: bool, place: str = "", width: int | None
     if place and not found:
         return f"no jobs {output.safe(place)}"
     now = time.time()
-    return _fitted(_COLUMNS, _DROPPED, [_row(job, now) for job in found], colour, width)
+    return fitted(_COLUMNS, _DROPPED, [_row(job, now) for job in found], colour, width)
 
 
 def ended_table(found: list[EndedJob], place: str, width: int | None = None) -> str:
     """Show ended jobs in aligned columns; or that there are none."""
     if not found:
         return f"no ended jobs {output.safe(place)}"
-    return _fitted(_ENDED_COLUMNS, _ENDED_DROPPED, [job._asdict() for job in found], False, width)
+    return fitted(_ENDED_COLUMNS, _ENDED_DROPPED, [job._asdict() for job in found], False, width)
 
 
 def ordered(found: list[Job], column: str | None) -> list[Job]:
@@ -102,10 +102,15 @@ def _shown(value: Any, show: Callable[[Any], str]) -> str | None:
     return None if value is None else show(value)
 
 
-def _fitted(
-    columns: dict[str, Any], dropped: tuple[str, ...], rows: list[dict[str, Any]], colour: bool, width: int | None
+def fitted(
+    columns: dict[str, Any], dropped: tuple[str, ...], rows: Sequence[Any], colour: bool, width: int | None
 ) -> str:
-    """Align as many columns as fit, and cut off what is too long in the last one; all of them without a width."""
+    """Align as many columns as fit, and cut off what is too long in the last one; all of them without a width.
+
+    Args:
+        columns: as ``output.align`` takes them.
+        dropped: those that are left out where there is no room, the first one first.
+    """
     if width is None:
         return output.align(columns, rows, colour)
     *_, last = kept = list(columns)

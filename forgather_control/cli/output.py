@@ -99,15 +99,16 @@ def align(columns: dict[str, Any], rows: Sequence[Any], colour: bool) -> str:
 # Jobs...
 
 
-def status_screen(status: dict[str, Any], unicode: bool, past: str = "") -> str:
+def status_screen(status: dict[str, Any], unicode: bool, past: str = "", width: int | None = None) -> str:
     """Show how far the job is, on a few lines.
 
     Args:
         past: what became of a job that does not answer any more; its status is the last that is known.
+        width: columns of the terminal, to which the bar adapts.
     """
     lines = [
         f"{safe(status['job_id'])}  {safe(past or doing(status))}",
-        _progress_line(status, unicode),
+        _progress_line(status, unicode, width),
         _speed_line({**status, "eta_seconds": None} if past else status, is_past=bool(past)),
         pairs(status.get("metrics") or {}),
         *(_command_line(record) for record in status.get("commands") or []),
@@ -138,13 +139,15 @@ def status_line(job: str, status: dict[str, Any], past: str = "") -> str:
     return safe(f"{job}: {past or doing(status)}, {far}{speed}")
 
 
-def _progress_line(status: dict[str, Any], unicode: bool) -> str:
+def _progress_line(status: dict[str, Any], unicode: bool, width: int | None) -> str:
     step, end, progress = status["global_step"], status.get("max_steps"), status.get("progress")
     if end is None or progress is None:
         return f"step {safe(step)}"
     full, empty = ("█", "░") if unicode else ("#", ".")
-    done = max(0, min(32, int(progress * 32)))
-    return f"[{full * done}{empty * (32 - done)}] {100 * progress:5.1f} %  step {safe(step)} of {safe(end)}"
+    share = f"{100 * progress:5.1f} %  step {safe(step)} of {safe(end)}"
+    size = 32 if width is None else max(4, min(32, width - len(share) - 3))
+    done = max(0, min(size, int(progress * size)))
+    return f"[{full * done}{empty * (size - done)}] {share}"
 
 
 def _speed_line(status: dict[str, Any], is_past: bool) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import util
 from typing import Any
@@ -17,12 +18,10 @@ from ..client.connection import Client
 from ..client.following import Follower
 from ..client.target import Target
 from ..errors import ControlError, NoSuchJob
-from . import event_output, output, status, terminal
+from . import curves, event_output, job_table, output, status, terminal
 from .exit_codes import DONE
 from .terminal import print_json, print_text
 
-#: The shades of a curve, from the lowest to the highest value.
-_SHADES = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _EXTRA = "colours: pip install 'forgather_control[watch]'"
 
 
@@ -106,10 +105,11 @@ def _plain_screen(found: list[Follower], changed: threading.Event, interval: flo
     """Print the screen again after each change, at most every ``interval`` seconds."""
     clear = "\x1b[H\x1b[2J" if terminal.can_rewrite() else ""
     while True:
-        size = os.get_terminal_size()
-        text = "\n".join(line[: size.columns - 1] for line in lines(found, size.columns)[: size.lines - 2])
+        width, height = os.get_terminal_size()
+        height -= 2  # for the hint, and the cursor
+        text = "\n".join(line[: width - 1] for line in lines(found, width - 1, height)[:height])
         hint = "" if util.find_spec("rich") else f"\n{_EXTRA}"
-        print_text(f"{clear}{text}{hint[: size.columns]}")
+        print_text(f"{clear}{text}{hint[:width]}")
         _await(changed, interval)
 
 
@@ -126,37 +126,35 @@ def _rich_screen(found: list[Follower], changed: threading.Event, interval: floa
     with watch_screen.live() as show:
         while True:
             size = os.get_terminal_size()
-            show(lines(found, size.columns))
+            show(lines(found, size.columns, size.lines))
             _await(changed, interval)
 
 
-def lines(found: list[Follower], width: int) -> list[str]:
+def lines(found: list[Follower], width: int, height: int) -> list[str]:
     """Return the screen of one job, or the table of several."""
-    return job_lines(found[0], width) if len(found) == 1 else table_lines(found)
+    return job_lines(found[0], width, height) if len(found) == 1 else table_lines(found, width)
 
 
-def job_lines(job: Follower, width: int) -> list[str]:
-    """Return all that is known of one job: status, curves, last events."""
+def job_lines(job: Follower, width: int, height: int) -> list[str]:
+    """Return all that is known of one job: status, curves in the room that there is, last events."""
     if not job.status:
         return [output.safe(f"{job.name}  {job.state}: {job.problem or ''}")]
-    shown = output.status_screen(job.present(), terminal.has_unicode()).split("\n")
+    unicode = terminal.has_unicode()
+    shown = output.status_screen(job.present(), unicode, width=width).split("\n")
     if job.state != "live":
         shown.insert(1, output.safe(f"{job.state}: {job.problem or ''}; this is the last that is known"))
-    shown += [line for name in job.status.get("metrics") or {} for line in _curve(name, job.history.get(name), width)]
-    return shown + [event_output.line(event)[len("2000-01-01 ") :] for event in list(job.events)[-5:]]
+    shown = [row for line in shown for row in _wrapped(line, width)]
+    events = [event_output.line(event)[len("2000-01-01 ") :] for event in list(job.events)[-5:]]
+    room = height - len(shown) - len(events)
+    return [*shown, *curves.draw(job.history, list(job.status.get("metrics") or {}), width, room, unicode), *events]
 
 
-def _curve(name: str, points: list[Any] | None, width: int) -> Iterable[str]:
-    values = [value for _, _, value in points or () if isinstance(value, (int, float)) and value == value]
-    room = max(8, min(60, width - 36))
-    if len(values) < 2:
-        return ()
-    shades = _SHADES[0 if terminal.has_unicode() else 1]
-    chosen = [values[at * (len(values) - 1) // (room - 1)] for at in range(room)]
-    low, high = min(values), max(values)
-    scale = (len(shades) - 1) / (high - low) if high > low else 0
-    bars = "".join(shades[int((value - low) * scale)] for value in chosen)
-    return [f"{output.safe(name)[:16]:16} {bars} {output.number(low)} to {output.number(high)}"]
+def _wrapped(line: str, width: int) -> list[str]:
+    """Return the lines that a long line takes; what stands between wide gaps stays together."""
+    parts = line.split("   ")
+    if len(parts) > 1:
+        line = "   ".join(part.replace(" ", "\xa0") for part in parts)
+    return [row.replace("\xa0", " ") for row in textwrap.wrap(line, width, break_on_hyphens=False)]
 
 
 _COLUMNS: dict[str, Any] = {
@@ -170,6 +168,10 @@ _COLUMNS: dict[str, Any] = {
 }
 
 
-def table_lines(found: list[Follower]) -> list[str]:
+#: The columns that a narrow terminal does without, the first one first.
+_DROPPED = ("STEPS/S", "METRICS", "LEFT", "STEP")
+
+
+def table_lines(found: list[Follower], width: int) -> list[str]:
     """Return one line for each job."""
-    return output.align(_COLUMNS, found, colour=False).split("\n")
+    return job_table.fitted(_COLUMNS, _DROPPED, found, colour=False, width=width).split("\n")

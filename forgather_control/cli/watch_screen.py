@@ -11,7 +11,7 @@ from contextlib import contextmanager
 _STYLES = (
     (r"^ended|^silent|failed", "red"),
     (r"^\[", "green"),
-    (r"[▁▂▃▄▅▆▇█]{8}", "cyan"),
+    (r"[▁▂▃▄▅▆▇█]{8}|┤", "cyan"),
     (r"^\d\d:\d\d:\d\d  ", "dim"),
     (r"^JOB +STATE", "bold"),
 )
@@ -24,7 +24,9 @@ def live() -> Iterator[Callable[[list[str]], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(screen=True, auto_refresh=False, transient=True) as screen:
+    # What stands for stdout while rich redirects it has no encoding, so that nobody could tell what can be printed.
+    screen = Live(screen=True, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+    with screen:
 
         def show(lines: list[str]) -> None:
             width, height = size = os.get_terminal_size()

@@ -32,11 +32,31 @@ def test_the_screen_of_one_job():
     job = follower(max_steps=10, progress=0.7)
     job.history = {"loss": [[step, 0.0, 1.0 / step] for step in range(1, 50)]}
     job.events.append({"seq": 1, "time": 0.0, "kind": "phase", "phase": "saving"})
-    shown = watch.job_lines(job, 80)
+    shown = watch.job_lines(job, 80, 9)
     assert shown[0].startswith("run") and any("70.0 %" in line for line in shown)
     (curve,) = [line for line in shown if line.startswith("loss  ")]
-    assert "0.020408 to 1" in curve and len(curve) <= 80
+    assert "0.020408 to 1" in curve and len(curve) <= 80 and len(shown) <= 9
     assert shown[-1].endswith("  phase       saving") and shown[-1][2] == ":"
+
+
+def test_a_large_terminal_has_axes():
+    """The curve takes the lines that are left, and the metrics that do not fit stay in sight."""
+    job = follower(max_steps=10, progress=0.7)
+    job.history = {"loss": [[step, 0.0, 1.0 / step] for step in range(1, 50)]}
+    shown = watch.job_lines(job, 100, 24)
+    assert "loss   steps 1 to 49" in shown and sum(" ┤" in line for line in shown) == 8
+    assert len(watch.job_lines(job, 100, 8)) == len(watch.job_lines(job, 60, 24)) == len(shown) - 8
+
+
+def test_a_narrow_terminal_shows_all():
+    """The bar is shorter, and lines that are too long are continued in the next one; a table leaves columns out."""
+    job = follower(max_steps=10, progress=0.7, metrics={f"metric_{number}": 0.5 for number in range(5)})
+    job.status |= {"epoch": 1.5, "steps_per_second": 2.5, "eta_seconds": 4000}
+    shown = watch.job_lines(job, 40, 24)
+    assert shown[2:4] == ["epoch 1.5   2.5 steps/s   1h 06m left", "last step 1.0 s ago"]
+    assert max(map(len, shown)) <= 40 and "step 7 of 10" in shown[1] and "metric_4 0.5" in "\n".join(shown)
+    assert max(map(len, watch.table_lines([job], 30))) <= 30 and watch.table_lines([job], 30)[1].startswith("run")
+    assert watch.table_lines([job], 60)[1].endswith("...")
 
 
 @pytest.mark.parametrize("state", ["ended", "silent"])
@@ -44,22 +64,22 @@ def test_a_job_that_is_lost_degrades_in_words(state):
     """What is known stays."""
     job = follower()
     job.state, job.problem = state, "why"
-    assert watch.job_lines(job, 80)[1] == f"{state}: why; this is the last that is known"
-    assert watch.table_lines([job])[1].split()[:3] == ["run", state, "7"]
+    assert watch.job_lines(job, 80, 9)[1] == f"{state}: why; this is the last that is known"
+    assert watch.table_lines([job], 80)[1].split()[:3] == ["run", state, "7"]
 
 
 def test_a_job_that_was_never_reached():
     """One line."""
     job = Follower(lambda: None, threading.Event())
     job.state, job.problem = "silent", "no answer"
-    assert watch.job_lines(job, 80) == ["?  silent: no answer"]
+    assert watch.job_lines(job, 80, 9) == ["?  silent: no answer"]
 
 
 def test_odd_values_break_no_screen():
     """Texts and NaN among the points of a curve, and control characters in names."""
     job = follower(metrics={"a\x1b[2J": float("nan")})
     job.history = {"a\x1b[2J": [[1, 0, "NaN"], [2, 0, 1.0], [3, 0, 1.0]]}
-    assert "\x1b" not in "\n".join(watch.job_lines(job, 40))
+    assert "\x1b" not in "\n".join(watch.job_lines(job, 40, 24))
 
 
 def test_once(jobs_dir):
@@ -100,7 +120,7 @@ class Tmux:
         shell = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in env.items()), *map(shlex.quote, words)])
         command = f"cd {ROOT}; env {shell}; echo exit-$?; cat"
         size = ["-x", str(columns), "-y", str(lines)]
-        subprocess.run(["tmux", "-L", self.name, "new-session", "-d", *size, command], check=True, timeout=SOON)
+        subprocess.run(["tmux", "-u", "-L", self.name, "new-session", "-d", *size, command], check=True, timeout=SOON)
 
     def shown(self):
         """What is on the screen."""
@@ -123,7 +143,13 @@ class Tmux:
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("columns", "env"),
-    [(120, {}), (80, {"NO_COLOR": "1"}), (40, {}), (80, {"TERM": "dumb"}), (80, {"LC_ALL": "C", "PYTHONUTF8": "0"})],
+    [
+        (120, {"LC_ALL": "C.UTF-8"}),
+        (80, {"NO_COLOR": "1"}),
+        (40, {}),
+        (80, {"TERM": "dumb"}),
+        (80, {"LC_ALL": "C", "PYTHONUTF8": "0"}),
+    ],
     ids=["wide", "no colour", "narrow", "dumb", "C"],
 )
 def test_on_a_terminal(jobs_dir, columns, env):
@@ -134,6 +160,8 @@ def test_on_a_terminal(jobs_dir, columns, env):
         until(lambda: "run  training" in terminal.shown())
         until(lambda: "loss" in terminal.shown())
         assert max(map(len, terminal.shown().splitlines())) <= columns
+        if "LC_ALL" in env:
+            assert ("░" in terminal.shown()) == (env["LC_ALL"] == "C.UTF-8")
         first.kill()
         until(lambda: "dead: " in terminal.shown())
         with job_process("run"):
