@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from ..client import event_history, target
+from ..client import event_history, past, target
 from ..client.target import Target
 from ..errors import InvalidRequest, NoSuchJob
 from ..jobs import event_log
@@ -31,6 +31,13 @@ def run(args: argparse.Namespace) -> int:
     _show_file(args, where, log)
     try:
         log.show(event_history.live(where, log.seq, args.follow))
+    except NoSuchJob as err:
+        if not status.is_not_live_there(args, err):
+            raise
+        events, complaints = past.events_over_ssh(args.ssh, args.job)
+        log.show(events)
+        for line in complaints:
+            complain(line)
     except InvalidRequest:  # control by file cannot send events, and the file had them
         if args.follow or log.seq == 0:
             raise

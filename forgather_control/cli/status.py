@@ -34,6 +34,11 @@ def _is_here(args: argparse.Namespace) -> bool:
     return args.ssh is None and args.connect is None
 
 
+def is_not_live_there(args: argparse.Namespace, err: ControlError) -> bool:
+    """Return whether JOB may have ended on the host that ssh reaches, so that what is left of it is there."""
+    return args.ssh is not None and args.job is not None and isinstance(err, NoSuchJob)
+
+
 def ending(job: EndedJob) -> str:
     """Say in a few words how and when a job has ended."""
     reason = f" ({job.reason})" if job.reason else ""
@@ -42,7 +47,11 @@ def ending(job: EndedJob) -> str:
 
 def _past(args: argparse.Namespace, err: ControlError) -> int:
     """Show what is left of a job that did not answer; raise the error if nothing is."""
-    found = past.find(args.job, err) if _is_here(args) else None
+    found: LastStatus | EndedJob | None = None
+    if _is_here(args):
+        found = past.find(args.job, err)
+    elif is_not_live_there(args, err):
+        found = past.find_ended_over_ssh(args.ssh, args.job)
     if found is None:
         raise err
     told = past.to_json(found, err)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from ..errors import ControlError, NoSuchJob
-from ..jobs import ended, last_status
+from typing import Any
+
+from ..errors import ControlError, InternalError, NoSuchJob
+from ..jobs import ended, event_log, last_status
 from ..jobs.ended import EndedJob
 from ..jobs.last_status import LastStatus
 from ..jobs.record import jobs_dir
 from ..wire import jsonrpc
 from ..wire.jsonrpc import Json
+from . import limits
 
 
 def find(job: str | None, err: ControlError) -> LastStatus | EndedJob | None:
@@ -26,6 +29,28 @@ def find(job: str | None, err: ControlError) -> LastStatus | EndedJob | None:
 def find_ended(job: str | None) -> EndedJob | None:
     """Return the last run of a job that has ended; ``None`` if none is kept, or no job is named."""
     return None if job is None else ended.find(jobs_dir(), job)
+
+
+def find_ended_over_ssh(host: str, job: str) -> EndedJob:
+    """Return the last run of a job that has ended on another host; NoSuchJob: none is kept there."""
+    from . import ssh
+
+    answer = jsonrpc.parse_json(ssh.read(host, limits.CALL_TIMEOUT, "status", "--json", job)[0])
+    if not isinstance(answer, dict) or "ended" not in answer:
+        raise InternalError(f"{host} sent no status of a job that has ended")
+    ended = EndedJob.from_json(answer.pop("ended"))
+    return ended._replace(status=answer or None)
+
+
+def events_over_ssh(host: str, job: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the events of a job that has ended on another host, and what is said there of its end."""
+    from . import ssh
+
+    text, complaints = ssh.read(host, limits.CALL_TIMEOUT, "events", "--json", job)
+    events: list[Any] = [jsonrpc.parse_json(line) for line in text.splitlines()]
+    if not all(map(event_log.is_event, events)):
+        raise InternalError(f"{host} sent an event without a number or a time")
+    return events, complaints
 
 
 def all_ended() -> list[EndedJob]:

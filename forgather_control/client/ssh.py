@@ -37,7 +37,7 @@ _OPTIONS: Final = ("-T", "-x", "-a", "-oClearAllForwardings=yes", "-oPermitLocal
 
 #: Printed by the other side once it is connected to the job's socket.
 _CONNECTED: Final = re.escape(MARK.encode()) + rb"([A-Za-z0-9_][A-Za-z0-9._-]{0,127})\n"
-#: Printed before a list of jobs.
+#: Printed before what a verb prints.
 _RESULT: Final = "forgather-control result"
 
 
@@ -220,16 +220,26 @@ def connect(host: str, job: str | None, deadline: Deadline) -> SshTransport:
         raise
 
 
+def read(host: str, timeout: float, *words: str) -> tuple[bytes, list[str]]:
+    """Return what a verb prints on that host, and its complaints; an error there is raised here.
+
+    Args:
+        words: the verb and its arguments, with ``--json``, so that errors keep their class.
+    """
+    # echo and the semicolon mean the same to every shell.
+    with closing(SshTransport(host, f"echo {_RESULT}; {_remote(*words)}", timeout)) as ssh:
+        _, _, text = ssh.read_all().partition(f"{_RESULT}\n".encode())
+        return text, ssh.complaints()
+
+
 def list_jobs(host: str, timeout: float, *words: str) -> tuple[Any, list[str]]:
     """Return what ``list --json`` prints on that host, parsed (``None`` if it is no JSON), and its complaints.
 
     Args:
         words: options for the list there.
     """
-    # echo and the semicolon mean the same to every shell.
-    with closing(SshTransport(host, f"echo {_RESULT}; {_remote('list', '--json', *words)}", timeout)) as ssh:
-        _, _, text = ssh.read_all().partition(f"{_RESULT}\n".encode())
-        try:
-            return jsonrpc.parse_json(text), ssh.complaints()
-        except ControlError:
-            return None, ssh.complaints()
+    text, complaints = read(host, timeout, "list", "--json", *words)
+    try:
+        return jsonrpc.parse_json(text), complaints
+    except ControlError:
+        return None, complaints

@@ -202,6 +202,24 @@ def test_several_jobs_of_that_host(box):
     assert over("stop", "--all", "--force").returncode == 3
 
 
+def test_what_a_job_left_there(box):
+    """status and events of a job that has ended, as on its own host; of one that never was, the other side's error."""
+    with running_loop() as run:
+        until(lambda: run.steps)
+        over("stop", "job", "--timeout=20")
+    shown = over("status", "job")
+    assert shown.returncode == 0 and shown.stdout.startswith("job  has ended: stopped at ")
+    told = json.loads(over("status", "job", "--json").stdout)
+    assert told == json.loads(cli("status", "job", "--json").stdout) and told["ended"]["how"] == "stopped"
+    for words in (["--since=1h"], ["--json"], ["--follow"]):
+        here, there = cli("events", "job", *words), over("events", "job", *words)
+        assert there.stdout == here.stdout and "started" in here.stdout and "ended" in here.stdout
+        assert there.stderr == here.stderr and here.stderr.startswith("job has ended: stopped at ")
+    for verb in ("status", "events"):
+        done = over(verb, "nobody")
+        assert done.returncode == 3 and done.stdout == "" and done.stderr.startswith("box: No job 'nobody'")
+
+
 def test_list_as_json_and_what_was_left_out(box, jobs_dir):
     """The other side's JSON and its complaints arrive; an empty list says whose it is."""
     assert over("list").stdout == "no jobs on box\n"
