@@ -27,6 +27,7 @@ class JobStatus(dict[str, Any]):
     steps_per_second: float | None
     eta_seconds: float | None
     seconds_since_step: float | None
+    evaluation: dict[str, Any]  #: How far the present evaluation is.
     metrics: dict[str, Any]
     pending_metrics: list[str]  #: Logged on a device that has not told their values yet.
     world_size: int
