@@ -122,5 +122,7 @@ class Follower:
     def _add_points(self, event: dict[str, Any]) -> None:
         for name, value in event.get("metrics", {}).items():
             if isinstance(value, (int, float)):
-                points = [*self.history.get(name, ()), [event.get("step"), event["time"], value]]
-                self.history = {**self.history, name: points[-2 * limits.CURVE_POINTS :]}
+                points = self.history.get(name, [])
+                if not points or points[-1][2] != value:  # else it may not have been logged anew
+                    points = [*points, [event.get("step"), event["time"], value]]
+                    self.history = {**self.history, name: points[-2 * limits.CURVE_POINTS :]}

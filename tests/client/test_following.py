@@ -57,6 +57,14 @@ def test_a_killed_job_is_dead_until_it_begins_again(jobs_dir):
             until(lambda: follower.state == "live" and follower.problem is None)
 
 
+def test_a_value_that_was_not_logged_anew_is_no_point():
+    """An event of metrics has the last values of all of them."""
+    follower = Follower(lambda: None, threading.Event())
+    for step, loss in ((1, 0.5), (2, 0.25)):
+        follower._apply({"kind": "metrics", "time": 0.0, "step": step, "metrics": {"loss": loss, "eval_loss": 1.0}})
+    assert follower.history == {"loss": [[1, 0.0, 0.5], [2, 0.0, 0.25]], "eval_loss": [[1, 0.0, 1.0]]}
+
+
 def test_times_advance_between_events(monkeypatch):
     """Of the last step and of an evaluation: a batch of it is no step, and the next phase ends it."""
     now = [100.0]
