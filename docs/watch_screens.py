@@ -67,7 +67,7 @@ class Terminal:
 
         until(holds)
         console = Console(record=True, width=self.columns, file=io.StringIO(), force_terminal=True)
-        console.print(screen, crop=False, no_wrap=True)
+        console.print(screen, crop=False, no_wrap=True, end="\n\n")  # what the last line has below it is cut off
         title = f"forgather-control {self.words}"
         drawn = console.export_svg(title=title, code_format=FORMAT, unique_id=name, font_aspect_ratio=0.6)
         (DOCS / f"{name}.svg").write_text(drawn, encoding="utf-8")

@@ -140,7 +140,8 @@ def job_lines(job: Follower, width: int, height: int) -> list[str]:
     if not job.status:
         return [output.safe(f"{job.name}  {job.state}: {job.problem or ''}")]
     unicode = terminal.has_unicode()
-    shown = output.status_screen(job.present(), unicode, width=width).split("\n")
+    past = "" if job.state == "live" else job.state
+    shown = output.status_screen(job.present(), unicode, past, width).split("\n")
     if job.state != "live":
         shown.insert(1, output.safe(f"{job.state}: {job.problem or ''}; this is the last that is known"))
     shown = [row for line in shown for row in _wrapped(line, width)]
@@ -161,15 +162,19 @@ _COLUMNS: dict[str, Any] = {
     "JOB": lambda job: job.name,
     "STATE": lambda job: output.doing(job.present()) if job.state == "live" and job.status else job.state,
     "STEP": lambda job: job.status.get("global_step"),
-    "%": lambda job: None if job.status.get("progress") is None else f"{100 * job.status['progress']:.0f}",
-    "STEPS/S": lambda job: None if not job.status.get("steps_per_second") else f"{job.status['steps_per_second']:.3g}",
-    "LEFT": lambda job: None if job.status.get("eta_seconds") is None else output.duration(job.status["eta_seconds"]),
+    "%": lambda job: _shown(job, "progress", lambda share: f"{100 * share:.0f}"),
+    "STEPS/S": lambda job: _shown(job, "steps_per_second", lambda speed: f"{speed:.3g}", is_past=False),
+    "LEFT": lambda job: _shown(job, "eta_seconds", output.duration, is_past=False),
     "METRICS": lambda job: output.pairs(job.status.get("metrics") or {}),
 }
-
-
 #: The columns that a narrow terminal does without, the first one first.
 _DROPPED = ("STEPS/S", "METRICS", "LEFT", "STEP")
+
+
+def _shown(job: Follower, name: str, show: Callable[[Any], str], is_past: bool = True) -> str | None:
+    """Show a member of the status, where it is known; of a job that is not live only if that may be past."""
+    value = job.status.get(name)
+    return None if value is None or (job.state != "live" and not is_past) else show(value)
 
 
 def table_lines(found: list[Follower], width: int) -> list[str]:

@@ -62,8 +62,11 @@ def test_a_narrow_terminal_shows_all():
 @pytest.mark.parametrize("state", ["ended", "silent"])
 def test_a_job_that_is_lost_degrades_in_words(state):
     """What is known stays."""
-    job = follower()
+    job = follower(steps_per_second=2.0, eta_seconds=100)
+    assert "1m 40s" in watch.table_lines([job], 80)[1]
     job.state, job.problem = state, "why"
+    assert watch.job_lines(job, 80, 9)[0] == f"run  {state}" and "left" not in "".join(watch.job_lines(job, 80, 9))
+    assert "1m 40s" not in watch.table_lines([job], 80)[1]
     assert watch.job_lines(job, 80, 9)[1] == f"{state}: why; this is the last that is known"
     assert watch.table_lines([job], 80)[1].split()[:3] == ["run", state, "7"]
 
