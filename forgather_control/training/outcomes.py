@@ -48,8 +48,10 @@ def _check(value: Any, depth: int = 0) -> None:
 
 def failure(err: BaseException) -> Outcome:
     """Return the outcome of a rank on which a command has failed."""
-    message = err.message if isinstance(err, ControlError) else f"{type(err).__name__}: {_text(err)}"
-    return {"error": {"code": getattr(err, "code", CommandFailed.code), "message": str(message)[:1000]}}
+    code, message = CommandFailed.code, f"{type(err).__name__}: {_text(err)}"
+    if isinstance(err, ControlError):  # errors of other libraries may have a code, too, even a method of that name
+        code, message = err.code, str(err.message)
+    return {"error": {"code": code, "message": message[:1000]}}
 
 
 def _text(err: BaseException) -> str:

@@ -88,6 +88,13 @@ class Broken(Exception):
         raise RuntimeError("no text")
 
 
+class Remote(Exception):
+    """An error of another library, with a code of its own that JSON cannot carry, as grpc's have."""
+
+    def code(self):
+        return 5
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -96,6 +103,7 @@ class Broken(Exception):
         (Broken(), CommandFailed.code, "Broken: (its text cannot be read)"),
         (KeyError("x" * 5000), CommandFailed.code, "KeyError: '" + "x" * 989),
         (CommandFailed(5), CommandFailed.code, "5"),
+        (Remote("gone"), CommandFailed.code, "Remote: gone"),
     ],
     ids=repr,
 )
