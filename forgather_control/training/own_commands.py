@@ -7,25 +7,22 @@ step. What it does to the model, to random numbers or by collectives is what the
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
 import re
-import signal
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from .. import states
-from ..errors import CommandFailed, InvalidParams
+from ..errors import InvalidParams
 from ..schema import shown
 from ..wire import schemas
 from ..wire.builtin import TrainingLoop
 from ..wire.methods import COMMON, COMMON_NAMES, OWN, Method, Param
 from ..wire.schemas import Schema
-from . import outcomes
+from . import outcomes, script
 
 #: The first parameter that receives the trainer's objects.
 _CONTEXT: Final = "context"
@@ -66,15 +63,8 @@ class OwnCommand(NamedTuple):
             given = copy.deepcopy(params)  # the record keeps them, and defaults are used again
             if self.takes_context:
                 given[_CONTEXT] = context()
-            try:
-                value = self.function(**given)
-                return outcomes.value(self.name, value) if is_main() else None
-            except BaseException as err:
-                if isinstance(err, Exception) or not _is_own_end(err):
-                    raise
-                code = shown(err.args[0]) if err.args and err.args != (None,) else ""
-                what = f"called sys.exit({code})" if isinstance(err, SystemExit) else f"raised {type(err).__name__}"
-                raise CommandFailed(f"{self.name} {what}; training continues") from err
+            value = script.call(self.name, self.function, **given)
+            return outcomes.value(self.name, value) if is_main() else None
 
         finishes_when = frozenset({states.WHEN_APPLIED})
         return Method(self.name, self.doc, (*COMMON, *self.params), "CommandRecord", run, finishes_when)
@@ -113,7 +103,7 @@ def parse(function: Callable[..., Any], name: str | None = None) -> OwnCommand:
     if not isinstance(named, str) or not _NAME.fullmatch(named):
         what = "a lambda has none" if named == "<lambda>" else f"not {shown(named)}"
         raise InvalidParams(f"a command needs a name of 1 to 64 of A-Z a-z 0-9 _ -; {what}: use def, or name=")
-    plain = _plain(function)
+    plain = script.plain(function)
     is_odd = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(is_that(plain) for is_that in is_odd):
         raise InvalidParams(f"{named} is async or a generator; a command must return its value: use a plain def")
@@ -128,17 +118,6 @@ def parse(function: Callable[..., Any], name: str | None = None) -> OwnCommand:
     if takes_context and given[0].kind is given[0].POSITIONAL_ONLY:
         raise InvalidParams(f"{named}: context is positional-only; remove the / after it")
     return OwnCommand(OWN + named, function, doc, tuple(params), takes_context)
-
-
-def _plain(function: Any) -> Any:
-    """Return the function inside decorators, bound methods and partial objects: it has the annotations."""
-    while True:
-        inner = inspect.unwrap(function)
-        inner = getattr(inner, "__func__", inner)
-        inner = inner.func if isinstance(inner, functools.partial) else inner
-        if inner is function:
-            return inner if hasattr(inner, "__code__") else inspect.getattr_static(type(inner), "__call__", inner)
-        function = inner
 
 
 def _types(plain: Any, params: list[inspect.Parameter], named: str) -> dict[str, Any]:
@@ -213,25 +192,3 @@ def _nullable(schema: Schema) -> Schema:
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     more = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
     return {**schema, **more, "type": [*kinds, "null"]}
-
-
-def _is_own_end(err: BaseException) -> bool:
-    """Return whether a function meant to end itself by this: sys.exit, or a cancelled event loop of its own.
-
-    Ctrl-C is meant for training, and so is what a signal handler of the script raises: handlers run between any two
-    instructions, so a frame of one of them is in the traceback then.
-    """
-    asyncio = sys.modules.get("asyncio")
-    if not isinstance(err, SystemExit) and not (asyncio is not None and isinstance(err, asyncio.CancelledError)):
-        return False
-    codes = set()
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if callable(handler):
-            codes.add(getattr(_plain(handler), "__code__", None))
-    trace = err.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return False
-        trace = trace.tb_next
-    return True

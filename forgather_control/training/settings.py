@@ -7,9 +7,10 @@ values, both assigned whole.
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,7 +21,8 @@ from typing import Any, Final
 from ..errors import CommandFailed, CommandRefused, InvalidParams
 from ..schema import shown
 from ..wire import schemas
-from . import outcomes
+from ..wire.limits import MAX_LINE
+from . import metrics, outcomes, script
 
 log = logging.getLogger("forgather_control")
 
@@ -60,6 +62,13 @@ class Setting:
         kind = TYPES.get(self.type, self.type) if isinstance(self.type, type) else self.type
         if kind is not None and kind not in TYPES.values():
             raise InvalidParams(f"type of the setting {self.name} must be float, int, bool or str, not {self.type!r}")
+        for part in ("minimum", "maximum"):
+            limit = getattr(self, part)
+            is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+            if limit is not None and not (is_number and _is_finite(limit)):
+                raise InvalidParams(f"{part} of the setting {self.name} must be a finite number, not {shown(limit)}")
+        if not isinstance(self.doc, str):
+            raise InvalidParams(f"doc of the setting {self.name} must be a text, not {shown(self.doc)}")
         object.__setattr__(self, "type", kind)
 
     @classmethod
@@ -78,15 +87,32 @@ class Setting:
         limits = {"minimum": self.minimum, "maximum": self.maximum}
         return {"type": self.type or "number", **{name: limit for name, limit in limits.items() if limit is not None}}
 
-    def value(self) -> Any:
-        """Return the value in force as a JSON value; ``None`` if it cannot be read."""
+    def read(self) -> Any:
+        """Return the value in force; ``None`` if it cannot be read."""
         try:
-            value = self.get()
-            value = value.item() if hasattr(value, "item") else value
+            value = script.call(f"the getter of {self.name}", self.get)
+            return value.item() if hasattr(value, "item") else value
         except Exception as err:  # boundary: the script's getter
             log.debug("the setting %s cannot be read", self.name, exc_info=err)
             return None
-        return value if isinstance(value, (int, float, str)) or value is None else repr(value)[:200]
+
+    def value(self) -> Any:
+        """Return the value in force as a JSON value; ``None`` if it cannot be read."""
+        return _as_json(self.read())
+
+    def old(self) -> Any:
+        """Return the value in force, which a change can be taken back to.
+
+        Raises:
+            CommandRefused: there is none.
+        """
+        value = self.read()
+        if value is None:
+            raise CommandRefused(f"{self.name} cannot be changed: its value cannot be read")
+        if not isinstance(value, str if self.type == "string" else (int, float)):
+            text = f"{self.name} cannot be changed: its value is no {self.type}, but {shown(_as_json(value))}"
+            raise CommandRefused(text)
+        return value
 
     def wanted(self, text: Any, old: Any) -> Any:
         """Return the value that a caller asks for.
@@ -105,7 +131,7 @@ class Setting:
                 return None
             value = old * float(factor[1])
         try:
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and not _is_finite(value):
                 raise ValueError("a finite number")
             return schemas.check(self.schema, value)
         except ValueError as err:
@@ -115,8 +141,26 @@ class Setting:
 
     def put(self, value: Any, old: Any) -> Callable[[], object]:
         """Put a value in force; return a function that restores the earlier one."""
-        undo = self.set(value)
-        return undo if callable(undo) else partial(self.set, old)
+        put = partial(script.call, f"the setter of {self.name}")
+        undo = put(self.set, value)
+        is_undo = inspect.isroutine(undo) or isinstance(undo, partial)  # not a module, which some setters return
+        return partial(put, undo if is_undo else partial(self.set, old))
+
+    def told(self) -> str | None:
+        """Return what a caller should know after a change, if anything."""
+        with suppress(Exception):  # boundary: objects of a trainer that are unlike those we know
+            return None if self.note is None else self.note()
+        return None
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON carries it: longer texts than clients can set, and what is no number or text, cut."""
+    is_text = type(value) is str and len(value) <= MAX_LINE
+    return value if is_text else metrics.plain({"value": value})["value"]
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # math.isfinite raises for an integer beyond a double
 
 
 def declared(found: Sequence[Any] | Mapping[str, Mapping[str, Any]]) -> list[Setting]:
@@ -180,7 +224,7 @@ class Settings:
             if setting.name in self._settings:
                 raise InvalidParams(f"the setting {setting.name} is declared twice")
             if setting.type is None:
-                setting = replace(setting, type=TYPES.get(type(setting.value()), "number"))
+                setting = replace(setting, type=TYPES.get(type(setting.read()), "number"))
             self._settings = {**self._settings, setting.name: setting}
         self._take_snapshot()
 
@@ -203,9 +247,7 @@ class Settings:
         found = [(self._find(name), text) for name, text in changes.items()]
         plan = []
         for setting, text in found:
-            old = setting.value()
-            if old is None:
-                raise CommandRefused(f"{setting.name} cannot be changed: its value cannot be read")
+            old = setting.old()
             new = setting.wanted(text, old)
             if setting.check is not None and (why := setting.check(new)):
                 raise CommandRefused(f"{setting.name} cannot be {shown(new)}: {why}")
@@ -216,10 +258,10 @@ class Settings:
             except Exception as err:  # boundary: the script's setter
                 why = f"{setting.name} cannot be {shown(new)}: {outcomes.failure(err)['error']['message']}"
                 with suppress(Exception):  # boundary: as above; it may have changed a part
-                    setting.set(old)
+                    setting.put(old, old)
                 change.settle(why)
                 raise CommandRefused(str(change.exception())) from err
-            change.values[setting.name] = {"old": old, "new": new}
+            change.values[setting.name] = {"old": _as_json(old), "new": new}
         return change
 
     def read_back(self, step: int | None = None) -> None:
@@ -231,7 +273,7 @@ class Settings:
             for name, value in change.values.items():
                 setting = self._settings[name]
                 value["effective"] = setting.value()
-                if setting.note is not None and (note := setting.note()):
+                if note := setting.told():
                     value["note"] = note
         if unread or self._wanted:
             self._wanted = False
@@ -268,8 +310,8 @@ class Settings:
     def _find(self, name: str) -> Setting:
         if (setting := self._settings.get(name)) is None:
             near = difflib.get_close_matches(name, self._settings, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise CommandRefused(f"there is no setting {ascii(name[:64])}; {hint}This run has {self._names()}")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise CommandRefused(f"there is no setting {ascii(name[:64])}{hint}; this run has {self._names()}")
         return setting
 
     def _names(self) -> str:

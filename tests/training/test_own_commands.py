@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
-import signal
+import sys
 import threading
 import typing
 from concurrent.futures import Future
@@ -279,51 +278,10 @@ def test_only_rank_0_returns_its_value():
     assert run(lambda: calls.append(1) or 5, name="f", is_main=False) is None and calls == [1]
 
 
-@pytest.mark.parametrize("code", [None, 0, 3, "no \x1b[2J", pytest.param(object(), id="object")], ids=repr)
-def test_an_exit_is_a_failure(code):
-    """sys.exit ends no training; the message has its code, harmlessly."""
-
-    def f():
-        raise SystemExit(code)
-
-    with pytest.raises(CommandFailed) as caught:
-        run(f)
-    assert str(caught.value).startswith("user.f called sys.exit(") and str(caught.value).isascii()
-    assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("clothes", [lambda f: f, functools.partial, lambda f: type("H", (), {"__call__": f})()])
-def test_an_exit_in_a_signal_handler_is_not_the_commands(clothes):
-    """A SIGTERM that comes while the function runs ends training, as the script's own handler says."""
-    raised = clothes(lambda *args: (_ for _ in ()).throw(SystemExit(9)))
-    before = signal.signal(signal.SIGUSR1, raised)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            run(lambda: signal.raise_signal(signal.SIGUSR1), name="f")
-        assert caught.value.code == 9
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
-def test_a_cancelled_event_loop_is_a_failure():
-    """asyncio's error is no Exception, and ends no training either."""
-
-    def f():
-        raise asyncio.CancelledError
-
-    with pytest.raises(CommandFailed, match=r"user.f raised CancelledError; training continues"):
-        run(f)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, type("GreenletExit", (BaseException,), {})])
-def test_ctrl_c_goes_through(error):
-    """It is meant for the training, and so is what others raise into its thread."""
-
-    def f():
-        raise error
-
-    with pytest.raises(error):
-        run(f)
+def test_an_exit_is_a_failure():
+    """It ends no training; see ``test_script`` for others."""
+    with pytest.raises(CommandFailed, match=r"user.f called sys.exit\(3\); training continues"):
+        run(lambda: sys.exit(3), name="f")
 
 
 def test_a_future_is_no_value():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 
 import pytest
@@ -45,6 +47,13 @@ class Values:
             call(1)
 
 
+class Odd:
+    """A value that cannot be printed."""
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
 @pytest.fixture
 def values():
     """Some settings."""
@@ -84,7 +93,7 @@ def test_a_change_is_read_back_after_the_next_step(values):
         ({"flag": 1}, "flag must be true or false"),
         ({"name": 1}, "name must be a string"),
         ({"sped": 1}, "did you mean speed?"),
-        ({"": 1}, "This run has flag, name, size, speed"),
+        ({"": 1}, "this run has flag, name, size, speed"),
         ({}, "no change is given"),
         ({"name": "b", "speed": 0}, "speed must be"),
     ],
@@ -163,6 +172,82 @@ def test_a_getter_that_raises_costs_its_value_only(values):
         values.settings.change({"odd": 1})
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        (None, [1], r"its value is no number, but '\[1\]'"),
+        (float, "many", "its value is no number, but 'many'"),
+        (str, 5, "its value is no string, but 5"),
+        (bool, None, "its value cannot be read"),
+        (int, Odd(), "its value is no integer, but 'Odd'"),
+    ],
+    ids=["list", "text", "number", "nothing", "odd"],
+)
+def test_a_value_that_could_not_be_restored_is_not_changed(values, kind, value, words):
+    """A setter gets values of its setting's type only."""
+    given = []
+    values.settings.add([Setting("odd", lambda: value, given.append, type=kind)])
+    wanted = {str: "a", bool: True}.get(kind, 2)
+    with pytest.raises(CommandRefused, match=f"odd cannot be changed: {words}"):
+        values.settings.change({"speed": 2, "odd": wanted})
+    assert given == [] and values.now["speed"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, "x" * 10**6, Odd(), {1: Odd()}, object], ids=["huge", "long", "odd", "odd inside", "class"]
+)
+def test_any_value_can_be_listed(values, value):
+    """As short JSON."""
+    values.settings.add([Setting("odd", lambda: value, lambda value: None)])
+    assert len(json.dumps(values.settings.snapshot)) < 2000
+
+
+def test_a_text_as_long_as_a_client_can_set_is_shown_whole(values):
+    """So what is effective is what was put in force."""
+    text = "x" * 60_000
+    change = values.settings.change({"name": text})
+    change.settle(None)
+    values.step()
+    assert change.result(0)["name"] == {"old": "a", "new": text, "effective": text}
+
+
+def test_an_exit_in_the_scripts_functions_ends_no_training(values):
+    """Whichever of them calls sys.exit, what was changed before is restored."""
+    values.settings.add([Setting("set", lambda: 1.0, sys.exit), Setting("get", sys.exit, lambda value: None)])
+    with pytest.raises(CommandRefused, match=r"set cannot be 2.0: the setter of set called sys.exit\(2.0\)"):
+        values.settings.change({"speed": 2, "set": 2})
+    with pytest.raises(CommandRefused, match="get cannot be changed: its value cannot be read"):
+        values.settings.change({"get": 2})
+    assert values.now["speed"] == 1.0
+
+
+def test_what_a_setter_returns_for_chaining_restores_nothing(values):
+    """As a module of torch, which can be called, too."""
+
+    class Module:
+        def __call__(self):
+            raise AssertionError("called")
+
+    now = [1.0]
+
+    def put(value):
+        now[0] = value
+        return Module()
+
+    values.settings.add([Setting("rate", lambda: now[0], put)])
+    values.settings.change({"rate": 2}).settle("rank 1 could not do it")
+    assert now == [1.0]
+
+
+def test_a_note_that_cannot_be_made_is_left_out(values):
+    """The change is finished all the same."""
+    values.settings.add([Setting("odd", lambda: 1.0, lambda value: None, note=lambda: 1 / 0)])
+    change = values.settings.change({"odd": 2})
+    change.settle(None)
+    values.step()
+    assert change.result(0) == {"odd": {"old": 1.0, "new": 2.0, "effective": 1.0}}
+
+
 def test_a_snapshot_is_taken_when_it_is_asked_for(values):
     """After the next step, on the training thread."""
     number = values.settings.want_snapshot()
@@ -191,6 +276,11 @@ def test_a_note_is_part_of_the_result(values):
         ({"get": None}, "get of the setting x must be a function"),
         ({"set": 1}, "set of the setting x must be a function"),
         ({"type": list}, "type of the setting x"),
+        ({"minimum": "0"}, "minimum of the setting x must be a finite number, not '0'"),
+        ({"minimum": True}, "minimum of the setting x must be a finite number"),
+        ({"maximum": float("nan")}, "maximum of the setting x must be a finite number"),
+        ({"maximum": 10**400}, "maximum of the setting x must be a finite number"),
+        ({"doc": None}, "doc of the setting x must be a text"),
         ({"maximun": 1}, "a setting takes name, get, set"),
     ],
 )
