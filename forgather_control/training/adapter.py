@@ -220,7 +220,7 @@ class Adapter:
         wanted = self._requested.evaluate
         self._requested.evaluated()
         if wanted and self._controller is not None:
-            self._controller.evaluated(step, metrics.plain(metrics.hold(found)))
+            self._controller.evaluated(step, metrics.plain(metrics.merge({}, metrics.hold(found))))
 
     def _save_missed(self, reason: str) -> None:
         """Report that this rank wrote no checkpoint, which often only rank 0 does."""

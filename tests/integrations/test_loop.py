@@ -21,6 +21,7 @@ import pytest
 import forgather_control
 from forgather_control import TrainingJob, connect, errors
 from forgather_control.server import limits
+from forgather_control.training.limits import MAX_NAMES
 
 from ..support.harness import MS, SOON, Process, Wire, needs_torch, running_loop, until
 
@@ -397,6 +398,16 @@ def test_an_evaluation():
             "metrics": {"loss": 0.5, "count": 3, "text": "x"},
             "seconds": done.result["seconds"],
         }
+
+
+def test_an_evaluation_with_many_metrics():
+    """Its record, which status and events show, has as many as status has of those that are logged."""
+    with TrainingJob("job") as job:
+        record = give(job, "evaluate")
+        job.step(1)
+        assert job.should_evaluate
+        job.evaluated({f"m{number}": number for number in range(1000)})
+        assert len(state(job, record).result["metrics"]) == MAX_NAMES
 
 
 def test_an_evaluation_and_a_save_at_one_step(tmp_path):

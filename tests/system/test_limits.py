@@ -167,10 +167,14 @@ ROWS: dict[tuple[str, str, str], tuple[str, ...]] = {
         "server.test_file_requests.test_a_reply_too_long_says_so",
     ),
     (
-        "logged names; characters of a value",
+        "logged names, also of one evaluation; characters of a value",
         f"{training_limits.MAX_NAMES}; {training_limits.MAX_TEXT}",
         "the oldest names are dropped; the rest is cut off",
-    ): ("training.test_metrics.test_names_are_bounded", "training.test_metrics.test_any_name"),
+    ): (
+        "training.test_metrics.test_names_are_bounded",
+        "integrations.test_loop.test_an_evaluation_with_many_metrics",
+        "training.test_metrics.test_any_name",
+    ),
     (
         "history of metrics; its names; points of one in an answer",
         f"1 MiB; {training_limits.MAX_NAMES}; {wire_limits.MAX_POINTS:,}",
