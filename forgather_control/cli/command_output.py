@@ -18,7 +18,7 @@ _COMMAND_COLUMNS: Final[dict[str, Any]] = {
 #: The columns of settings.
 _SETTING_COLUMNS: Final[dict[str, Any]] = {
     "NAME": "name",
-    "VALUE": lambda setting: output.number(setting.get("value")),
+    "VALUE": lambda setting: output.number(setting.get("value")) + _age(setting.get("read_at_step")),
     "TYPE": "type", "MINIMUM": "minimum", "MAXIMUM": "maximum", "WHAT": "doc",
 }  # fmt: skip
 
@@ -59,12 +59,15 @@ def settings_table(settings: list[dict[str, Any]]) -> str:
     return output.align(_SETTING_COLUMNS, settings, colour=False) if settings else "no settings"
 
 
+def _age(step: Any) -> str:
+    return "" if step is None else f" at step {step}"
+
+
 def _setting_change(name: str, change: dict[str, Any]) -> str:
-    effective = (
-        "" if change["effective"] == change["new"] else f", {output.number(change['effective'])} after the next step"
-    )
+    old, new, effective = (output.number(change[each]) for each in ("old", "new", "effective"))
+    later = "" if effective == new else f", {effective} after the next step"
     note = f" ({change['note']})" if change.get("note") else ""
-    return f"{name} {output.number(change['old'])} -> {output.number(change['new'])}{effective}{note}"
+    return f"{name} {old} -> {new}{later}{note}"
 
 
 #: The columns of a profile.

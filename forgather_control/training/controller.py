@@ -78,7 +78,7 @@ class Controller:
         self.methods = MethodTable(BUILTIN)
         #: Called with each finished step, before commands are applied; must not raise. Training thread only.
         self.on_step: list[Callable[[int], None]] = []
-        self.settings = Settings(self.on_step, self._wake)  #: What clients can change.
+        self.settings = Settings(self.on_step, self._wake, lambda: self.last_step)  #: What clients can change.
         self.state = RunState(step, max_steps, self._wake)
         self.state.job_id = options.job_id
         self.rules = Rules(self.state, self.on_step, loop)  #: of rank 0

@@ -219,12 +219,18 @@ class JobQueries:
         return self.state.history.report(names, points)
 
     def list_settings(self) -> Any:
-        """Return the settings with their values, deferred until the training thread has read those, for a moment."""
+        """Return the settings with their values, deferred until the training thread has read those, for a moment.
+
+        Where a step or an evaluation takes longer, older values say of which step they are.
+        """
         number, deadline = self.settings.want_snapshot(), Deadline(limits.SETTINGS_TIMEOUT)
 
         def poll() -> Any:
-            is_read = self.settings.snapshots > number or deadline.passed()
-            return self.settings.snapshot if is_read else PENDING
+            if self.settings.snapshots == number and not deadline.passed():
+                return PENDING
+            step = self.settings.read_at_step
+            is_new = self.settings.snapshots > number or step == self.state.progress.step
+            return [{**each, **({} if is_new else {"read_at_step": step})} for each in self.settings.snapshot]
 
         return Deferred(poll, deadline.at)
 

@@ -45,8 +45,9 @@ class Pause:
                 if group.rank == 0:
                     self.tracker.submit("resume", SCRIPT, "the time of the pause is over")
                     group.command_queued()
-            elif commands := group.hold(self._seconds()):
-                self.tracker.apply(commands, step)
+            else:
+                if commands := group.hold(self._seconds()):
+                    self.tracker.apply(commands, step)
                 self.settings.read_back()
         self.state.progress.skip(time.monotonic() - since)
         self.state.note(paused=self.loop.paused)

@@ -205,14 +205,18 @@ class Settings:
     Args:
         on_step: the functions that are called with each finished step; see ``Controller``.
         on_read: called after a snapshot that was asked for; must not block.
+        last_step: returns the last finished step.
     """
 
-    def __init__(self, on_step: list[Callable[[int], None]], on_read: Callable[[], None]) -> None:
-        self._on_step, self._on_read = on_step, on_read
+    def __init__(
+        self, on_step: list[Callable[[int], None]], on_read: Callable[[], None], last_step: Callable[[], int]
+    ) -> None:
+        self._on_step, self._on_read, self._last_step = on_step, on_read, last_step
         self._settings: dict[str, Setting] = {}
         self._unread: list[Change] = []  # kept, and not read back yet
-        #: The last snapshot, and how many there were. Read on the server thread.
+        #: The last snapshot, after which step it was taken, and how many there were. Read on the server thread.
         self.snapshot: list[dict[str, Any]] = []
+        self.read_at_step = 0
         self.snapshots = 0
         self._wanted = False
         #: What clients have put in force, by name; assigned whole.
@@ -294,6 +298,7 @@ class Settings:
         self._on_step.append(self.read_back)
 
     def _take_snapshot(self) -> None:
+        self.read_at_step = self._last_step()
         self.snapshot = [
             {
                 "name": each.name,

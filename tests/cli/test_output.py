@@ -427,6 +427,7 @@ def test_settings():
         ["NAME", "VALUE", "TYPE", "MINIMUM", "MAXIMUM", "WHAT"],
         ["rate", "1", "number", "-", "2.0", "How", "fast."],
     ]
+    assert "rate  1 at step 5  number" in command_output.settings_table([{**setting, "read_at_step": 5}])
     assert command_output.settings_table([]) == "no settings"
 
 
@@ -434,7 +435,7 @@ def test_a_change_of_settings():
     """What was, what is, what came of it."""
     record = {"command": "change_settings", "state": "finished", "applied_at_step": 7, "result": {}}
     record["result"]["rate"] = {"old": 1.0, "new": 0.5, "effective": 0.49, "note": "cosine keeps its shape"}
-    record["result"]["size"] = {"old": 1, "new": 2, "effective": 2}
+    record["result"]["size"] = {"old": 1, "new": 2, "effective": 2.0000000001}
     assert command_output.outcome("job", record) == (
         "job: set at step 7: rate 1 -> 0.5, 0.49 after the next step (cosine keeps its shape); size 1 -> 2"
     )

@@ -29,13 +29,13 @@ def test_the_note_names_schedulers_that_were_made_for_a_number_of_steps():
 @pytest.mark.parametrize("changed", [None, {}, "learning_rate", [1]])
 def test_nothing_is_told_of_what_is_no_change(changed, caplog):
     """What a file holds may be anything."""
-    tell_resumed(changed, SimpleNamespace(is_main=True, settings=Settings([], lambda: None)))
+    tell_resumed(changed, SimpleNamespace(is_main=True, settings=Settings([], lambda: None, lambda: 0)))
     assert not caplog.records
 
 
 def test_changes_are_told_with_what_is_in_force(caplog):
     """On rank 0; also where a setting does not exist any more."""
-    settings = Settings([], lambda: None)
+    settings = Settings([], lambda: None, lambda: 0)
     settings.add([Setting("speed", lambda: 3, lambda value: None)])
     for is_main in (True, False):
         tell_resumed({"speed": 2, "heat": 1.5}, SimpleNamespace(is_main=is_main, settings=settings))

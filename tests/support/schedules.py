@@ -38,7 +38,7 @@ def optimizer(kind="SGD", as_tensors=False):
 
 def given(optimizers, schedulers=None, others=list):
     """The settings of these, as a run has them."""
-    settings = Settings([], lambda: None)
+    settings = Settings([], lambda: None, lambda: 0)
     settings.add(OptimizerSettings(lambda: optimizers, lambda: schedulers, others).settings())
     return settings
 

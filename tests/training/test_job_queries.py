@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from forgather_control.client.api import connect
-from forgather_control.training import job_queries
+from forgather_control.training import job_queries, limits
 from forgather_control.training.controller import Controller
 from forgather_control.training.limits import PROCESS_STATS_AGE, STATUS_AGE
 from forgather_control.training.loop_actions import RequestedActions
@@ -22,7 +22,7 @@ from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method
 
-from ..support.harness import SOON, Wire, running_loop, until
+from ..support.harness import MS, SOON, Wire, running_loop, until
 
 
 class Loop(RequestedActions):
@@ -334,3 +334,23 @@ def test_a_hanging_device_silences_nobody(jobs_dir):
         value.answers.set()
         until(lambda: other.call("status")["metrics"].get("mine") == 2.5)
     assert value.threads == ["forgather-devices"]
+
+
+# Settings...
+
+
+def test_settings_that_could_not_be_read_in_time_say_of_which_step_they_are(job, wire, monkeypatch):
+    """As in a long step, or while training evaluates."""
+    now = [1.0]
+    job.settings.add([Setting("rate", lambda: now[0], lambda value: None)])
+    monkeypatch.setattr(limits, "SETTINGS_TIMEOUT", 10 * MS)
+    assert give(wire, "list_settings") == [LISTED]  # before the first step
+    job.step(1)
+    now[0] = 2.0
+    job.step(2)
+    assert give(wire, "list_settings") == [{**LISTED, "read_at_step": 1}]
+    job.step(3)
+    assert give(wire, "list_settings") == [{**LISTED, "value": 2.0}]
+
+
+LISTED = {"name": "rate", "value": 1.0, "type": "number", "minimum": None, "maximum": None, "doc": ""}

@@ -29,6 +29,7 @@ class Loop:
         """Train until a client says stop."""
         with TrainingJob(JOB, **self.options) as job:
             job.setting("speed", get=lambda: 1.0, set=lambda value: None)
+            job.setting("twice", get=lambda: 2 * self.step, set=lambda value: None)
             self.ready.set()
             while not job.should_stop:
                 self.changed.wait(1 * MS)
@@ -94,6 +95,12 @@ def test_commands_work_meanwhile_and_leave_it_paused(loop, client):
     changed = client.call("change_settings", changes={"speed": 2}, wait="finished")
     assert changed["result"]["speed"]["new"] == 2.0 and loop.step <= step + 2
     assert client.call("list_settings")[0]["value"] == 1.0
+
+
+def test_settings_are_those_of_the_step_at_which_it_holds(loop, client):
+    """Though no step ends that would read them."""
+    step = pause(client)
+    assert client.call("list_settings")[1]["value"] == 2 * step
 
 
 @pytest.mark.parametrize("command", ["graceful_stop", "save_and_stop", "abort"])

@@ -21,7 +21,7 @@ class Values:
     def __init__(self):
         self.now = {"speed": 1.0, "size": 4, "name": "a", "flag": True}
         self.on_step, self.reads = [], 0
-        self.settings = Settings(self.on_step, self.read)
+        self.settings = Settings(self.on_step, self.read, lambda: 0)
         limits = {"speed": {"minimum": 0.5, "maximum": 10}}
         self.settings.add(
             Setting(
@@ -157,7 +157,7 @@ def test_a_value_that_cannot_be_restored_is_named():
             raise OSError("stuck")
         now[0] = value
 
-    settings = Settings([], lambda: None)
+    settings = Settings([], lambda: None, lambda: 0)
     settings.add([Setting("once", lambda: now[0], once)])
     change = settings.change({"once": 2})
     change.settle("rank 1 could not do it")
