@@ -50,6 +50,8 @@ class Pause:
                     self.tracker.apply(commands, step)
                 self.settings.read_back()
         self.state.progress.skip(time.monotonic() - since)
+        if self.loop.profiler is not None:
+            self.loop.profiler.leave_out(since)
         self.state.note(paused=self.loop.paused)
 
     def _seconds(self) -> float:

@@ -34,7 +34,7 @@ class _Session:
     future: Future[Any]
     steps: int
     began_at_step: int
-    began: float  # monotonic
+    began: float  # monotonic; later by as long as training was paused since
     speed: float | None  # in steps per second, before it
     lost: float = 0.0  # seconds that starting and stopping took
     done: int = 0
@@ -86,6 +86,11 @@ class Profiler:
         self._session.future.set_running_or_notify_cancel()  # the end of training waits for it
         self._on_step.append(self._step)
         return self._session.future
+
+    def leave_out(self, since: float) -> None:
+        """Leave the time since then out of what the steps took, because training was paused."""
+        if self._session is not None:
+            self._session.began += time.monotonic() - max(since, self._session.began)
 
     def end(self, keep: bool) -> None:
         """Stop a profile because training ends; write it, unless it is not to be kept."""

@@ -172,6 +172,20 @@ def test_it_ends_in_time(loop, monkeypatch):
 
 
 @needs_torch
+def test_a_pause_is_no_part_of_it(loop, monkeypatch):
+    """Its steps do not take longer for it."""
+    monkeypatch.setattr(limits, "PROFILE_SECONDS", 1000 * MS)
+    client = loop.client
+    client.call("pause", wait="finished")
+    record = loop.profile(2, wait="applied")
+    began = client.call("status")["seconds_since_step"]
+    until(lambda: client.call("status")["seconds_since_step"] > began + 1100 * MS)
+    client.call("resume", wait="finished")
+    result = until(lambda: client.call("get_command", command_id=record["command_id"])["result"])
+    assert result["steps"] == 2 and "note" not in result
+
+
+@needs_torch
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full disk needs root")
 def test_a_full_disk(tmp_path, jobs_dir):
     """The command fails, nothing is left, and training continues."""
