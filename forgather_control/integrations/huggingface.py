@@ -34,7 +34,7 @@ from .. import states
 from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
 from ..training.controller import Controller
-from ..training.settings import Setting
+from ..training.setting import Setting
 from . import huggingface_trainer as facts
 from .huggingface_settings import TrainerSettings
 from .trainer_settings import tell_resumed

@@ -31,7 +31,7 @@ from .. import states
 from ..training import background_saves
 from ..training.adapter import Adapter, controlled, guarded
 from ..training.controller import Controller
-from ..training.settings import Setting
+from ..training.setting import Setting
 from . import lightning_trainer
 from .lightning_settings import LightningSettings
 from .lightning_trainer import disable, override

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ..errors import InvalidParams
 from ..training.progress import Progress
-from ..training.settings import Setting
+from ..training.setting import Setting
 from . import lightning_trainer
 from .optimizer_settings import OptimizerSettings
 from .trainer_settings import END_DOC, NORM_DOC, assign, assign_end, note_of_end

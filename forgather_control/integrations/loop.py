@@ -16,7 +16,7 @@ from .. import states
 from ..errors import InvalidParams
 from ..training import background_saves, own_commands
 from ..training.adapter import Adapter, controlled, guarded
-from ..training.settings import Setting
+from ..training.setting import Setting
 from .optimizer_settings import OptimizerSettings
 
 log = logging.getLogger("forgather_control")

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ..errors import CommandRefused, InvalidParams
 from ..schema import shown
-from ..training.settings import Setting
+from ..training.setting import Setting
 from . import rate_trial, rates
 
 _RATE_DOC: Final = (

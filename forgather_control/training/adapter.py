@@ -20,7 +20,7 @@ from .loop_actions import RequestedActions
 from .options import ControlOptions
 from .profiler import Profiler
 from .rule import declared as declared_rules
-from .settings import Setting, declared
+from .setting import Setting, declared
 from .signals import Signals
 
 log = logging.getLogger("forgather_control")

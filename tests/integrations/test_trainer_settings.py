@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from forgather_control.integrations.trainer_settings import assign, note_of_end, tell_resumed
-from forgather_control.training.settings import Setting, Settings
+from forgather_control.training.setting import Setting
+from forgather_control.training.settings import Settings
 
 
 def test_attributes_are_set_and_restored():

@@ -17,7 +17,7 @@ from forgather_control.training.controller import Controller
 from forgather_control.training.limits import PROCESS_STATS_AGE, STATUS_AGE
 from forgather_control.training.loop_actions import RequestedActions
 from forgather_control.training.options import ControlOptions
-from forgather_control.training.settings import Setting
+from forgather_control.training.setting import Setting
 from forgather_control.wire import schemas
 from forgather_control.wire.builtin import BUILTIN
 from forgather_control.wire.methods import COMMON, Method

@@ -10,7 +10,8 @@ import pytest
 
 from forgather_control import TrainingJob, connect
 from forgather_control.errors import CommandRefused, InvalidParams
-from forgather_control.training.settings import Setting, Settings, declared
+from forgather_control.training.setting import Setting, declared
+from forgather_control.training.settings import Settings
 
 from ..support.harness import SOON, until
 
@@ -114,14 +115,6 @@ def test_a_factor_is_checked_with_the_value_in_force(values, changes, words):
     assert values.settings.cannot(changes) is None
     with pytest.raises(CommandRefused, match=words):
         values.settings.change(changes)
-
-
-@pytest.mark.parametrize("text", ["x1e400", "x1e300", float("inf"), float("nan")])
-def test_a_value_is_finite(text):
-    """Whatever its limits are."""
-    setting = Setting("free", get=lambda: 1e300, set=lambda value: None, type=float)
-    with pytest.raises(CommandRefused, match="free must be a finite number"):
-        setting.wanted(text, 1e300)
 
 
 def test_a_setter_that_raises_changes_nothing(values):
@@ -266,35 +259,6 @@ def test_a_note_is_part_of_the_result(values):
     change.settle(None)
     values.step()
     assert change.result(0)["end"]["note"] == "the schedule keeps its shape"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"name": ""}, "name must be 1 to 64"),
-        ({"name": "a b"}, "name must be 1 to 64"),
-        ({"get": None}, "get of the setting x must be a function"),
-        ({"set": 1}, "set of the setting x must be a function"),
-        ({"type": list}, "type of the setting x"),
-        ({"minimum": "0"}, "minimum of the setting x must be a finite number, not '0'"),
-        ({"minimum": True}, "minimum of the setting x must be a finite number"),
-        ({"maximum": float("nan")}, "maximum of the setting x must be a finite number"),
-        ({"maximum": 10**400}, "maximum of the setting x must be a finite number"),
-        ({"doc": None}, "doc of the setting x must be a text"),
-        ({"maximun": 1}, "a setting takes name, get, set"),
-    ],
-)
-def test_wrong_declarations(arguments, words):
-    """They raise where they are made."""
-    with pytest.raises(InvalidParams, match=words):
-        declared([{"name": "x", "get": lambda: 1, "set": lambda value: None, **arguments}])
-
-
-@pytest.mark.parametrize("found", [5, {"x": 5}, None])
-def test_what_is_no_declaration(found):
-    """It says what is expected."""
-    with pytest.raises(InvalidParams, match="settings must be a list of settings, or what each takes by its name"):
-        declared(found)
 
 
 def test_declared_by_name_or_in_a_list(values):
