@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from .. import states
@@ -315,12 +316,21 @@ class CommandTracker:
             mine = {rank: found[command.command_id] for rank, found in outcomes.items() if command.command_id in found}
             why = f"not all ranks applied the {command.name}: {fault}" if fault else results.error_text(mine)
             method = self.methods[command.name]
+            if why is not None and method.is_atomic and fault is None:
+                self.group().when_reported(command.command_id, partial(self._fail_atomic, command.command_id, why))
+                continue
             if why is not None:
                 self.queue.failed(command.command_id, CommandFailed(why))
                 continue
             self.queue.applied(command.command_id, step)
             if method.finishes_when == {states.WHEN_APPLIED}:
                 self.queue.finished(command.command_id, results.result(method, mine))
+
+    def _fail_atomic(self, command_id: str, why: str, outcomes: dict[int, Outcome], fault: str | None) -> None:
+        """Fail a command that a rank could not do, and name the ranks that could not undo it."""
+        restored = {rank for rank, each in outcomes.items() if each.get("error", {}).get("data", {}).get("restored")}
+        text = results.error_text({rank: each for rank, each in outcomes.items() if rank not in restored})
+        self.queue.failed(command_id, CommandFailed(text or why))
 
     def submit(self, command: str, by: dict[str, Any] = _SIGNAL, reason: str | None = None) -> None:
         """Queue a command that no client gives now: of a signal that some rank received, or ``by`` something else."""

@@ -48,10 +48,10 @@ def _check(value: Any, depth: int = 0) -> None:
 
 def failure(err: BaseException) -> Outcome:
     """Return the outcome of a rank on which a command has failed."""
-    code, message = CommandFailed.code, f"{type(err).__name__}: {_text(err)}"
-    if isinstance(err, ControlError):  # errors of other libraries may have a code, too, even a method of that name
-        code, message = err.code, str(err.message)
-    return {"error": {"code": code, "message": message[:1000]}}
+    if not isinstance(err, ControlError):  # those of other libraries may have a code, too, even a method of that name
+        err = CommandFailed(f"{type(err).__name__}: {_text(err)}")
+    data = {"data": err.data} if err.data else {}
+    return {"error": {"code": err.code, "message": str(err.message)[:1000], **data}}
 
 
 def _text(err: BaseException) -> str:

@@ -7,6 +7,7 @@ values, both assigned whole.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -17,6 +18,8 @@ from ..errors import CommandFailed, CommandRefused, InvalidParams
 from ..schema import shown
 from . import outcomes
 from .setting import TYPES, Setting, as_json
+
+log = logging.getLogger("forgather_control")
 
 
 class Change(Future[dict[str, Any]]):
@@ -34,12 +37,16 @@ class Change(Future[dict[str, Any]]):
             self._keep(self)
             return
         problems = []
-        for undo in reversed(self.undo):
+        for undo, (name, value) in reversed([*zip(self.undo, self.values.items())]):
             try:
                 undo()
             except Exception as err:  # boundary: the script's setter
-                problems.append(f"; an earlier value could not be restored: {type(err).__name__}: {err}")
-        self.set_exception(CommandFailed(f"nothing was changed: {why}{''.join(problems)}"))
+                error = outcomes.failure(err)["error"]["message"]
+                problems.append(f"{name} could not be restored, and may still be {shown(value['new'])}: {error}")
+        text = "; ".join([why, *problems]) if problems else f"nothing was changed: {why}"
+        if problems:
+            log.warning("A change could not be undone on this rank: %s", text)
+        self.set_exception(CommandFailed(text, restored=not problems))
 
 
 class Settings:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def picky(value: float) -> None:
         raise ValueError("rank 1 does not want it")
 
 
+def stuck(value: float) -> Callable[[], None]:
+    """Refuse a value on rank 1 only, and to restore it on rank 0."""
+    picky(value)
+
+    def restore() -> None:
+        raise OSError("no way back")
+
+    return restore
+
+
 def main(folder: str, seconds: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=float(seconds)))
     training, rates, path = Training(), [], Path(folder) / "checkpoint"
@@ -68,6 +79,7 @@ def main(folder: str, seconds: str) -> None:
     with TrainingJob("changed", save_on_stop=False, output_dir=folder) as job:
         job.setting("rate", get=lambda: training.rate, set=lambda value: setattr(training, "rate", value), minimum=0)
         job.setting("picky", get=lambda: 1.0, set=picky)
+        job.setting("stuck", get=lambda: 1.0, set=stuck)
         job.setting("rank", get=lambda: one_of_each["rank"], set=lambda value: None, type=float)
 
         @job.command

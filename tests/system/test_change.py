@@ -112,6 +112,11 @@ def refused_by_one(ranks):
     assert record["state"] == "failed" and record["error"]["message"] == (
         "rank 1: nothing was changed: picky cannot be 2.0: ValueError: rank 1 does not want it"
     )
+    record = ranks.do("change_settings", changes={"stuck": 2})
+    assert record["state"] == "failed" and record["error"]["message"] == (
+        "rank 1 could not do it; stuck could not be restored, and may still be 2.0: OSError: no way back; "
+        "rank 1: nothing was changed: stuck cannot be 2.0: ValueError: rank 1 does not want it"
+    )
     with pytest.raises(CommandRefused, match=r"rate must be a number from 0"):
         ranks.do("change_settings", changes={"rate": -1})
     assert ranks.do("change_settings", changes={"picky": 0.5})["state"] == "finished"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 
@@ -490,7 +491,9 @@ def test_an_atomic_command_is_settled_before_training_continues(why):
     rank, done = Rank(), []
     rank.group.verdict = why
     change = Change(lambda change: done.append("kept"))
-    change.undo += [lambda: done.append("first"), lambda: done.append("second")]
+    for name in ("first", "second"):
+        change.undo.append(partial(done.append, name))
+        change.values[name] = {"old": 1, "new": 2}
     rank.methods.add(method("user.atomic", "reported", run=lambda loop: change)._replace(is_atomic=True))
     rank.apply("user.atomic")
     assert done == (["kept"] if why is None else ["second", "first"])

@@ -154,7 +154,9 @@ def test_a_value_that_cannot_be_restored_is_named():
     settings.add([Setting("once", lambda: now[0], once)])
     change = settings.change({"once": 2})
     change.settle("rank 1 could not do it")
-    assert "could not be restored: OSError: stuck" in str(change.exception(0))
+    error = change.exception(0)
+    assert error.data == {"restored": False}
+    assert str(error) == "rank 1 could not do it; once could not be restored, and may still be 2: OSError: stuck"
 
 
 def test_a_getter_that_raises_costs_its_value_only(values):
