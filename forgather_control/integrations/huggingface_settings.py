@@ -119,22 +119,23 @@ class TrainerSettings:
                 return f'{strategy} is "{word}"'
             if self._is_forgather and not self._counters:
                 return _READ_ONCE
-            return self._loses_best(name, steps)
+            return None
 
-        return Setting(name, get, put, 1, None, int, doc, check)
+        check_all = None if name == "logging_steps" else self._loses_best
+        return Setting(name, get, put, 1, None, int, doc, check, check_all=check_all)
 
     def _tell(self, name: str, steps: int | None) -> None:
         if name == "save_steps" and self._is_forgather and (tell := self._saves_after()) is not None:
             tell(steps)
 
-    def _loses_best(self, name: str, steps: int) -> str | None:
+    def _loses_best(self, values: Mapping[str, Any]) -> str | None:
         """Say why the best model could be one that was not saved."""
         args = self._args
         strategies = {facts.word(getattr(args, strategy, "no")) for strategy in ("eval_strategy", "save_strategy")}
-        if not getattr(args, "load_best_model_at_end", False) or strategies != {"steps"} or name == "logging_steps":
+        if not getattr(args, "load_best_model_at_end", False) or strategies != {"steps"}:
             return None
-        new = {each: getattr(self._state, each, None) or getattr(args, each) for each in ("eval_steps", "save_steps")}
-        new[name] = steps
+        new = {name: getattr(self._state, name, None) or getattr(args, name) for name in ("eval_steps", "save_steps")}
+        new |= {name: steps for name, steps in values.items() if name in new}
         if new["save_steps"] % new["eval_steps"] == 0:
             return None
         return (

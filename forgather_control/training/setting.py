@@ -49,6 +49,8 @@ class Setting:
     #: Says why a value cannot be put in force now; ``None`` if it can. On the training thread, before anything changes.
     check: Callable[[Any], str | None] | None = None
     note: Callable[[], str | None] | None = None  #: Says what a caller should know after a change.
+    #: As ``check``, of all values of a change by name, where one depends on another.
+    check_all: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -135,6 +137,11 @@ class Setting:
             also = ', or a factor such as "x0.5"' if self.type in ("number", "integer") else ""
             was = f" ({text} of {old})" if factor is not None else ""
             raise CommandRefused(f"{self.name} must be {err}{also}, not {shown(value)}{was}") from err
+
+    def obstacle(self, values: Mapping[str, Any]) -> str | None:
+        """Return why its value cannot be put in force, as one of these, by name; ``None`` if it can."""
+        why = None if self.check is None else self.check(values[self.name])
+        return why or (None if self.check_all is None else self.check_all(values))
 
     def put(self, value: Any, old: Any) -> Callable[[], object]:
         """Put a value in force; return a function that restores the earlier one."""

@@ -98,15 +98,7 @@ class Settings:
             CommandRefused: why, and which value; nothing has changed.
         """
         change = Change(self._keep)
-        found = [(self._find(name), text) for name, text in changes.items()]
-        plan = []
-        for setting, text in found:
-            old = setting.restorable()
-            new = setting.wanted(text, old)
-            if setting.check is not None and (why := setting.check(new)):
-                raise CommandRefused(f"{setting.name} cannot be {shown(new)}: {why}")
-            plan.append((setting, old, new))
-        for setting, old, new in plan:
+        for setting, old, new in self._plan(changes):
             try:
                 change.undo.append(setting.put(new, old))
             except Exception as err:  # boundary: the script's setter
@@ -117,6 +109,16 @@ class Settings:
                 raise CommandRefused(str(change.exception())) from err
             change.values[setting.name] = {"old": as_json(old), "new": new}
         return change
+
+    def _plan(self, changes: Mapping[str, Any]) -> list[tuple[Setting, Any, Any]]:
+        """Return each setting with its value in force and the new one; CommandRefused: one cannot be put in force."""
+        found = [self._find(name) for name in changes]
+        plan = [(each, old := each.restorable(), each.wanted(changes[each.name], old)) for each in found]
+        values = {setting.name: new for setting, _, new in plan}
+        for setting, _, new in plan:
+            if why := setting.obstacle(values):
+                raise CommandRefused(f"{setting.name} cannot be {shown(new)}: {why}")
+        return plan
 
     def read_back(self, step: int | None = None) -> None:
         """Read what is in force after changes, and take a snapshot if one is asked for. On the training thread."""

@@ -217,6 +217,15 @@ def test_periods(tmp_path):
     assert [saved[name] for name in ("logging_steps", "eval_steps", "save_steps")] == [2, 1, 2]
 
 
+def test_periods_that_fit_each_other_only_together(tmp_path):
+    """Each alone would be refused, as load_best_model_at_end needs one to be a multiple of the other."""
+    at, events = change(3, eval_steps=3, save_steps=3), Events()
+    options = {"save_strategy": "steps", "eval_strategy": "steps", "load_best_model_at_end": True}
+    make(tmp_path, at, ours(), events, **options).train()
+    assert effective(at) == {"eval_steps": 3, "save_steps": 3}
+    assert events.steps("evaluate") == [2, 6, 9, 10]
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "words"),
     [
