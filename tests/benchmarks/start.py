@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import answer
+import psutil
 from host import Host
 from rows import Aim, Rounds, Table, in_turns, seconds
 
@@ -181,7 +182,8 @@ def many(table: Table) -> None:
     for count, runs in SILENT.items():
         with tempfile.TemporaryDirectory(prefix="bench") as home:
             os.environ["FORGATHER_JOBS_DIR"] = home
-            with listening(fill(Path(home), count, like, pid=os.getpid())):
+            began = psutil.Process().create_time()  # of another process this one would prove the job's death
+            with listening(fill(Path(home), count, like, pid=os.getpid(), process_started_at=began)):
                 lists(table, Path(home), count, states.JOB_SILENT, runs)
 
 
