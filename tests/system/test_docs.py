@@ -100,6 +100,7 @@ def first_words(page: str, head: str) -> list[str]:
 def test_every_block_is_run_or_says_why_not():
     """Each shell, Python and YAML block has a mark, and each mark is one of those that a test here knows."""
     kinds = {"demo", "shell", "python", "loop", "options", "hugging face", "lightning", "record", "event", "rule"}
+    kinds |= {"data loader"}
     for block in BLOCKS:
         known = block.kind in kinds or re.match(
             r"not run: .{10}|run line$|test line$|transcript$|output of: ", block.mark
@@ -275,6 +276,40 @@ def test_loop_blocks(block, tmp_path):
     space |= {"optimizer": optimizer, "scheduler": scheduler}
     exec(compile(block.text, block.page, "exec"), space)
     assert space["step"] == 1000 and not space["job"].aborted
+
+
+#: A script around a loader, in a process group of its own: the group gets SIGTERM, as from torchrun.
+GROUP = """
+import os, torch
+from forgather_control import TrainingJob
+
+data = torch.arange(10**6).float()
+{block}
+with TrainingJob("job", signals={{"SIGTERM": "save_and_stop"}}) as job:
+    for step, batch in enumerate(loader, 1):
+        if step == 2:
+            os.killpg(0, signal.SIGTERM)
+        job.step(step)
+        if job.should_save:
+            job.saved(os.getcwd())
+            print("saved", flush=True)
+        if job.should_stop and step > 50:  # long after the first batches that the workers had made
+            break
+print("ended", flush=True)
+"""
+
+
+@needs_torch
+@pytest.mark.once
+@of_kind("data loader")
+def test_data_loader_blocks(block):
+    """A signal to the process group ends no worker; without the block's function it does."""
+    outputs = []
+    for text in (block.text, block.text.replace(", worker_init_fn=ignore_sigterm", "")):
+        with Process(GROUP.format(block=text), start_new_session=True) as process:
+            process.end(3 * SOON)
+            outputs.append([process.line(), process.line(), "DataLoader worker" in "".join(process.errors)])
+    assert outputs[0] == ["saved", "ended", False] and outputs[1][1:] == ["", True]
 
 
 def lines_of_code(block: Block) -> int:
