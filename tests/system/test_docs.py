@@ -6,6 +6,7 @@ a job that trains with the README's own loop.
 
 from __future__ import annotations
 
+import ast
 import configparser
 import dataclasses
 import io
@@ -596,6 +597,31 @@ def test_the_members_of_endpoint_json():
     (row,) = (row for row in table("docs/wire.md", "file") if row[0] == "`endpoint.json`")
     listed = set(re.findall(r"`([a-z_ 0-9]+)`", row[1]))
     assert {name for names in listed for name in names.split()} - {"0"} <= set(JobRecord._fields)
+
+
+def sentences() -> Iterator[str]:
+    """All texts in the source of the package that are no docstrings, with an ellipsis for what is filled in."""
+    for path in (ROOT / "forgather_control").rglob("*.py"):
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if id(node) in docs:
+                continue
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[a-z]", "...", node.value)
+
+
+def test_the_messages_of_troubleshooting():
+    """Each message with a remedy is one of the code: its words in this order, and something for each ellipsis."""
+    page, known = "docs/troubleshooting.md", "\n".join(sentences())
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE)
+    messages = re.findall(r"`([^`]+)`", "\n".join(row.split(" | ")[0] for rows in tables for row in rows.splitlines()))
+    assert len(messages) > 50
+    for message in messages:
+        parts = [re.escape(part.strip()) for part in message.split("...")]
+        assert re.search(".*".join(parts), known), message
 
 
 # Names and links...
