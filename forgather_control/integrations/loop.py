@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 
 from .. import states
 from ..errors import InvalidParams
+from ..schema import shown
 from ..training import background_saves, own_commands
 from ..training.adapter import Adapter, controlled, guarded
 from ..training.setting import Setting
@@ -79,7 +80,7 @@ class TrainingJob(Adapter):
         )
         self._max_steps = None if max_steps is None else _whole("max_steps", max_steps)
         self._start_step = _whole("start_step", start_step)
-        self._save_on_stop, self._output_dir = save_on_stop, output_dir
+        self._save_on_stop, self._output_dir = save_on_stop, None if output_dir is None else _folder(output_dir)
         self._depth = 0  # of "with" statements around one another
         self._commands = own_commands.parse_all(commands or ())  # of all runs
 
@@ -294,6 +295,14 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as err:
         raise InvalidParams(f"{name} must be a whole number, not {ascii(value)[:80]}", parameter=name) from err
+
+
+def _folder(path: Any) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError as err:
+        text = f"output_dir must be a path, not {shown(path)}"
+        raise InvalidParams(text, parameter="output_dir") from err
 
 
 def _absolute(path: Any) -> str:

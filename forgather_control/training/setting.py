@@ -75,6 +75,8 @@ class Setting:
         """Return a setting out of what a script declares."""
         if isinstance(found, Setting):
             return found
+        if not isinstance(found, Mapping):
+            raise InvalidParams(f"a setting is a mapping with name, get, set and more, not {shown(found)}")
         try:
             return cls(**found)
         except TypeError as err:
@@ -177,4 +179,9 @@ def declared(found: Sequence[Any] | Mapping[str, Mapping[str, Any]]) -> list[Set
         each = [{"name": name, **rest} for name, rest in found.items()] if isinstance(found, Mapping) else list(found)
     except TypeError as err:
         raise InvalidParams(f"settings must be a list of settings, or what each takes by its name: {err}") from err
-    return [Setting.of(one) for one in each]
+    settings: dict[str, Setting] = {}
+    for setting in map(Setting.of, each):
+        if setting.name in settings:
+            raise InvalidParams(f"the setting {setting.name} is declared twice")
+        settings[setting.name] = setting
+    return list(settings.values())

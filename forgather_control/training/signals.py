@@ -139,7 +139,8 @@ def parse(wanted: Any) -> dict[signal.Signals, str]:
             raise InvalidParams(problem, parameter="signals")
 
     demand(isinstance(wanted, Mapping), f"signals must map signals to commands, not {ascii(wanted)[:80]}")
-    known = [method.name for method in builtin.BUILTIN.values() if method.is_command]
+    methods = (method for method in builtin.BUILTIN.values() if method.is_command)
+    known = [method.name for method in methods if not any(param.required for param in method.params)]
     commands: dict[signal.Signals, str] = {}
     for given, command in wanted.items():
         number: Any = given if isinstance(given, signal.Signals) else signal.Signals.__members__.get(given)

@@ -718,6 +718,13 @@ def test_ends_that_are_no_numbers_are_refused_when_they_are_given(options):
         TrainingJob("job", **options)
 
 
+def test_an_output_directory_that_is_no_path_is_refused_when_it_is_given():
+    """As above; a path may be of bytes."""
+    with pytest.raises(errors.InvalidParams, match="output_dir must be a path, not 5"):
+        TrainingJob("job", output_dir=5)
+    TrainingJob("job", output_dir=b"out")
+
+
 @pytest.mark.parametrize(("end", "count"), [(-1, 1), (0, 0), (None, 0)])
 def test_a_negative_end_is_one_warning(end, count, caplog):
     """The run is controlled, and its end is unknown."""

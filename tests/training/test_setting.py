@@ -38,8 +38,20 @@ def test_wrong_declarations(arguments, words):
         declared([{"name": "x", "get": lambda: 1, "set": lambda value: None, **arguments}])
 
 
-@pytest.mark.parametrize("found", [5, {"x": 5}, None])
-def test_what_is_no_declaration(found):
+ONE = {"name": "x", "get": lambda: 1, "set": lambda value: None}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (5, "settings must be a list of settings, or what each takes by its name"),
+        ({"x": 5}, "settings must be a list of settings, or what each takes by its name"),
+        (None, "settings must be a list of settings, or what each takes by its name"),
+        (["x"], "a setting is a mapping with name, get, set and more, not 'x'"),
+        ([ONE, ONE], "the setting x is declared twice"),
+    ],
+)
+def test_what_is_no_declaration(found, words):
     """It says what is expected."""
-    with pytest.raises(InvalidParams, match="settings must be a list of settings, or what each takes by its name"):
+    with pytest.raises(InvalidParams, match=words):
         declared(found)

@@ -70,6 +70,7 @@ def test_signals_are_named_or_members(given):
         ({"SIGIOT": "abort"}, "SIGABRT cannot run a command"),
         ({"SIGTERM": "save"}, "'save' is not a command .* save_checkpoint, graceful_stop, save_and_stop, abort"),
         ({"SIGTERM": "status"}, "'status' is not a command"),
+        ({"SIGTERM": "change_settings"}, "'change_settings' is not a command that a signal can run"),  # without values
         ({"SIGTERM": None}, "None is not a command"),
         ({"SIGTERM": ["abort"]}, "is not a command"),
         ({"SIGTERM": "abort", signal.SIGTERM: "abort"}, "SIGTERM twice"),
