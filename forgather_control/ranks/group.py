@@ -133,6 +133,11 @@ class RankGroup(ABC):
         """Whether commands can still reach all ranks."""
         return True
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether control has failed, so that no command will reach all ranks; not at the end of training."""
+        return False
+
     def report(self, command_id: str, outcome: Outcome) -> None:
         """Tell rank 0 that this rank's part of a command that awaits reports is complete, or failed."""
         self._tell_coordinator(Reported(self.rank, command_id, outcome))

@@ -76,6 +76,10 @@ class StoreGroup(RankGroup):
     def agrees(self) -> bool:
         return self._lost is None and not self._released
 
+    @property
+    def is_broken(self) -> bool:
+        return self._released or self._agreement_lost.locked()
+
     def hold(self, seconds: float) -> list[ScheduledCommand]:
         with self._lock:
             self._lock.wait_for(lambda: self._participant.is_decided or not self.agrees, seconds)

@@ -216,9 +216,15 @@ class Controller:
         """Note that a checkpoint, or this rank's part of it, is complete on disk, and if the save evaluated first."""
         self.finish_save(self.begin_save(step), path, evaluated)
 
-    def request(self, command: str) -> None:
-        """Have all ranks carry out a command. On any rank, in a signal handler, too: it takes no lock."""
+    def request(self, command: str) -> bool:
+        """Have all ranks carry out a command; return ``False`` if none can reach them any more.
+
+        On any rank, in a signal handler, too: it takes no lock.
+        """
+        if self._group.is_broken:
+            return False
         self._group.request(command)
+        return True
 
     # End...
 

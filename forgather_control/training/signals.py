@@ -10,8 +10,8 @@ default; with ``sbatch --signal=USR1@60`` it sends SIGUSR1 a minute before the l
 A Python handler runs between any two bytecodes of the main thread, whatever locks that holds. So the handlers here
 take no lock: they do not log, and call only what is documented to be reentrant, such as ``queue.SimpleQueue.put``.
 Then they call the handler that was installed before. The signal's default action does not run, because the user asked
-for a command instead of termination. A forked child (a DataLoader's worker) gets the earlier handler back, or
-``terminate`` could not end it.
+for a command instead of termination; it does where control has failed, or only SIGKILL would end the process. A forked
+child (a DataLoader's worker) gets the earlier handler back, or ``terminate`` could not end it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Signals:
         """Install the handlers: each signal calls ``call`` with the name of its command.
 
         Args:
-            call: must be reentrant and take no lock, see the module. Its exceptions are dropped.
+            call: must be reentrant and take no lock, see the module. Its exceptions are dropped. Where it returns
+                ``False``, no command can be run any more: the signal does what it does without these handlers.
 
         Raises:
             Unsupported: this is not the main thread; nothing is installed.
@@ -98,12 +99,7 @@ class _Handler:
     earlier: Any  #: the signal's handler before
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        call = self.call
-        if call is not None:
-            try:
-                call(self.command)
-            except Exception:  # boundary: logging might wait for a lock that the interrupted training holds
-                pass
+        if self.call is not None and self._is_taken(self.call):
             # Python's own handler of SIGINT counts as the default action.
             if callable(self.earlier) and self.earlier is not signal.default_int_handler:
                 self.earlier(number, frame)
@@ -115,6 +111,12 @@ class _Handler:
             self.earlier(number, frame)
         elif was_current and self.earlier == signal.SIG_DFL:
             signal.raise_signal(number)
+
+    def _is_taken(self, call: Callable[[str], object]) -> bool:
+        try:
+            return call(self.command) is not False
+        except Exception:  # boundary: logging might wait for a lock that the interrupted training holds
+            return True
 
     def retire(self) -> bool:
         """Stop running commands; restore the earlier handler if possible, else (a C handler came) return False."""

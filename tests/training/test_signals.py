@@ -11,11 +11,13 @@ import threading
 
 import pytest
 
+from forgather_control import connect
 from forgather_control.errors import InvalidParams, Unsupported
 from forgather_control.training import signals
 from forgather_control.training.signals import Signals
 
-from ..support.harness import SOON, Process
+from ..ranks.test_channel import SERVER
+from ..support.harness import SOON, Process, needs_torch
 
 BOTH = {"SIGTERM": "save_and_stop", "SIGUSR1": "save_checkpoint"}
 
@@ -154,6 +156,56 @@ def test_an_ignored_signal_is_ignored_again(given):
     signal.raise_signal(signal.SIGHUP)
     assert given == ["save_and_stop"] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signal.signal(signal.SIGHUP, old)
+
+
+def test_a_signal_whose_command_nothing_can_run_does_what_it_does_without_us(given):
+    """The earlier handler, or the default action, takes it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: given.append("earlier"))
+    one = Signals(BOTH)
+    one.install(lambda name: False)
+    signal.raise_signal(signal.SIGTERM)
+    assert given == ["earlier"] and isinstance(signal.getsignal(signal.SIGUSR1), signals._Handler)
+    one.restore()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    source = """
+    import signal
+    from forgather_control.training.signals import Signals
+    Signals({"SIGTERM": "save_and_stop"}).install(lambda name: False)
+    signal.raise_signal(signal.SIGTERM)
+    """
+    with Process(source) as process:
+        assert process.end() == -signal.SIGTERM
+
+
+#: Rank 0 of two, whose store is on the port that it is given; it trains until it is ended.
+RANK_0 = """
+import sys, time
+import torch.distributed as dist
+from torch.testing._internal.distributed import fake_pg
+from forgather_control import TrainingJob
+
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False)
+dist.init_process_group("fake", store=store, rank=0, world_size=2)
+with TrainingJob("job", signals={"SIGTERM": "save_and_stop"}) as job:
+    print("ready", flush=True)
+    for step in range(1, 10**6):
+        time.sleep(0.005)
+        job.step(step)
+"""
+
+
+@needs_torch
+@pytest.mark.once
+def test_sigterm_ends_a_job_whose_control_has_failed(jobs_dir):
+    """A mapping must not leave SIGKILL as the only way: here, the host of the ranks' store is killed."""
+    with Process(SERVER) as server, Process(RANK_0, server.line()) as job:
+        assert job.line() == "ready"
+        server.kill()
+        with connect("job") as client:
+            kinds = (event for event in client.events(since=0) if event["kind"] == "rank")
+            assert any(event["state"] == "lost" for event in kinds)
+        job.popen.terminate()
+        assert job.end() == -signal.SIGTERM, job.errors
 
 
 def test_what_the_call_raises_does_not_reach_training(given):
