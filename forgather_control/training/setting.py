@@ -26,6 +26,10 @@ log = logging.getLogger("forgather_control")
 #: The types of values: the words of JSON Schema, and the classes of Python that stand for them.
 TYPES: Final[dict[type, str]] = {float: "number", int: "integer", bool: "boolean", str: "string"}
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+#: What fits each type, beside what its schema says.
+_ALSO: Final = dict.fromkeys(("number", "integer"), ', or a factor such as "x0.5"') | {
+    "string": """ (to the command line one that looks like a number, true or false is given as NAME='"5"')"""
+}
 _FACTOR: Final = re.compile(r"x(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)")
 
 
@@ -136,7 +140,7 @@ class Setting:
                 raise ValueError("a finite number")
             return schemas.check(self.schema, value)
         except ValueError as err:
-            also = ', or a factor such as "x0.5"' if self.type in ("number", "integer") else ""
+            also = _ALSO.get(self.type or "number", "")
             was = f" ({text} of {old})" if factor is not None else ""
             raise CommandRefused(f"{self.name} must be {err}{also}, not {shown(value)}{was}") from err
 

@@ -92,7 +92,7 @@ def test_a_change_is_read_back_after_the_next_step(values):
         ({"speed": None}, "speed must be a number"),
         ({"size": 1.5}, "size must be a whole number"),
         ({"flag": 1}, "flag must be true or false"),
-        ({"name": 1}, "name must be a string"),
+        ({"name": 5}, """name must be a string (to the command line one that looks like a number, true or false"""),
         ({"sped": 1}, "did you mean speed?"),
         ({"": 1}, "this run has flag, name, size, speed"),
         ({}, "no change is given"),
