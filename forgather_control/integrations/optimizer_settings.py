@@ -71,8 +71,6 @@ class OptimizerSettings:
             return f"rates are multiplied, and {first}; try again after the next step"
         if rate == 0:
             return "rates are multiplied, so they could never be raised again"
-        if not math.isfinite(rate):
-            return "it is not finite"
         optimizers, schedulers = self._optimizers(), self._schedulers()
         return self._scaling(rate).problem or rate_trial.obstacle(optimizers, schedulers, rate / before)
 
@@ -104,8 +102,6 @@ class OptimizerSettings:
         return now if any(now) or len(self._decays) != len(now) else self._decays
 
     def _cannot_set_decay(self, decay: float) -> str | None:
-        if not math.isfinite(decay):
-            return "it is not finite"
         if decay and not any(self._base()):
             return "all parameter groups have weight_decay 0, and groups at zero stay at zero"
         return None
