@@ -61,6 +61,7 @@ class JobQueries:
         self._devices = metrics.DeviceReader(lambda: self.wake())
         self._sink: ReplySink | None = None  # of the request that is being answered
         self._unavailable: dict[str, str] = {}  # why a method that ranks do not share is refused, by name
+        self._all_told = False  # whether each rank has told what it registered; one that registered nothing does not
         self._status = jsonrpc.Encoded()
         self._status_mark: object = None
         self._status_at = self._stats_at = float("-inf")  # monotonic
@@ -69,7 +70,7 @@ class JobQueries:
         self._scan: Task[tuple[float, list[dict[str, Any]]]] | None = None  # the last list of jobs, and when it began
         self._list_at = float("-inf")  # not before
         self.rules.give = self._give
-        self.rules.can_give = lambda name: self._not_compared(name) is None
+        self.rules.can_give = self._can_give
         self.state.history = MetricsHistory()
         usage.process_stats()  # the first call only sets the mark to measure processor time from
 
@@ -89,6 +90,7 @@ class JobQueries:
 
     def compare(self, added: list[dict[str, str]]) -> None:
         """Refuse methods that not all ranks added alike; ``added`` has a digest by name for each rank."""
+        self._all_told = all(added)
         for name in sorted(set().union(*added)):
             ranks = [rank for rank, digests in enumerate(added) if digests.get(name) != added[0].get(name)]
             which = ", ".join(map(str, ranks))
@@ -124,6 +126,10 @@ class JobQueries:
     def _not_compared(self, name: str) -> str | None:
         is_known = self.group.size == 1 or name in BUILTIN or name in self._unavailable
         return None if is_known else "the ranks compare what each registered when their first step has ended"
+
+    def _can_give(self, name: str) -> bool:
+        """Return whether a rule may give a command: a rank that lacks it may not have ended its first step."""
+        return self._not_compared(name) is None and (self._all_told or not self._unavailable.get(name))
 
     def _give(self, commands: list[Submission]) -> list[CommandRecord | ControlError]:
         """Give the commands of rules: all that are accepted at one step. On the training thread, too."""

@@ -124,6 +124,17 @@ def test_own_commands_wait_for_the_comparison(job, wire, monkeypatch):
     assert give(wire, "user.ask")["state"] == "accepted"
 
 
+def test_a_rule_waits_for_a_rank_that_has_not_ended_its_first_step(job, wire, monkeypatch):
+    """Its command would be refused, and a rule fires once."""
+    monkeypatch.setattr(job._group, "size", 2)
+    job._queries.compare([{"user.ask": "1"}, {}])
+    assert wire.call("user.ask")["error"]["code"] == -32008 and not job.rules.can_give("user.ask")
+    job._queries.compare([{"user.ask": "1"}, {"user.ask": "1"}])
+    assert job.rules.can_give("user.ask") and job.rules.can_give("save_checkpoint")
+    job._queries.compare([{"user.ask": "1"}, {"user.ask": "2"}])
+    assert job.rules.can_give("user.ask")  # which is refused, and the rule's note says why
+
+
 def test_a_method_that_a_rank_did_not_register_is_unavailable(job):
     """The reason names the ranks; methods that all registered alike are available."""
     job._queries.compare(
