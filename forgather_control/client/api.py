@@ -1,6 +1,6 @@
 """The Python interface: list jobs, connect to one, give it one command. Each function makes one connection."""
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from .. import states
 from ..errors import ControlError
@@ -14,12 +14,28 @@ from .connection import Client
 from .limits import CALL_TIMEOUT, LIST_TIMEOUT
 from .target import resolve
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on; type checkers know both
+
 _Job = str | int | None
 #: Several jobs: words as :func:`many.jobs` takes them.
 _Several = list[Any] | tuple[Any, ...]
 _Records = dict[str, CommandRecord | ControlError]
 _Text = str | None
 _Float = float | None
+
+
+class _How(TypedDict, total=False):
+    """The keyword arguments of all functions that give a command, for the type checker."""
+
+    wait: Wait
+    timeout: float | None
+    command_id: str | None
+    reason: str | None
+
+
+class _HowToSave(_How, total=False):
+    evaluate: Literal["auto"] | bool | None
 
 
 def list_jobs(timeout: float = LIST_TIMEOUT) -> list[Job]:
@@ -86,25 +102,9 @@ def _give(job: _Job | _Several, name: str, **params: Any) -> CommandRecord | _Re
 
 
 @overload
-def save_checkpoint(
-    job: _Job = None,
-    *,
-    wait: Wait = "accepted",
-    timeout: _Float = None,
-    command_id: _Text = None,
-    reason: _Text = None,
-    evaluate: Literal["auto"] | bool | None = None,
-) -> CommandRecord: ...
+def save_checkpoint(job: _Job = None, **how: "Unpack[_HowToSave]") -> CommandRecord: ...
 @overload
-def save_checkpoint(
-    job: _Several,
-    *,
-    wait: Wait = "accepted",
-    timeout: _Float = None,
-    command_id: _Text = None,
-    reason: _Text = None,
-    evaluate: Literal["auto"] | bool | None = None,
-) -> _Records: ...
+def save_checkpoint(job: _Several, **how: "Unpack[_HowToSave]") -> _Records: ...
 def save_checkpoint(
     job: _Job | _Several = None,
     *,
@@ -135,13 +135,9 @@ def save_checkpoint(
 
 
 @overload
-def graceful_stop(
-    job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> CommandRecord: ...
+def graceful_stop(job: _Job = None, **how: "Unpack[_How]") -> CommandRecord: ...
 @overload
-def graceful_stop(
-    job: _Several, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> _Records: ...
+def graceful_stop(job: _Several, **how: "Unpack[_How]") -> _Records: ...
 def graceful_stop(
     job: _Job | _Several = None,
     *,
@@ -155,13 +151,9 @@ def graceful_stop(
 
 
 @overload
-def save_and_stop(
-    job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> CommandRecord: ...
+def save_and_stop(job: _Job = None, **how: "Unpack[_How]") -> CommandRecord: ...
 @overload
-def save_and_stop(
-    job: _Several, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> _Records: ...
+def save_and_stop(job: _Several, **how: "Unpack[_How]") -> _Records: ...
 def save_and_stop(
     job: _Job | _Several = None,
     *,
@@ -175,13 +167,9 @@ def save_and_stop(
 
 
 @overload
-def abort(
-    job: _Job = None, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> CommandRecord: ...
+def abort(job: _Job = None, **how: "Unpack[_How]") -> CommandRecord: ...
 @overload
-def abort(
-    job: _Several, *, wait: Wait = "accepted", timeout: _Float = None, command_id: _Text = None, reason: _Text = None
-) -> _Records: ...
+def abort(job: _Several, **how: "Unpack[_How]") -> _Records: ...
 def abort(
     job: _Job | _Several = None,
     *,

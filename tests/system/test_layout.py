@@ -33,6 +33,7 @@ THIRD_PARTY = {
     "mcp": {"mcp"},
     "mcp_types": {"mcp"},
     "anyio": {"mcp"},
+    "typing_extensions": {"client"},  # for type checkers alone
 }
 #: Modules that load other packages of ours on demand: lazy public names, and the console scripts.
 ENTRY_POINTS = {"forgather_control", "forgather_control.__main__"}
