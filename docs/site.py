@@ -11,15 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import redirect_stdout, suppress
-from io import StringIO
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forgather_control.cli import parser
+from forgather_control.cli import verbs as cli_verbs
 from forgather_control.wire import discovery, schemas
 from forgather_control.wire.builtin import BUILTIN
+from forgather_control.wire.methods import COMMON
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The order of the pages, under their headings; the README is the first page of the site.
@@ -76,29 +75,41 @@ def copied(pages: Path) -> None:
 
 def verbs() -> Iterator[str]:
     """The help of each verb."""
-    yield "# Verbs\n\nThe help of each verb, as `forgather-control help VERB` prints it.\n"
-    os.environ["COLUMNS"] = "100"
-    for verb in sorted(
-        {method.verb for method in BUILTIN.values() if method.verb} | {"run", "wait", "watch", "events"}
-    ):
-        with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
-            parser.parse([verb, "--help"], "forgather-control")
-        yield f"## {verb}\n\n```text\n{printed.getvalue().strip()}\n```\n"
+    yield "# Verbs\n\nWhat `forgather-control help VERB` prints. In all verbs:\n"
+    yield f"```text\n{cli_verbs.EPILOG}\n```\n"
+    for verb, parser in cli_verbs.whole("forgather-control", width=100)[1].items():
+        parser.epilog = None
+        yield f"## {verb}\n\n```text\n{parser.format_help().strip()}\n```\n"
 
 
 def methods() -> Iterator[str]:
-    """Each method of the wire, with its parameters, its result and its errors."""
-    yield "# Methods\n\nWhat a job answers to `rpc.discover`, in words.\n"
-    for method in discovery.document(BUILTIN)["methods"]:
-        yield f"## {method['name']}\n\n{method['description']}\n"
-        if method["params"]:
-            yield "| parameter | value | unless given | what it does |\n|---|---|---|---|"
-            yield from map(_parameter, method["params"])
-        yield from _result(method["result"]["schema"])
-        yield "\n| error | when |\n|---|---|"
-        for error in method["errors"]:
-            yield _row(str(error["code"]), error["message"].replace("``", "`"))
-        yield ""
+    """Each method of the wire, with its parameters, its result and its errors; what many share, once."""
+    described = discovery.document(BUILTIN)["methods"]
+    errors = [{error["code"]: error["message"] for error in method["errors"]} for method in described]
+    shared = {code: text for code, text in errors[0].items() if all(code in one for one in errors)}
+    common = [param.name for param in COMMON]
+    command = next(method for method in described if BUILTIN[method["name"]].is_command)
+    yield "# Methods\n\nWhat a job answers to `rpc.discover`, in words. Every method can answer these errors:\n"
+    yield from _errors(shared)
+    yield "\n## Commands\n\nEvery command takes these parameters, besides its own, and answers its record:\n"
+    yield from _parameters(param for param in command["params"] if param["name"] in common)
+    yield from _result(command["result"]["schema"])
+    for method, own_errors in zip(described, errors):
+        is_command = method["name"] in BUILTIN and BUILTIN[method["name"]].is_command
+        yield f"\n## {method['name']}\n\n{method['description']}\n"
+        yield from _parameters(one for one in method["params"] if not (is_command and one["name"] in common))
+        yield from () if is_command else _result(method["result"]["schema"])
+        yield from _errors({code: text for code, text in own_errors.items() if code not in shared})
+
+
+def _parameters(params: Iterable[dict[str, Any]]) -> Iterator[str]:
+    rows = [*map(_parameter, params)]
+    yield from ["| parameter | value | unless given | what it does |\n|---|---|---|---|", *rows, ""] if rows else []
+
+
+def _errors(errors: dict[int, str]) -> Iterator[str]:
+    rows = [_row(str(code), text.replace("``", "`")) for code, text in errors.items()]
+    yield from ["| error | when |\n|---|---|", *rows, ""] if rows else []
 
 
 def _parameter(param: dict[str, Any]) -> str:
@@ -110,13 +121,14 @@ def _parameter(param: dict[str, Any]) -> str:
 def _result(schema: dict[str, Any]) -> Iterator[str]:
     is_list = schema.get("type") == "array"
     members = (schema["items"] if is_list else schema).get("properties", {})
-    yield f"\nResult: {'a list of ' if is_list else ''}`{schema.get('title', 'value')}`\n"
+    yield f"Result: {'a list of ' if is_list else ''}`{schema.get('title', 'value')}`\n"
     if members:
         yield "| member | value |\n|---|---|"
         for name, member in members.items():
             kinds = member.get("type", "object")
             choices = f": {', '.join(map(str, member['enum']))}" if "enum" in member else ""
             yield _row(f"`{name}`", (" or ".join(kinds) if isinstance(kinds, list) else kinds) + choices)
+        yield ""
 
 
 def _row(*cells: str) -> str:

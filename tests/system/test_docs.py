@@ -118,6 +118,22 @@ def test_the_site_has_every_page():
     assert len(places) == len({*places}) and {"index", "pages", "verbs", "methods"} <= {*places}
 
 
+def test_the_reference_pages_of_the_site_are_whole():
+    """Each verb with its options, and each method with its parameters."""
+    from docs import site
+
+    pages = {"verbs": "\n".join(site.verbs()), "methods": "\n".join(site.methods())}
+    sections = {page: re.split(r"^## ", text, flags=re.MULTILINE)[1:] for page, text in pages.items()}
+    shown = {text.split()[0]: set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, re.M)) for text in sections["verbs"]}
+    assert shown == {verb: options_of(verb) for verb in verbs()}
+    first, *rest = sections["methods"]
+    rows = {text.split()[0]: re.findall(r"^\| `(\w+)` \|.*\|.*\|.*\|$", text, re.MULTILINE) for text in rest}
+    common = [param.name for param in methods.COMMON]
+    assert first.startswith("Commands") and re.findall(r"^\| `(\w+)` \|.*\|.*\|.*\|$", first, re.MULTILINE) == common
+    for name, method in BUILTIN.items():
+        assert rows[name] == [param.name for param in method.params if not (method.is_command and param.name in common)]
+
+
 def test_the_run_and_test_lines_are_one_line_each():
     """A newcomer pastes one line; .ci/run takes the test line from the README."""
     run, test = ([block.text for block in BLOCKS if block.mark == mark] for mark in ("run line", "test line"))
