@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -302,7 +302,7 @@ from forgather_control import TrainingJob
 
 data = torch.arange(10**6).float()
 {block}
-with TrainingJob("job", signals={{"SIGTERM": "save_and_stop"}}) as job:
+with TrainingJob(signals={{"SIGTERM": "save_and_stop"}}) as job:
     for step, batch in enumerate(loader, 1):
         if step == 2:
             os.killpg(0, signal.SIGTERM)
@@ -321,12 +321,12 @@ print("ended", flush=True)
 @of_kind("data loader")
 def test_data_loader_blocks(block):
     """A signal to the process group ends no worker; without the block's function it does."""
-    outputs = []
-    for text in (block.text, block.text.replace(", worker_init_fn=ignore_sigterm", "")):
-        with Process(GROUP.format(block=text), start_new_session=True) as process:
-            process.end(3 * SOON)
-            outputs.append([process.line(), process.line(), "DataLoader worker" in "".join(process.errors)])
-    assert outputs[0] == ["saved", "ended", False] and outputs[1][1:] == ["", True]
+    texts = (block.text, block.text.replace(", worker_init_fn=ignore_sigterm", ""))
+    with ExitStack() as stack:
+        runs = [stack.enter_context(Process(GROUP.format(block=text), start_new_session=True)) for text in texts]
+        assert [run.end(3 * SOON) for run in runs] == [0, 1]
+        assert [runs[0].line(), runs[0].line()] == ["saved", "ended"]
+        assert "DataLoader worker" in "".join(runs[1].errors)
 
 
 def lines_of_code(block: Block) -> int:
