@@ -14,7 +14,7 @@ _SHADES: Final = " ▁▂▃▄▅▆▇█", " _.-=+*#@"
 _LEFT_OUT: Final = ("epoch",)
 #: Columns of a curve at most; lines of one with axes at least and at most; least columns of the terminal for those.
 _WIDEST: Final = 100
-_LOWEST, _HIGHEST = 4, 9
+_LOWEST, _HIGHEST = 5, 9
 _WIDE: Final = 80
 #: Columns of the values beside an axis.
 _MARGIN: Final = 11
@@ -23,12 +23,19 @@ Points = list[tuple[float, float]]
 
 
 def draw(history: Mapping[str, Any], names: Sequence[str], width: int, height: int, unicode: bool) -> list[str]:
-    """Return the curves of these metrics, as large as fits into so many columns and lines; at least a line each."""
+    """Return the curves of these metrics, as large as fits into so many columns and lines; at least a line each.
+
+    Where not all of them can have axes, losses come first: of a loss it is the form that matters.
+    """
     known = {name: points for name in names if len(points := _points(history.get(name))) > 1 and name not in _LEFT_OUT}
-    lines = min(_HIGHEST, height // max(1, len(known)))
-    if width < _WIDE or lines < _LOWEST:
+    spare = height - len(known)
+    charts = min(len(known), spare // (_LOWEST - 1)) if width >= _WIDE else 0
+    if charts <= 0:
         return _lines(known, width, unicode)
-    return [line for name, points in known.items() for line in _chart(name, points, width, lines - 1, unicode)]
+    chosen = sorted(known, key=lambda name: "loss" not in name)[:charts]
+    rows = min(_HIGHEST - 1, spare // charts)
+    large = [line for name in known if name in chosen for line in _chart(name, known[name], width, rows, unicode)]
+    return [*large, *_lines({name: known[name] for name in known if name not in chosen}, width, unicode)]
 
 
 def _points(found: Any) -> Points:

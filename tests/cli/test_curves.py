@@ -63,7 +63,16 @@ def test_what_is_constant_is_a_flat_line():
 
 @pytest.mark.parametrize("height", range(-3, 60))
 def test_curves_share_the_room(height):
-    """All alike, in no more lines than there are, but at least one each."""
+    """In no more lines than there are, but at least one each; more lines are used."""
     history = {name: points(1, 2, 3) for name in "abc"}
-    shown = curves.draw(history, list("abc"), 100, height, True)
-    assert len(shown) <= max(3, height) and len(shown) % 3 == 0
+    shown, lower = (curves.draw(history, list("abc"), 100, lines, True) for lines in (height, height - 1))
+    assert 3 <= len(shown) <= max(3, height) and len(lower) <= len(shown)
+    assert len(shown) >= max(3, height) - 3 or len(shown) == 27
+
+
+def test_losses_have_axes_first():
+    """What has none takes one line below them; each keeps its place among its like."""
+    names = ["runtime", "loss", "rate", "eval_loss"]
+    shown = curves.draw({name: points(1, 2, 3) for name in names}, names, 100, 14, True)
+    titles = [line.split()[0] for line in shown if " ┤" not in line]
+    assert titles == ["loss", "eval_loss", "runtime", "rate"] and len(shown) == 14
