@@ -113,6 +113,10 @@ class Follower:
             if known["status"] == states.STATUS_EVALUATING:
                 known["evaluation"] = {"seconds": 0.0}
             self.status, self.at = known, time.monotonic()
+        elif kind == states.EVENT_ENDED and facts.get("step") is not None:  # its last progress may not have been told
+            end = self.status.get("max_steps")
+            share = {"progress": min(1.0, max(0.0, facts["step"] / end))} if end else {}
+            self.status = {**self.status, "global_step": facts["step"], **share}
         elif kind == states.EVENT_COMMAND:
             others = [each for each in self.status.get("commands") or [] if each["command_id"] != facts["command_id"]]
             self.status = {**self.status, "commands": [*others, facts][-limits.EVENTS_SHOWN :]}

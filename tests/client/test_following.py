@@ -43,6 +43,15 @@ def test_a_job_that_ends_has_ended(jobs_dir):
             client.call("graceful_stop", wait="finished")
         until(lambda: follower.state == "ended")
         assert follower.problem == "training has ended"
+        assert follower.status["global_step"] == follower.events[-1]["step"]
+
+
+def test_the_last_step_is_known_though_no_progress_told_of_it():
+    """A job that has done all of its steps is not shown as one that lacks the last ones."""
+    follower = Follower(lambda: None, threading.Event())
+    follower.status = {"global_step": 98, "max_steps": 100, "progress": 0.98}
+    follower._apply({"kind": "ended", "step": 100, "reason": None})
+    assert follower.status == {"global_step": 100, "max_steps": 100, "progress": 1.0}
 
 
 def test_a_killed_job_is_dead_until_it_begins_again(jobs_dir):
