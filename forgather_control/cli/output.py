@@ -120,14 +120,16 @@ def status_screen(status: dict[str, Any], unicode: bool, past: str = "", width: 
 
 
 def doing(status: dict[str, Any]) -> str:
-    """Say what training is doing; of an evaluation also how far it is, or how long it has taken."""
+    """Say what training is doing; of an evaluation also how far it is, with its time left, or how long it has taken."""
     state, found = str(status.get("status")), status.get("evaluation")
     if not found:
         return state
     done, total, left = found.get("batches"), found.get("total_batches"), found.get("eta_seconds")
-    if not total or left is None:
-        return f"{state} for {duration(found['seconds'])}"
-    return f"{state} {100 * done / total:.0f} %, {duration(left)} left"
+    taken = duration(found["seconds"])
+    if not total:
+        return f"{state} for {taken}"
+    # None is left while the metrics are computed after the last batch, or where a batch takes longer than those before.
+    return f"{state} {100 * done / total:.0f} %, " + (f"{duration(left)} left" if left else f"{taken} so far")
 
 
 def status_line(job: str, status: dict[str, Any], past: str = "") -> str:

@@ -160,7 +160,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 _COLUMNS: dict[str, Any] = {
     "JOB": lambda job: job.name,
-    "STATE": lambda job: output.doing(job.present()) if job.state == "live" and job.status else job.state,
+    "STATE": lambda job: _state(job),
     "STEP": lambda job: job.status.get("global_step"),
     "%": lambda job: _shown(job, "progress", lambda share: f"{100 * share:.0f}"),
     "STEPS/S": lambda job: _shown(job, "steps_per_second", lambda speed: f"{speed:.3g}", is_past=False),
@@ -169,6 +169,11 @@ _COLUMNS: dict[str, Any] = {
 }
 #: The columns that a narrow terminal does without, the first one first.
 _DROPPED = ("STEPS/S", "METRICS", "LEFT", "STEP")
+
+
+def _state(job: Follower) -> str:
+    """Say what a job is doing, without the time left, for which there is no room beside that of training."""
+    return output.doing(job.present()).split(",")[0] if job.state == "live" and job.status else job.state
 
 
 def _shown(job: Follower, name: str, show: Callable[[Any], str], is_past: bool = True) -> str | None:

@@ -93,7 +93,9 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         """Return how far it is, as ``status`` has it. On the server thread."""
         seconds, done, total = time.monotonic() - self._since, self.batches, self.total
-        left = max(0, total - done) * seconds / done if done and total else None
+        if total is not None and total < done:  # the loader does not know itself
+            total = None
+        left = (total - done) * seconds / done if done and total else None
         return {"seconds": seconds, "batches": done, "total_batches": total, "eta_seconds": left}
 
 

@@ -166,6 +166,7 @@ def test_status():
         ({"seconds": 12.5, "batches": 0, "total_batches": None, "eta_seconds": None}, "evaluating for 12 s"),
         ({"seconds": 12.5}, "evaluating for 12 s"),
         ({"seconds": 6.0, "batches": 34, "total_batches": 100, "eta_seconds": 12.4}, "evaluating 34 %, 12 s left"),
+        ({"seconds": 60.0, "batches": 9, "total_batches": 9, "eta_seconds": 0.0}, "evaluating 100 %, 1m 00s so far"),
     ],
 )
 def test_an_evaluation_has_a_time_of_its_own(evaluation, shown):

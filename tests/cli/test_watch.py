@@ -59,6 +59,14 @@ def test_a_narrow_terminal_shows_all():
     assert watch.table_lines([job], 60)[1].endswith("...")
 
 
+def test_a_table_has_no_room_for_the_time_left_of_an_evaluation():
+    """But says how far it is; the screen of one job has both."""
+    evaluation = {"seconds": 6.0, "batches": 34, "total_batches": 100, "eta_seconds": 12.4}
+    job = follower(status="evaluating", evaluation=evaluation)
+    assert watch.table_lines([job], 40)[1].startswith("run  evaluating 34 %  7")
+    assert watch.job_lines(job, 80, 24)[0] == "run  evaluating 34 %, 12 s left"
+
+
 @pytest.mark.parametrize("state", ["ended", "silent"])
 def test_a_job_that_is_lost_degrades_in_words(state):
     """What is known stays."""

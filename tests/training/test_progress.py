@@ -253,6 +253,15 @@ def test_an_evaluation_of_unknown_length_has_no_time_left(state, now):
     assert state.report()["evaluation"] == {"seconds": 3, "batches": 1, "total_batches": None, "eta_seconds": None}
 
 
+def test_an_evaluation_of_more_batches_than_its_loader_said_has_no_time_left(state):
+    """A length that was wrong counts no more."""
+    state.note("evaluating")
+    for known in (2, 2, None):
+        state.evaluate_batch(lambda: 2)
+        assert state.report()["evaluation"]["total_batches"] == known
+    assert state.report()["evaluation"]["eta_seconds"] is None
+
+
 def test_batches_are_samples(state, monkeypatch):
     """A batch of an evaluation is progress, though no step is done; its end alone is none."""
     monkeypatch.setattr(limits, "EVENT_SAMPLE_PERIOD", 0.0)
