@@ -231,9 +231,14 @@ def note(record: dict[str, Any]) -> str:
 
 def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
     """Show ranks in aligned columns, and below them which are behind, silent or gone."""
-    steps = {row["rank"]: row["step"] for row in rows if type(row.get("step")) is int}
-    foremost = max(steps.values(), default=0)
-    behind = {rank: foremost - step for rank, step in steps.items() if step < foremost}
+    behind = _behind(rows)
+    table = align(_RANK_COLUMNS, [{**row, "behind": behind.get(row["rank"])} for row in rows], colour)
+    return "\n".join([table, *rank_remarks(rows)])
+
+
+def rank_remarks(rows: list[dict[str, Any]], least: float = 1) -> list[str]:
+    """Say, in a line for each remark, which ranks are behind by ``least`` steps or more, silent or gone."""
+    behind = {rank: steps for rank, steps in _behind(rows).items() if steps >= least}
     remarks = {
         f"behind, by {max(behind.values(), default=0)} at most": list(behind),
         **{
@@ -241,8 +246,14 @@ def rank_table(rows: list[dict[str, Any]], colour: bool) -> str:
             for state, remark in _RANK_REMARKS.items()
         },
     }
-    table = align(_RANK_COLUMNS, [{**row, "behind": behind.get(row["rank"])} for row in rows], colour)
-    return "\n".join([table, *(f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks)])
+    return [f"{remark}: {_ranks(ranks)}" for remark, ranks in remarks.items() if ranks]
+
+
+def _behind(rows: list[dict[str, Any]]) -> dict[int, int]:
+    """Return by how many steps ranks are behind the foremost."""
+    steps = {row["rank"]: row["step"] for row in rows if type(row.get("step")) is int}
+    foremost = max(steps.values(), default=0)
+    return {rank: foremost - step for rank, step in steps.items() if step < foremost}
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -22,6 +22,8 @@ from . import curves, event_output, job_table, output, status, terminal
 from .exit_codes import DONE
 from .terminal import print_json, print_text
 
+#: Seconds within which the ranks answer: steps that they do meanwhile, and one more, put no rank behind.
+_BEHIND = 0.5
 _EXTRA = "colours: pip install 'forgather_control[watch]'"
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json or not sys.stdout.isatty():
         return _print_events(finds)
     changed = threading.Event()
-    found = [Follower(partial(_again, find(), find), changed).start() for find in finds]
+    found = [Follower(partial(_again, find(), find), changed, len(finds) == 1).start() for find in finds]
     try:
         draw = _rich_screen if util.find_spec("rich") is not None and terminal.has_colour() else _plain_screen
         draw(found, changed, args.interval)
@@ -144,6 +146,8 @@ def job_lines(job: Follower, width: int, height: int) -> list[str]:
     shown = output.status_screen(job.present(), unicode, past, width).split("\n")
     if job.state != "live":
         shown.insert(1, output.safe(f"{job.state}: {job.problem or ''}; this is the last that is known"))
+    else:
+        shown += output.rank_remarks(job.ranks, 2 + _BEHIND * (job.status.get("steps_per_second") or 0))
     shown = [row for line in shown for row in _wrapped(line, width)]
     events = [event_output.line(event)[len("2000-01-01 ") :] for event in list(job.events)[-5:]]
     room = height - len(shown) - len(events)

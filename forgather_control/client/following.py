@@ -25,9 +25,10 @@ class Follower:
     Args:
         find: returns the job's address; called again after its connection was lost.
         changed: set after each change.
+        asks_ranks: ask how far each rank is, too, where there are several. Not over ssh, which would log in twice.
     """
 
-    def __init__(self, find: Callable[[], Target], changed: threading.Event) -> None:
+    def __init__(self, find: Callable[[], Target], changed: threading.Event, asks_ranks: bool = False) -> None:
         self._find, self._changed = find, changed
         self._stopped = threading.Event()
         self.name = "?"
@@ -37,12 +38,16 @@ class Follower:
         self.at = time.monotonic()  #: When that was so.
         self.history: dict[str, list[Any]] = {}  #: The points of each metric.
         self.events: deque[dict[str, Any]] = deque(maxlen=limits.EVENTS_SHOWN)  #: The last rare ones.
+        self.ranks: list[dict[str, Any]] = []  #: What each rank said of itself last, as ``ranks`` answers it.
         self._target: Target | None = None
+        self._asks_ranks = asks_ranks
         self._thread = threading.Thread(target=self._run, name="forgather-follow", daemon=True)
 
     def start(self) -> Follower:
         """Begin to follow."""
         self._thread.start()
+        if self._asks_ranks:
+            threading.Thread(target=self._ask_ranks, name="forgather-ranks", daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -74,6 +79,18 @@ class Follower:
                     record = None if self._target is None else self._target.record
                     self._note(diagnosis.fate(record, err, self.status.get("status")), str(err))
             self._stopped.wait(limits.FOLLOW_PERIOD)
+
+    def _ask_ranks(self) -> None:
+        """Keep ``ranks``, on a thread and a connection of its own: where a rank hangs, no event comes."""
+        while not self._stopped.wait(limits.RANKS_PERIOD):
+            where, self.ranks = self._target, []
+            if where is None or where.ssh is not None or self.status.get("world_size") in (None, 1):
+                continue
+            with suppress(ControlError), Client(where) as job:  # the other thread finds out what is wrong
+                while self.state == "live" and not self._stopped.is_set():
+                    self.ranks = job.call("ranks", timeout=limits.RANKS_TIMEOUT)
+                    self._changed.set()
+                    self._stopped.wait(limits.RANKS_PERIOD)
 
     def _note(self, state: str, problem: str | None) -> None:
         self.state, self.problem = state, problem

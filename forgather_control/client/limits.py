@@ -43,6 +43,9 @@ STALLED_FACTOR: Final = 10
 #: Seconds until a job that was lost is looked for again, and between two looks at what no event tells.
 FOLLOW_PERIOD: Final = 1.0
 RENEW_PERIOD: Final = 3.0
+#: Seconds between two questions to the ranks of a job that is watched, and that they may take to answer.
+RANKS_PERIOD: Final = 5.0
+RANKS_TIMEOUT: Final = 2.0
 #: Events and commands of a job that are kept for a screen, and points of a curve that are asked for.
 EVENTS_SHOWN: Final = 8
 CURVE_POINTS: Final = 120

@@ -59,6 +59,17 @@ def test_a_narrow_terminal_shows_all():
     assert watch.table_lines([job], 60)[1].endswith("...")
 
 
+def test_ranks_that_are_behind_or_silent_have_a_line():
+    """Not those that did half a second's steps while the others answered; nor of a job that is lost."""
+    job = follower(steps_per_second=10.0, world_size=4)
+    job.ranks = [{"rank": rank, "state": "answering", "step": step} for rank, step in enumerate((100, 93, 94))]
+    job.ranks.append({"rank": 3, "state": "silent", "step": None})
+    shown = watch.job_lines(job, 80, 24)
+    assert shown[-2:] == ["behind, by 7 at most: rank 1", "no answer in time: rank 3"]
+    job.state = "dead"
+    assert not {*shown[-2:]} & {*watch.job_lines(job, 80, 24)}
+
+
 def test_a_table_has_no_room_for_the_time_left_of_an_evaluation():
     """But says how far it is; the screen of one job has both."""
     evaluation = {"seconds": 6.0, "batches": 34, "total_batches": 100, "eta_seconds": 12.4}

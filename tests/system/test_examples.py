@@ -7,11 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import forgather_control
+from forgather_control.client import limits as client_limits
+from forgather_control.client import target
+from forgather_control.client.following import Follower
 from forgather_control.server import limits
 
 from ..support.harness import (
@@ -98,15 +102,26 @@ def test_the_plain_loop_is_controlled(monkeypatch, tmp_path):
 
 @needs_torch
 def test_the_loop_of_several_ranks_is_controlled(monkeypatch, tmp_path):
-    """All ranks end at the same step after a SIGTERM to one of them, with a checkpoint of that step."""
+    """All ranks end at the same step after a SIGTERM to one of them, with a checkpoint of that step.
+
+    Before that, ``watch`` sees that a rank hangs, though no event can tell it.
+    """
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(client_limits, "RANKS_PERIOD", 20 * MS)
+    monkeypatch.setattr(client_limits, "RANKS_TIMEOUT", 500 * MS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.Popen([*torchrun, EXAMPLES / "ddp_loop.py"], stdout=subprocess.PIPE, text=True)
     until(lambda: live("ddp_loop"), 3 * SOON)
     record = forgather_control.save_checkpoint("ddp_loop", wait="finished", timeout=SOON)
     assert Path(record.result["path"]).parent == tmp_path / "ddp_loop"
+    watch = Follower(lambda: target.resolve("ddp_loop"), threading.Event(), asks_ranks=True).start()
     with forgather_control.connect("ddp_loop") as client:
         (other,) = (rank["pid"] for rank in client.call("ranks") if rank["rank"] == 1)
+    os.kill(other, signal.SIGSTOP)
+    until(lambda: [rank["state"] for rank in watch.ranks] == ["answering", "silent"])
+    os.kill(other, signal.SIGCONT)
+    until(lambda: [rank["state"] for rank in watch.ranks] == ["answering"] * 2)
+    watch.stop()
     os.kill(other, signal.SIGTERM)
     said = job.communicate(timeout=2 * SOON)[0]
     (step,) = set(re.findall(r"rank \d ended at step (\d+)", said))
