@@ -37,7 +37,7 @@ ELSEWHERE = {
     "ranks/limits": "ranks/test_consensus",
 }
 #: Test files that belong to no single module.
-WITHOUT_MODULE = {"system"}
+WITHOUT_MODULE = {"system", "stacks"}
 
 SOURCE = ROOT / "forgather_control"
 MODULES = {str(path.relative_to(SOURCE).with_suffix("")) for path in SOURCE.rglob("*.py")}

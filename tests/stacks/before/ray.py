@@ -1,0 +1,3 @@
+import os
+
+storage = os.path.abspath("runs")
