@@ -51,7 +51,7 @@ def write(name: str, folder: Path) -> Path:
 
 
 class Training:
-    """A program that trains, and all processes that it starts; they are ended on exit, and what they printed is shown."""
+    """A program that trains, and all processes that it starts: ended on exit, when what they printed is shown."""
 
     def __init__(self, *words: str, cwd: Path, env: dict[str, str] | None = None) -> None:
         self._output, path = tempfile.mkstemp()

@@ -3,7 +3,7 @@ import torch
 for name in ("nms", "qnms"):  # PyPI's torchvision is built for CUDA: beside a torch for CPUs, it lacks them
     torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from composer.models import ComposerModel
+from composer.models import ComposerModel  # noqa: E402
 
 
 class Model(ComposerModel):
