@@ -100,19 +100,8 @@ def first_words(page: str, head: str) -> list[str]:
 
 def test_every_block_is_run_or_says_why_not():
     """Each shell, Python and YAML block has a mark, and each mark is one of those that a test here knows."""
-    kinds = {
-        "demo",
-        "shell",
-        "python",
-        "loop",
-        "options",
-        "hugging face",
-        "lightning",
-        "record",
-        "event",
-        "rule",
-        "stack",
-    }
+    kinds = {"demo", "shell", "python", "loop", "options", "hugging face", "lightning", "record", "event", "rule"}
+    kinds |= {"data loader", "stack"}
     for block in BLOCKS:
         known = block.kind in kinds or re.match(
             r"not run: .{10}|run line$|test line$|transcript$|output of: ", block.mark

@@ -1,7 +1,7 @@
 """Check with ``mypy --strict`` that Python blocks of the README and of docs/ use the public interface as it is typed.
 
-A script, run by ``tox -e types``. Names that a block takes from its surroundings, such as ``model``, may be anything. The
-recipes for other frameworks are left out: these have no types for the hooks that the recipes write.
+A script, run by ``tox -e types``. Names that a block takes from its surroundings, such as ``model``, may be anything.
+Recipes for other frameworks are left out: these have no types for the hooks that the recipes write.
 """
 
 from __future__ import annotations
