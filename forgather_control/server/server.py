@@ -148,7 +148,7 @@ class Server:
     def _run(self) -> None:
         # OpenSSL cannot be told MSG_NOSIGNAL; see ``connection``.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
-        budget, faults = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST, limits.CPU_SLICE), 0
+        budget, faults = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST, limits.CPU_SLICE, limits.CPU_DEBT), 0
         while not self._closing and self.fault is None:
             faults = 0 if _survives(self._round, budget) else faults + 1
             if faults:

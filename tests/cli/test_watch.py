@@ -170,7 +170,7 @@ class Tmux:
         (80, {"NO_COLOR": "1"}),
         (40, {}),
         (80, {"TERM": "dumb"}),
-        (80, {"LC_ALL": "C", "PYTHONUTF8": "0"}),
+        (80, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}),
     ],
     ids=["wide", "no colour", "narrow", "dumb", "C"],
 )

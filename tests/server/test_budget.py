@@ -87,6 +87,17 @@ def test_budget_is_refilled_for_more_than_asking_costs(now):
     assert 0.03 < worked / 100 < 0.041
 
 
+def test_budget_forgives_what_no_request_takes(now):
+    """A garbage collection of half a second, which may come on any thread, does not silence it for as many requests."""
+    budget = CpuBudget(share=0.04, burst=0.05, refill=0.005, debt=0.1)
+    now.used += 0.5
+    assert budget.throttle_delay() == pytest.approx(0.105 / 0.04)
+    now.wall += 0.105 / 0.04 + 1e-9
+    assert budget.throttle_delay() == 0.0
+    now.used += 0.06  # what a request may take is paid back
+    assert budget.throttle_delay() == pytest.approx(0.06 / 0.04, abs=1e-6)
+
+
 def test_budget_counts_its_own_thread():
     """What another thread burns is not charged; what this one burns is, on the real clock."""
 

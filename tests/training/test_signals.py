@@ -187,6 +187,9 @@ from forgather_control import TrainingJob
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False)
 dist.init_process_group("fake", store=store, rank=0, world_size=2)
 with TrainingJob("job", signals={"SIGTERM": "save_and_stop"}) as job:
+    channel = job._controller._group._channel
+    while channel._inbox is None or channel._sender._store is None:  # else it would wait for the host as it begins
+        time.sleep(0.005)
     print("ready", flush=True)
     for step in range(1, 10**6):
         time.sleep(0.005)
