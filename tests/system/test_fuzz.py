@@ -147,6 +147,10 @@ def test_targets_hold_for_random_bytes(name, tmp_path, monkeypatch, caplog):
     """The targets of ``tox -e atheris``, for a short time, on every Python."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(coverage_fuzz, "_servers", [])
+    from forgather_control.server import limits
+
+    for bound in ("FILES_TIMEOUT", "FILES_CPU_SLICE"):  # one tick takes all files of a target, however slow it is
+        monkeypatch.setattr(limits, bound, SOON)
     caplog.set_level(logging.CRITICAL + 1, "forgather_control")
     dice, target = random.Random(f"{SEED} {name}"), TARGETS[name]
     for seed in target.seeds:
