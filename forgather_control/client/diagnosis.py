@@ -65,7 +65,7 @@ def unreachable(record: JobRecord) -> ControlError:
     return JobNotAnswering(text, job=job)
 
 
-def fate(record: JobRecord | None, err: ControlError, last_status: object) -> str:
+def judge(record: JobRecord | None, err: ControlError, last_status: object) -> str:
     """Return "ended", "dead" or "silent": what became of a job that does not answer.
 
     Args:

@@ -77,7 +77,7 @@ class Follower:
             except ControlError as err:
                 if self.state not in ("ended", "dead"):  # what came of that run is known already
                     record = None if self._target is None else self._target.record
-                    self._note(diagnosis.fate(record, err, self.status.get("status")), str(err))
+                    self._note(diagnosis.judge(record, err, self.status.get("status")), str(err))
             self._stopped.wait(limits.FOLLOW_PERIOD)
 
     def _ask_ranks(self) -> None:

@@ -62,6 +62,7 @@ class Waiter:
         self._client: Client | None = None
         self._seen_at: dict[str, float] = {}  # by metric: the time of the last value
         self._older: dict[str, list[Any]] = {}  # by metric: the last point of a job that keeps no history
+        self._points: dict[str, list[Any]] = {}  # by metric: what the last answer holds
         self._has_history = True
         self.status: dict[str, Any] = {}  #: The last answer of the job.
         self._answered = time.monotonic()
@@ -92,18 +93,22 @@ class Waiter:
     # The state of the job...
 
     def _look(self) -> str:
+        """Ask the job, and return its state."""
+        self._points = {}
         try:
             if self._client is None:
                 self._client = Client(self._target, limits.LOOK_TIMEOUT)
             self.status = self._client.call("status")
             self._answered = time.monotonic()
+            self._points = self._history(self._client) if self._metrics else {}
+            self._check_readable()
             return "ended" if self.status.get("status") == states.STATUS_ENDED else "live"
         except (JobDead, JobNotAnswering, NoSuchJob) as err:
             self._close()
-            fate = diagnosis.fate(self._target.record, err, self.status.get("status"))
+            state = diagnosis.judge(self._target.record, err, self.status.get("status"))
             if not self.status:
                 self._read_status()
-            return fate
+            return state
 
     def _read_status(self) -> None:
         """Take the last status that a job of this host wrote which has not answered so far."""
@@ -120,10 +125,8 @@ class Waiter:
     # The numbers...
 
     def _feed(self, state: str) -> bool:
-        holds = False
-        for name, value in self._new_values() if state == "live" else ():
-            holds = self._watch.feed({name: value})
-            if holds:
+        for name, value in self._new_values():
+            if self._watch.feed({name: value}):
                 return True
         stalled = self._stalled_seconds()
         facts: dict[str, Any] = {
@@ -136,7 +139,7 @@ class Waiter:
             _BY_ITSELF: float(stalled > self._usual_limit()),
         }
         numbers = {name: conditions.number(value) for name, value in facts.items()}
-        return self._watch.feed({name: value for name, value in numbers.items() if value is not None}) or holds
+        return self._watch.feed({name: value for name, value in numbers.items() if value is not None})
 
     def _stalled_seconds(self) -> float:
         """Return the seconds without a step, as far as they are known; 0 while the job is paused."""
@@ -153,24 +156,19 @@ class Waiter:
 
     def _new_values(self) -> list[tuple[str, float]]:
         """Return the values of the metrics that were logged since the last look, oldest first."""
-        if not self._metrics:
-            return []
-        found = self._history()
         fresh = []
-        for name, points in found.items():
+        for name, points in self._points.items():
             after = self._seen_at.get(name)
             new = points[-1:] if after is None else [point for point in points if point[1] > after]
             fresh += [(at, name, conditions.number(value)) for _, at, value in new]
             if points:
                 self._seen_at[name] = points[-1][1]
-        self._check_readable(found)
         return [(name, value) for _, name, value in sorted(fresh, key=lambda each: each[0]) if value is not None]
 
-    def _history(self) -> dict[str, Any]:
-        assert self._client is not None
+    def _history(self, job: Client) -> dict[str, Any]:
         if self._has_history:
             try:
-                found: dict[str, Any] = self._client.call("metrics_history", names=self._metrics, points=limits.POINTS)
+                found: dict[str, Any] = job.call("metrics_history", names=self._metrics, points=limits.POINTS)
                 return found
             except MethodNotFound:  # an older job
                 self._has_history = False
@@ -179,9 +177,9 @@ class Waiter:
                 self._older[name] = [0, time.time(), value]
         return {name: [point] for name, point in self._older.items()}
 
-    def _check_readable(self, found: dict[str, Any]) -> None:
+    def _check_readable(self) -> None:
         """Raise CommandRefused for a metric that is logged, but not as a number of the host."""
         for name in self._metrics:
-            if name in (self.status.get("metrics") or {}) and not found.get(name):
+            if name in (self.status.get("metrics") or {}) and not self._points.get(name):
                 text = f"{name} is logged as a tensor of a device, or as no number, so it cannot be waited for"
                 raise CommandRefused(f"{text}; log a number of the host, such as loss.item()")

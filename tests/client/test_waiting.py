@@ -164,6 +164,29 @@ def test_it_gives_up(jobs_dir):
         waiter("step < 0").wait(20 * MS)
 
 
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_a_job_may_end_between_two_questions(jobs_dir, how):
+    """After it has answered its status, and before it is asked for its metrics."""
+    with job_process("job") as process:
+        found = waiter("loss < 0")
+        history = found._history
+
+        def late(client):
+            if found.status["global_step"] is None:
+                return history(client)
+            if how == "killed":
+                process.kill()
+            else:
+                with connect("job") as other:
+                    other.call("graceful_stop", wait="finished")
+                process.end()
+            return history(client)
+
+        found._history = late
+        outcome = found.wait(SOON)
+        assert (outcome.holds, outcome.state) == (False, "dead" if how == "killed" else "ended")
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["cleaned up", "started again"])
 def test_a_killed_job_stays_killed(jobs_dir, again):
     """Also when what is left of it was moved away, and its id used again; as one that ended stays ended."""
@@ -185,10 +208,10 @@ def test_a_job_without_a_history(jobs_dir, monkeypatch):
     """Of an older job, a value that did not change between two looks was not logged again, as far as is known."""
     found = waiter_without_job("loss > 0 for 2")
     found._has_history = False
-    found._client = object()
     told = []
     for loss in (1.0, 1.0, 1.0, 0.5):
         found.status = {"metrics": {"loss": loss, "other": 3}}
+        found._points = found._history(None)
         told.append(found._feed("live"))
     assert told == [False, False, False, True]
 
