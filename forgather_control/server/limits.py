@@ -11,8 +11,6 @@ TICK_PERIOD: Final = 3.0
 #: it, and the last slice, it uses at most 5 % in any six seconds.
 CPU_SHARE: Final = 0.04
 CPU_BURST: Final = 0.05
-#: Processor seconds by which the budget can be overdrawn at most: more than a request takes, and 2.6 s of silence.
-CPU_DEBT: Final = 0.1
 CPU_SLICE: Final = 0.005  #: Processor seconds of answering after which the thread looks at its budget again.
 CLOSE_GRACE: Final = 0.5  #: Seconds that clients have to read their last replies when the server closes.
 

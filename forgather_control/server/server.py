@@ -14,6 +14,7 @@ One round::
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import selectors
@@ -148,13 +149,21 @@ class Server:
     def _run(self) -> None:
         # OpenSSL cannot be told MSG_NOSIGNAL; see ``connection``.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
-        budget, faults = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST, limits.CPU_SLICE, limits.CPU_DEBT), 0
+        budget = CpuBudget(limits.CPU_SHARE, limits.CPU_BURST, limits.CPU_SLICE)
+        gc.callbacks.append(budget.leave_out_collection)
+        try:
+            self._serve_all(budget)
+        finally:
+            gc.callbacks.remove(budget.leave_out_collection)
+        _survives(self._last_round if self.fault is None else self._tick)
+        self._release()
+
+    def _serve_all(self, budget: CpuBudget) -> None:
+        faults = 0
         while not self._closing and self.fault is None:
             faults = 0 if _survives(self._round, budget) else faults + 1
             if faults:
                 time.sleep(min(limits.TICK_PERIOD, 0.01 * 2 ** min(faults, 10)))  # it may occur in each round
-        _survives(self._last_round if self.fault is None else self._tick)
-        self._release()
 
     def _round(self, budget: CpuBudget) -> None:
         delay = budget.throttle_delay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from types import SimpleNamespace
@@ -87,15 +88,34 @@ def test_budget_is_refilled_for_more_than_asking_costs(now):
     assert 0.03 < worked / 100 < 0.041
 
 
-def test_budget_forgives_what_no_request_takes(now):
-    """A garbage collection of half a second, which may come on any thread, does not silence it for as many requests."""
-    budget = CpuBudget(share=0.04, burst=0.05, refill=0.005, debt=0.1)
-    now.used += 0.5
-    assert budget.throttle_delay() == pytest.approx(0.105 / 0.04)
-    now.wall += 0.105 / 0.04 + 1e-9
-    assert budget.throttle_delay() == 0.0
-    now.used += 0.06  # what a request may take is paid back
-    assert budget.throttle_delay() == pytest.approx(0.06 / 0.04, abs=1e-6)
+def test_budget_does_not_charge_full_collections_of_garbage(now):
+    """They are work for all threads; the small ones are for what this thread itself makes."""
+    budget = CpuBudget(share=0.04, burst=0.05)
+    for generation, charged in ((2, False), (0, True)):
+        budget.leave_out_collection("start", {"generation": generation})
+        now.used += 0.5
+        budget.leave_out_collection("stop", {"generation": generation})
+        assert (budget.throttle_delay() > 10) == charged
+
+
+def test_budget_knows_the_thread_of_a_real_collection():
+    """One on another thread is not taken off what this one has used."""
+    crowd = [[] for _ in range(200_000)]
+    budget = CpuBudget(share=1e-3, burst=1 * MS)
+    gc.callbacks.append(budget.leave_out_collection)
+    try:
+        gc.collect()
+        assert budget.throttle_delay() < 1.0  # else it would be more than ten
+        used = time.thread_time()
+        other = threading.Thread(target=gc.collect)
+        other.start()
+        other.join(SOON)
+        assert not other.is_alive()
+        while time.thread_time() < used + 20 * MS:
+            pass
+        assert budget.throttle_delay() > 10.0 and crowd
+    finally:
+        gc.callbacks.remove(budget.leave_out_collection)
 
 
 def test_budget_counts_its_own_thread():

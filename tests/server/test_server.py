@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -74,10 +75,11 @@ class Answers:
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """After each test there are no more threads and descriptors than before, and maybe fewer of earlier tests."""
-    threads, files = threading.active_count(), descriptors()
+    threads, files, callbacks = threading.active_count(), descriptors(), len(gc.callbacks)
     yield
     _close(_connected)
     until(lambda: threading.active_count() <= threads and descriptors() <= files)
+    assert len(gc.callbacks) <= callbacks
 
 
 @pytest.fixture
