@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..client import target
 from ..client.connection import Client
+from ..client.reading import reading
 from ..client.target import Target
 from ..errors import ControlError, DeadlinePassed
 from ..jobs.record import JobRecord
@@ -127,7 +128,7 @@ def _given(args: argparse.Namespace, where: Target, job: Client) -> Any:
         if "state" not in err.data:
             raise
         why = err.data["state"]
-        with suppress(ControlError):  # the job may answer no more
+        with suppress(ControlError), reading():  # the job may answer no more
             why = progress_line.why_open(job.call("status"), params["command_id"])
         verb = output.verb(args.method)
         text = f"{verb} is still running ({why}); forgather-control commands {job.name} shows what becomes of it"

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from .. import states
 from ..client.connection import Client
+from ..client.reading import reading
 from ..client.target import Target
 from ..errors import ControlError
 from . import output, terminal
@@ -55,7 +56,7 @@ class Line:
     def _show(self) -> None:
         if self._done.wait(PERIOD):
             return
-        with suppress(ControlError, OSError), self._source() as say:
+        with suppress(ControlError, OSError), reading(), self._source() as say:
             while not self._done.is_set():
                 text = output.safe(say(time.monotonic() - self._began))
                 with self._lock:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from ..errors import InternalError
+from ..client.reading import reading
 from . import output
 from .exit_codes import INTERRUPTED, REFUSED, USAGE
 
@@ -58,10 +58,8 @@ def print_answer(as_json: bool, answer: Any, show: Callable[..., str], *args: An
 
 def shown(show: Callable[..., str], *args: Any) -> str:
     """Return ``show(*args)``; InternalError: what the job sent cannot be shown."""
-    try:
+    with reading("an answer that cannot be shown; --json prints it"):
         return show(*args)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
-        raise InternalError("the other side sent an answer that cannot be shown; --json prints it") from err
 
 
 def has_colour() -> bool:

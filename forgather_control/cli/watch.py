@@ -16,6 +16,7 @@ from typing import Any
 from ..client import limits, target
 from ..client.connection import Client
 from ..client.following import Follower
+from ..client.reading import reading
 from ..client.target import Target
 from ..errors import ControlError, NoSuchJob
 from . import curves, event_output, job_table, output, status, terminal
@@ -133,8 +134,9 @@ def _rich_screen(found: list[Follower], changed: threading.Event, interval: floa
 
 
 def lines(found: list[Follower], width: int, height: int) -> list[str]:
-    """Return the screen of one job, or the table of several."""
-    return job_lines(found[0], width, height) if len(found) == 1 else table_lines(found, width)
+    """Return the screen of one job, or the table of several; InternalError: what a job sent cannot be shown."""
+    with reading("what cannot be shown; watch --once --json prints it"):
+        return job_lines(found[0], width, height) if len(found) == 1 else table_lines(found, width)
 
 
 def job_lines(job: Follower, width: int, height: int) -> list[str]:

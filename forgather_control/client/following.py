@@ -13,6 +13,7 @@ from .. import states
 from ..errors import ControlError, MethodNotFound
 from . import diagnosis, limits
 from .connection import Client
+from .reading import reading
 from .target import Target
 
 #: The members of a ``progress`` event that have another name in ``status``.
@@ -71,7 +72,7 @@ class Follower:
             try:
                 self._target = self._find()
                 self.name = self._target.name
-                with Client(self._target) as job:
+                with Client(self._target) as job, reading():
                     self._follow(job)
                 self._note("ended", "training has ended")
             except ControlError as err:
@@ -86,7 +87,7 @@ class Follower:
             where, self.ranks = self._target, []
             if where is None or where.ssh is not None or self.status.get("world_size") in (None, 1):
                 continue
-            with suppress(ControlError), Client(where) as job:  # the other thread finds out what is wrong
+            with suppress(ControlError), Client(where) as job, reading():  # the other thread finds out what is wrong
                 while self.state == "live" and not self._stopped.is_set():
                     self.ranks = job.call("ranks", timeout=limits.RANKS_TIMEOUT)
                     self._changed.set()
@@ -110,9 +111,9 @@ class Follower:
 
     def _renew(self, job: Client) -> None:
         """Ask for what no event tells: process figures, rules, and the curves."""
-        self.status, self.at = job.call("status"), time.monotonic()
+        self.status, self.at = {**job.call("status")}, time.monotonic()  # another program may send anything
         with suppress(MethodNotFound):  # an older job
-            self.history = job.call("metrics_history", points=limits.CURVE_POINTS)
+            self.history = {**job.call("metrics_history", points=limits.CURVE_POINTS)}
 
     def _apply(self, event: dict[str, Any]) -> None:
         kind = event["kind"]

@@ -14,6 +14,7 @@ from ..jobs.record import jobs_dir
 from ..wire import conditions
 from . import diagnosis, limits
 from .connection import Client
+from .reading import reading
 from .target import Target
 
 #: What a condition may name beside metrics, step, epoch and hours, also alone.
@@ -73,12 +74,14 @@ class Waiter:
         Raises:
             DeadlinePassed: ``timeout`` seconds have passed.
             CommandRefused: a metric is logged in a way that cannot be waited for.
+            InternalError: the other side sent what cannot be read.
         """
         deadline = Deadline(timeout)
         try:
             while True:
-                state = self._look()
-                holds = self._feed(state)
+                with reading():
+                    state = self._look()
+                    holds = self._feed(state)
                 if holds or state in ("ended", "dead"):
                     return Outcome(holds, state, self.status.get("global_step"))
                 if deadline.passed():
