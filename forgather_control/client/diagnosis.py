@@ -75,7 +75,8 @@ def judge(record: JobRecord | None, err: ControlError, last_status: object) -> s
     """
     was_ending = last_status in (states.STATUS_STOPPING, states.STATUS_ENDED)
     if record is None:
-        return "silent" if isinstance(err, JobNotAnswering) else "ended" if was_ending else "dead"
+        is_over = isinstance(err, (JobDead, NoSuchJob))
+        return "silent" if not is_over else "ended" if was_ending else "dead"
     with suppress(ControlError):  # an unreadable record proves nothing
         now = registry.named(jobs_dir(), record.job_id)
         if now is None or not now.is_same_run(record):
