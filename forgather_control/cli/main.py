@@ -115,12 +115,14 @@ def _given(args: argparse.Namespace, where: Target, job: Client) -> Any:
     """Give a command; where that waits, a terminal shows what for, and a deadline what has not happened."""
     if "wait" not in args.params or args.json:
         return job.give(args.method, **args.params)
-    import uuid
-
     from . import progress_line
 
-    params = {"command_id": uuid.uuid4().hex, **args.params}
-    doing = progress_line.of_command(where, args.method, params["command_id"])
+    params = args.params
+    if terminal.can_rewrite():  # to find it in the status; without an id, equal commands that are pending are one
+        import uuid
+
+        params = {"command_id": uuid.uuid4().hex, **params}
+    doing = progress_line.of_command(where, args.method, params.get("command_id"))
     try:
         with progress_line.Line(doing):
             return job.give(args.method, **params)
@@ -129,7 +131,7 @@ def _given(args: argparse.Namespace, where: Target, job: Client) -> Any:
             raise
         why = err.data["state"]
         with suppress(ControlError), reading():  # the job may answer no more
-            why = progress_line.why_open(job.call("status"), params["command_id"])
+            why = progress_line.why_open(job.call("status"), err.data.get("command_id"))
         verb = output.verb(args.method)
         text = f"{verb} is still running ({why}); forgather-control commands {job.name} shows what becomes of it"
         raise Refusal(text, exit_code(err)) from err

@@ -71,7 +71,7 @@ class Line:
 
 
 def of_command(
-    where: Target, command: str, command_id: str
+    where: Target, command: str, command_id: str | None
 ) -> Callable[[], AbstractContextManager[Callable[[float], str]]]:
     """Return the source of a line that says what becomes of a command that was given with an id."""
 
