@@ -63,29 +63,32 @@ def test_closed_descriptors_end_control_alone(selector, opened, jobs_dir, tmp_pa
     """One warning; the files with the same numbers are not read, written or closed; nothing is left of the job.
 
     A number that is used again between our look at it and our use of it cannot be told from ours (docs/limits.md). That
-    happens by chance, so one of a few runs must leave all files as they are.
+    happens by chance, and may end the program where it opens or closes its files, so one of several runs must leave all
+    files as they are.
     """
-    for attempt in range(6):
+    for attempt in range(12):
         (folder := tmp_path / str(attempt)).mkdir()
-        said, errors = close_under(jobs_dir, selector, opened, folder)
-        assert not (jobs_dir / "job").exists() and "Control is off: other code" in "".join(errors), errors
+        said, errors, code = close_under(jobs_dir, selector, opened, folder)
+        assert "Control is off: other code" in "".join(errors) or code, errors
+        assert not (jobs_dir / "job").exists() or code, errors
         if said == ["MainThread", "intact"] and len(errors) == 1:
             return
     raise AssertionError(errors)
 
 
 def close_under(jobs_dir, selector, opened, folder):
-    """Close all descriptors of a job; what it says then, and its log."""
+    """Close all descriptors of a job; what it says then, its log, and its exit code."""
     with Process(CLOSING, selector, opened, str(folder)) as job:
         assert job.line() == "ready"
         with Wire(jobs_dir / "job" / "control.sock") as events, Wire(jobs_dir / "job" / "control.sock") as idle:
             events.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "subscribe"}).encode() + b"\n")
             events.file.readline()
-            idle.still_answers()
+            for _ in range(2):  # which socket it is, the job notes after the first reply
+                idle.still_answers()
             job.say("")
             said = [job.line(), job.line()]
-            job.end()
-    return said, job.errors
+            code = job.end()
+    return said, job.errors, code
 
 
 #: Forks a child that does not train, then becomes a daemon that does.
