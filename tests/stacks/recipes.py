@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 from forgather_control import ControlError, get_job_status
 
 from ..support.harness import ROOT, SOON, until
-from ..support.torchrun import ENVIRONMENT
+from ..support.torchrun import Program
 
 #: Seconds for the imports of the largest stacks, in several processes on two cores that others use, too.
 START = 9 * SOON
@@ -50,36 +48,17 @@ def write(name: str, folder: Path) -> Path:
     return path
 
 
-class Training:
-    """A program that trains, and all processes that it starts: ended on exit, when what they printed is shown."""
+class Training(Program):
+    """A Python program that trains, and all processes that it starts."""
 
     def __init__(self, *words: str, cwd: Path, env: dict[str, str] | None = None) -> None:
-        self._output, path = tempfile.mkstemp()
-        os.unlink(path)
-        self.popen = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=cwd,
-            env={**os.environ, **ENVIRONMENT, **QUIET, "PYTHONPATH": str(ROOT), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        env = {**QUIET, "PYTHONPATH": str(ROOT), **(env or {})}
+        super().__init__([sys.executable, *words], cwd, env, own_session=True)
 
-    def __enter__(self) -> Training:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def stop(self) -> None:
         with suppress(ProcessLookupError):  # its whole session: launchers leave workers behind
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(SOON)
-        print(self.output[-20_000:])
-        os.close(self._output)
-
-    @property
-    def output(self) -> str:
-        """All that was printed so far, by every process."""
-        return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
 
     def status(self, job_id: str, step: int = 3) -> dict[str, Any]:
         """Return the first status of a job that has done so many steps; fail if the program ends before it."""
@@ -94,6 +73,5 @@ class Training:
 
         return dict(until(look, START))
 
-    def end(self) -> int:
-        """Return the exit code, once the program ends by itself."""
-        return self.popen.wait(END)
+    def end(self, seconds: float = END) -> int:
+        return super().end(seconds)

@@ -1,4 +1,4 @@
-"""torchrun, as the tests start it: what it printed, and no worker left behind."""
+"""Programs of several processes, torchrun above all: what they printed, and no worker left behind."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .harness import MS, ROOT, SOON
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Several ranks share two cores here; threads of torch's own would only wait for one another. And torch asks for the
 #: name of each address that connects: a slow name server would cost seconds.
@@ -20,10 +23,46 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RES_OPTIONS": "
 START = 6 * SOON
 
 
-class Torchrun:
-    """``python -m torch.distributed.run OPTIONS WORDS``, and all its workers; ended on exit.
+class Program:
+    """A program and all processes that it starts, with what they print in one file: shown and ended on exit."""
 
-    What it printed is shown where a test fails.
+    def __init__(self, words: Sequence[str], cwd: Path, env: Mapping[str, str], own_session: bool = False) -> None:
+        self._output, path = tempfile.mkstemp()
+        os.unlink(path)
+        self.popen = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env={**os.environ, **ENVIRONMENT, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=own_session,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        print(self.output[-20_000:])
+        os.close(self._output)
+
+    def stop(self) -> None:
+        """End it and all that it has started."""
+        raise NotImplementedError
+
+    @property
+    def output(self) -> str:
+        """All that was printed so far, by every process."""
+        return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
+
+    def end(self, seconds: float = SOON) -> int:
+        """Return the exit code, once the program ends by itself."""
+        return self.popen.wait(seconds)
+
+
+class Torchrun(Program):
+    """``python -m torch.distributed.run OPTIONS WORDS``, and all its workers.
 
     Args:
         before: words in front of it: ``ip netns exec NAME``, say.
@@ -38,34 +77,15 @@ class Torchrun:
         cwd: Path = ROOT,
     ) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={ranks}"]
-        self._output, path = tempfile.mkstemp()
-        os.unlink(path)
-        self.popen = subprocess.Popen(
-            [*before, *torchrun, *words],
-            cwd=cwd,
-            env={**os.environ, **ENVIRONMENT},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
+        super().__init__([*before, *torchrun, *words], cwd, {})
 
-    def __enter__(self) -> Torchrun:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def stop(self) -> None:
         self.popen.terminate()  # it ends its workers, which are in sessions of their own
         try:
             self.popen.wait(SOON)
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait(SOON)
-        print(self.output[-20_000:])
-        os.close(self._output)
-
-    @property
-    def output(self) -> str:
-        """All that was printed so far, by it and by every rank."""
-        return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
 
     def until(self, condition: Callable[[], Any], seconds: float = START) -> Any:
         """The first true value of ``condition``; fails at the deadline, or when torchrun has ended before it."""
@@ -76,7 +96,3 @@ class Torchrun:
             assert time.monotonic() < end, f"still waiting for {condition} after {seconds} s"
             time.sleep(2 * MS)
         return value
-
-    def end(self, seconds: float = SOON) -> int:
-        """Its exit code, once it ends by itself."""
-        return self.popen.wait(seconds)
