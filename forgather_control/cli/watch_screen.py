@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 #: The colour of what a line contains, the first that fits.
 _STYLES = (
-    (r"^ended|^silent|failed", "red"),
+    (r"^(ended|dead|silent)|failed", "red"),
     (r"^\[", "green"),
     (r"[▁▂▃▄▅▆▇█]{8}|┤", "cyan"),
     (r"^\d\d:\d\d:\d\d  ", "dim"),

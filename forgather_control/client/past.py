@@ -38,8 +38,8 @@ def find_ended_over_ssh(host: str, job: str) -> EndedJob:
     answer = jsonrpc.parse_json(ssh.read(host, limits.CALL_TIMEOUT, "status", "--json", job)[0])
     if not isinstance(answer, dict) or "ended" not in answer:
         raise InternalError(f"{host} sent no status of a job that has ended")
-    ended = EndedJob.from_json(answer.pop("ended"))
-    return ended._replace(status=answer or None)
+    run = EndedJob.from_json(answer.pop("ended"))
+    return run._replace(status=answer or None)
 
 
 def events_over_ssh(host: str, job: str) -> tuple[list[dict[str, Any]], list[str]]:

@@ -57,7 +57,7 @@ class JobStatus(dict[str, Any]):
             value = self[name]
         except KeyError:
             raise AttributeError(f"the job sent no {name!r} in its status") from None
-        return float(value) if value in _NOT_FINITE and "float" in str(self.__annotations__.get(name)) else value
+        return float(value) if value in _NOT_FINITE and "float" in str(type(self).__annotations__.get(name)) else value
 
     def __repr__(self) -> str:
         end = f" of {self.get('max_steps')}" if self.get("max_steps") is not None else ""
