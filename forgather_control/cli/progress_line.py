@@ -95,7 +95,7 @@ def why_open(status: dict[str, Any], command_id: str | None) -> str:
     state, phase = (records[-1]["state"] if records else states.COMMAND_ACCEPTED), status.get("status")
     busy = phase in (states.STATUS_SAVING, states.STATUS_EVALUATING)
     if state == states.COMMAND_ACCEPTED:
-        if busy:
+        if busy or phase == states.STATUS_PAUSED:
             return f"accepted, the job is {phase}"
         return f"accepted, waiting for the end of step {(status.get('global_step') or 0) + 1}"
     return f"{phase}" if busy else f"{state}, waiting until it is finished"

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.once
     [
         ("accepted", "training", "accepted, waiting for the end of step 8"),
         ("accepted", "evaluating", "accepted, the job is evaluating"),
+        ("accepted", "paused", "accepted, the job is paused"),
+        ("applied", "paused", "applied, waiting until it is finished"),
         ("applied", "saving", "saving"),
         ("applied", "training", "applied, waiting until it is finished"),
         (None, "training", "accepted, waiting for the end of step 8"),
