@@ -138,7 +138,9 @@ class Victim:
         report = {"steps": steps, "digest": self.training.digest(), "forks": self.forks, "records": records}
         write(self.folder / f"{self.job_id}-{self.rank}.json", report)
         if self.size > 1:
-            self.training.torch.distributed.destroy_process_group()
+            from . import process_group
+
+            process_group.leave()
 
 
 def undisturbed(folder: Path, steps: int) -> None:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from forgather_control import TrainingJob
 
+from . import process_group
+
 
 class Training:
     """The same from each start: a model, its optimizer and its data."""
@@ -102,7 +104,7 @@ def main(folder: str, seconds: str) -> None:
     part = Path(folder) / f"rank-{dist.get_rank()}.part"
     part.write_text(json.dumps({**said, "changes": [n for n in range(1, len(rates)) if rates[n] != rates[n - 1]]}))
     part.rename(part.with_suffix(".json"))
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..integrations.test_huggingface import Events, Watcher, data, make, ours
+from . import process_group
 
 #: By name: how its Trainer is set up, and after how many steps each of the two ranks logs by itself (0: never).
 JOBS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -81,7 +82,7 @@ def main(folder: str) -> None:
         path = Path(folder) / f"{name}-{dist.get_rank()}.json"
         path.with_suffix(".part").write_text(json.dumps(report))
         path.with_suffix(".part").rename(path)
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..integrations import test_huggingface, test_lightning
+from . import process_group
 
 #: The number of ranks; a single one has no process group.
 SIZE = int(os.environ["WORLD_SIZE"])
@@ -91,8 +92,7 @@ def main(folder: str) -> None:
         alike = test_huggingface.same(controlled, built_in)
         words = "over", train.__name__, os.environ["RANK"], steps, len(CHANGES), alike
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
-    if SIZE > 1:
-        dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

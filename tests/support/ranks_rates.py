@@ -6,8 +6,6 @@ the changes of the learning rate that clients asked for built in. Each rank prin
 
 from __future__ import annotations
 
-import faulthandler
-import gc
 import os
 import sys
 import time
@@ -22,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from forgather_control import TrainingJob
 
 from ..integrations import test_huggingface, test_lightning
+from . import process_group
 
 
 class Rates:
@@ -144,7 +143,6 @@ def plain(folder: Path, steps: int | None) -> tuple[int, list[Any]]:
 
 
 def main(folder: str) -> None:
-    faulthandler.enable()
     dist.init_process_group("gloo")
     trainers: tuple[Callable[[Path, int | None], tuple[int, list[Any]]], ...] = (plain, hugging_face, lightning)
     for train in trainers:
@@ -154,8 +152,7 @@ def main(folder: str) -> None:
         alike = test_huggingface.same(controlled, built_in)
         words = "over", train.__name__, dist.get_rank(), steps, len(RATES.changes), alike
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
-    gc.collect()  # trainers in reference cycles keep their DDP models, and so the threads of the process group
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

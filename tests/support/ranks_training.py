@@ -256,7 +256,9 @@ def main(folder: str, seed: str, jobs: str) -> None:
         faulthandler.dump_traceback_later(HANGS)
         me.say(str(number), Job(me, plan(me.seed, number, me.size)).run())
     faulthandler.cancel_dump_traceback_later()
-    me.dist.destroy_process_group()
+    from . import process_group
+
+    process_group.leave()
 
 
 if __name__ == "__main__":
