@@ -326,7 +326,7 @@ def test_data_loader_blocks(block):
         runs = [stack.enter_context(Process(GROUP.format(block=text), start_new_session=True)) for text in texts]
         assert [run.end(3 * SOON) for run in runs] == [0, 1]
         assert [runs[0].line(), runs[0].line()] == ["saved", "ended"]
-        assert "DataLoader worker" in "".join(runs[1].errors)
+        assert re.search("DataLoader worker|dataloader.py", "".join(runs[1].errors))  # or its connection has broken
 
 
 def lines_of_code(block: Block) -> int:
