@@ -978,9 +978,14 @@ def test_a_leader_that_falls_silent_after_asking(store, hasty):
 
 
 @needs_torch
-def test_a_rank_is_told_before_the_coordinator(store, hasty):
+def test_a_rank_is_told_before_the_coordinator(store, hasty, monkeypatch):
     """Rank 0 has written its decision and not heard so when another, out of patience, has read it and done its part."""
+    monkeypatch.setattr(limits, "GIVE_UP_TIMEOUT", 10 * SOON)
     back, real = threading.Event(), store()
+
+    def late(*args: Any) -> Any:  # else the decision might be its own
+        until(lambda: real.check([keys.decision(1)]))
+        return real.compare_set(*args)
 
     def stuck(*args: Any) -> Any:
         written = real.compare_set(*args)
@@ -996,6 +1001,7 @@ def test_a_rank_is_told_before_the_coordinator(store, hasty):
 
     with training(store, 2, begin=False) as made:
         torn(made[0], lambda: Torn(store(), compare_set=stuck, set=send))
+        torn(made[1], lambda: Torn(store(), compare_set=late))
         made[0].pace = lambda step: back.wait(SOON) and time.sleep(0.3 * MS)  # in a long step
         for rank in made:
             rank.begin()
@@ -1049,8 +1055,13 @@ def test_a_store_that_answers_one_rank_no_more(store, hasty):
             back.wait(SOON)
         return data
 
+    def long_until_decided(step: int) -> None:  # so that rank 0 is not held, and the step is one that rank 1 will pass
+        until(lambda: real.check([keys.decision(1)]))
+        time.sleep(0.3 * MS)
+
     with training(store, 2, begin=False) as made:
         torn(made[1], lambda: Torn(store(), get=get, compare_set=stuck))
+        made[0].pace = long_until_decided
         for rank in made:
             rank.begin()
         name = made[0].order("save_checkpoint")
