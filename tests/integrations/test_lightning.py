@@ -32,7 +32,17 @@ from forgather_control.client.target import find
 from forgather_control.training.controller import Controller
 from forgather_control.training.options import ControlOptions
 
-from ..support.harness import ROOT, SOON, Process, Wire, needs_lightning, needs_torch, running_loop, until
+from ..support.harness import (
+    ROOT,
+    SOON,
+    Process,
+    Wire,
+    needs_lightning,
+    needs_torch,
+    needs_version,
+    running_loop,
+    until,
+)
 
 try:
     import torch
@@ -698,6 +708,7 @@ def test_fast_dev_run(tmp_path):
 # Again and again...
 
 
+@needs_version("lightning", "2.5", "a fit() after one that was stopped does nothing")
 @pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_steps": 10, "max_epochs": -1}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("first", [None, *COMMANDS])
 @pytest.mark.parametrize("step", [3, 5])
@@ -725,6 +736,7 @@ def test_fit_can_be_called_twice(tmp_path, first, limits, step):
     assert len(model.evaluated) > evaluated and f"step={trainer.global_step}" in saver.best_model_path
 
 
+@needs_version("lightning", "2.5", "a fit() that is resumed within an epoch repeats a batch")
 @pytest.mark.parametrize("command", ["save_checkpoint", "save_and_stop", "graceful_stop"])
 @pytest.mark.parametrize("step", [3, 5, 7])
 def test_resumed_from_what_was_saved(tmp_path, command, step):
@@ -1064,6 +1076,7 @@ def test_an_exception_and_then_fit_again(tmp_path, jobs_dir, kind, seen):
     is_saved(later.record(), tmp_path, 6)
 
 
+@needs_version("lightning", "2.5", "ModelCheckpoint has no save_on_exception")
 def test_an_exception_after_an_abort(tmp_path):
     """Not even ModelCheckpoint(save_on_exception=True) saves after an abort; the next fit() is as ever."""
     at, boom = At(3, "abort"), boom_at(3, hook="on_train_end")

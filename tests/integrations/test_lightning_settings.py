@@ -9,7 +9,7 @@ import pytest
 
 from forgather_control import connect, get_job_status
 
-from ..support.harness import needs_lightning, needs_torch
+from ..support.harness import needs_lightning, needs_torch, needs_version
 from .test_lightning import (  # noqa: F401
     JOB,
     STEPS,
@@ -120,6 +120,7 @@ def test_learning_rate_as_if_built_in(tmp_path, interval):
     assert not same(weights(one), weights(plain))
 
 
+@needs_version("lightning", "2.5", "a fit() that is resumed within an epoch repeats a batch")
 def test_learning_rate_survives_a_resume(tmp_path):
     """Resumed from a checkpoint after the change, training goes on with it, to the same weights."""
     at, save = change(3, learning_rate="x0.5"), At(6, "save_checkpoint")

@@ -60,6 +60,8 @@ def test_schedulers_of_torch_follow(name, changed_at, as_tensors):
 
 def of_transformers(name, optimizer, options):
     """A scheduler of a type."""
+    if name not in [each.value for each in SchedulerType]:
+        pytest.skip(f"this version of transformers has no {name}")
     optimizer.defaults["lr"] = RATES[0]
     return get_scheduler(name, optimizer, 5, 70, dict(options) or None)
 
@@ -67,7 +69,7 @@ def of_transformers(name, optimizer, options):
 @needs_transformers
 def test_every_scheduler_of_transformers_is_here():
     """A type that a later version adds must be added to these tests."""
-    assert {each.value for each in SchedulerType} == OF_TRANSFORMERS.keys()
+    assert {each.value for each in SchedulerType} <= OF_TRANSFORMERS.keys()
 
 
 @needs_transformers

@@ -15,7 +15,7 @@ import pytest
 
 from forgather_control import graceful_stop, list_jobs, save_checkpoint
 
-from ..support.harness import ROOT
+from ..support.harness import ROOT, needs_version
 from .recipes import END, Training, block, write
 
 pytestmark = [pytest.mark.stacks, pytest.mark.timeout(400)]
@@ -57,13 +57,17 @@ RECIPES = {
 }
 
 
+#: What some need beside the packages.
+MARKS = dict.fromkeys(("fsdp2", "fsdp2_async"), needs_version("torch", "2.7", "it shards no model over Gloo"))
+
+
 def test_every_recipe_of_the_page_is_run():
     """Each block that is marked as a stack is one of the list, and the other way round."""
     marked = re.findall(r"^<!-- test: stack, (\w+) -->$", (ROOT / "docs" / "stacks.md").read_text(), re.MULTILINE)
     assert {*marked} == {*RECIPES}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in RECIPES])
 def test_a_recipe_is_controlled(name, tmp_path):
     """Status has steps and total; a save is whole when it is finished; a stop ends every process cleanly."""
     recipe = RECIPES[name]

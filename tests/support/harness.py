@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -39,6 +41,16 @@ needs_mcp = pytest.mark.skipif(importlib.util.find_spec("mcp_types") is None, re
 def needs(program: str) -> pytest.MarkDecorator:
     """Return the mark that skips a test where a program is not installed."""
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
+
+
+def needs_version(package: str, version: str, reason: str) -> pytest.MarkDecorator:
+    """Return the mark that skips a test where an older version of a package is installed, which cannot do it."""
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return pytest.mark.skipif(False, reason="other marks say that it is not installed")
+    is_older = [int(part) for part in re.findall(r"\d+", installed)[:2]] < [int(part) for part in version.split(".")]
+    return pytest.mark.skipif(is_older, reason=f"{package} {installed}: {reason}")
 
 
 def needs_success(reason: str, command: str) -> pytest.MarkDecorator:
