@@ -18,6 +18,7 @@ from forgather_control.ranks import channel, limits
 from forgather_control.ranks.channel import StoreChannel, StoreSender
 
 from ..support.harness import MS, SOON, Process, needs_torch, until
+from ..support.ranks_groups import connector
 
 pytestmark = needs_torch
 
@@ -90,10 +91,10 @@ def connect(request: pytest.FixtureRequest) -> Callable[[], Any]:
     import torch.distributed as dist
 
     if request.param == "HashStore":
-        store = dist.HashStore()
+        clone = connector(dist.HashStore())
     else:
-        store = dist.TCPStore("127.0.0.1", int(request.getfixturevalue("server").port), None, False)
-    return lambda: dist.PrefixStore(request.node.name, store.clone())
+        clone = connector(dist.TCPStore("127.0.0.1", int(request.getfixturevalue("server").port), None, False))
+    return lambda: dist.PrefixStore(request.node.name, clone())
 
 
 @contextmanager
@@ -308,11 +309,11 @@ def test_a_store_that_is_frozen_at_the_start(server):
     """It delays no start; what is sent meanwhile arrives when it is back."""
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", int(server.port), None, False)
+    clone = connector(dist.TCPStore("127.0.0.1", int(server.port), None, False))
     os.kill(server.pid, signal.SIGSTOP)
     try:
         os.waitpid(server.pid, os.WUNTRACED)  # it has stopped
-        one = Rank(lambda: dist.PrefixStore("frozen", store.clone()))
+        one = Rank(lambda: dist.PrefixStore("frozen", clone()))
         one.channel.start()
         one.send(0, "hello")
     finally:
@@ -337,17 +338,18 @@ def test_a_store_that_cannot_be_reached():
 RANK = """
 import os, sys, threading, time
 import torch.distributed as dist
+from forgather_control.ranks import select
 from forgather_control.ranks.channel import StoreChannel
 
 how, port = sys.argv[1], int(sys.argv[2])
-store = dist.TCPStore("127.0.0.1", port, None, False)
+clone, _ = select._connector(dist, dist.TCPStore("127.0.0.1", port, None, False))
 cut = threading.Event()
 
 def cuts(why, *sender):
     print("cut", threading.current_thread().name, flush=True)
     cut.set()
 
-connect, hear = lambda: dist.PrefixStore(how, store.clone()), lambda *_: print("heard", flush=True)
+connect, hear = lambda: dist.PrefixStore(how, clone()), lambda *_: print("heard", flush=True)
 channel = StoreChannel(connect, 0, hear, lambda sender: None, cuts, lambda *end: None)
 channel.start()
 channel.post(lambda sender: sender.send([0], ["hello"]))
@@ -410,6 +412,7 @@ def test_a_network_that_is_dead(server):
 EXITS = """
 import gc, os, sys, threading
 import torch.distributed as dist
+from forgather_control.ranks import select
 from forgather_control.ranks.channel import StoreChannel
 
 gc.freeze()  # of each end, half the time is the collection of torch's own modules
@@ -426,7 +429,8 @@ def become(number):
         if number % 3:  # it is not idle when the end comes
             sender.send([0], ["again"])
 
-    connect = lambda: dist.PrefixStore(str(number), store.clone())
+    clone, _ = select._connector(dist, store)
+    connect = lambda: dist.PrefixStore(str(number), clone())
     channel = StoreChannel(connect, 0, hear, lambda sender: None, print, lambda *end: None)
     channel.start()
     channel.post(lambda sender: sender.send([0], ["hello"]))

@@ -16,6 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
+from forgather_control.ranks import select
+from forgather_control.ranks.channel import Connect
+
 from .harness import ROOT, SOON
 from .ranks_delegate import REPORTED, Delegate
 from .torchrun import ENVIRONMENT
@@ -33,6 +38,14 @@ def one_of_two(kind: str = "HashStore", *args: Any) -> Iterator[Any]:
         yield store
     finally:
         dist.destroy_process_group()
+
+
+def connector(store: Any) -> Connect:
+    """Return what connects to a store as ranks do; skip the test where this torch cannot."""
+    import torch.distributed as dist
+
+    connect, why = select._connector(dist, store)
+    return connect or pytest.skip(why)
 
 
 def run_ranks(size: int, poll_steps: int = 0, *, clones: bool = True) -> list[Any]:
