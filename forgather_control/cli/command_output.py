@@ -95,6 +95,11 @@ def requester(by: dict[str, Any]) -> str | None:
     return ", ".join(part for part in (user, process, by.get("via")) if part) or None
 
 
+def changed_rule(job: str, rule: dict[str, Any], done: str) -> str:
+    """Show what was done to a rule."""
+    return rules_text(f"{job}: rule {rule['id']} {done}", [rule])
+
+
 def rules_text(head: str, rules: list[dict[str, Any]]) -> str:
     """Show rules, two lines for each."""
     lines = [head] if head else []

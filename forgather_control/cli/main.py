@@ -221,10 +221,11 @@ def _when(args: argparse.Namespace) -> int:
             do, params = run.as_rule(job, command)
             args.params.update(do=do, params=params)
         answer, name = job.call(args.method, **args.params), job.name
-    rules = answer if isinstance(answer, list) else [answer]
-    head = "" if args.method == "list_rules" else f"{name}: rule {answer['id']} "
-    text = {"list_rules": "", "remove_rule": "removed", "add_rule": "added"}[args.method]
-    print_answer(args.json, answer, command_output.rules_text, head + text, rules)
+    if args.method == "list_rules":
+        print_answer(args.json, answer, command_output.rules_text, "", answer)
+    else:
+        done = {"remove_rule": "removed", "add_rule": "added"}[args.method]
+        print_answer(args.json, answer, command_output.changed_rule, name, answer, done)
     return DONE
 
 

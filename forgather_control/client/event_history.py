@@ -11,6 +11,7 @@ from ..jobs import ended, event_log
 from ..jobs.ended import EndedJob
 from ..jobs.record import jobs_dir
 from .connection import Client
+from .reading import reading
 from .target import Target
 
 Event = dict[str, Any]
@@ -32,7 +33,7 @@ def of_ended(job: EndedJob) -> list[Event]:
 
 def live(where: Target, since: int, follow: bool = False) -> Iterator[Event]:
     """Yield the events after the number ``since``: those so far, or all until the job ends."""
-    with Client(where) as job:
+    with Client(where) as job, reading():
         last = job.call("subscribe", kinds=["ended"])["next"] - 1
         if not follow and since >= last:
             return

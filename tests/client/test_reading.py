@@ -69,6 +69,41 @@ def test_every_verb_that_reads_a_status_ends_in_one_sentence(hostile, capsys, wo
     assert len(shown.splitlines()) == 1 and "Traceback" not in shown
 
 
+#: Every verb that asks a job something.
+VERBS = [
+    *("status", "commands", "ranks", "stacks", "events", "events --follow", "resume", "set", "when", "run"),
+    *("cancel x", "when --remove 3", "when step>5 save", "run run sample", "run run sample a=1"),
+    *("pause --for 3", "watch --once", "save --wait", "stop", "save-stop --wait", "abort --force", "evaluate --wait"),
+    *("profile --wait", "set lr=3 --wait", "wait --until step>5", "wait --until loss>5", "wait --until stalled"),
+    *("rpc run status", "rpc run rpc.discover"),
+]
+SLOW = ("save", "stop", "save-stop", "abort", "evaluate", "profile", "set lr", "wait")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(*ANSWERS, True, [5], [[]], [{}], {"next": "x"}, {"settings": [1]}, {"command_id": "x"}),
+        *([{"rank": "x", "threads": 5}], [{"command_id": 5, "state": [], "command": 7}], {"methods": [5]}),
+        *({"methods": [{"name": 5}]}, {"methods": [{"name": "user.sample", "params": 5}]}),
+    ],
+    ids=repr,
+)
+def test_no_verb_ends_in_a_traceback(jobs_dir, capsys, answer):
+    """Whatever a program answers to all that is asked, a verb ends by itself, with one of its exit codes."""
+    jobs_dir.mkdir(mode=0o700)
+    identity = {"job_id": "run", "pid": 1, "protocol": 2, "version": "x", "time": 1.0}
+    with serving(jobs_dir / "s", lambda request, sink: identity if request.method == "ping" else answer):
+        for verb in VERBS:
+            words = verb.split() + (["--timeout", "0.2"] if verb.startswith(SLOW) else [])
+            for more in ([], ["--json"]):
+                if more and verb.startswith(("rpc", "wait", "watch")):
+                    continue
+                ended = main.main([*words, *more, "--connect", f"unix:{jobs_dir / 's'}"])
+                assert ended in (0, 1, 4, 5) and "Traceback" not in capsys.readouterr().err, verb
+
+
 @pytest.mark.parametrize("status", [[], 5, None], ids=repr)
 def test_a_job_that_is_followed(hostile, status):
     """It is not live, and says why; it is not taken for dead, as its program answers."""
